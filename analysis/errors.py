@@ -1,0 +1,28 @@
+"""The two ways in which a command ends badly, each with its exit code.
+
+Library code raises these; the command line prints the message as one line on stderr and exits.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class InputError(ValueError):
+    """The user's input is wrong. The message is one line: the value, what was expected, the fix. Exit code 2."""
+
+    exit_code = 2
+
+
+class CheckError(RuntimeError):
+    """A check that headtune makes of itself failed, such as an export whose logits differ. Exit code 1."""
+
+    exit_code = 1
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """`", did you mean 'x'?"` with the closest of `known`, or the sorted list of what is known."""
+    choices = sorted(known)
+    close = difflib.get_close_matches(word, choices, n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else "known: " + ", ".join(choices)

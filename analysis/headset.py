@@ -1,0 +1,186 @@
+"""heads.json: which heads recall and which suppress, for which model, found how, and how surely.
+
+The format is `schema` 1; `read` refuses what does not match the model it is used on.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import math
+import random
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from .errors import InputError, nearest
+from .files import write_json
+
+SCHEMA = 1
+ROLES = ("recall", "suppression")
+
+
+@dataclass(frozen=True)
+class RankedHead:
+    """One head of a role, with what speaks for it.
+
+    Attributes:
+        layer, head: zero-based.
+        score: the ranking score (positive = the head raises the quantity).
+        ci: its 95% bootstrap interval.
+        effect: further named numbers, such as the ablation effects.
+    """
+
+    layer: int
+    head: int
+    score: float
+    ci: tuple[float, float]
+    effect: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return f"L{self.layer}H{self.head}"
+
+
+@dataclass(frozen=True)
+class HeadSet:
+    """The content of heads.json; see design notes in the README for each block."""
+
+    model: dict[str, Any]
+    task: dict[str, Any]
+    method: dict[str, Any]
+    roles: dict[str, tuple[RankedHead, ...]]
+    verification: dict[str, Any] = field(default_factory=dict)
+    stability: dict[str, Any] = field(default_factory=dict)
+    created: str = ""
+    versions: dict[str, str] = field(default_factory=dict)
+    command: str = ""
+    schema: int = SCHEMA
+
+    def top(self, role: str, k: int | None = None) -> list[tuple[int, int]]:
+        """The best `k` heads of a role (all, when `k` is None), best first.
+
+        Raises:
+            InputError: no such role, or fewer heads than asked for.
+        """
+        if role not in self.roles:
+            raise InputError(f"head role {role!r} is not in this head set; {nearest(role, self.roles)}")
+        ranked = self.roles[role]
+        if k is not None and k > len(ranked):
+            raise InputError(f"asked for the top {k} {role} heads, the head set holds {len(ranked)}; lower top")
+        return [(entry.layer, entry.head) for entry in ranked[:k]]
+
+    def write(self, path: Path) -> None:
+        write_json(path, asdict(self))
+
+    def require_fit(self, model: dict[str, Any]) -> list[str]:
+        """Refuse a head set of another model; return warnings (other weights of the same shape).
+
+        Args:
+            model: the `identity()` of the model the heads are to be used on.
+
+        Raises:
+            InputError: another number of layers, heads or head dimensions.
+        """
+        for key in ("n_layers", "n_heads", "head_dim"):
+            if self.model.get(key) != model[key]:
+                raise InputError(
+                    f"head set of {self.model.get('name')!r} has {key} {self.model.get(key)}, but {model['name']!r} has "
+                    f"{model[key]}; run headtune identify on this model"
+                )
+        if self.model.get("weights_sha256") != model["weights_sha256"]:
+            return [f"the heads were identified on other weights ({self.model.get('name')!r}) than {model['name']!r}'s"]
+        return []
+
+
+def provenance() -> dict[str, Any]:
+    """`created`, `versions`, `command` of a file written now."""
+    packages = ("headtune", "torch", "transformers", "peft", "trl")
+    versions = {}
+    for package in packages:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    command = " ".join(["headtune", *sys.argv[1:]])
+    return {"created": datetime.now(UTC).isoformat(timespec="seconds"), "versions": versions, "command": command}
+
+
+def read(path: Path) -> HeadSet:
+    """Read and check heads.json.
+
+    Raises:
+        InputError: not there, not JSON, unknown schema, missing blocks, heads out of range, twice, or not finite.
+    """
+    where = f"head set {str(path)!r}"
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{where} does not exist; headtune identify writes one") from None
+    except IsADirectoryError:
+        raise InputError(f"{where} is a folder; name the heads.json in it") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{where} is not JSON: {error}") from None
+    if not isinstance(data, dict) or data.get("schema") != SCHEMA:
+        found = data.get("schema") if isinstance(data, dict) else type(data).__name__
+        raise InputError(f"{where} has schema {found!r}, this version reads schema {SCHEMA}; run headtune identify again")
+    known = set(HeadSet.__dataclass_fields__)
+    for key in data:
+        if key not in known:
+            raise InputError(f"{where}: unknown key {key!r}; {nearest(key, known)}")
+    for key in ("model", "task", "method", "roles"):
+        if not isinstance(data.get(key), dict):
+            raise InputError(f"{where}: block {key!r} is missing; run headtune identify again")
+    for key in ("n_layers", "n_heads", "head_dim"):
+        if not isinstance(data["model"].get(key), int):
+            raise InputError(f"{where}: model.{key} must be a whole number, found {data['model'].get(key)!r}")
+    roles = {role: _ranked(entries, role, data["model"], where) for role, entries in data["roles"].items()}
+    return HeadSet(**{**data, "roles": roles})
+
+
+def _ranked(entries: Any, role: str, model: dict[str, Any], where: str) -> tuple[RankedHead, ...]:
+    ranked: list[RankedHead] = []
+    for entry in entries:
+        try:
+            head = RankedHead(
+                entry["layer"], entry["head"], float(entry["score"]), tuple(entry["ci"]), dict(entry.get("effect", {}))
+            )
+        except (KeyError, TypeError, ValueError):
+            raise InputError(f"{where}: {role} entry {entry!r} needs layer, head, score and ci"[:300]) from None
+        for value, limit, what in ((head.layer, model["n_layers"], "layers"), (head.head, model["n_heads"], "heads")):
+            if not isinstance(value, int) or not 0 <= value < limit:
+                raise InputError(f"{where}: {role} head {head.name} is out of range; the model has {limit} {what}")
+        if not all(math.isfinite(x) for x in (head.score, *head.ci, *head.effect.values())):
+            raise InputError(f"{where}: {role} head {head.name} has a score that is not finite")
+        if any((other.layer, other.head) == (head.layer, head.head) for other in ranked):
+            raise InputError(f"{where}: {role} names {head.name} twice; remove one")
+        ranked.append(head)
+    return tuple(ranked)
+
+
+def random_like(
+    heads: Sequence[tuple[int, int]], n_heads: int, seed: int, exclude: Sequence[tuple[int, int]] = ()
+) -> list[tuple[int, int]]:
+    """Random heads, as many in each layer as `heads` has, none of `heads` or `exclude` where the layer allows it.
+
+    Raises:
+        InputError: a layer has too few other heads to draw from.
+    """
+    generator = random.Random(seed)
+    chosen = []
+    for layer in sorted({layer for layer, _ in heads}):
+        taken = {head for of, head in heads if of == layer}
+        barred = taken | {head for of, head in exclude if of == layer}
+        pool = [head for head in range(n_heads) if head not in barred]
+        if len(pool) < len(taken):
+            pool = [head for head in range(n_heads) if head not in taken]
+        if len(pool) < len(taken):
+            raise InputError(
+                f"layer {layer} has {len(taken)} of its {n_heads} heads chosen, which leaves too few others for a "
+                "matched random set; choose fewer heads"
+            )
+        chosen += [(layer, head) for head in generator.sample(pool, len(taken))]
+    return chosen

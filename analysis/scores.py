@@ -1,0 +1,96 @@
+"""Scores by head, with the examples behind them, so that every mean has an interval."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.numpy import load_file, save_file
+
+from .errors import InputError
+from .files import atomic_path
+
+Array = NDArray[np.float32]
+
+
+@dataclass
+class Scores:
+    """Per-example scores, `quantity -> [n_examples, n_layers, n_heads]` float32; NaN where an example has no such part.
+
+    Sign convention: positive = the head raises the quantity. Names are `<method>.<quantity>`.
+
+    Attributes:
+        by_example: the scores.
+        subjects: `[n_examples]` the subject of each example; intervals resample subjects, since examples of one subject
+            are not independent.
+    """
+
+    by_example: dict[str, Array]
+    subjects: Sequence[str]
+
+    def mean(self, name: str) -> Array:
+        """`[n_layers, n_heads]` mean over the examples that have the quantity."""
+        return np.nanmean(self.by_example[name], axis=0, dtype=np.float64).astype(np.float32)
+
+    def means(self) -> dict[str, Array]:
+        return {name: self.mean(name) for name in self.by_example}
+
+    def bootstrap(self, name: str, n: int = 1000, seed: int = 0) -> Array:
+        """`[n, n_layers, n_heads]` means over resampled subjects (cluster bootstrap)."""
+        values = self.by_example[name].astype(np.float64)
+        present = ~np.isnan(values[:, :1, :1])
+        weights = subject_weights(self.subjects, n, seed)  # [n, n_examples]
+        total = np.einsum("be,elh->blh", weights, np.nan_to_num(values))
+        count = np.einsum("be,elh->blh", weights, present.astype(np.float64))
+        return (total / np.maximum(count, 1)).astype(np.float32)
+
+    def interval(self, name: str, n: int = 1000, seed: int = 0, level: float = 0.95) -> tuple[Array, Array]:
+        """Percentile bootstrap interval of the mean: two `[n_layers, n_heads]` arrays."""
+        tail = 100 * (1 - level) / 2
+        low, high = np.percentile(self.bootstrap(name, n, seed), [tail, 100 - tail], axis=0)
+        return low.astype(np.float32), high.astype(np.float32)
+
+    def save(self, path: Path) -> None:
+        """Write the means as `scores.safetensors`."""
+        with atomic_path(path) as temporary:
+            save_file({name: np.ascontiguousarray(value) for name, value in self.means().items()}, temporary)
+
+
+def load_means(path: Path) -> dict[str, Array]:
+    """Read `scores.safetensors`: name -> `[n_layers, n_heads]`."""
+    if not path.is_file():
+        raise InputError(f"scores file {str(path)!r} does not exist; headtune identify writes it beside heads.json")
+    try:
+        return load_file(path)
+    except Exception as error:  # safetensors raises its own error type for every kind of damage
+        raise InputError(f"scores file {str(path)!r} cannot be read ({error}); run headtune identify again") from None
+
+
+def subject_weights(subjects: Sequence[str], n: int, seed: int) -> NDArray[np.float64]:
+    """How often each example counts in each of `n` resamplings of the subjects: `[n, n_examples]`."""
+    names, index = np.unique(np.asarray(subjects), return_inverse=True)
+    draws = np.random.default_rng(seed).multinomial(len(names), np.full(len(names), 1 / len(names)), size=n)
+    return draws[:, index].astype(np.float64)
+
+
+def mean_interval(
+    values: Sequence[float], subjects: Sequence[str], n: int = 2000, seed: int = 0, level: float = 0.95
+) -> dict[str, float | list[float]]:
+    """`{"mean", "ci": [low, high]}` of one number per example, bootstrapped over subjects."""
+    array = np.asarray(values, dtype=np.float64)
+    weights = subject_weights(subjects, n, seed)
+    means = weights @ array / weights.sum(1)
+    tail = 100 * (1 - level) / 2
+    low, high = np.percentile(means, [tail, 100 - tail])
+    return {"mean": float(array.mean()), "ci": [float(low), float(high)]}
+
+
+def stack(rows: Sequence[Mapping[str, Array]], subjects: Sequence[str]) -> Scores:
+    """Collect one mapping per example; a quantity missing from an example becomes NaN there."""
+    names = sorted({name for row in rows for name in row})
+    shape = next(iter(rows[0].values())).shape
+    missing = np.full(shape, np.nan, dtype=np.float32)
+    return Scores({name: np.stack([row.get(name, missing) for row in rows]) for name in names}, list(subjects))

@@ -1,0 +1,473 @@
+"""Tasks: prompts whose next words are known answers, with the answers already given and where everything stands.
+
+A task is a JSONL file, a `datasets` hub id or a built-in name, with an optional split: `one_to_many:test`. One example
+a line: `{"prompt", "subject", "answers", "previous", "corrupt"}`; see the README for the format.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.resources
+import json
+import random
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from .errors import InputError, nearest
+from .files import write_text
+
+SPLITS = {"train": 0.6, "validation": 0.15, "test": 0.25}
+
+
+@dataclass(frozen=True)
+class Example:
+    """One prompt.
+
+    Attributes:
+        prompt: the text up to END; the answer would come next.
+        subject: what is asked about; occurs in the prompt.
+        answers: all accepted answers, those already given included.
+        previous: the answers already given, in order; empty for single-fact prompts.
+        corrupt: counterpart prompt for patching, if there is one.
+    """
+
+    prompt: str
+    subject: str
+    answers: tuple[str, ...]
+    previous: tuple[str, ...] = ()
+    corrupt: str | None = None
+
+    @property
+    def remaining(self) -> tuple[str, ...]:
+        """Accepted answers not given yet."""
+        given = {canonical(answer, self.subject) for answer in self.previous}
+        return tuple(answer for answer in self.answers if canonical(answer, self.subject) not in given)
+
+
+@dataclass(frozen=True)
+class Task:
+    """A named list of examples."""
+
+    name: str
+    examples: tuple[Example, ...]
+
+    @property
+    def subjects(self) -> list[str]:
+        return sorted({example.subject for example in self.examples})
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(to_jsonl(self.examples).encode()).hexdigest()
+
+    def limited(self, max_examples: int | None, seed: int = 0) -> Task:
+        """At most `max_examples` examples, spread evenly over subjects (a seeded shuffle, one subject after another)."""
+        if max_examples is None or max_examples >= len(self.examples):
+            return self
+        by_subject: dict[str, list[Example]] = {}
+        for example in self.examples:
+            by_subject.setdefault(example.subject, []).append(example)
+        generator = random.Random(seed)
+        queues = list(by_subject.values())
+        generator.shuffle(queues)
+        for queue in queues:
+            generator.shuffle(queue)
+        rounds = (queue[i] for i in range(max(map(len, queues))) for queue in queues if i < len(queue))
+        return replace(self, examples=tuple(example for example, _ in zip(rounds, range(max_examples), strict=False)))
+
+
+_LETTERS = str.maketrans({"ł": "l", "ø": "o", "đ": "d", "ð": "d", "ı": "i", "ß": "ss", "æ": "ae", "œ": "oe", "’": "'"})
+
+
+def normalise(answer: str) -> str:
+    """Answers are compared without case, accents, outer punctuation, a leading "the", and with "Saint" as "St"."""
+    plain = unicodedata.normalize("NFKD", answer.casefold().translate(_LETTERS))
+    plain = "".join(c for c in plain if not unicodedata.combining(c))
+    words = plain.strip(" \t\n.,;:!?\"'`*_()[]").removeprefix("the ").replace("saint ", "st ").replace("st. ", "st ")
+    return " ".join(words.split())
+
+
+def canonical(answer: str, subject: str) -> str:
+    """`normalise`, and "Quebec City" is "Quebec", unless what is left is the subject itself ("Mexico City")."""
+    name = normalise(answer)
+    short = name.removesuffix(" city")
+    return name if short == normalise(subject) else short
+
+
+# --- building ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Template:
+    """How a list prompt is written: `header` holds `{subject}`, each item `{i}` (optional) and `{answer}`."""
+
+    header: str
+    item: str = "\n{i}. {answer}"
+
+    def __post_init__(self) -> None:
+        for text, need in ((self.header, "{subject}"), (self.item, "{answer}")):
+            if need not in text:
+                raise InputError(f"template {text!r} does not hold {need}; add it where it belongs")
+
+    def prompt(self, subject: str, given: Sequence[str]) -> str:
+        """The list with `given` answers, ending right before the next answer."""
+        header = self.header.replace("{subject}", subject)
+        items = "".join(self._item(i, answer) for i, answer in enumerate(given, start=1))
+        return (header + items + self._item(len(given) + 1, "")).rstrip(" ")
+
+    def _item(self, i: int, answer: str) -> str:
+        return self.item.replace("{i}", str(i)).replace("{answer}", answer)
+
+
+def build(
+    facts: Mapping[str, Sequence[str]],
+    templates: Sequence[Template],
+    previous: Sequence[int] = (1, 2, 3, 4),
+    seed: int = 0,
+    familiar: int = 12,
+) -> list[Example]:
+    """Turn `{subject: [answers, best known first]}` into examples.
+
+    Every subject gets every template with every number of `previous` answers; which answers were "already given" is
+    drawn, seeded, from the subject's `familiar` best known, and always leaves at least one answer to give.
+
+    Raises:
+        InputError: a subject with too few answers, an empty or repeated answer.
+    """
+    examples = []
+    for subject, answers in facts.items():
+        seen = Counter(canonical(answer, subject) for answer in answers)
+        repeated = [a for a in answers if seen[canonical(a, subject)] > 1 or not normalise(a)]
+        if repeated:
+            raise InputError(f"facts of {subject!r} repeat or leave empty the answer {repeated[0]!r}; remove it")
+        if len(answers) <= max(previous):
+            raise InputError(
+                f"facts of {subject!r} have {len(answers)} answers; {max(previous)} previous answers need at least "
+                f"{max(previous) + 1}: add answers or lower --previous"
+            )
+        for template in templates:
+            for count in previous:
+                # Seeded by content, not by order: adding a subject leaves the others' examples as they were.
+                generator = random.Random(f"{seed}/{subject}/{template.header}/{template.item}/{count}")
+                given = generator.sample(list(answers[: max(familiar, count)]), count)
+                examples.append(Example(template.prompt(subject, given), subject, tuple(answers), tuple(given)))
+    return examples
+
+
+def to_jsonl(examples: Iterable[Example]) -> str:
+    return "".join(json.dumps(asdict(example), ensure_ascii=False) + "\n" for example in examples)
+
+
+def build_files(facts: Path, templates: Path | None, out: Path, **options: Any) -> Task:
+    """Build a task file from users' own files: facts `{subject: [answers]}`, templates `[{"header", "item"}]`."""
+    table = _read_json(facts, "facts", dict)
+    for subject, answers in table.items():
+        if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
+            raise InputError(f"{facts}: subject {subject!r} must map to a list of strings, not {answers!r}"[:300])
+    if templates is None:
+        chosen = [Template("List of answers for {subject}:")]
+    else:
+        rows = _read_json(templates, "templates", list)
+        chosen = [_template(row, str(templates)) for row in rows]
+    task = Task(out.stem, tuple(build(table, chosen, **options)))
+    write_text(out, to_jsonl(task.examples))
+    return task
+
+
+def _template(row: Any, where: str) -> Template:
+    if not isinstance(row, dict) or not {"header"} <= set(row) <= {"header", "item"}:
+        raise InputError(f'{where}: template {row!r} must be {{"header": "... {{subject}}", "item": "... {{answer}}"}}')
+    return Template(**row)
+
+
+def _read_json(path: Path, what: str, kind: type) -> Any:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{what} file {str(path)!r} does not exist; check the path") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{what} file {str(path)!r} is not JSON: {error}") from None
+    if not isinstance(data, kind):
+        raise InputError(f"{what} file {str(path)!r} must hold a JSON {kind.__name__}, not {type(data).__name__}")
+    return data
+
+
+# --- loading ----------------------------------------------------------------------------------------------------------
+
+
+def builtin_names() -> list[str]:
+    return list(_builtin_table()["tasks"])
+
+
+def _builtin_table() -> dict[str, Any]:
+    data = importlib.resources.files("headtune.recipes") / "data"
+    table: dict[str, Any] = json.loads((data / "tasks.json").read_text(encoding="utf-8"))
+    return table
+
+
+def _builtin(name: str) -> list[Example]:
+    table = _builtin_table()
+    data = importlib.resources.files("headtune.recipes") / "data"
+    relations = json.loads((data / "one_to_many.json").read_text(encoding="utf-8"))["relations"]
+    entry = table["tasks"][name]
+    examples = []
+    for relation in entry["relations"]:
+        phrase = table["phrases"][relation]
+        templates = [Template(row["header"].replace("{things}", phrase), row["item"]) for row in entry["templates"]]
+        examples += build(relations[relation]["facts"], templates, entry["previous"], seed=0)
+    return examples
+
+
+def split_subjects(subjects: Iterable[str], seed: int = 0) -> dict[str, list[str]]:
+    """Deal subjects, shuffled by `seed`, into train (60%), validation (15%) and test (25%)."""
+    names = sorted(set(subjects))
+    random.Random(seed).shuffle(names)
+    parts, start = {}, 0
+    for index, (split, share) in enumerate(SPLITS.items()):
+        end = len(names) if index == len(SPLITS) - 1 else start + round(share * len(names))
+        parts[split] = sorted(names[start:end])
+        start = end
+    return parts
+
+
+def take_split(task: Task, split: str, seed: int = 0) -> Task:
+    """The examples whose subject falls into `split`; no subject is in two splits."""
+    if split not in SPLITS:
+        raise InputError(f"split {split!r} of task {task.name!r} is unknown; {nearest(split, SPLITS)}")
+    chosen = set(split_subjects(task.subjects, seed)[split])
+    kept = tuple(example for example in task.examples if example.subject in chosen)
+    if not kept:
+        raise InputError(f"split {split!r} of task {task.name!r} is empty: {len(task.subjects)} subjects are too few")
+    return Task(f"{task.name}:{split}", kept)
+
+
+def load_task(name: str, split_seed: int = 0) -> Task:
+    """Load a task by built-in name, JSONL path or `datasets` hub id, each with an optional `:split`.
+
+    Raises:
+        InputError: no such task, or a malformed line (named by its number).
+    """
+    base, colon, split = name.rpartition(":")
+    if not colon or "/" in split or "\\" in split:
+        base, split = name, ""
+    if base in builtin_names():
+        task = Task(base, tuple(_builtin(base)))
+    elif base.endswith((".jsonl", ".json")) or Path(base).exists():
+        task = Task(Path(base).stem, tuple(_read_jsonl(Path(base))))
+    elif base.count("/") == 1:
+        task = Task(base, tuple(_read_hub(base)))
+    else:
+        raise InputError(f"task {base!r} is neither a file, a hub id nor built in; {nearest(base, builtin_names())}")
+    return take_split(task, split, split_seed) if split else task
+
+
+def _read_jsonl(path: Path) -> list[Example]:
+    if not path.is_file():
+        raise InputError(f"task file {str(path)!r} does not exist; check the path or build it with: headtune task build")
+    examples = []
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise InputError(f"task file {str(path)!r} is not UTF-8 text: {error.reason} at byte {error.start}") from None
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        where = f"{path}:{number}"
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise InputError(f"{where}: not a JSON object ({error.msg} at column {error.colno})") from None
+        examples.append(parse_example(row, where))
+    if not examples:
+        raise InputError(f"task file {str(path)!r} holds no examples; write one JSON object a line")
+    return examples
+
+
+def _read_hub(name: str) -> list[Example]:
+    import datasets
+
+    try:
+        rows = datasets.load_dataset(name, split="train")
+    except Exception as error:  # the hub client raises many kinds; every one means the same to the user
+        reason = str(error).strip().splitlines()[0][:200]
+        raise InputError(f"task {name!r} is not a file and cannot be loaded from the hub: {reason}") from error
+    return [parse_example(dict(row), f"{name} row {number}") for number, row in enumerate(rows)]
+
+
+def parse_example(row: Any, where: str) -> Example:
+    """Check one example strictly.
+
+    Raises:
+        InputError: a missing, unknown or ill-typed key, or a subject or previous answer that the prompt does not hold.
+    """
+    if not isinstance(row, dict):
+        raise InputError(f"{where}: expected a JSON object, found {type(row).__name__}")
+    known = {"prompt": str, "subject": str, "answers": list, "previous": list, "corrupt": str}
+    for key in row:
+        if key not in known:
+            raise InputError(f"{where}: unknown key {key!r}; {nearest(key, known)}")
+    for key, kind in known.items():
+        if row.get(key) is None:
+            if key in ("previous", "corrupt"):
+                continue
+            raise InputError(f"{where}: key {key!r} is missing; an example needs prompt, subject and answers")
+        if not isinstance(row[key], kind):
+            raise InputError(f"{where}: {key!r} must be a {kind.__name__}, found {row[key]!r}"[:300])
+        if kind is list and not all(isinstance(item, str) and item.strip() for item in row[key]):
+            raise InputError(f"{where}: {key!r} must hold non-empty strings, found {row[key]!r}"[:300])
+    example = Example(
+        row["prompt"], row["subject"], tuple(row["answers"]), tuple(row.get("previous") or ()), row.get("corrupt")
+    )
+    if not example.subject or example.subject not in example.prompt:
+        raise InputError(f"{where}: the prompt does not contain its subject {example.subject!r}; write it as in the prompt")
+    for answer in example.previous:
+        if answer not in example.prompt:
+            raise InputError(f"{where}: the prompt does not contain the previous answer {answer!r}")
+    if not example.remaining:
+        raise InputError(f"{where}: every accepted answer is already given; add the remaining ones to 'answers'")
+    return example
+
+
+# --- tokens and spans -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """An example in tokens. END is the last position.
+
+    Attributes:
+        example: where it comes from.
+        tokens: `[seq]` ids.
+        subject: positions of the subject's tokens (its first occurrence).
+        previous: positions of each previous answer's tokens, in order.
+        target_tokens: first tokens of the remaining answers, sorted.
+        previous_tokens: first tokens of the previous answers, in order.
+        ambiguous: first tokens left out of both because a remaining and a previous answer share them.
+    """
+
+    example: Example
+    tokens: Tensor
+    subject: tuple[int, ...]
+    previous: tuple[tuple[int, ...], ...]
+    target_tokens: tuple[int, ...]
+    previous_tokens: tuple[int, ...]
+    ambiguous: tuple[int, ...] = ()
+
+    @property
+    def end(self) -> int:
+        return len(self.tokens) - 1
+
+    def sources(self) -> dict[str, list[int]]:
+        """Source groups that partition the positions: subject, previous_1.., first, end, rest (in this precedence)."""
+        groups: dict[str, list[int]] = {"subject": list(self.subject)}
+        for index, span in enumerate(self.previous, start=1):
+            groups[f"previous_{index}"] = list(span)
+        groups |= {"end": [self.end], "first": [0]}
+        taken: set[int] = set()
+        for name, span in groups.items():
+            groups[name] = [position for position in span if position not in taken]
+            taken |= set(span)
+        groups["rest"] = [position for position in range(len(self.tokens)) if position not in taken]
+        return groups
+
+
+@dataclass
+class EncodedTask:
+    """The examples that first-token scores can use, and why others were left out."""
+
+    task: Task
+    examples: list[Encoded] = field(default_factory=list)
+    dropped: Counter[str] = field(default_factory=Counter)
+    ambiguous_tokens: int = 0
+
+    def summary(self) -> dict[str, Any]:
+        """The `task` block of heads.json."""
+        return {
+            "name": self.task.name,
+            "sha256": self.task.sha256,
+            "n_examples": len(self.examples),
+            "n_dropped": sum(self.dropped.values()),
+            "dropped": dict(self.dropped),
+            "n_ambiguous_first_tokens": self.ambiguous_tokens,
+        }
+
+
+def continuation(prompt: str, answer: str) -> str:
+    """The answer as it would follow the prompt: with a space unless the prompt already ends in white space."""
+    return answer if prompt[-1:].isspace() or not prompt else " " + answer
+
+
+def first_token(tokenizer: PreTrainedTokenizerBase, prompt: str, prompt_ids: Sequence[int], answer: str) -> int | None:
+    """The first token of `answer` after `prompt`; None where tokens merge across the border, so there is none."""
+    ids = tokenizer(prompt + continuation(prompt, answer)).input_ids
+    n = len(prompt_ids)
+    return int(ids[n]) if len(ids) > n and ids[:n] == list(prompt_ids) else None
+
+
+def encode(task: Task, tokenizer: PreTrainedTokenizerBase) -> EncodedTask:
+    """Tokenise a task and locate spans by character offsets.
+
+    First tokens shared by a remaining and a previous answer say nothing about either and are left out of both; an
+    example left without targets, or without previous tokens though it has previous answers, is dropped and counted.
+
+    Raises:
+        InputError: the tokenizer gives no offsets, or no example is left.
+    """
+    if not tokenizer.is_fast:
+        raise InputError(f"tokenizer {tokenizer.name_or_path!r} gives no character offsets; use its fast version")
+    result = EncodedTask(task)
+    for example in task.examples:
+        encoded, reason = _encode_one(example, tokenizer)
+        if encoded is None:
+            result.dropped[reason] += 1
+        else:
+            result.ambiguous_tokens += len(encoded.ambiguous)
+            result.examples.append(encoded)
+    if not result.examples:
+        raise InputError(f"task {task.name!r}: no example can be scored on first tokens: {dict(result.dropped)}")
+    return result
+
+
+def _encode_one(example: Example, tokenizer: PreTrainedTokenizerBase) -> tuple[Encoded | None, str]:
+    batch = tokenizer(example.prompt, return_offsets_mapping=True)
+    ids, offsets = list(batch.input_ids), batch["offset_mapping"]
+
+    def span(start: int, text: str) -> tuple[int, ...]:
+        end = start + len(text)
+        return tuple(i for i, (a, b) in enumerate(offsets) if a < end and b > start and b > a)
+
+    subject = span(example.prompt.index(example.subject), example.subject)
+    spans: list[tuple[int, ...]] = []
+    cursor = len(example.prompt)
+    for answer in reversed(example.previous):
+        # From the end backwards: an answer may also occur in the header or inside an earlier one ("York", "New York").
+        start = example.prompt.rfind(answer, 0, cursor)
+        if start < 0:
+            return None, "previous answers not in the prompt's order"
+        spans.insert(0, span(start, answer))
+        cursor = start
+    if not subject or not all(spans):
+        return None, "span without tokens"
+    firsts = {answer: first_token(tokenizer, example.prompt, ids, answer) for answer in example.remaining}
+    targets = {token for token in firsts.values() if token is not None}
+    if not targets:
+        return None, "tokens merge across the end of the prompt"
+    given = [first_token(tokenizer, example.prompt, ids, answer) for answer in example.previous]
+    ambiguous = targets & {token for token in given if token is not None}
+    targets -= ambiguous
+    previous = tuple(token for token in given if token is not None and token not in ambiguous)
+    if not targets or (example.previous and not previous):
+        return None, "remaining and previous answers share first tokens"
+    return (
+        Encoded(
+            example, torch.tensor(ids), subject, tuple(spans), tuple(sorted(targets)), previous, tuple(sorted(ambiguous))
+        ),
+        "",
+    )

@@ -1,0 +1,98 @@
+"""What is installed is what stands in the repository: packages, data files, launch configurations."""
+
+import dataclasses
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDERS = ("analysis", "train", "recipes")
+CONFIGS = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
+SETUPTOOLS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+
+
+def source_files(root: Path) -> list[Path]:
+    """Every file of the package folders, relative to `root`, without what Python writes there by itself."""
+    files = (path for folder in FOLDERS for path in (root / folder).rglob("*") if path.is_file())
+    return sorted(path.relative_to(root) for path in files if "__pycache__" not in path.parts)
+
+
+def test_every_folder_with_python_files_is_a_listed_package() -> None:
+    with_python = {".".join(("headtune", *path.parent.parts)) for path in source_files(ROOT) if path.suffix == ".py"}
+    assert sorted(SETUPTOOLS["packages"]) == sorted(with_python)
+
+
+def test_folders_are_mapped_into_the_namespace() -> None:
+    assert SETUPTOOLS["package-dir"] == {f"headtune.{folder}": folder for folder in FOLDERS}
+    assert not (ROOT / "__init__.py").exists(), "headtune is a namespace: no __init__.py at the root"
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_links_for_type_checkers_lead_to_the_folders(folder: str) -> None:
+    link = ROOT / ".links" / "headtune" / folder
+    assert link.is_symlink()
+    assert link.resolve() == ROOT / folder
+
+
+@pytest.mark.slow
+def test_wheel_holds_the_packages_their_data_and_nothing_else(tmp_path: Path) -> None:
+    # Built from a copy: a stale build/ in the repository would end up in the wheel.
+    source = tmp_path / "source"
+    skip = shutil.ignore_patterns(".*", "build", "dist", "runs", "wandb", "*.egg-info", "__pycache__")
+    shutil.copytree(ROOT, source, ignore=skip)
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), "."]
+    built = subprocess.run(command, cwd=source, capture_output=True, text=True)
+    assert built.returncode == 0, built.stdout + built.stderr
+
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = {name for name in archive.namelist() if not name.endswith("/")}
+        (entry_points,) = (name for name in names if name.endswith(".dist-info/entry_points.txt"))
+        assert "headtune = headtune.train.cli:main" in archive.read(entry_points).decode()
+    metadata = {name for name in names if ".dist-info/" in name}
+    expected = {f"headtune/{path.as_posix()}" for path in source_files(source)}
+
+    assert any(name.endswith("/licenses/LICENSE") for name in metadata)
+    assert any(name.startswith("headtune/recipes/data/") for name in names), "the quickstart's data is not in the wheel"
+    missing = sorted(expected - names)
+    assert not missing, f"not in the wheel; list them under package-data in pyproject.toml: {missing}"
+    # Catches a top-level `train`, `analysis` or `tests` too.
+    surplus = sorted(names - metadata - expected)
+    assert not surplus, f"in the wheel, but in none of the package folders: {surplus}"
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_accelerate_config_has_only_keys_that_do_something(path: Path) -> None:
+    from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
+    from accelerate.commands.launch import launch_command_parser
+    from accelerate.utils import DeepSpeedPlugin
+
+    keys = yaml.safe_load(path.read_text())
+    known = {field.name for field in dataclasses.fields(ClusterConfig)}
+    assert set(keys) <= known, f"unknown to accelerate: {sorted(set(keys) - known)}"
+
+    # accelerate lets an unknown nested key pass: it only does something as an option of the launcher.
+    options = {action.dest for action in launch_command_parser()._actions}
+    known = {field.name for field in dataclasses.fields(DeepSpeedPlugin)} & options
+    nested = set(keys.get("deepspeed_config", {}))
+    assert nested <= known, f"unknown to accelerate's DeepSpeed plugin: {sorted(nested - known)}"
+
+    config = load_config_from_file(str(path))  # raises on a value outside its enums
+    assert (config.distributed_type == "DEEPSPEED") == bool(nested)
+    assert config.num_processes >= (1 if config.distributed_type == "NO" else 2)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_accelerate_config_says_how_to_launch_it(path: Path) -> None:
+    launch = f"accelerate launch --config_file accelerate_configs/{path.name} -m headtune.train RECIPE.yaml"
+    assert launch in path.read_text()
+    # The launcher hands use_cpu on to a single process only.
+    config = yaml.safe_load(path.read_text())
+    if config["use_cpu"] and config["num_processes"] > 1:
+        assert f"ACCELERATE_USE_CPU=true {launch}" in path.read_text()

@@ -1,0 +1,1 @@
+"""Tune, protect, evaluate, track and export identified attention heads."""

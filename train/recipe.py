@@ -1,0 +1,386 @@
+"""The typed recipe: strict at every level, so that a typo is an error and not a default.
+
+    recipe: lofit            which family; decides what `method` may hold
+    model, heads, task, method, training, evaluation, tracking, name, output_dir, seed
+
+`training` takes the keys of TRL's `SFTConfig`, checked against the real dataclass. `key.sub=value` overrides any key;
+the value is YAML and giving a block replaces the block.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import importlib.resources
+import json
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+
+from ..analysis.errors import InputError, nearest
+
+# What a run sets itself; saying it in `training` as well could only contradict.
+_OWN_TRAINING_KEYS = {
+    "output_dir": "output_dir",
+    "seed": "seed",
+    "run_name": "name",
+    "report_to": "tracking",
+    "remove_unused_columns": None,
+    "max_length": None,
+}
+
+
+class Block(BaseModel):
+    """A part of a recipe: no unknown keys, no conversion between types, immutable."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, populate_by_name=True)
+
+
+class ModelBlock(Block):
+    """Which model: a built-in name, a local folder or a hub id."""
+
+    name: str = "smollm2-135m"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+
+class IdentifyBlock(Block):
+    """Find the heads first, on the training task."""
+
+    method: Literal["all", "dla", "ablation"] = "all"
+    max_examples: Annotated[int, Field(ge=1)] | None = None
+
+
+class RandomBlock(Block):
+    """Random heads, as many in each layer as the heads chosen from `like` with this block's role and top."""
+
+    like: str
+    seed: int = 0
+
+
+class HeadsBlock(Block):
+    """Which heads: exactly one of `from`, `identify`, `random`, `all`, `list`.
+
+    `role` and `top` choose from a head set; `both` takes the top of each role.
+    """
+
+    source: str | None = Field(None, alias="from")
+    identify: IdentifyBlock | None = None
+    random: RandomBlock | None = None
+    every: Literal[True] | None = Field(None, alias="all")
+    pairs: Annotated[list[tuple[int, int]], Field(min_length=1)] | None = Field(None, alias="list")
+    role: Literal["recall", "suppression", "both"] = "both"
+    top: Annotated[int, Field(ge=1)] = 8
+
+    @model_validator(mode="before")
+    @classmethod
+    def _pairs(cls, data: Any) -> Any:
+        # YAML and JSON have no tuples; strict mode would refuse their lists.
+        if isinstance(data, dict) and isinstance(data.get("list"), list):
+            data = data | {"list": [tuple(pair) if isinstance(pair, list) else pair for pair in data["list"]]}
+        return data
+
+    @model_validator(mode="after")
+    def _one_source(self) -> HeadsBlock:
+        sources = {
+            "from": self.source,
+            "identify": self.identify,
+            "random": self.random,
+            "all": self.every,
+            "list": self.pairs,
+        }
+        given = [name for name, value in sources.items() if value is not None]
+        if len(given) != 1:
+            names = ", ".join(given) or "none"
+            raise ValueError(f"give exactly one of from, identify, random, all, list (found: {names})")
+        return self
+
+
+class SplitBlock(Block):
+    """How one task becomes train, validation and test; no subject is in two of them."""
+
+    by: Literal["subject"] = "subject"
+    seed: int = 0
+
+
+class TaskBlock(Block):
+    """What is learnt and what is measured. The same name twice is split by subject: train / test."""
+
+    train: str = "one_to_many"
+    eval: str | None = None
+    split: SplitBlock = SplitBlock()
+    max_train_examples: Annotated[int, Field(ge=1)] | None = None
+    max_eval_examples: Annotated[int, Field(ge=1)] | None = None
+
+
+class AnswerSetBlock(Block):
+    """The `answer_set` objective: see `headtune.train.objectives.answer_set`.
+
+    Attributes:
+        unlikelihood: weight of the term against previous answers.
+        own_lists: share of the training prompts whose previous answers are what the base model itself wrote; the rest
+            are the task's own prompts.
+        own_items: how many items the base model writes on a prompt.
+    """
+
+    unlikelihood: Annotated[float, Field(ge=0)] = 1.0
+    own_lists: Annotated[float, Field(ge=0, le=1)] = 0.5
+    own_items: Annotated[int, Field(ge=1)] = 4
+
+
+class ObjectiveBlock(Block):
+    """What the training minimises: `answer_set`, or `sft` (cross-entropy on the next gold answer)."""
+
+    objective: Literal["answer_set", "sft"] = "answer_set"
+    answer_set: AnswerSetBlock = AnswerSetBlock()
+
+
+class LofitMethod(ObjectiveBlock):
+    """The head adapter: scale and offset on chosen heads, everything else frozen."""
+
+    scale: Literal["none", "head", "vector"] = "vector"
+    offset: bool = True
+    init_std: Annotated[float, Field(ge=0)] = 0.0
+
+
+class LoraMethod(ObjectiveBlock):
+    """LoRA on all linear layers, the baseline; `heads` is ignored by it and may be left out."""
+
+    r: Annotated[int, Field(ge=1)] = 8
+    alpha: Annotated[int, Field(ge=1)] = 16
+    target_modules: str | list[str] = "all-linear"
+
+
+class SteerMethod(Block):
+    """No training: chosen heads multiplied by a factor, through the same adapter."""
+
+    factor: float = 1.25
+
+
+class EvaluationBlock(Block):
+    """How the generated lists are scored."""
+
+    n_items: Annotated[int, Field(ge=1)] = 3
+    batch_size: Annotated[int, Field(ge=1)] = 16
+
+
+class TrackingBlock(Block):
+    """Where the run is filed. `wandb`: online, offline, disabled, or null to use W&B where a key is present."""
+
+    project: str = "headtune"
+    group: str | None = None
+    tags: list[str] = []
+    wandb: Literal["online", "offline", "disabled"] | None = None
+
+
+METHODS: dict[str, type[Block]] = {"lofit": LofitMethod, "lora": LoraMethod, "steer": SteerMethod}
+
+
+class Recipe(Block):
+    """A whole recipe. `method` is the block of the family named by `recipe`."""
+
+    recipe: Literal["lofit", "lora", "steer"]
+    model: ModelBlock = ModelBlock()
+    heads: HeadsBlock | None = None
+    task: TaskBlock = TaskBlock()
+    method: LofitMethod | LoraMethod | SteerMethod
+    training: dict[str, Any] = {}
+    evaluation: EvaluationBlock = EvaluationBlock()
+    tracking: TrackingBlock = TrackingBlock()
+    name: str = ""
+    output_dir: str = ""
+    seed: int = 0
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.output_dir)
+
+    def dump(self) -> dict[str, Any]:
+        """As written to the run: every default spelt out."""
+        return self.model_dump(mode="json", by_alias=True, exclude_none=True)
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.dump(), sort_keys=False, allow_unicode=True)
+
+
+def parse(data: Any, where: str = "recipe") -> Recipe:
+    """Check a recipe and fill in name and output folder.
+
+    Raises:
+        InputError: the first thing that is wrong: an unknown key (with the nearest known one), a wrong type, a value
+            out of range.
+    """
+    if not isinstance(data, dict):
+        raise InputError(f"{where}: a recipe is a mapping of keys, found {type(data).__name__}")
+    family = data.get("recipe")
+    if family not in METHODS:
+        hint = nearest(str(family), METHODS) if family else "known: " + ", ".join(METHODS)
+        raise InputError(f"{where}: recipe {family!r} is unknown; {hint}")
+    # Checked on its own, so that errors name method.x and not one alternative of a union.
+    method = _check(METHODS[family], data.get("method") or {}, where, "method.")
+    recipe: Recipe = _check(Recipe, {**data, "method": method}, where)
+    if recipe.heads is None and family != "lora":
+        raise InputError(f"{where}: heads is missing; give from, identify, random, all or list")
+    _check_training(recipe.training, where)
+    digest = hashlib.sha256(json.dumps(recipe.dump(), sort_keys=True).encode()).hexdigest()[:6]
+    name = recipe.name or f"{family}-{_heads_label(recipe.heads)}-s{recipe.seed}-{digest}"
+    if "/" in name or name in (".", ".."):
+        raise InputError(f"{where}: name {name!r} must not hold a slash; use output_dir for the place")
+    return recipe.model_copy(update={"name": name, "output_dir": recipe.output_dir or f"runs/{name}"})
+
+
+def _heads_label(heads: HeadsBlock | None) -> str:
+    if heads is None:
+        return "none"
+    if heads.every:
+        return "all"
+    if heads.pairs:
+        return f"list{len(heads.pairs)}"
+    return ("random-" if heads.random else "") + f"{heads.role}{heads.top}"
+
+
+def _check(kind: type[Any], data: Any, where: str, prefix: str = "") -> Any:
+    try:
+        return kind.model_validate(data)
+    except ValidationError as error:
+        raise InputError(f"{where}: {_one_line(error, kind, prefix)}") from None
+
+
+def _one_line(error: ValidationError, kind: type[BaseModel], prefix: str) -> str:
+    # Unknown keys first: a misspelt key is usually why another seems to be missing.
+    problems = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
+    problem = problems[0]
+    path = prefix + ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        known = _keys_at(kind, problem["loc"][:-1])
+        return f"unknown key {path!r}; {nearest(str(problem['loc'][-1]), known)}"
+    message = problem["msg"].removeprefix("Value error, ")
+    message = message[:1].lower() + message[1:]
+    value = problem["input"]
+    shown = "" if isinstance(value, dict | list) and len(str(value)) > 80 else f", found {value!r}"
+    return f"{path.rstrip('.') or 'recipe'}: {message}{shown}"
+
+
+def _keys_at(kind: type[BaseModel], path: Sequence[Any]) -> list[str]:
+    """The keys known at a path of nested blocks."""
+    current = kind
+    for part in path:
+        field = next((f for n, f in current.model_fields.items() if part in (n, f.alias)), None)
+        options = [] if field is None else [field.annotation, *typing.get_args(field.annotation)]
+        blocks = [option for option in options if isinstance(option, type) and issubclass(option, BaseModel)]
+        if not blocks:
+            return []
+        current = blocks[0]
+    return [field.alias or name for name, field in current.model_fields.items()]
+
+
+def _check_training(values: Mapping[str, Any], where: str) -> None:
+    """Check `training` against TRL's SFTConfig: names and types (an int passes for a float)."""
+    from trl import SFTConfig
+
+    fields = {field.name for field in dataclasses.fields(SFTConfig) if field.init}
+    hints = typing.get_type_hints(SFTConfig)
+    for key, value in values.items():
+        if key in _OWN_TRAINING_KEYS:
+            use = _OWN_TRAINING_KEYS[key]
+            raise InputError(f"{where}: training.{key} is set by the run; {f'use {use}' if use else 'remove it'}")
+        if key not in fields:
+            raise InputError(f"{where}: unknown key 'training.{key}'; {_nearest_few(key, fields)}")
+        try:
+            TypeAdapter(hints[key], config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value, strict=True)
+        except ValidationError as error:
+            expected = str(hints[key]).replace("typing.", "").removeprefix("<class '").removesuffix("'>")
+            if _is_enum_name(hints[key], value):
+                continue
+            del error
+            raise InputError(f"{where}: training.{key} must be {expected}, found {value!r}") from None
+
+
+def _is_enum_name(hint: Any, value: Any) -> bool:
+    """transformers takes its enums (schedulers, strategies) by value."""
+    import enum
+
+    options = [hint, *typing.get_args(hint)]
+    enums = [option for option in options if isinstance(option, type) and issubclass(option, enum.Enum)]
+    return any(value in [member.value for member in option] for option in enums)
+
+
+def _nearest_few(word: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(word, sorted(known), n=1, cutoff=0.4)
+    return f"did you mean 'training.{close[0]}'?" if close else "it is not a field of TRL's SFTConfig"
+
+
+# --- files and overrides ----------------------------------------------------------------------------------------------
+
+
+def recipe_names() -> list[str]:
+    """The recipes that come with headtune, by their path without the ending: `lofit/one_to_many`."""
+    root = importlib.resources.files("headtune.recipes")
+    return sorted(
+        f"{folder.name}/{file.name.removesuffix('.yaml')}"
+        for folder in root.iterdir()
+        if folder.is_dir()
+        for file in folder.iterdir()
+        if file.name.endswith(".yaml")
+    )
+
+
+def read_source(name: str) -> str:
+    """The text of a recipe, by path or by built-in name.
+
+    Raises:
+        InputError: there is no such recipe.
+    """
+    path = Path(name)
+    if path.is_file():
+        try:
+            return path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise InputError(f"recipe {name!r} is not UTF-8 text: {error.reason} at byte {error.start}") from None
+    if name in recipe_names():
+        return (importlib.resources.files("headtune.recipes") / f"{name}.yaml").read_text(encoding="utf-8")
+    raise InputError(f"recipe {name!r} is neither a file nor built in; {nearest(name, recipe_names())}")
+
+
+def load(name: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe, apply `key.sub=value` overrides, check it.
+
+    Raises:
+        InputError: no such recipe, malformed YAML (with its line), a bad override, or anything `parse` refuses.
+    """
+    try:
+        data = yaml.safe_load(read_source(name))
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" at line {mark.line + 1}" if mark else ""
+        raise InputError(f"{name}: not YAML{line}: {getattr(error, 'problem', None) or error}") from None
+    for override in overrides:
+        data = _apply(data, override)
+    return parse(data, name)
+
+
+def _apply(data: Any, override: str) -> Any:
+    path, equals, text = override.partition("=")
+    keys = path.split(".")
+    if not equals or not all(keys):
+        raise InputError(f"override {override!r} must read key=value, such as training.max_steps=3")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise InputError(f"override {override!r}: the value is not YAML") from None
+    data = dict(data or {})
+    current = data
+    for depth, key in enumerate(keys[:-1]):
+        inner = current.get(key)
+        if inner is not None and not isinstance(inner, dict):
+            raise InputError(f"override {override!r}: {'.'.join(keys[: depth + 1])} is a value, not a block")
+        current[key] = dict(inner or {})
+        current = current[key]
+    current[keys[-1]] = value
+    return data

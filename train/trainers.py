@@ -1,0 +1,150 @@
+"""TRL's SFTTrainer with our objective, and the rows it trains on."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import datasets
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from trl import SFTTrainer
+
+from ..analysis.errors import InputError
+from ..analysis.tasks import EncodedTask, Example, Task, continuation
+from .evaluate import generate_lists
+from .objectives import answer_set
+from .recipe import AnswerSetBlock
+
+
+def own_list_examples(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, n_items: int, batch_size: int = 16
+) -> list[Example]:
+    """Prompts that end inside lists which the model itself wrote, greedily, right or wrong.
+
+    A prompt of the task is continued for `n_items` items; each item border inside the continuation gives one example,
+    whose previous answers are the given ones and everything the model wrote before it. Training on these shows the
+    objective the mistakes the model makes, above all its repeats, instead of flawless prefixes only.
+    """
+    examples = []
+    for scored in generate_lists(model, tokenizer, task, n_items, batch_size):
+        lines = scored.text.split("\n")
+        for index in range(1, min(len(lines), len(scored.items) + 1)):
+            marker = re.match(r"\s*(\d+[.)]|[-*•])", lines[index])
+            if marker is None:
+                break  # no longer a list
+            prompt = scored.example.prompt + "\n".join(lines[:index]) + "\n" + marker.group(0)
+            previous = (*scored.example.previous, *scored.items[:index])
+            example = Example(prompt, scored.example.subject, scored.example.answers, previous)
+            if example.remaining:
+                examples.append(example)
+    return examples
+
+
+def answer_set_task(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    block: AnswerSetBlock,
+    n_rows: int,
+    seed: int,
+    batch_size: int = 16,
+) -> Task:
+    """The training prompts of the answer-set objective: a share from the task, the rest from the model's own lists.
+
+    Args:
+        n_rows: prompts wanted in all; fewer where the task is smaller.
+
+    Raises:
+        InputError: the model's own lists give no usable prompt though some were asked for.
+    """
+    n_own = round(block.own_lists * n_rows)
+    given = list(task.limited(n_rows - n_own, seed).examples) if n_rows > n_own else []
+    own: list[Example] = []
+    if n_own:
+        # About `own_items` examples come from one list; the seed is moved on so that other prompts are continued.
+        prompts = task.limited(-(-n_own // block.own_items) * 5 // 4, seed + 1)
+        own = own_list_examples(model, tokenizer, prompts, block.own_items + 1, batch_size)
+        if not own:
+            raise InputError(f"the model continues no prompt of {task.name!r} as a list; set method.answer_set.own_lists=0")
+        random.Random(seed).shuffle(own)
+        own = own[:n_own]
+    return Task(f"{task.name}+own", tuple(given + own))
+
+
+def answer_set_rows(encoded: EncodedTask) -> datasets.Dataset:
+    """Columns `input_ids`, `labels`, `remaining`, `previous`: one prompt a row, its END the only place with a loss.
+
+    `labels` mask everything; TRL asks for the column, the objective reads `remaining` and `previous`.
+    """
+    return datasets.Dataset.from_list(
+        [
+            {
+                "input_ids": example.tokens.tolist(),
+                "labels": [-100] * (len(example.tokens) - 1) + [example.target_tokens[0]],
+                "remaining": list(example.target_tokens),
+                "previous": sorted(set(example.previous_tokens)),
+            }
+            for example in encoded.examples
+        ]
+    )
+
+
+def sft_rows(task: Task, seed: int) -> datasets.Dataset:
+    """Columns `prompt`, `completion`: the next answer is drawn, seeded, from the remaining ones."""
+    generator = random.Random(seed)
+    rows = []
+    for example in task.examples:
+        answer = generator.choice(example.remaining)
+        rows.append({"prompt": example.prompt, "completion": continuation(example.prompt, answer) + "\n"})
+    return datasets.Dataset.from_list(rows)
+
+
+class AnswerSetCollator:
+    """Pad on the left, so that END is the last position of every row; pad token sets with -1."""
+
+    def __init__(self, pad_token_id: int) -> None:
+        self.pad_token_id = pad_token_id
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        def padded(name: str, value: int) -> Tensor:
+            width = max(1, *(len(row[name]) for row in rows))
+            return torch.tensor([[value] * (width - len(row[name])) + list(row[name]) for row in rows])
+
+        lengths = torch.tensor([len(row["input_ids"]) for row in rows])
+        tokens = padded("input_ids", self.pad_token_id)
+        mask = (torch.arange(tokens.shape[1]) >= (tokens.shape[1] - lengths)[:, None]).long()
+        return {
+            "input_ids": tokens,
+            "attention_mask": mask,
+            "position_ids": (mask.cumsum(-1) - 1).clamp(min=0),
+            "remaining": padded("remaining", -1),
+            "previous": padded("previous", -1),
+        }
+
+
+class AnswerSetTrainer(SFTTrainer):
+    """SFTTrainer whose loss is `objectives.answer_set` at END; its parts are logged as `recall` and `suppression`."""
+
+    def __init__(self, *args: Any, unlikelihood: float = 1.0, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.unlikelihood = unlikelihood
+        # The loss is a mean over rows, so accumulated steps are averaged by the trainer, not by token counts.
+        self.model_accepts_loss_kwargs = False
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        remaining, previous = inputs.pop("remaining"), inputs.pop("previous")
+        outputs = model(**inputs, use_cache=False, logits_to_keep=1)
+        terms = answer_set(outputs.logits[:, -1], remaining, previous, self.unlikelihood)
+        mode = "train" if self.model.training else "eval"
+        for name in ("recall", "suppression"):
+            value = self.accelerator.gather_for_metrics(terms[name].detach()[None]).mean().item()
+            self._metrics[mode][name].append(value)
+        return (terms["loss"], outputs) if return_outputs else terms["loss"]
+
+
