@@ -38,18 +38,13 @@ class Architecture:
     input_biases: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
 
 
-_LLAMA = {
-    "layers": "model.layers",
-    "attention": "self_attn",
-    "output_projection": "o_proj",
-    "final_norm": "model.norm",
-}
+_LLAMA = ("model.layers", "self_attn", "o_proj", "model.norm")
 
 ARCHITECTURES: dict[str, Architecture] = {
-    "llama": Architecture(**_LLAMA, export="attention_bias"),
-    "mistral": Architecture(**_LLAMA, export="none"),
-    "qwen2": Architecture(**_LLAMA, export="none"),
-    "qwen3": Architecture(**_LLAMA, export="attention_bias"),
+    "llama": Architecture(*_LLAMA, export="attention_bias"),
+    "mistral": Architecture(*_LLAMA, export="none"),
+    "qwen2": Architecture(*_LLAMA, export="none"),
+    "qwen3": Architecture(*_LLAMA, export="attention_bias"),
     "gpt2": Architecture("transformer.h", "attn", "c_proj", "transformer.ln_f", export="bias", in_out_weight=True),
     "opt": Architecture(
         "model.decoder.layers", "self_attn", "out_proj", "model.decoder.final_layer_norm", export="bias"

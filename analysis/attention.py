@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from transformers.masking_utils import sdpa_mask
 IMPLEMENTATION = "headtune_rows"  # must not contain "sdpa": a substring check in transformers refuses some families
 
 
-@dataclass
+@dataclass(eq=False)  # each block is itself: lists of tensors have no truth value
 class AttentionRows:
     """What a `record_rows` block collects, by layer.
 
@@ -37,9 +38,7 @@ class AttentionRows:
 _recorders: list[AttentionRows] = []
 
 
-def attention_rows(
-    query: Tensor, key: Tensor, mask: Tensor | None, scaling: float | None, positions: Tensor
-) -> Tensor:
+def attention_rows(query: Tensor, key: Tensor, mask: Tensor | None, scaling: float | None, positions: Tensor) -> Tensor:
     """`softmax(q_pos . k^T * scaling + mask)` in float32 for one query position per example: `[batch, heads, keys]`.
 
     Args:
@@ -72,7 +71,7 @@ def _forward(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    **kwargs: object,
+    **kwargs: Any,
 ) -> tuple[Tensor, None]:
     if _recorders:
         groups = query.shape[1] // key.shape[1]
@@ -81,9 +80,7 @@ def _forward(
             layer = int(module.layer_idx)  # type: ignore[arg-type]
             rows.pattern[layer] = attention_rows(query, repeated, attention_mask, scaling, rows.positions)
             rows.values[layer] = repeat_kv(value, groups)
-    return sdpa_attention_forward(  # type: ignore[return-value]
-        module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
-    )
+    return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
 
 
 AttentionInterface.register(IMPLEMENTATION, _forward)

@@ -88,8 +88,8 @@ class HeadSet:
         for key in ("n_layers", "n_heads", "head_dim"):
             if self.model.get(key) != model[key]:
                 raise InputError(
-                    f"head set of {self.model.get('name')!r} has {key} {self.model.get(key)}, but {model['name']!r} has "
-                    f"{model[key]}; run headtune identify on this model"
+                    f"head set of {self.model.get('name')!r} has {key} {self.model.get(key)}, but {model['name']!r} "
+                    f"has {model[key]}; run headtune identify on this model"
                 )
         if self.model.get("weights_sha256") != model["weights_sha256"]:
             return [f"the heads were identified on other weights ({self.model.get('name')!r}) than {model['name']!r}'s"]
@@ -126,7 +126,9 @@ def read(path: Path) -> HeadSet:
         raise InputError(f"{where} is not JSON: {error}") from None
     if not isinstance(data, dict) or data.get("schema") != SCHEMA:
         found = data.get("schema") if isinstance(data, dict) else type(data).__name__
-        raise InputError(f"{where} has schema {found!r}, this version reads schema {SCHEMA}; run headtune identify again")
+        raise InputError(
+            f"{where} has schema {found!r}, this version reads schema {SCHEMA}; run headtune identify again"
+        )
     known = set(HeadSet.__dataclass_fields__)
     for key in data:
         if key not in known:

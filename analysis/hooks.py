@@ -105,7 +105,11 @@ def replace(
     heads: HeadModel, values: Mapping[tuple[int, int], Tensor], positions: Tensor | None = None
 ) -> Iterator[None]:
     """Put given outputs in place of heads': `z[l, h] := values[l, h]`, broadcastable to `[batch, (seq,) head_dim]`."""
-    edits = {key: (lambda z, value=value: value.to(z).expand_as(z)) for key, value in values.items()}
+
+    def put(value: Tensor) -> Callable[[Tensor], Tensor]:
+        return lambda z: value.to(z).expand_as(z)
+
+    edits = {key: put(value) for key, value in values.items()}
     with _edit_heads(heads, edits, positions):
         yield
 
@@ -115,7 +119,11 @@ def scale(
     heads: HeadModel, factors: Mapping[tuple[int, int], float], positions: Tensor | None = None
 ) -> Iterator[None]:
     """Multiply heads' outputs: `z[l, h] := factors[l, h] * z[l, h]`."""
-    with _edit_heads(heads, {key: (lambda z, f=f: z * f) for key, f in factors.items()}, positions):
+
+    def times(factor: float) -> Callable[[Tensor], Tensor]:
+        return lambda z: z * factor
+
+    with _edit_heads(heads, {key: times(factor) for key, factor in factors.items()}, positions):
         yield
 
 

@@ -16,7 +16,7 @@ from .files import require_new_folder
 from .headset import ROLES, HeadSet, provenance, random_like
 from .model import HeadModel
 from .patching import ablation_effects, set_probabilities
-from .scores import Scores, mean_interval, stack
+from .scores import Array, Scores, mean_interval, stack
 from .selection import rank, rule_for, stability
 from .tasks import Encoded, Task, encode
 
@@ -66,7 +66,7 @@ def identify(
     subjects = [example.example.subject for example in encoded.examples]
     rows = []
     for example in progress(encoded.examples, "scoring heads"):
-        row = {}
+        row: dict[str, Array] = {}
         if method in ("all", "dla"):
             row |= attribute(model, example)
         if method in ("all", "ablation"):
@@ -83,7 +83,9 @@ def identify(
                 "top": top,
                 "verify_top": verify_top,
                 "n_random": n_random,
-                "rules": {role: dict(zip(("rank", "sign", "confirm"), rule_for(role, scores), strict=True)) for role in ROLES},
+                "rules": {
+                    role: dict(zip(("rank", "sign", "confirm"), rule_for(role, scores), strict=True)) for role in ROLES
+                },
             },
             "seed": seed,
         },

@@ -1,6 +1,7 @@
 """Loading a model, and the view of its heads that checks itself before anybody relies on it.
 
-The per-head point is the *input* of the attention output projection, `z[l, h]`, shape `[batch, seq, n_heads, head_dim]`.
+The per-head point is the *input* of the attention output projection, `z[l, h]`, of shape
+`[batch, seq, n_heads, head_dim]`.
 """
 
 from __future__ import annotations
@@ -66,7 +67,8 @@ class HeadModel:
 
     @cached_property
     def layers(self) -> list[nn.Module]:
-        return list(self.model.get_submodule(self.architecture.layers))  # type: ignore[arg-type]
+        layers: Any = self.model.get_submodule(self.architecture.layers)
+        return list(layers)
 
     def attention(self, layer: int) -> nn.Module:
         """The attention block of a layer; the first item of its output is what it adds to the residual stream."""
@@ -96,9 +98,9 @@ class HeadModel:
             `[n, d_model]` float32.
         """
         output = self.model.get_output_embeddings()
-        rows = output.weight[tokens].float()  # type: ignore[index, union-attr, operator]
+        rows = output.weight[tokens].float()
         norm = self.model.get_submodule(self.architecture.final_norm)
-        gamma = norm.weight.float()  # type: ignore[operator, union-attr]
+        gamma = norm.weight.float()
         x = residual.float()
         directions = rows * gamma
         if isinstance(norm, nn.LayerNorm):
@@ -136,7 +138,7 @@ class HeadModel:
         digest = hashlib.sha256()
         for name, parameter in sorted(self.model.named_parameters()):
             digest.update(name.encode())
-            digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy())
+            digest.update(memoryview(parameter.detach().cpu().contiguous().view(torch.uint8).numpy()).cast("B"))
         return digest.hexdigest()
 
 
@@ -167,7 +169,7 @@ def view(
     heads = HeadModel(
         model,
         tokenizer,
-        name or model.name_or_path,
+        name or str(model.name_or_path),
         architecture,
         n_layers=len(layers),
         n_heads=config.num_attention_heads,
@@ -226,7 +228,7 @@ def check(heads: HeadModel, reference: Tensor | None = None) -> None:
         where = f"{heads.architecture.layers}.{layer}.{heads.architecture.attention}"
         contributions = torch.einsum("bshd,hdm->bsm", z[layer].float(), heads.output_weight(layer).float())
         bias = heads.projection(layer).bias
-        total = contributions if bias is None else contributions + bias.float()  # type: ignore[operator, union-attr]
+        total = contributions if bias is None else contributions + bias.float()
         expected = outputs[layer].float()
         gap = (total - expected).abs().max().item()
         if gap > tolerance * max(1.0, expected.abs().max().item()):
@@ -288,6 +290,35 @@ def parse_dtype(dtype: str) -> torch.dtype:
     return DTYPES[dtype]
 
 
+def _require_on_hub(name: str, revision: str | None) -> None:
+    """Ask the hub once, briefly: loading an unknown name would be retried for half a minute.
+
+    Raises:
+        InputError: there is no such model, or the hub cannot be reached and the model is not in the local cache.
+    """
+    from huggingface_hub import HfApi, constants, try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    expected = f"give {EMBEDDED!r}, a model folder, or a hub id (org/name)"
+    try:
+        if isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str):
+            return
+        if constants.HF_HUB_OFFLINE:
+            raise InputError(
+                f"model {name!r} is neither a folder nor in the local hub cache (offline mode); {expected}"
+            )
+        HfApi().model_info(name, revision=revision, timeout=10)
+    except HFValidationError:
+        raise InputError(f"model {name!r} is not a folder and not a valid hub id; {expected}") from None
+    except InputError:
+        raise
+    except Exception as error:  # network, HTTP and repository errors come from several libraries
+        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        raise InputError(
+            f"model {name!r} is neither a folder nor reachable on the hub ({reason}); {expected}"
+        ) from None
+
+
 def load_plain(
     name: str, dtype: str = "float32", revision: str | None = None, trust_remote_code: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -298,8 +329,8 @@ def load_plain(
     """
     source = resolve(name)
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-    if (os.sep in name or name.startswith(".")) and not Path(name).is_dir() and name.count("/") != 1:
-        raise InputError(f"model {name!r} is not a folder; give a folder, a hub id (org/name) or {EMBEDDED!r}")
+    if not Path(source).is_dir():
+        _require_on_hub(name, revision)
     try:
         architecture_of(AutoConfig.from_pretrained(source, **options).get_text_config().model_type)
         tokenizer = AutoTokenizer.from_pretrained(source, **options)

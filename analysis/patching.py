@@ -32,11 +32,13 @@ class AnswerProbabilities:
     Attributes:
         target: `[rows]` total probability of the remaining answers' first tokens.
         previous: `[rows]` total probability of the previous answers' first tokens (0 where there are none).
+        logs: name -> `[rows]` natural logarithm of the total, finite where the probability itself underflows to 0.
         logits: name -> `[rows]` mean logit of each of the two sets.
     """
 
     target: Tensor
     previous: Tensor
+    logs: dict[str, Tensor]
     logits: dict[str, Tensor]
 
 
@@ -45,10 +47,13 @@ def answer_probabilities(logits: Tensor, encoded: Encoded) -> AnswerProbabilitie
     logits = logits.float()
     log_p = logits - logits.logsumexp(-1, keepdim=True)
     targets, previous = list(encoded.target_tokens), sorted(set(encoded.previous_tokens))
-    means = {"target": logits[:, targets].mean(-1)}
-    if previous:
-        means["previous"] = logits[:, previous].mean(-1)
-    return AnswerProbabilities(log_p[:, targets].exp().sum(-1), log_p[:, previous].exp().sum(-1), means)
+    sets = {"target": targets} | ({"previous": previous} if previous else {})
+    return AnswerProbabilities(
+        log_p[:, targets].exp().sum(-1),
+        log_p[:, previous].exp().sum(-1),
+        {name: log_p[:, tokens].logsumexp(-1) for name, tokens in sets.items()},
+        {name: logits[:, tokens].mean(-1) for name, tokens in sets.items()},
+    )
 
 
 @torch.no_grad()
@@ -148,13 +153,13 @@ def ablation_effects(heads: HeadModel, encoded: Encoded, max_rows: int = 512) ->
     rows += [[(layer, head)] for layer in range(heads.n_layers) for head in range(heads.n_heads)]
     result = answer_probabilities(silenced_logits(heads, encoded.tokens, rows, max_rows), encoded)
     quantities = {
-        "target": result.target.log(),
+        "target": result.logs["target"],
         "target_p": result.target,
         "target_logit": result.logits["target"],
     }
     if encoded.previous_tokens:
         quantities |= {
-            "previous": result.previous.log(),
+            "previous": result.logs["previous"],
             "previous_p": result.previous,
             "previous_logit": result.logits["previous"],
         }

@@ -33,7 +33,8 @@ class Scores:
 
     def mean(self, name: str) -> Array:
         """`[n_layers, n_heads]` mean over the examples that have the quantity."""
-        return np.nanmean(self.by_example[name], axis=0, dtype=np.float64).astype(np.float32)
+        mean: Array = np.asarray(np.nanmean(self.by_example[name], axis=0, dtype=np.float64), dtype=np.float32)
+        return mean
 
     def means(self) -> dict[str, Array]:
         return {name: self.mean(name) for name in self.by_example}

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .headset import RankedHead
-from .scores import Array, Scores
+from .scores import Scores
 
 # role -> (attribution that ranks, its sign, ablation that confirms). A suppression head lowers previous answers; on
 # single facts, where there are none, it lowers the correct answer.
@@ -54,7 +55,7 @@ def rank(scores: Scores, role: str, top: int, n_bootstrap: int = 1000, seed: int
     return ranked
 
 
-def _confirmed(scores: Scores, attribution: str, sign: float, ablation: str, n: int, seed: int) -> Array:
+def _confirmed(scores: Scores, attribution: str, sign: float, ablation: str, n: int, seed: int) -> NDArray[np.bool_]:
     low, high = scores.interval(attribution, n, seed)
     right = (low > 0) if sign > 0 else (high < 0)
     if ablation in scores.by_example:

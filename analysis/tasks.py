@@ -68,7 +68,7 @@ class Task:
         return hashlib.sha256(to_jsonl(self.examples).encode()).hexdigest()
 
     def limited(self, max_examples: int | None, seed: int = 0) -> Task:
-        """At most `max_examples` examples, spread evenly over subjects (a seeded shuffle, one subject after another)."""
+        """At most `max_examples` examples, spread evenly over subjects (a seeded shuffle, subject by subject)."""
         if max_examples is None or max_examples >= len(self.examples):
             return self
         by_subject: dict[str, list[Example]] = {}
@@ -176,13 +176,20 @@ def build_files(facts: Path, templates: Path | None, out: Path, **options: Any) 
     else:
         rows = _read_json(templates, "templates", list)
         chosen = [_template(row, str(templates)) for row in rows]
+    for found, path, what in ((table, facts, "subjects"), (chosen, templates, "templates")):
+        if not found:
+            raise InputError(f"{path} holds no {what}; add at least one")
     task = Task(out.stem, tuple(build(table, chosen, **options)))
     write_text(out, to_jsonl(task.examples))
     return task
 
 
 def _template(row: Any, where: str) -> Template:
-    if not isinstance(row, dict) or not {"header"} <= set(row) <= {"header", "item"}:
+    if (
+        not isinstance(row, dict)
+        or not {"header"} <= set(row) <= {"header", "item"}
+        or not all(isinstance(text, str) for text in row.values())
+    ):
         raise InputError(f'{where}: template {row!r} must be {{"header": "... {{subject}}", "item": "... {{answer}}"}}')
     return Template(**row)
 
@@ -256,7 +263,7 @@ def load_task(name: str, split_seed: int = 0) -> Task:
     """
     base, colon, split = name.rpartition(":")
     if not colon or "/" in split or "\\" in split:
-        base, split = name, ""
+        base, colon = name, ""
     if base in builtin_names():
         task = Task(base, tuple(_builtin(base)))
     elif base.endswith((".jsonl", ".json")) or Path(base).exists():
@@ -265,15 +272,18 @@ def load_task(name: str, split_seed: int = 0) -> Task:
         task = Task(base, tuple(_read_hub(base)))
     else:
         raise InputError(f"task {base!r} is neither a file, a hub id nor built in; {nearest(base, builtin_names())}")
-    return take_split(task, split, split_seed) if split else task
+    return take_split(task, split, split_seed) if colon else task
 
 
 def _read_jsonl(path: Path) -> list[Example]:
     if not path.is_file():
-        raise InputError(f"task file {str(path)!r} does not exist; check the path or build it with: headtune task build")
+        raise InputError(
+            f"task file {str(path)!r} does not exist; check the path or build it with: headtune task build"
+        )
     examples = []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Not splitlines: JSON strings may hold U+2028 and the like, which end no JSONL line.
+        lines = path.read_text(encoding="utf-8").split("\n")
     except UnicodeDecodeError as error:
         raise InputError(f"task file {str(path)!r} is not UTF-8 text: {error.reason} at byte {error.start}") from None
     for number, line in enumerate(lines, start=1):
@@ -326,7 +336,9 @@ def parse_example(row: Any, where: str) -> Example:
         row["prompt"], row["subject"], tuple(row["answers"]), tuple(row.get("previous") or ()), row.get("corrupt")
     )
     if not example.subject or example.subject not in example.prompt:
-        raise InputError(f"{where}: the prompt does not contain its subject {example.subject!r}; write it as in the prompt")
+        raise InputError(
+            f"{where}: the prompt does not contain its subject {example.subject!r}; write it as in the prompt"
+        )
     for answer in example.previous:
         if answer not in example.prompt:
             raise InputError(f"{where}: the prompt does not contain the previous answer {answer!r}")
@@ -467,7 +479,13 @@ def _encode_one(example: Example, tokenizer: PreTrainedTokenizerBase) -> tuple[E
         return None, "remaining and previous answers share first tokens"
     return (
         Encoded(
-            example, torch.tensor(ids), subject, tuple(spans), tuple(sorted(targets)), previous, tuple(sorted(ambiguous))
+            example,
+            torch.tensor(ids),
+            subject,
+            tuple(spans),
+            tuple(sorted(targets)),
+            previous,
+            tuple(sorted(ambiguous)),
         ),
         "",
     )

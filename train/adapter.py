@@ -61,7 +61,7 @@ class HeadTuningConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = HeadPeftType.HEAD_TUNING  # type: ignore[assignment]
+        self.peft_type = HeadPeftType.HEAD_TUNING
         self.heads = sorted([int(layer), int(head)] for layer, head in self.heads)
         if self.scale not in SCALES:
             raise InputError(f"scale {self.scale!r} is unknown; choose one of {', '.join(SCALES)}")
@@ -168,14 +168,17 @@ class HeadTuningLayer(nn.Module, BaseTunerLayer):
                 continue
             if not self._original:
                 bias = base.bias
-                self._original = {"weight": base.weight.data.clone(), "bias": None if bias is None else bias.data.clone()}
+                self._original = {
+                    "weight": base.weight.data.clone(),
+                    "bias": None if bias is None else bias.data.clone(),
+                }
             scale, offset = self.factors(name)
             weight = base.weight.data.float()
             if offset is not None:
                 v = offset.detach().float()
                 shift = v @ weight if in_out else weight @ v
-                old = 0 if base.bias is None else base.bias.data.float()
-                base.bias = nn.Parameter((old + shift).to(base.weight.dtype), requires_grad=False)
+                total = shift if base.bias is None else base.bias.data.float() + shift
+                base.bias = nn.Parameter(total.to(base.weight.dtype), requires_grad=False)
             if scale is not None:
                 a = scale.detach().float()
                 weight = weight * (a[:, None] if in_out else a[None, :])
@@ -204,14 +207,15 @@ class HeadTuningLayer(nn.Module, BaseTunerLayer):
         return "head_tuning." + super().__repr__()
 
 
+OUTPUT_PROJECTIONS = {name: [f"{row.attention}.{row.output_projection}"] for name, row in ARCHITECTURES.items()}
+
+
 class HeadTuningModel(BaseTuner):
     """Puts `HeadTuningLayer` around the output projections of the layers that hold chosen heads."""
 
     prefix: str = "head_tuning_"
     tuner_layer_cls = HeadTuningLayer
-    target_module_mapping = {
-        name: [f"{row.attention}.{row.output_projection}"] for name, row in ARCHITECTURES.items()
-    }
+    target_module_mapping: dict[str, list[str]] = OUTPUT_PROJECTIONS
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
         config: HeadTuningConfig = peft_config
@@ -225,7 +229,8 @@ class HeadTuningModel(BaseTuner):
         for layer, head in config.heads:
             if not (0 <= layer < n_layers and 0 <= head < n_heads):
                 raise InputError(
-                    f"head L{layer}H{head} is out of range: the model has layers 0-{n_layers - 1} and heads 0-{n_heads - 1}"
+                    f"head L{layer}H{head} is out of range: the model has layers 0-{n_layers - 1} and heads "
+                    f"0-{n_heads - 1}"
                 )
         if config.target_modules is None:
             config.target_modules = list(self.target_module_mapping[model_config["model_type"]])
@@ -254,7 +259,9 @@ class HeadTuningModel(BaseTuner):
             target.update_layer(adapter_name, peft_config)
             return
         if isinstance(target, BaseTunerLayer):
-            raise InputError(f"{current_key} already carries a {type(target).__name__}; head tuning cannot be combined with it")
+            raise InputError(
+                f"{current_key} already carries a {type(target).__name__}; head tuning cannot be combined with it"
+            )
         match = re.search(r"\.(\d+)\.", current_key)
         assert match is not None
         new = HeadTuningLayer(target, adapter_name, int(match.group(1)), peft_config)
@@ -271,4 +278,3 @@ def _register() -> None:
 
 
 _register()
-

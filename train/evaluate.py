@@ -65,7 +65,7 @@ class _EnoughLines(StoppingCriteria):
     def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt_length: int, n: int) -> None:
         self.tokenizer, self.start, self.n = tokenizer, prompt_length, n
 
-    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:  # type: ignore[override]
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
         texts = self.tokenizer.batch_decode(input_ids[:, self.start :])
         done = [text.lstrip().count("\n") >= self.n for text in texts]
         return torch.tensor(done, device=input_ids.device)
@@ -97,7 +97,8 @@ def generate_lists(
             batch = tokenizer([task.examples[i].prompt for i in indices], return_tensors="pt", padding=True)
             batch = batch.to(model.device)
             length = batch["input_ids"].shape[1]
-            output = model.generate(
+            generate: Any = model.generate
+            output = generate(
                 input_ids=batch["input_ids"],
                 attention_mask=batch["attention_mask"],
                 do_sample=sample_seed is not None,
@@ -108,7 +109,9 @@ def generate_lists(
                 pad_token_id=tokenizer.pad_token_id,
                 stopping_criteria=StoppingCriteriaList([_EnoughLines(tokenizer, length, n_items)]),
             )
-            for i, text in zip(indices, tokenizer.batch_decode(output[:, length:], skip_special_tokens=True), strict=True):
+            for i, text in zip(
+                indices, tokenizer.batch_decode(output[:, length:], skip_special_tokens=True), strict=True
+            ):
                 example = task.examples[i]
                 items = parse_items(text, n_items)
                 results[i] = ScoredList(example, text, tuple(items), tuple(score_items(example, items, n_items)))

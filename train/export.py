@@ -25,7 +25,9 @@ from ..analysis.model import parse_dtype
 from ..analysis.tasks import Task
 from .adapter import HeadTuningLayer
 
-FLOAT32_TOLERANCE = 1e-3  # largest logit difference; folding reorders float32 sums, which moves logits by about 1e-5..1e-4
+FLOAT32_TOLERANCE = (
+    1e-3  # largest logit difference; folding reorders float32 sums, which moves logits by about 1e-5..1e-4
+)
 # Rounding every weight to 8 (or 11) bits of mantissa moves logits by a few per cent of their scale.
 HALF_TOLERANCE = 0.1
 

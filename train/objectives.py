@@ -6,9 +6,7 @@ import torch
 from torch import Tensor
 
 
-def answer_set(
-    logits: Tensor, remaining: Tensor, previous: Tensor, unlikelihood: float = 1.0
-) -> dict[str, Tensor]:
+def answer_set(logits: Tensor, remaining: Tensor, previous: Tensor, unlikelihood: float = 1.0) -> dict[str, Tensor]:
     """Any answer not given yet will do, none of those given will.
 
         recall      = -log sum_{t in remaining} p(t)
@@ -38,6 +36,21 @@ def answer_set(
         "recall": recall.mean(),
         "suppression": suppression.mean(),
     }
+
+
+def retention(logits: Tensor, reference: Tensor) -> Tensor:
+    """`mean KL(base || adapted)` in nats: what the base model would say next where no answer is due.
+
+    Args:
+        logits, reference: `[n, vocabulary]` of the adapted and of the base model at the same positions.
+
+    Returns:
+        A scalar, float32; 0 where there are no positions.
+    """
+    if not len(logits):
+        return logits.float().sum()  # 0, and still part of the graph
+    log_q, log_p = logits.float().log_softmax(-1), reference.float().log_softmax(-1)
+    return (log_p.exp() * (log_p - log_q)).sum(-1).mean()
 
 
 def _log_mass(log_p: Tensor, tokens: Tensor) -> Tensor:

@@ -127,11 +127,15 @@ class AnswerSetBlock(Block):
         own_lists: share of the training prompts whose previous answers are what the base model itself wrote; the rest
             are the task's own prompts.
         own_items: how many items the base model writes on a prompt.
+        retention: weight of the KL divergence to the base model at other positions of the same prompts.
+        retention_positions: how many positions of a batch that is measured at, drawn anew at every step.
     """
 
     unlikelihood: Annotated[float, Field(ge=0)] = 1.0
     own_lists: Annotated[float, Field(ge=0, le=1)] = 0.5
     own_items: Annotated[int, Field(ge=1)] = 4
+    retention: Annotated[float, Field(ge=0)] = 1.0
+    retention_positions: Annotated[int, Field(ge=1)] = 4
 
 
 class ObjectiveBlock(Block):
@@ -164,10 +168,18 @@ class SteerMethod(Block):
 
 
 class EvaluationBlock(Block):
-    """How the generated lists are scored."""
+    """How the generated lists are scored.
+
+    Attributes:
+        n_items: list items scored per prompt.
+        batch_size: prompts generated together.
+        before: evaluation.json of another run, whose measurement of the same base model on the same prompts is taken
+            over instead of being repeated.
+    """
 
     n_items: Annotated[int, Field(ge=1)] = 3
     batch_size: Annotated[int, Field(ge=1)] = 16
+    before: str | None = None
 
 
 class TrackingBlock(Block):

@@ -16,7 +16,7 @@ from trl import SFTTrainer
 from ..analysis.errors import InputError
 from ..analysis.tasks import EncodedTask, Example, Task, continuation
 from .evaluate import generate_lists
-from .objectives import answer_set
+from .objectives import answer_set, retention
 from .recipe import AnswerSetBlock
 
 
@@ -69,7 +69,9 @@ def answer_set_task(
         prompts = task.limited(-(-n_own // block.own_items) * 5 // 4, seed + 1)
         own = own_list_examples(model, tokenizer, prompts, block.own_items + 1, batch_size)
         if not own:
-            raise InputError(f"the model continues no prompt of {task.name!r} as a list; set method.answer_set.own_lists=0")
+            raise InputError(
+                f"the model continues no prompt of {task.name!r} as a list; set method.answer_set.own_lists=0"
+            )
         random.Random(seed).shuffle(own)
         own = own[:n_own]
     return Task(f"{task.name}+own", tuple(given + own))
@@ -127,11 +129,11 @@ class AnswerSetCollator:
 
 
 class AnswerSetTrainer(SFTTrainer):
-    """SFTTrainer whose loss is `objectives.answer_set` at END; its parts are logged as `recall` and `suppression`."""
+    """SFTTrainer whose loss is `objectives.answer_set` at END; its parts are logged by name."""
 
-    def __init__(self, *args: Any, unlikelihood: float = 1.0, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, block: AnswerSetBlock, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.unlikelihood = unlikelihood
+        self.block = block
         # The loss is a mean over rows, so accumulated steps are averaged by the trainer, not by token counts.
         self.model_accepts_loss_kwargs = False
 
@@ -139,12 +141,29 @@ class AnswerSetTrainer(SFTTrainer):
         self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         remaining, previous = inputs.pop("remaining"), inputs.pop("previous")
-        outputs = model(**inputs, use_cache=False, logits_to_keep=1)
-        terms = answer_set(outputs.logits[:, -1], remaining, previous, self.unlikelihood)
-        mode = "train" if self.model.training else "eval"
-        for name in ("recall", "suppression"):
-            value = self.accelerator.gather_for_metrics(terms[name].detach()[None]).mean().item()
-            self._metrics[mode][name].append(value)
-        return (terms["loss"], outputs) if return_outputs else terms["loss"]
+        width = inputs["input_ids"].shape[1]
+        kept = self._retained_columns(width)
+        columns = torch.tensor([*kept, width - 1], device=inputs["input_ids"].device)
+        outputs = model(**inputs, use_cache=False, logits_to_keep=columns)
+        terms = answer_set(outputs.logits[:, -1], remaining, previous, self.block.unlikelihood)
+        loss = terms["loss"]
+        if kept:
+            base = self.accelerator.unwrap_model(model)
+            with torch.no_grad(), base.disable_adapter():
+                reference = base(**inputs, use_cache=False, logits_to_keep=columns[:-1]).logits
+            present = inputs["attention_mask"][:, columns[:-1]].bool()
+            terms["retention"] = retention(outputs.logits[:, :-1][present], reference[present])
+            loss = loss + self.block.retention * terms["retention"]
+        mode = "train" if model.training else "eval"
+        for name, term in terms.items():
+            if name != "loss":
+                value = self.accelerator.gather_for_metrics(term.detach()[None]).mean().item()
+                self._metrics[mode][name].append(value)
+        return (loss, outputs) if return_outputs else loss
 
-
+    def _retained_columns(self, width: int) -> list[int]:
+        """Columns before END, drawn anew at every step (the trainer saves and restores the random state)."""
+        if not self.block.retention or width < 3:
+            return []
+        n = min(self.block.retention_positions, width - 2)
+        return sorted((1 + torch.randperm(width - 2)[:n]).tolist())

@@ -1,0 +1,35 @@
+"""Set before any library reads it: no network, no telemetry, no W&B server, no forked tokenizers."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ.setdefault("WANDB_MODE", "offline")
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny, and a second thread only costs
+
+from pathlib import Path
+
+import pytest
+import tiny
+from transformers import PreTrainedTokenizerFast
+
+from headtune.analysis.tasks import Task
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """The tiny tokenizer. Treat it as read-only; ask `tiny.tiny_tokenizer()` for one to change."""
+    return tiny.tiny_tokenizer()
+
+
+@pytest.fixture
+def cities() -> Task:
+    """Eight subjects, six cities each, two given."""
+    return tiny.tiny_task()
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that holds a tiny llama and its tokenizer, for everything that takes a model by name. Read-only."""
+    return tiny.save_tiny(tmp_path_factory.mktemp("models") / "llama", "llama")

@@ -1,0 +1,7 @@
+"""`accelerate launch -m headtune.train RECIPE [key=value ...]`: the same code path as `headtune train`."""
+
+import sys
+
+from .cli import main
+
+sys.exit(main(["train", *sys.argv[1:]]))

@@ -1,0 +1,91 @@
+"""What a person sees: progress, tables, one-line errors. Bars and colours only on a terminal."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+T = TypeVar("T")
+
+console = Console(highlight=False)
+errors = Console(stderr=True, highlight=False, soft_wrap=True)
+
+METRIC_NAMES = {
+    "repeat_rate": "repeat rate",
+    "correct_new_rate": "correct new rate",
+    "wrong_rate": "wrong rate",
+    "missing_rate": "missing rate",
+    "p_previous": "p(previous)",
+    "p_remaining": "p(remaining)",
+    "neutral_perplexity": "perplexity, neutral text",
+}
+
+
+def say(line: str) -> None:
+    """One plain line about what is going on, on stderr, so that stdout stays a result."""
+    errors.print(line, markup=False, style="dim" if errors.is_terminal else None)
+
+
+def progress(items: Sequence[T], what: str) -> Iterator[T]:
+    """Iterate with a bar on a terminal, and with a line every tenth (at most one in 5 s) elsewhere."""
+    if errors.is_terminal:
+        columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=errors, transient=True) as bar:
+            yield from bar.track(items, description=what)
+        return
+    start = last = time.monotonic()
+    for index, item in enumerate(items):
+        yield item
+        now, done = time.monotonic(), index + 1
+        if now - last >= 5 and (done * 10 // len(items)) > (index * 10 // len(items)) and done < len(items):
+            left = (now - start) / done * (len(items) - done)
+            errors.print(f"{what}: {done}/{len(items)}, about {left:.0f} s left", markup=False)
+            last = now
+
+
+def show(value: Any) -> str:
+    """A metric as text: `0.041 [0.031, 0.052]`, or the number alone."""
+    if isinstance(value, Mapping):
+        low, high = value["ci"]
+        return f"{value['mean']:.3g} [{low:.3g}, {high:.3g}]"
+    return f"{value:.4g}"
+
+
+def metrics_table(columns: Mapping[str, Mapping[str, Any]], title: str = "") -> Table:
+    """Metrics as rows, one column an evaluation."""
+    table = Table(title=title or None, title_justify="left")
+    table.add_column("metric")
+    for name in columns:
+        table.add_column(name)
+    for key, label in METRIC_NAMES.items():
+        if all(key in metrics for metrics in columns.values()):
+            table.add_row(label, *(show(metrics[key]) for metrics in columns.values()))
+    return table
+
+
+def generations_table(examples: Sequence[Mapping[str, Any]]) -> Table:
+    """Prompts with the base model's and the adapted model's continuation side by side."""
+    table = Table(show_lines=True)
+    for name in ("prompt", "before", "after"):
+        table.add_column(name, overflow="fold")
+    for example in examples:
+        table.add_row(example["prompt"], *(_marked(example, when) for when in ("before", "after")))
+    return table
+
+
+def _marked(example: Mapping[str, Any], when: str) -> str:
+    kinds = ", ".join(kind.replace("_", " ") for kind in example[f"{when}_kinds"])
+    text = "\n".join(line for line in example[when].split("\n") if line.strip()).strip()
+    return f"{text}\n({kinds})"
+
+
+def fail(message: str, code: int) -> int:
+    """Print an error as one line and return the exit code."""
+    print("headtune: " + " ".join(message.split()), file=sys.stderr)
+    return code
