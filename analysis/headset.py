@@ -144,16 +144,18 @@ def read(path: Path) -> HeadSet:
 
 
 def _ranked(entries: Any, role: str, model: dict[str, Any], where: str) -> tuple[RankedHead, ...]:
+    if not isinstance(entries, list):
+        raise InputError(f"{where}: role {role!r} must be a list of heads, found {entries!r}"[:300])
     ranked: list[RankedHead] = []
     for entry in entries:
         try:
-            head = RankedHead(
-                entry["layer"], entry["head"], float(entry["score"]), tuple(entry["ci"]), dict(entry.get("effect", {}))
-            )
-        except (KeyError, TypeError, ValueError):
+            low, high = (float(bound) for bound in entry["ci"])
+            effect = {name: float(value) for name, value in entry.get("effect", {}).items()}
+            head = RankedHead(entry["layer"], entry["head"], float(entry["score"]), (low, high), effect)
+        except (AttributeError, KeyError, TypeError, ValueError):
             raise InputError(f"{where}: {role} entry {entry!r} needs layer, head, score and ci"[:300]) from None
         for value, limit, what in ((head.layer, model["n_layers"], "layers"), (head.head, model["n_heads"], "heads")):
-            if not isinstance(value, int) or not 0 <= value < limit:
+            if type(value) is not int or not 0 <= value < limit:
                 raise InputError(f"{where}: {role} head {head.name} is out of range; the model has {limit} {what}")
         if not all(math.isfinite(x) for x in (head.score, *head.ci, *head.effect.values())):
             raise InputError(f"{where}: {role} head {head.name} has a score that is not finite")

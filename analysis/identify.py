@@ -111,26 +111,33 @@ def verify(
 
     Adds the `verification` block: `baseline`, `ablate_<role>`, `ablate_random_like_<role>` (mean over the sets, and the
     largest and smallest set mean), each with p(remaining) and p(previous); and `dissociation`, what was expected and
-    whether it was seen.
+    whether it was seen. p(previous) is over the examples that have previous answers. A role whose layers have too few
+    other heads for a matched set has `{"sets": 0, "reason"}` in its place.
     """
     chosen = {role: heads.top(role)[:top] for role in ROLES}
     generator = random.Random(seed)
     everyone = [head for pairs in chosen.values() for head in pairs]
     sets: dict[str, Sequence[tuple[int, int]]] = {"baseline": ()}
+    unmatched: dict[str, str] = {}
     for role, pairs in chosen.items():
         if not pairs:
             continue
         sets[f"ablate_{role}"] = pairs
-        for index in range(n_random):
-            sets[f"random_{role}_{index}"] = random_like(pairs, model.n_heads, generator.randrange(2**31), everyone)
+        try:
+            drawn = [random_like(pairs, model.n_heads, generator.randrange(2**31), everyone) for _ in range(n_random)]
+        except InputError as error:  # the scores behind these heads took long: they are not thrown away for this
+            unmatched[role] = str(error)
+        else:
+            sets |= {f"random_{role}_{index}": heads_drawn for index, heads_drawn in enumerate(drawn)}
     values = set_probabilities(model, progress(examples, "verifying"), dict(sets))
     subjects = [example.example.subject for example in examples]
-    has_previous = any(example.previous_tokens for example in examples)
+    listing = [index for index, example in enumerate(examples) if example.previous_tokens]
+    of_listing = [subjects[index] for index in listing]
 
     def numbers(remaining: Sequence[float], previous: Sequence[float]) -> dict[str, Any]:
         result: dict[str, Any] = {"p_remaining": mean_interval(remaining, subjects, seed=seed)}
-        if has_previous:
-            result["p_previous"] = mean_interval(previous, subjects, seed=seed)
+        if listing:
+            result["p_previous"] = mean_interval([previous[index] for index in listing], of_listing, seed=seed)
         return result
 
     block: dict[str, Any] = {"baseline": numbers(*values["baseline"])}
@@ -138,11 +145,14 @@ def verify(
         if not pairs:
             continue
         block[f"ablate_{role}"] = {"heads": [list(pair) for pair in pairs]} | numbers(*values[f"ablate_{role}"])
+        if role in unmatched:
+            block[f"ablate_random_like_{role}"] = {"sets": 0, "reason": unmatched[role]}
+            continue
         of_sets = np.array([values[f"random_{role}_{index}"] for index in range(n_random)])  # [sets, 2, examples]
         pooled = numbers(of_sets[:, 0].mean(0).tolist(), of_sets[:, 1].mean(0).tolist())
-        for column, name in enumerate(("p_remaining", "p_previous")):
+        for column, (name, counted) in enumerate((("p_remaining", range(len(examples))), ("p_previous", listing))):
             if name in pooled:
-                means = of_sets[:, column].mean(-1)
+                means = of_sets[:, column, list(counted)].mean(-1)
                 pooled[name] |= {"lowest_set": float(means.min()), "highest_set": float(means.max())}
         block[f"ablate_random_like_{role}"] = {"sets": n_random} | pooled
     block["dissociation"] = dissociation(block)
@@ -161,6 +171,9 @@ def dissociation(block: dict[str, Any]) -> dict[str, Any]:
     for role, name, raises in (("suppression", quantity, True), ("recall", "p_remaining", False)):
         if f"ablate_{role}" not in block:
             result[role] = {"held": False, "reason": "no confirmed heads"}
+            continue
+        if reason := block[f"ablate_random_like_{role}"].get("reason"):
+            result[role] = {"held": False, "reason": reason}
             continue
         before, after = baseline[name]["mean"], block[f"ablate_{role}"][name]["mean"]
         extreme = block[f"ablate_random_like_{role}"][name]["highest_set" if raises else "lowest_set"]

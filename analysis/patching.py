@@ -45,14 +45,16 @@ class AnswerProbabilities:
 def answer_probabilities(logits: Tensor, encoded: Encoded) -> AnswerProbabilities:
     """Reduce `[rows, vocabulary]` logits in float32."""
     logits = logits.float()
-    log_p = logits - logits.logsumexp(-1, keepdim=True)
-    targets, previous = list(encoded.target_tokens), sorted(set(encoded.previous_tokens))
-    sets = {"target": targets} | ({"previous": previous} if previous else {})
+    norm = logits.logsumexp(-1, keepdim=True)
+    # Only the columns asked for are copied: rows x vocabulary is the largest tensor of the whole step.
+    chosen = {"target": sorted(set(encoded.target_tokens)), "previous": sorted(set(encoded.previous_tokens))}
+    parts = {name: logits[:, tokens] for name, tokens in chosen.items()}  # [rows, n]
+    present = {name: part for name, part in parts.items() if part.shape[1]}
     return AnswerProbabilities(
-        log_p[:, targets].exp().sum(-1),
-        log_p[:, previous].exp().sum(-1),
-        {name: log_p[:, tokens].logsumexp(-1) for name, tokens in sets.items()},
-        {name: logits[:, tokens].mean(-1) for name, tokens in sets.items()},
+        (parts["target"] - norm).exp().sum(-1),
+        (parts["previous"] - norm).exp().sum(-1),
+        {name: (part - norm).logsumexp(-1) for name, part in present.items()},
+        {name: part.mean(-1) for name, part in present.items()},
     )
 
 

@@ -184,7 +184,8 @@ def dissociation_table(heads: HeadSet) -> list[Condition]:
         chosen, matched = block[f"ablate_{role}"], block[f"ablate_random_like_{role}"]
         n, sets = len(chosen["heads"]), matched["sets"]
         rows.append(condition(f"top {n} {role} heads silenced", chosen))
-        rows.append(condition(f"{n} random heads of the same layers silenced ({sets} sets)", matched, extreme))
+        if sets:
+            rows.append(condition(f"{n} random heads of the same layers silenced ({sets} sets)", matched, extreme))
     return rows
 
 
@@ -224,6 +225,8 @@ def verdict(heads: HeadSet) -> str:
 
 
 def _role_verdict(heads: HeadSet, role: str, result: dict[str, Any]) -> str:
+    if "quantity" not in result and f"ablate_{role}" in heads.verification:
+        return f"the {role} heads cannot be compared with random ones: {result['reason']}"
     if "quantity" not in result:
         return f"there are {result['reason']} for {role}, so there was nothing to silence"
     raises = role == "suppression"

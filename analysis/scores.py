@@ -40,18 +40,21 @@ class Scores:
         return {name: self.mean(name) for name in self.by_example}
 
     def bootstrap(self, name: str, n: int = 1000, seed: int = 0) -> Array:
-        """`[n, n_layers, n_heads]` means over resampled subjects (cluster bootstrap)."""
+        """`[n, n_layers, n_heads]` means over resampled subjects (cluster bootstrap).
+
+        NaN in a resampling that holds no example with the quantity.
+        """
         values = self.by_example[name].astype(np.float64)
         present = ~np.isnan(values[:, :1, :1])
         weights = subject_weights(self.subjects, n, seed)  # [n, n_examples]
         total = np.einsum("be,elh->blh", weights, np.nan_to_num(values))
         count = np.einsum("be,elh->blh", weights, present.astype(np.float64))
-        return (total / np.maximum(count, 1)).astype(np.float32)
+        return np.where(count > 0, total / np.maximum(count, 1), np.nan).astype(np.float32)
 
     def interval(self, name: str, n: int = 1000, seed: int = 0, level: float = 0.95) -> tuple[Array, Array]:
-        """Percentile bootstrap interval of the mean: two `[n_layers, n_heads]` arrays."""
+        """Percentile bootstrap interval of the mean, over the resamplings that have one: two `[n_layers, n_heads]`."""
         tail = 100 * (1 - level) / 2
-        low, high = np.percentile(self.bootstrap(name, n, seed), [tail, 100 - tail], axis=0)
+        low, high = np.nanpercentile(self.bootstrap(name, n, seed), [tail, 100 - tail], axis=0)
         return low.astype(np.float32), high.astype(np.float32)
 
     def save(self, path: Path) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .headset import RankedHead
-from .scores import Scores
+from .scores import Array, Scores
 
 # role -> (attribution that ranks, its sign, ablation that confirms). A suppression head lowers previous answers; on
 # single facts, where there are none, it lowers the correct answer.
@@ -67,17 +67,23 @@ def _confirmed(scores: Scores, attribution: str, sign: float, ablation: str, n: 
 def stability(scores: Scores, role: str, top: int, n: int = 200, seed: int = 0) -> float:
     """Mean Jaccard overlap between the top heads by attribution and those of `n` resamplings of the subjects.
 
-    Confirmation by ablation is applied to each resampling by sign.
+    Confirmation by ablation is applied to each resampling by sign. 0 where no head is confirmed.
     """
     attribution, sign, ablation = rule_for(role, scores)
     draws = sign * scores.bootstrap(attribution, n, seed)
+    present = ~np.isnan(draws).any(axis=(1, 2))  # resamplings with an example to judge by
     mean = sign * scores.mean(attribution)
     if ablation in scores.by_example:
         draws = np.where(sign * scores.bootstrap(ablation, n, seed) > 0, draws, -np.inf)
         mean = np.where(sign * scores.mean(ablation) > 0, mean, -np.inf)
-    chosen = set(np.argsort(-mean, axis=None)[:top].tolist())
-    overlaps = []
-    for draw in draws:
-        other = set(np.argsort(-draw, axis=None)[:top].tolist())
-        overlaps.append(len(chosen & other) / len(chosen | other))
-    return float(np.mean(overlaps))
+    chosen = _top(mean, top)
+    if not chosen:
+        return 0.0
+    others = [_top(draw, top) for draw in draws[present]]
+    return float(np.mean([len(chosen & other) / len(chosen | other) for other in others]))
+
+
+def _top(values: Array, top: int) -> set[int]:
+    """Flat indices of the `top` largest values, less those that are ruled out (-inf)."""
+    best = np.argsort(-values, axis=None, kind="stable")[:top]
+    return set(best[np.isfinite(values.flat[best])].tolist())

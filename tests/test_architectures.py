@@ -211,7 +211,9 @@ def test_other_logits_fail_the_check(llama: HeadModel) -> None:
 def test_attention_outside_the_interface_fails_the_check(llama: HeadModel) -> None:
     llama.model.set_attn_implementation("sdpa")
     try:
-        with pytest.raises(CheckError, match=r"model\.layers\.0\.self_attn: does not go through the attention interface"):
+        with pytest.raises(
+            CheckError, match=r"model\.layers\.0\.self_attn: does not go through the attention interface"
+        ):
             check(llama)
     finally:
         llama.model.set_attn_implementation("headtune_rows")
@@ -224,6 +226,19 @@ def test_a_dead_head_fails_the_check() -> None:
         heads.projection(0).weight[:, :8] = 0
     with pytest.raises(CheckError, match=r"model\.layers\.0: silencing head 0 leaves the logits unchanged"):
         check(heads)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", ARCHITECTURES)
+def test_half_precision(family: str, dtype: torch.dtype) -> None:
+    """The view passes its own check, and scores stay finite and near those in float32."""
+    half, full = (view(tiny_model(family).to(kind), tiny_tokenizer()) for kind in (dtype, torch.float32))
+    assert half.identity()["dtype"] == str(dtype).removeprefix("torch.")
+    example = encode(tiny_task(subjects=1), half.tokenizer).examples[0]
+    rounded, exact = (attribute(heads, example) | ablation_effects(heads, example) for heads in (half, full))
+    assert set(rounded) == set(exact)
+    for name, score in rounded.items():
+        assert score == pytest.approx(exact[name], abs=0.1 * max(1, abs(exact[name]).max())), name
 
 
 @pytest.mark.parametrize("family", ["bloom", "gpt_bigcode"])
@@ -597,8 +612,18 @@ def test_replace_with_another_runs_heads_reproduces_that_run(llama: HeadModel) -
 def test_several_heads_in_several_layers(llama: HeadModel) -> None:
     tokens = batch_of(llama)
     with hooks.ablate(llama, [(0, 1), (0, 3), (2, 0)]):
-        assert [seen_by_projection(llama, 0, tokens)[:, :, h].any().item() for h in range(4)] == [True, False, True, False]
-        assert [seen_by_projection(llama, 2, tokens)[:, :, h].any().item() for h in range(4)] == [False, True, True, True]
+        assert [seen_by_projection(llama, 0, tokens)[:, :, h].any().item() for h in range(4)] == [
+            True,
+            False,
+            True,
+            False,
+        ]
+        assert [seen_by_projection(llama, 2, tokens)[:, :, h].any().item() for h in range(4)] == [
+            False,
+            True,
+            True,
+            True,
+        ]
 
 
 def test_hooks_go_when_the_block_raises(llama: HeadModel) -> None:

@@ -47,7 +47,8 @@ def test_fast_ablation_is_the_slow_one_for_every_head(model: HeadModel) -> None:
 
 
 def test_the_heads_that_suppress_and_recall(found: identify.Identified) -> None:
-    assert found.heads.task["n_examples"] == 40
+    task = found.heads.task
+    assert task["n_examples"] + task["n_dropped"] == 40 and task["n_examples"] >= 36
     assert found.heads.top("suppression")[0] == (23, 3)
     assert (23, 4) in found.heads.top("recall", 4)
 

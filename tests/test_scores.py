@@ -101,7 +101,7 @@ def test_nan_examples_do_not_count() -> None:
 
 
 def test_a_resampling_without_the_quantity_is_left_out_of_the_interval() -> None:
-    """One subject of three has previous answers: about 30% of the draws do not hold it, and a mean of nothing is not 0."""
+    """One subject of three has previous answers; 30% of the draws do not hold it, and a mean of nothing is not 0."""
     values = np.full((3, 1, 1), np.nan, np.float32)
     values[0] = 5.0
     scores = Scores({"x": values}, ["a", "b", "c"])

@@ -124,9 +124,7 @@ def test_line_separators_inside_a_string_are_text(tmp_path: Path) -> None:
         ("nobody/no-such-dataset", "task 'nobody/no-such-dataset' is not a file and cannot be loaded from the hub"),
     ],
 )
-def test_a_task_that_is_not_there(
-    name: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_task_that_is_not_there(name: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError) as refusal:
         load_task(name)
@@ -139,7 +137,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         load_task(str(empty))
     latin = tmp_path / "latin.jsonl"
     latin.write_bytes('{"prompt": "é"}'.encode("latin-1"))
-    with pytest.raises(InputError, match="is not UTF-8 text: .* at byte 12"):
+    with pytest.raises(InputError, match=r"is not UTF-8 text: .* at byte 12"):
         load_task(str(latin))
     with pytest.raises(InputError, match="does not exist"):
         load_task(str(tmp_path))
@@ -205,9 +203,9 @@ def test_templates() -> None:
     assert numbered.prompt("Italy", []) == "List cities in Italy.\n1."
     assert Template("In {subject}:", " {answer},").prompt("Italy", ["Rome"]) == "In Italy: Rome, ,"
     assert Template("In {subject}:", "\n- {answer}").prompt("{answer}", ["{i}"]) == "In {answer}:\n- {i}\n-"
-    with pytest.raises(InputError, match="template 'List cities' does not hold {subject}"):
+    with pytest.raises(InputError, match=r"template 'List cities' does not hold {subject}"):
         Template("List cities")
-    with pytest.raises(InputError, match="does not hold {answer}"):
+    with pytest.raises(InputError, match=r"does not hold {answer}"):
         Template("{subject}", "\n{i}.")
 
 
@@ -230,7 +228,9 @@ def test_build_files(tmp_path: Path) -> None:
     facts = tmp_path / "facts.json"
     facts.write_text(json.dumps(tiny.FACTS))
     templates = tmp_path / "templates.json"
-    templates.write_text(json.dumps([{"header": "Cities of {subject}:"}, {"header": "{subject}:", "item": "\n* {answer}"}]))
+    templates.write_text(
+        json.dumps([{"header": "Cities of {subject}:"}, {"header": "{subject}:", "item": "\n* {answer}"}])
+    )
     task = build_files(facts, templates, tmp_path / "out" / "mine.jsonl", previous=(1, 2))
     assert task.name == "mine" and len(task.examples) == 8 * 2 * 2
     assert load_task(str(tmp_path / "out" / "mine.jsonl")) == task
@@ -337,6 +337,8 @@ def test_limited_spreads_over_subjects(cities: Task) -> None:
     assert set(some.examples) <= set(cities.examples) and len(set(some.examples)) == 11
     assert some == cities.limited(11)
     assert some != cities.limited(11, seed=1)
+    chosen = [{e.subject for e in cities.limited(3, seed).examples} for seed in range(20)]
+    assert set.union(*chosen) == set(cities.subjects)  # not always the subjects that come first in the file
     assert cities.limited(8).examples == some.examples[:8]
     assert cities.limited(None) is cities and cities.limited(16) is cities
 
@@ -421,6 +423,14 @@ def test_an_answer_that_occurs_twice(
         assert before.count("\n") == line and before.endswith(f"\n{line}.")
 
 
+def test_spans_end_where_the_text_ends(any_tokenizer: PreTrainedTokenizerFast) -> None:
+    """Without spaces around it, a span takes in neither the token before nor the one after."""
+    row = {"prompt": "Italy:\nRome\nMilan\n", "subject": "Italy", "answers": ["Rome", "Milan", "Turin"]}
+    (encoded,) = encode(one(row | {"previous": ["Rome", "Milan"]}), any_tokenizer).examples
+    spans = (encoded.subject, *encoded.previous)
+    assert [any_tokenizer.decode(encoded.tokens[list(span)]) for span in spans] == ["Italy", "Rome", "Milan"]
+
+
 def test_sources_partition_the_positions(any_tokenizer: PreTrainedTokenizerFast) -> None:
     rows = [
         ROW,
@@ -466,7 +476,7 @@ def test_examples_that_first_tokens_cannot_score_are_counted(tokenizer: PreTrain
     }
     assert (found.summary()["n_examples"], found.summary()["n_dropped"]) == (1, 3)
     assert len(encode(one(merging), tokenizer).examples) == 1
-    with pytest.raises(InputError, match="task 'one': no example can be scored on first tokens: .*share first tokens"):
+    with pytest.raises(InputError, match=r"task 'one': no example can be scored on first tokens: .*share first tokens"):
         encode(one(shared), tokenizer)
 
 
@@ -478,7 +488,8 @@ def test_first_tokens(tokenizer: PreTrainedTokenizerFast) -> None:
     assert first_token(tokenizer, "1.", ids, "Rome") == tokenizer(" Rome").input_ids[0]
     assert first_token(tokenizer, "1.\n", tokenizer("1.\n").input_ids, "Rome") == tokenizer("Rome").input_ids[0]
     # "1. " ends in a space that the tokenizer would have joined to " Rome".
-    assert first_token(tokenizer, "1. ", tokenizer("1. ").input_ids, "Rome") is None
+    for answer in ("Rome", "New York"):
+        assert first_token(tokenizer, "1. ", tokenizer("1. ").input_ids, answer) is None
     row = ROW | {"prompt": ROW["prompt"] + " "}
     with pytest.raises(InputError, match="tokens merge across the end of the prompt"):
         encode(one(row), tokenizer)

@@ -1,7 +1,7 @@
 """Tiny random models of every family, a real tokenizer and a small task, all made offline within a second.
 
-    model = tiny_model("llama", num_key_value_heads=2)      heads = view(model, tiny_tokenizer())
-    folder = save_tiny(tmp_path / "model", "gpt2")          what a command line takes as MODEL
+model = tiny_model("llama", num_key_value_heads=2)      heads = view(model, tiny_tokenizer())
+folder = save_tiny(tmp_path / "model", "gpt2")          what a command line takes as MODEL
 """
 
 from __future__ import annotations
@@ -68,7 +68,11 @@ def tiny_tokenizer(bos: bool = False, trim_offsets: bool = False) -> PreTrainedT
         steps.append(processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)]))
     backend.post_processor = processors.Sequence(steps)
     return PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", clean_up_tokenization_spaces=False
+        tokenizer_object=backend,
+        pad_token="<pad>",
+        bos_token="<bos>",
+        eos_token="<eos>",
+        clean_up_tokenization_spaces=False,
     )
 
 
@@ -108,7 +112,12 @@ def tiny_model(family: str, seed: int = 0, attn_implementation: str = "sdpa", **
     Biases and norms start at 0 and 1, where a forgotten one goes unnoticed: they get noise too.
     """
     vocabulary = len(tiny_tokenizer())
-    settings = _CONFIGS.get(family, {}) | {"vocab_size": vocabulary, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    settings = _CONFIGS.get(family, {}) | {
+        "vocab_size": vocabulary,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
     settings = AutoConfig.for_model(family, **(settings | config))
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(settings, attn_implementation=attn_implementation, dtype=torch.float32)

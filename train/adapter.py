@@ -160,48 +160,52 @@ class HeadTuningLayer(nn.Module, BaseTunerLayer):
         A projection without a bias gets one when there is an offset; stock checkpoints of such a model need the
         export's config flag (see `headtune.train.export`).
         """
-        names = check_adapters_to_merge(self, adapter_names)
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.chosen_heads]
+        if not names:
+            return
         base: Any = self.base_layer
         in_out = isinstance(base, Conv1D)
-        for name in names:
-            if name not in self.chosen_heads:
-                continue
-            if not self._original:
-                bias = base.bias
-                self._original = {
-                    "weight": base.weight.data.clone(),
-                    "bias": None if bias is None else bias.data.clone(),
-                }
-            scale, offset = self.factors(name)
-            weight = base.weight.data.float()
-            if offset is not None:
-                v = offset.detach().float()
-                shift = v @ weight if in_out else weight @ v
-                total = shift if base.bias is None else base.bias.data.float() + shift
-                base.bias = nn.Parameter(total.to(base.weight.dtype), requires_grad=False)
-            if scale is not None:
-                a = scale.detach().float()
-                weight = weight * (a[:, None] if in_out else a[None, :])
-            if safe_merge and not (torch.isfinite(weight).all() and (offset is None or torch.isfinite(shift).all())):
-                self._restore()
-                raise ValueError(f"NaN or infinity in the merged weights of layer {self.layer}, adapter {name!r}")
-            base.weight.data = weight.to(base.weight.dtype)
-            self.merged_adapters.append(name)
+        if not self._original:
+            bias = base.bias
+            self._original = {"weight": base.weight.data.clone(), "bias": None if bias is None else bias.data.clone()}
+        # Always from the original weights: adapters act one after the other, so a later scale reaches earlier offsets.
+        scale = offset = None
+        for name in [*self.merged_adapters, *names]:
+            of_name, shift = self.factors(name)
+            if of_name is not None:
+                scale = of_name if scale is None else scale * of_name
+                offset = None if offset is None else offset * of_name
+            if shift is not None:
+                offset = shift if offset is None else offset + shift
+        original: Any = self._original["weight"]
+        weight, bias = original.float(), self._original["bias"]
+        if offset is not None:
+            v = offset.detach().float()
+            total = v @ weight if in_out else weight @ v
+            bias = total if bias is None else bias.float() + total
+        if scale is not None:
+            a = scale.detach().float()
+            weight = weight * (a[:, None] if in_out else a[None, :])
+        if safe_merge and not (torch.isfinite(weight).all() and (bias is None or torch.isfinite(bias).all())):
+            if not self.merged:
+                self._original = {}
+            raise ValueError(f"NaN or infinity in the merged weights of layer {self.layer}, adapters {names}")
+        base.weight.data = weight.to(original.dtype)
+        if offset is not None:
+            base.bias = nn.Parameter(bias.to(original.dtype), requires_grad=False)
+        self.merged_adapters.extend(names)
 
     def unmerge(self) -> None:
         """Put the exact original weights back."""
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        self._restore()
-        self.merged_adapters.clear()
-
-    def _restore(self) -> None:
         base: Any = self.base_layer
         base.weight.data = self._original["weight"]
         bias = self._original["bias"]
         base.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self._original = {}
+        self.merged_adapters.clear()
 
     def __repr__(self) -> str:
         return "head_tuning." + super().__repr__()
@@ -219,9 +223,10 @@ class HeadTuningModel(BaseTuner):
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
         config: HeadTuningConfig = peft_config
-        architecture_of(model_config["model_type"])
-        n_heads = int(model_config["num_attention_heads"])
-        n_layers = int(model_config["num_hidden_layers"])
+        # The object, not its dict: only it answers to the common names whatever the family calls its sizes (gpt2: n_head).
+        sizes = self.model.config.get_text_config()
+        architecture_of(sizes.model_type)
+        n_heads, n_layers = int(sizes.num_attention_heads), int(sizes.num_hidden_layers)
         if config.n_heads is None:
             config.n_heads = n_heads
         if not config.heads:
@@ -233,7 +238,7 @@ class HeadTuningModel(BaseTuner):
                     f"0-{n_heads - 1}"
                 )
         if config.target_modules is None:
-            config.target_modules = list(self.target_module_mapping[model_config["model_type"]])
+            config.target_modules = list(self.target_module_mapping[sizes.model_type])
         return config
 
     @staticmethod

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import enum
 import hashlib
 import importlib.resources
 import json
@@ -36,9 +37,9 @@ _OWN_TRAINING_KEYS = {
 
 
 class Block(BaseModel):
-    """A part of a recipe: no unknown keys, no conversion between types, immutable."""
+    """A part of a recipe: no unknown keys, no conversion between types, no NaN or infinity, immutable."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, populate_by_name=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, populate_by_name=True, allow_inf_nan=False)
 
 
 class ModelBlock(Block):
@@ -127,15 +128,16 @@ class AnswerSetBlock(Block):
         own_lists: share of the training prompts whose previous answers are what the base model itself wrote; the rest
             are the task's own prompts.
         own_items: how many items the base model writes on a prompt.
-        retention: weight of the KL divergence to the base model at other positions of the same prompts.
-        retention_positions: how many positions of a batch that is measured at, drawn anew at every step.
+        retention: weight of the KL divergence to the base model at other positions of the same prompts; it is measured
+            on a quarter of each batch.
+        retention_positions: at how many positions, drawn anew at every step.
     """
 
     unlikelihood: Annotated[float, Field(ge=0)] = 1.0
     own_lists: Annotated[float, Field(ge=0, le=1)] = 0.5
     own_items: Annotated[int, Field(ge=1)] = 4
     retention: Annotated[float, Field(ge=0)] = 1.0
-    retention_positions: Annotated[int, Field(ge=1)] = 4
+    retention_positions: Annotated[int, Field(ge=1)] = 8
 
 
 class ObjectiveBlock(Block):
@@ -207,7 +209,7 @@ class Recipe(Block):
     tracking: TrackingBlock = TrackingBlock()
     name: str = ""
     output_dir: str = ""
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0  # what numpy takes
 
     @property
     def folder(self) -> Path:
@@ -231,11 +233,11 @@ def parse(data: Any, where: str = "recipe") -> Recipe:
     if not isinstance(data, dict):
         raise InputError(f"{where}: a recipe is a mapping of keys, found {type(data).__name__}")
     family = data.get("recipe")
-    if family not in METHODS:
+    if not isinstance(family, str) or family not in METHODS:
         hint = nearest(str(family), METHODS) if family else "known: " + ", ".join(METHODS)
         raise InputError(f"{where}: recipe {family!r} is unknown; {hint}")
     # Checked on its own, so that errors name method.x and not one alternative of a union.
-    method = _check(METHODS[family], data.get("method") or {}, where, "method.")
+    method = _check(METHODS[family], {} if data.get("method") is None else data["method"], where, "method.")
     recipe: Recipe = _check(Recipe, {**data, "method": method}, where)
     if recipe.heads is None and family != "lora":
         raise InputError(f"{where}: heads is missing; give from, identify, random, all or list")
@@ -304,23 +306,22 @@ def _check_training(values: Mapping[str, Any], where: str) -> None:
             raise InputError(f"{where}: training.{key} is set by the run; {f'use {use}' if use else 'remove it'}")
         if key not in fields:
             raise InputError(f"{where}: unknown key 'training.{key}'; {_nearest_few(key, fields)}")
+        choices = _enum_values(hints[key])
+        if isinstance(value, str) and choices:  # transformers takes its enums (schedulers, strategies) by value
+            if value not in choices:
+                raise InputError(f"{where}: training.{key} {value!r} is unknown; {nearest(value, choices)}")
+            continue
         try:
             TypeAdapter(hints[key], config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value, strict=True)
-        except ValidationError as error:
+        except ValidationError:
             expected = str(hints[key]).replace("typing.", "").removeprefix("<class '").removesuffix("'>")
-            if _is_enum_name(hints[key], value):
-                continue
-            del error
             raise InputError(f"{where}: training.{key} must be {expected}, found {value!r}") from None
 
 
-def _is_enum_name(hint: Any, value: Any) -> bool:
-    """transformers takes its enums (schedulers, strategies) by value."""
-    import enum
-
+def _enum_values(hint: Any) -> list[str]:
+    """What the enums among a field's types can be; empty where there is none."""
     options = [hint, *typing.get_args(hint)]
-    enums = [option for option in options if isinstance(option, type) and issubclass(option, enum.Enum)]
-    return any(value in [member.value for member in option] for option in enums)
+    return [str(m.value) for kind in options if isinstance(kind, type) and issubclass(kind, enum.Enum) for m in kind]
 
 
 def _nearest_few(word: str, known: Iterable[str]) -> str:
@@ -372,12 +373,13 @@ def load(name: str, overrides: Sequence[str] = ()) -> Recipe:
         mark = getattr(error, "problem_mark", None)
         line = f" at line {mark.line + 1}" if mark else ""
         raise InputError(f"{name}: not YAML{line}: {getattr(error, 'problem', None) or error}") from None
-    for override in overrides:
-        data = _apply(data, override)
+    if isinstance(data, dict):
+        for override in overrides:
+            data = _apply(data, override)
     return parse(data, name)
 
 
-def _apply(data: Any, override: str) -> Any:
+def _apply(data: dict[str, Any], override: str) -> dict[str, Any]:
     path, equals, text = override.partition("=")
     keys = path.split(".")
     if not equals or not all(keys):
@@ -386,7 +388,7 @@ def _apply(data: Any, override: str) -> Any:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
         raise InputError(f"override {override!r}: the value is not YAML") from None
-    data = dict(data or {})
+    data = dict(data)
     current = data
     for depth, key in enumerate(keys[:-1]):
         inner = current.get(key)

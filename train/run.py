@@ -372,7 +372,14 @@ def _train(
         limit = recipe.task.max_train_examples or len(train.examples)
         say("writing the model's own lists" if method.answer_set.own_lists else "preparing prompts")
         task = trainers.answer_set_task(
-            heads.model, tokenizer, train, method.answer_set, limit, recipe.seed, recipe.evaluation.batch_size
+            heads.model,
+            tokenizer,
+            train,
+            method.answer_set,
+            limit,
+            recipe.seed,
+            recipe.evaluation.batch_size,
+            heads.weights_sha256,
         )
         encoded = encode(task, tokenizer)
         state["training_data"] = encoded.summary()
@@ -454,7 +461,10 @@ def read_before(path: Path, identity: Mapping[str, Any]) -> tuple[dict[str, Any]
     """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-        lists = [{"prompt": e["prompt"], "text": e["before"], "kinds": e["before_kinds"]} for e in data["examples"]]
+        lists = [
+            {"subject": e["subject"], "prompt": e["prompt"], "text": e["before"], "kinds": e["before_kinds"]}
+            for e in data["examples"]
+        ]
         before = data["before"]
     except FileNotFoundError:
         raise InputError(f"evaluation.before {str(path)!r} does not exist; name a run's evaluation.json") from None
@@ -470,7 +480,8 @@ def read_before(path: Path, identity: Mapping[str, Any]) -> tuple[dict[str, Any]
 
 
 def _plain(scored: ScoredList) -> dict[str, Any]:
-    return {"prompt": scored.example.prompt, "text": scored.text, "kinds": list(scored.kinds)}
+    example = scored.example
+    return {"subject": example.subject, "prompt": example.prompt, "text": scored.text, "kinds": list(scored.kinds)}
 
 
 def _write_evaluation(
@@ -488,6 +499,7 @@ def _write_evaluation(
         "after": after,
         "examples": [
             {
+                "subject": first["subject"],
                 "prompt": first["prompt"],
                 "before": first["text"],
                 "after": second["text"],

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import importlib.metadata
+import json
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -14,7 +18,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTTrainer
 
 from ..analysis.errors import InputError
-from ..analysis.tasks import EncodedTask, Example, Task, continuation
+from ..analysis.files import write_text
+from ..analysis.model import cache_folder
+from ..analysis.tasks import EncodedTask, Example, Task, continuation, to_jsonl
 from .evaluate import generate_lists
 from .objectives import answer_set, retention
 from .recipe import AnswerSetBlock
@@ -44,6 +50,16 @@ def own_list_examples(
     return examples
 
 
+def _cached(path: Path, compute: Callable[[], list[Example]]) -> list[Example]:
+    """`compute()`, kept in a file: greedy lists of the same model on the same prompts are always the same."""
+    if path.is_file():
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        return [Example(row["prompt"], row["subject"], tuple(row["answers"]), tuple(row["previous"])) for row in rows]
+    examples = compute()
+    write_text(path, to_jsonl(examples))
+    return examples
+
+
 def answer_set_task(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -52,11 +68,14 @@ def answer_set_task(
     n_rows: int,
     seed: int,
     batch_size: int = 16,
+    weights_sha256: str | None = None,
 ) -> Task:
     """The training prompts of the answer-set objective: a share from the task, the rest from the model's own lists.
 
     Args:
         n_rows: prompts wanted in all; fewer where the task is smaller.
+        weights_sha256: the model's; given, its lists are kept in the cache folder, so that other seeds' and methods'
+            runs need not write them again.
 
     Raises:
         InputError: the model's own lists give no usable prompt though some were asked for.
@@ -67,7 +86,17 @@ def answer_set_task(
     if n_own:
         # About `own_items` examples come from one list; the seed is moved on so that other prompts are continued.
         prompts = task.limited(-(-n_own // block.own_items) * 5 // 4, seed + 1)
-        own = own_list_examples(model, tokenizer, prompts, block.own_items + 1, batch_size)
+
+        def write_lists() -> list[Example]:
+            return own_list_examples(model, tokenizer, prompts, block.own_items + 1, batch_size)
+
+        if weights_sha256 is None:
+            own = write_lists()
+        else:
+            version = importlib.metadata.version("headtune")
+            key = f"{version}/{weights_sha256}/{prompts.sha256}/{block.own_items}/{batch_size}/{model.device.type}"
+            name = hashlib.sha256(key.encode()).hexdigest()[:24] + ".jsonl"
+            own = _cached(cache_folder() / "own-lists" / name, write_lists)
         if not own:
             raise InputError(
                 f"the model continues no prompt of {task.name!r} as a list; set method.answer_set.own_lists=0"
@@ -148,11 +177,13 @@ class AnswerSetTrainer(SFTTrainer):
         terms = answer_set(outputs.logits[:, -1], remaining, previous, self.block.unlikelihood)
         loss = terms["loss"]
         if kept:
+            rows = max(1, len(inputs["input_ids"]) // 4)  # a second forward pass of every row would cost too much
             base = self.accelerator.unwrap_model(model)
+            some = {name: value[:rows] for name, value in inputs.items()}
             with torch.no_grad(), base.disable_adapter():
-                reference = base(**inputs, use_cache=False, logits_to_keep=columns[:-1]).logits
-            present = inputs["attention_mask"][:, columns[:-1]].bool()
-            terms["retention"] = retention(outputs.logits[:, :-1][present], reference[present])
+                reference = base(**some, use_cache=False, logits_to_keep=columns[:-1]).logits
+            present = some["attention_mask"][:, columns[:-1]].bool()
+            terms["retention"] = retention(outputs.logits[:rows, :-1][present], reference[present])
             loss = loss + self.block.retention * terms["retention"]
         mode = "train" if model.training else "eval"
         for name, term in terms.items():

@@ -1,0 +1,287 @@
+"""The identify stage from a model and a task to files, on a tiny random model: nothing to find, and it says so."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny import N_HEADS, N_LAYERS, tiny_model, tiny_task, tiny_tokenizer
+
+from headtune.analysis import headset, hooks, identify, report
+from headtune.analysis.errors import InputError
+from headtune.analysis.headset import ROLES, HeadSet, RankedHead
+from headtune.analysis.identify import Identified, dissociation
+from headtune.analysis.model import HeadModel, load, view
+from headtune.analysis.scores import load_means
+from headtune.analysis.tasks import Encoded, Task, encode
+
+SOME = (RankedHead(1, 2, 1.0, (0.5, 1.5)), RankedHead(2, 0, 0.5, (0.1, 0.9)))
+OTHER = (RankedHead(1, 0, -1.0, (-1.5, -0.5)),)
+
+
+@pytest.fixture(scope="module")
+def model() -> HeadModel:
+    """Eight heads a layer, so that every choice leaves enough others for the matched random sets."""
+    return view(tiny_model("llama", num_attention_heads=8, num_key_value_heads=4), tiny_tokenizer(), "tiny")
+
+
+@pytest.fixture(scope="module")
+def found(model: HeadModel) -> Identified:
+    return identify.identify(model, tiny_task(), top=3, verify_top=2, n_random=4)
+
+
+def by_hand(model: HeadModel, chosen: dict[str, Any], examples: Sequence[Encoded], n_random: int = 4) -> dict[str, Any]:
+    """The verification block of heads chosen by hand."""
+    heads = HeadSet(model=model.identity(), task={}, method={}, roles=chosen)
+    return identify.verify(model, heads, examples, top=2, n_random=n_random, seed=0).verification
+
+
+def test_the_head_set_describes_model_task_and_method(model: HeadModel, found: Identified) -> None:
+    heads, task = found.heads, tiny_task()
+    assert heads.model == model.identity()
+    assert heads.task["name"] == "cities" and heads.task["sha256"] == task.sha256
+    assert heads.task["n_examples"] + heads.task["n_dropped"] == len(task.examples)
+    assert heads.task["n_examples"] == len(found.examples) > 0
+    assert heads.method["name"] == "all" and heads.method["seed"] == 0
+    assert heads.method["parameters"]["rules"]["suppression"] == {
+        "rank": "dla.previous",
+        "sign": -1.0,
+        "confirm": "ablation.previous",
+    }
+    assert set(heads.roles) == set(ROLES) and all(len(ranked) <= 3 for ranked in heads.roles.values())
+    assert set(heads.stability) == {*ROLES, "bootstrap"}
+    assert all(0 <= heads.stability[role] <= 1 for role in ROLES)
+    assert heads.require_fit(model.identity()) == []
+
+
+def test_scores_are_one_value_an_example_and_head(found: Identified) -> None:
+    for name in ("dla.target", "dla.previous", "ablation.target", "ablation.previous", "lens.subject.target"):
+        assert found.scores.by_example[name].shape == (len(found.examples), N_LAYERS, 8)
+        assert np.isfinite(found.scores.by_example[name]).all()
+    assert list(found.scores.subjects) == [example.example.subject for example in found.examples]
+
+
+def test_files(found: Identified, tmp_path: Path) -> None:
+    folder = tmp_path / "deep" / "out"
+    identify.write(found, folder)
+    assert sorted(file.name for file in folder.iterdir()) == ["heads.json", "scores.safetensors"]
+    assert headset.read(folder / "heads.json") == found.heads
+    means = load_means(folder / "scores.safetensors")
+    assert set(means) == set(found.scores.by_example)
+    for role, (name, *_) in {"recall": ("dla.target",), "suppression": ("dla.previous",)}.items():
+        for entry in found.heads.roles[role]:
+            assert entry.score == pytest.approx(means[name][entry.layer, entry.head], abs=1e-6)
+
+
+def test_an_existing_folder_is_refused_and_left_alone(found: Identified, tmp_path: Path) -> None:
+    (tmp_path / "note").write_text("mine")
+    with pytest.raises(InputError, match="exists and is not empty; choose another --out"):
+        identify.write(found, tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["note"]
+    with pytest.raises(InputError, match="is a file; choose another --out"):
+        identify.write(found, tmp_path / "note")
+    with pytest.raises(InputError, match="is a file; choose another --out"):
+        identify.write(found, tmp_path / "note" / "out")
+    (tmp_path / "empty").mkdir()
+    identify.write(found, tmp_path / "empty")
+
+
+def test_identify_is_reproducible(model: HeadModel, found: Identified) -> None:
+    again = identify.identify(model, tiny_task(), top=3, verify_top=2, n_random=4)
+    assert replace(again.heads, created="", command="") == replace(found.heads, created="", command="")
+    other = identify.identify(model, tiny_task(), top=3, verify_top=2, n_random=4, seed=1)
+    assert other.heads.top("recall", 1) == found.heads.top("recall", 1)  # the seed resamples, it does not score
+
+
+def test_a_model_folder_is_enough(tiny_llama: Path, tmp_path: Path) -> None:
+    loaded = load(str(tiny_llama), device="cpu")
+    found = identify.identify(loaded, tiny_task(subjects=4), top=1, verify_top=1, n_random=2)
+    identify.write(found, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "heads.json").read_text())["model"]["name"] == str(tiny_llama)
+
+
+@pytest.mark.parametrize(("method", "prefixes"), [("dla", {"dla", "lens", "attention"}), ("ablation", {"ablation"})])
+def test_one_method_alone(model: HeadModel, method: str, prefixes: set[str]) -> None:
+    found = identify.identify(model, tiny_task(subjects=3), method, top=2, verify_top=1, n_random=2)
+    assert {name.split(".")[0] for name in found.scores.by_example} == prefixes
+    assert found.heads.method["name"] == method
+
+
+def test_an_unknown_method_is_refused(model: HeadModel) -> None:
+    with pytest.raises(InputError, match="method 'patching' is unknown; choose one of all, dla, ablation"):
+        identify.identify(model, tiny_task(), "patching")
+
+
+def test_single_facts(model: HeadModel) -> None:
+    """No previous answers: no quantity about them, and suppression is of the correct answer."""
+    found = identify.identify(model, tiny_task(previous=(0,)), top=2, verify_top=1, n_random=2)
+    assert not [name for name in found.scores.by_example if "previous" in name]
+    assert "p_previous" not in found.heads.verification["baseline"]
+    verdict = found.heads.verification["dissociation"]["suppression"]
+    assert verdict.get("quantity", "p_remaining") == "p_remaining"
+
+
+def test_progress_sees_every_example_of_both_stages(model: HeadModel) -> None:
+    seen: list[tuple[str, int]] = []
+
+    def progress(examples: Sequence[Encoded], what: str) -> Iterable[Encoded]:
+        seen.append((what, len(examples)))
+        return examples
+
+    identify.identify(model, tiny_task(subjects=2), top=1, verify_top=1, n_random=1, progress=progress)
+    assert seen == [("scoring heads", 4), ("verifying", 4)]
+
+
+# --- verification -----------------------------------------------------------------------------------------------------
+
+
+def test_verification_block(model: HeadModel, found: Identified) -> None:
+    block = by_hand(model, {"recall": SOME, "suppression": OTHER}, found.examples)
+    assert set(block) == {
+        "baseline",
+        "ablate_recall",
+        "ablate_random_like_recall",
+        "ablate_suppression",
+        "ablate_random_like_suppression",
+        "dissociation",
+    }
+    assert block["ablate_recall"]["heads"] == [[1, 2], [2, 0]]
+    for name in ("baseline", "ablate_recall", "ablate_suppression"):
+        for quantity in ("p_remaining", "p_previous"):
+            low, high = block[name][quantity]["ci"]
+            assert 0 <= low <= block[name][quantity]["mean"] <= high <= 1
+    for role in ROLES:
+        matched = block[f"ablate_random_like_{role}"]
+        assert matched["sets"] == 4
+        for quantity in ("p_remaining", "p_previous"):
+            assert matched[quantity]["lowest_set"] <= matched[quantity]["mean"] <= matched[quantity]["highest_set"]
+    json.dumps(block, allow_nan=False)
+
+
+@torch.no_grad()
+def test_verification_numbers_are_those_of_whole_forward_passes(model: HeadModel, found: Identified) -> None:
+    block = by_hand(model, {"recall": SOME, "suppression": OTHER}, found.examples)
+    for name, chosen in (("baseline", ()), ("ablate_recall", [(1, 2), (2, 0)]), ("ablate_suppression", [(1, 0)])):
+        remaining, previous = [], []
+        for example in found.examples:
+            with hooks.ablate(model, chosen, positions=torch.tensor([example.end])):
+                p = model.model(example.tokens[None]).logits[0, -1].softmax(-1)
+            remaining.append(p[list(example.target_tokens)].sum().item())
+            previous.append(p[list(example.previous_tokens)].sum().item())
+        assert block[name]["p_remaining"]["mean"] == pytest.approx(np.mean(remaining), abs=1e-5)
+        assert block[name]["p_previous"]["mean"] == pytest.approx(np.mean(previous), abs=1e-5)
+
+
+def test_random_sets_match_layers_and_avoid_the_heads_of_both_roles(
+    model: HeadModel, found: Identified, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: dict[str, Any] = {}
+    right = identify.set_probabilities
+
+    def spy(heads: HeadModel, examples: Iterable[Encoded], sets: dict[str, Any]) -> Any:
+        given.update(sets)
+        return right(heads, examples, sets)
+
+    monkeypatch.setattr(identify, "set_probabilities", spy)
+    by_hand(model, {"recall": SOME, "suppression": OTHER}, found.examples[:2], n_random=8)
+    drawn = [given[f"random_recall_{i}"] for i in range(8)]
+    assert all([layer for layer, _ in pairs] == [1, 2] for pairs in drawn)
+    assert not {pair for pairs in drawn for pair in pairs} & {(1, 2), (2, 0), (1, 0)}
+    assert len({tuple(pairs) for pairs in drawn}) > 1
+    assert all([layer for layer, _ in given[f"random_suppression_{i}"]] == [1] for i in range(8))
+
+
+def test_verification_goes_on_where_only_some_examples_have_previous_answers(model: HeadModel) -> None:
+    """p(previous) is over the examples that have some: the others would only dilute it with zeros."""
+    listing = encode(tiny_task(), model.tokenizer).examples
+    single = encode(tiny_task(previous=(0,)), model.tokenizer).examples
+    alone = by_hand(model, {"recall": SOME, "suppression": OTHER}, listing)
+    mixed = by_hand(model, {"recall": SOME, "suppression": OTHER}, [*listing, *single])
+    matched = mixed["ablate_random_like_recall"]["p_previous"]
+    assert matched["lowest_set"] <= matched["mean"] <= matched["highest_set"]
+    for name in ("baseline", "ablate_recall", "ablate_suppression"):
+        assert mixed[name]["p_previous"]["mean"] == pytest.approx(alone[name]["p_previous"]["mean"])
+        assert mixed[name]["p_previous"]["ci"] == pytest.approx(alone[name]["p_previous"]["ci"])
+        assert mixed[name]["p_remaining"]["mean"] != pytest.approx(alone[name]["p_remaining"]["mean"])
+
+
+def test_a_layer_with_too_few_other_heads_does_not_cost_the_scores(tiny_llama: Path) -> None:
+    """Three of four heads of a layer chosen: no matched random set exists, which the block says."""
+    model = load(str(tiny_llama), device="cpu")
+    examples = encode(tiny_task(subjects=2), model.tokenizer).examples
+    crowd = tuple(RankedHead(1, head, 1.0, (0.5, 1.5)) for head in range(N_HEADS - 1))
+    heads = HeadSet(model=model.identity(), task={}, method={}, roles={"recall": crowd, "suppression": OTHER})
+    block = identify.verify(model, heads, examples, top=3, n_random=2, seed=0).verification
+    verdict = block["dissociation"]["recall"]
+    assert not verdict["held"] and "layer 1 has 3 of its 4 heads chosen" in verdict["reason"]
+    assert block["ablate_random_like_recall"] == {"sets": 0, "reason": verdict["reason"]}
+    page = replace(heads, verification=block)
+    assert "the recall heads cannot be compared with random ones: layer 1 has 3" in report.verdict(page)
+    assert [row.name.split()[0] for row in report.dissociation_table(page)] == ["nothing", "top", "1", "top"]
+    assert 0 < block["ablate_recall"]["p_remaining"]["mean"] < 1
+    assert block["dissociation"]["suppression"]["most_extreme_random_set"] > 0
+
+
+def test_a_random_model_is_not_said_to_recall_or_suppress(model: HeadModel, found: Identified) -> None:
+    """Heads named at random are no better than the other random sets, and the verdict says so."""
+    verdicts = []
+    for head in range(6):
+        roles = {
+            "recall": (RankedHead(0, head, 1.0, (0.5, 1.5)),),
+            "suppression": (RankedHead(1, head, -1.0, (-1.5, -0.5)),),
+        }
+        block = by_hand(model, roles, found.examples, n_random=8)
+        verdicts += [block["dissociation"][role]["held"] for role in ROLES]
+    assert verdicts.count(True) <= len(verdicts) / 3
+
+
+def test_no_confirmed_heads_is_a_verdict(model: HeadModel, found: Identified) -> None:
+    block = by_hand(model, {"recall": (), "suppression": ()}, found.examples)
+    assert set(block) == {"baseline", "dissociation"}
+    for role in ROLES:
+        assert block["dissociation"][role] == {"held": False, "reason": "no confirmed heads"}
+
+
+def a_block(previous: float | None, suppressed: float, recalled: float, low: float, high: float) -> dict[str, Any]:
+    """Baseline p(remaining) 0.5; `low` and `high` are the extreme random sets of every quantity."""
+    sets = {"mean": 0.0, "lowest_set": low, "highest_set": high}
+    quantities = ["p_remaining"] if previous is None else ["p_remaining", "p_previous"]
+    baseline = {"p_remaining": {"mean": 0.5}} | ({} if previous is None else {"p_previous": {"mean": previous}})
+    return {
+        "baseline": baseline,
+        "ablate_suppression": {name: {"mean": suppressed} for name in quantities},
+        "ablate_random_like_suppression": dict.fromkeys(quantities, sets),
+        "ablate_recall": {name: {"mean": recalled} for name in quantities},
+        "ablate_random_like_recall": dict.fromkeys(quantities, sets),
+    }
+
+
+@pytest.mark.parametrize(
+    ("block", "suppression", "recall"),
+    [
+        (a_block(0.1, suppressed=0.4, recalled=0.1, low=0.3, high=0.3), True, True),
+        (a_block(0.1, suppressed=0.2, recalled=0.1, low=0.3, high=0.3), False, True),  # a random set rises more
+        (a_block(0.1, suppressed=0.4, recalled=0.2, low=0.1, high=0.3), True, False),  # a random set falls more
+        (a_block(0.4, suppressed=0.35, recalled=0.1, low=0.3, high=0.3), False, True),  # not even above the baseline
+        (a_block(0.1, suppressed=0.4, recalled=0.6, low=0.7, high=0.3), True, False),  # not even below the baseline
+        (a_block(None, suppressed=0.6, recalled=0.1, low=0.3, high=0.55), True, True),  # single facts
+        (a_block(None, suppressed=0.45, recalled=0.1, low=0.3, high=0.3), False, True),
+    ],
+)
+def test_dissociation(block: dict[str, Any], suppression: bool, recall: bool) -> None:
+    verdict = dissociation(block)
+    assert (verdict["suppression"]["held"], verdict["recall"]["held"]) == (suppression, recall)
+    quantity = "p_previous" if "p_previous" in block["baseline"] else "p_remaining"
+    assert verdict["suppression"]["quantity"] == quantity and verdict["recall"]["quantity"] == "p_remaining"
+    assert verdict["recall"]["ratio"] == block["ablate_recall"]["p_remaining"]["mean"] / 0.5
+
+
+def test_a_task_that_cannot_be_scored_is_refused(model: HeadModel) -> None:
+    with pytest.raises(InputError, match="no example can be scored on first tokens"):
+        identify.identify(model, Task("empty", ()))
