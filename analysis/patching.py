@@ -147,23 +147,24 @@ def ablation_effects(heads: HeadModel, encoded: Encoded, max_rows: int = 512) ->
     """What every head does to the answers at END: clean minus ablated, so positive = the head raises the quantity.
 
     Returns:
-        name -> `[n_layers, n_heads]`: `ablation.target` and `ablation.previous` in nats of total first-token
-        log-probability, `ablation.target_p` / `ablation.previous_p` in probability, `ablation.target_logit` /
-        `ablation.previous_logit` in logits. The `previous` ones are absent where there are no previous answers.
+        name -> `[n_layers, n_heads]`: `ablation.target` and `ablation.previous` in logits (mean over the
+        answers' first tokens, the unit of direct attribution), `ablation.target_logp` / `ablation.previous_logp` in
+        nats of the answers' total probability, `ablation.target_p` / `ablation.previous_p` in probability. The
+        `previous` ones are absent where there are no previous answers.
     """
     rows: list[Row] = [()]
     rows += [[(layer, head)] for layer in range(heads.n_layers) for head in range(heads.n_heads)]
     result = answer_probabilities(silenced_logits(heads, encoded.tokens, rows, max_rows), encoded)
     quantities = {
-        "target": result.logs["target"],
+        "target": result.logits["target"],
+        "target_logp": result.logs["target"],
         "target_p": result.target,
-        "target_logit": result.logits["target"],
     }
     if encoded.previous_tokens:
         quantities |= {
-            "previous": result.logs["previous"],
+            "previous": result.logits["previous"],
+            "previous_logp": result.logs["previous"],
             "previous_p": result.previous,
-            "previous_logit": result.logits["previous"],
         }
     shape = (heads.n_layers, heads.n_heads)
     return {

@@ -36,10 +36,10 @@ MAPS = {
     "tokens: red heads look at the subject and raise its answers.",
     "lens.previous.previous": "The part of the attribution to the given answers that a head reads from these answers' "
     "own tokens: blue heads look at what was said and push it down.",
-    "ablation.target": "Exact effect on the log-probability of the remaining answers, in nats, intact minus silenced: "
+    "ablation.target": "Exact effect on the logits of the remaining answers, intact minus silenced: "
     "red heads are needed for it, blue heads hold it back.",
-    "ablation.previous": "Exact effect on the log-probability of the given answers, in nats, intact minus silenced: "
-    "silencing a blue head makes the model repeat itself more.",
+    "ablation.previous": "Exact effect on the logits of the given answers, intact minus silenced: "
+    "a blue head pushes down what was said, directly or through later layers.",
 }
 QUANTITIES = {"p_remaining": "p(remaining)", "p_previous": "p(previous)"}
 COLOURS = {"recall": "#111111", "suppression": "#00b84a"}  # outlines that stand out from red, white and blue

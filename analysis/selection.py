@@ -8,8 +8,9 @@ from numpy.typing import NDArray
 from .headset import RankedHead
 from .scores import Array, Scores
 
-# role -> (attribution that ranks, its sign, ablation that confirms). A suppression head lowers previous answers; on
-# single facts, where there are none, it lowers the correct answer.
+# role -> (attribution that ranks, its sign, ablation that confirms), both in logits: a head's direct part and its whole
+# effect. Probabilities, in which what is common to all answers cancels, are what `identify.verify` judges sets by.
+# A suppression head lowers previous answers; on single facts, where there are none, it lowers the correct answer.
 _RULES = {
     "recall": ("dla.target", 1.0, "ablation.target"),
     "suppression": ("dla.previous", -1.0, "ablation.previous"),

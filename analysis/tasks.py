@@ -228,7 +228,9 @@ def _builtin(name: str) -> list[Example]:
     for relation in entry["relations"]:
         phrase = table["phrases"][relation]
         templates = [Template(row["header"].replace("{things}", phrase), row["item"]) for row in entry["templates"]]
-        examples += build(relations[relation]["facts"], templates, entry["previous"], seed=0)
+        examples += build(
+            relations[relation]["facts"], templates, entry["previous"], seed=0, familiar=entry["familiar"]
+        )
     return examples
 
 

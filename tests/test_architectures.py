@@ -403,14 +403,14 @@ def test_ablation_effects_are_clean_minus_ablated(heads: HeadModel, prompt: Enco
         ablated = slow_logits(heads, prompt.tokens, [(layer, head)])
         for name, chosen in (("target", targets), ("previous", previous)):
             p, q = (logits.softmax(-1)[chosen].sum().item() for logits in (clean, ablated))
-            found = [effects[f"ablation.{name}{suffix}"][layer, head] for suffix in ("_p", "", "_logit")]
+            found = [effects[f"ablation.{name}{suffix}"][layer, head] for suffix in ("_p", "_logp", "")]
             wanted = [p - q, torch.tensor(p / q).log().item(), (clean - ablated)[chosen].mean().item()]
             assert found == pytest.approx(wanted, abs=1e-4)
 
 
 def test_effects_without_previous_answers(llama: HeadModel) -> None:
     example = encode(tiny_task(previous=(0,), subjects=1), llama.tokenizer).examples[0]
-    assert set(ablation_effects(llama, example)) == {"ablation.target", "ablation.target_p", "ablation.target_logit"}
+    assert set(ablation_effects(llama, example)) == {"ablation.target", "ablation.target_p", "ablation.target_logp"}
     assert not [name for name in attribute(llama, example) if name.endswith("previous")]
 
 
@@ -624,6 +624,16 @@ def test_several_heads_in_several_layers(llama: HeadModel) -> None:
             True,
             True,
         ]
+
+
+def test_capture_inside_and_outside_an_edit(llama: HeadModel) -> None:
+    """Hooks run in the order in which they were opened, and an edit leaves what was captured before it as it was."""
+    tokens = batch_of(llama)
+    clean = z_of(llama, tokens)[1]
+    with torch.no_grad(), hooks.capture(llama) as before, hooks.ablate(llama, [(1, 1)]), hooks.capture(llama) as after:
+        llama.model(tokens)
+    assert torch.equal(before[1], clean)
+    assert after[1][:, :, 1].abs().max() == 0 and torch.equal(after[1][:, :, 0], clean[:, :, 0])
 
 
 def test_hooks_go_when_the_block_raises(llama: HeadModel) -> None:

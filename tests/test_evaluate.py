@@ -1,4 +1,4 @@
-"""Lists are read and scored as a person would; batched generation, perplexity and probabilities equal slow references."""
+"""Lists are read and scored as a person would; generation in batches and every number equal slow references."""
 
 from __future__ import annotations
 
@@ -96,6 +96,12 @@ def test_score_items_of_titles_that_are_numbers() -> None:
     ]
 
 
+@pytest.mark.xfail(strict=True, reason="parse_items cuts every item at its first comma; 26 built-in answers hold one")
+def test_an_answer_that_holds_a_comma_is_that_answer() -> None:
+    asimov = Example("Books by Asimov:\n1. Nemesis\n2.", "Asimov", ("I, Robot", "Foundation", "Nemesis"), ("Nemesis",))
+    assert score_items(asimov, parse_items(" I, Robot\n3. I, Robot", 2), 2) == ["correct_new", "repeat"]
+
+
 # --- generating -------------------------------------------------------------------------------------------------------
 
 
@@ -116,9 +122,9 @@ def ragged(task: Task) -> Task:
 
 def test_batches_change_nothing(model: Any, cities: Task) -> None:
     tokenizer = tiny_tokenizer()
-    task = ragged(cities)
+    task = ragged(cities.limited(6))
     alone = generate_lists(model, tokenizer, task, n_items=2, batch_size=1)
-    together = generate_lists(model, tokenizer, task, n_items=2, batch_size=5)
+    together = generate_lists(model, tokenizer, task, n_items=2, batch_size=4)
     assert together == alone
     assert [scored.example for scored in alone] == list(task.examples), "results come in the task's order"
     assert len({scored.text for scored in alone}) > 3, "the texts must differ for this test to say anything"
@@ -191,7 +197,8 @@ def test_the_tokenizer_is_put_back_after_an_error(cities: Task, monkeypatch: pyt
 def test_sampling_follows_its_seed(cities: Task) -> None:
     model, tokenizer = tiny_model("llama"), tiny_tokenizer()
     first, again, other = (
-        [s.text for s in generate_lists(model, tokenizer, cities, 2, 8, sample_seed=seed)] for seed in (1, 1, 2)
+        [s.text for s in generate_lists(model, tokenizer, cities.limited(3), 1, 8, sample_seed=seed)]
+        for seed in (1, 1, 2)
     )
     assert first == again != other
 

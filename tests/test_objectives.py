@@ -18,7 +18,7 @@ def random_logits(rows: int, scale: float = 1.5, seed: int = 0) -> Tensor:
 
 
 def slow_answer_set(logits: Tensor, remaining: list[list[int]], previous: list[list[int]], weight: float) -> Tensor:
-    """The definition in its plainest form: probabilities, sums, logarithms, a loop over rows. `[3]`: the three terms."""
+    """The definition in its plainest form, a loop over rows. `[3]`: loss, recall, suppression."""
     recall, suppression = [], []
     for row, remain, given in zip(logits, remaining, previous, strict=True):
         p = torch.exp(row) / torch.exp(row).sum()

@@ -311,12 +311,13 @@ def test_splits_share_no_subject_and_cover_all() -> None:
 @pytest.mark.parametrize("name", ["country_cities", "one_to_many"])
 def test_split_of_a_built_in_task(name: str) -> None:
     whole = load_task(name)
-    parts = {split: load_task(f"{name}:{split}") for split in tasks.SPLITS}
+    parts = {split: take_split(whole, split) for split in tasks.SPLITS}
     assert [part.name for part in parts.values()] == [f"{name}:{split}" for split in tasks.SPLITS]
     examples = [example for part in parts.values() for example in part.examples]
     assert Counter(examples) == Counter(whole.examples)
     of_subject = Counter(subject for part in parts.values() for subject in part.subjects)
     assert set(of_subject) == set(whole.subjects) and set(of_subject.values()) == {1}
+    assert load_task(f"{name}:test") == parts["test"]
     assert load_task(f"{name}:test", split_seed=1) != parts["test"]
 
 

@@ -223,7 +223,7 @@ class HeadTuningModel(BaseTuner):
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
         config: HeadTuningConfig = peft_config
-        # The object, not its dict: only it answers to the common names whatever the family calls its sizes (gpt2: n_head).
+        # The object and not its dict, which has the family's own names for sizes (gpt2: n_head).
         sizes = self.model.config.get_text_config()
         architecture_of(sizes.model_type)
         n_heads, n_layers = int(sizes.num_attention_heads), int(sizes.num_hidden_layers)

@@ -53,7 +53,7 @@ def own_list_examples(
 def _cached(path: Path, compute: Callable[[], list[Example]]) -> list[Example]:
     """`compute()`, kept in a file: greedy lists of the same model on the same prompts are always the same."""
     if path.is_file():
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
         return [Example(row["prompt"], row["subject"], tuple(row["answers"]), tuple(row["previous"])) for row in rows]
     examples = compute()
     write_text(path, to_jsonl(examples))
