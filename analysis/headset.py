@@ -166,25 +166,38 @@ def _ranked(entries: Any, role: str, model: dict[str, Any], where: str) -> tuple
 
 
 def random_like(
-    heads: Sequence[tuple[int, int]], n_heads: int, seed: int, exclude: Sequence[tuple[int, int]] = ()
+    heads: Sequence[tuple[int, int]],
+    n_heads: int,
+    seed: int,
+    exclude: Sequence[tuple[int, int]] = (),
+    overlap: bool = False,
 ) -> list[tuple[int, int]]:
-    """Random heads, as many in each layer as `heads` has, none of `heads` or `exclude` where the layer allows it.
+    """Random heads, as many in each layer as `heads` has, none of `heads`, and none of `exclude` where a layer allows it.
+
+    Args:
+        overlap: where more than half of a layer is chosen, take all its other heads and fill up with chosen ones drawn
+            at random, instead of refusing.
 
     Raises:
-        InputError: a layer has too few other heads to draw from.
+        InputError: a layer has too few other heads to draw from, and `overlap` is False.
     """
     generator = random.Random(seed)
-    chosen = []
+    drawn = []
     for layer in sorted({layer for layer, _ in heads}):
-        taken = {head for of, head in heads if of == layer}
-        barred = taken | {head for of, head in exclude if of == layer}
-        pool = [head for head in range(n_heads) if head not in barred]
-        if len(pool) < len(taken):
-            pool = [head for head in range(n_heads) if head not in taken]
-        if len(pool) < len(taken):
+        taken = sorted({head for of, head in heads if of == layer})
+        barred = {head for of, head in exclude if of == layer}
+        others = [head for head in range(n_heads) if head not in taken]
+        allowed = [head for head in others if head not in barred]
+        if len(allowed) >= len(taken):
+            picked = generator.sample(allowed, len(taken))
+        elif len(others) >= len(taken):
+            picked = generator.sample(others, len(taken))
+        elif overlap:
+            picked = others + generator.sample(taken, len(taken) - len(others))
+        else:
             raise InputError(
                 f"layer {layer} has {len(taken)} of its {n_heads} heads chosen, which leaves too few others for a "
                 "matched random set; choose fewer heads"
             )
-        chosen += [(layer, head) for head in generator.sample(pool, len(taken))]
-    return chosen
+        drawn += [(layer, head) for head in picked]
+    return drawn

@@ -138,7 +138,8 @@ class HeadModel:
         digest = hashlib.sha256()
         for name, parameter in sorted(self.model.named_parameters()):
             digest.update(name.encode())
-            digest.update(memoryview(parameter.detach().cpu().contiguous().view(torch.uint8).numpy()).cast("B"))
+            stored: Any = parameter.detach().cpu().contiguous().view(torch.uint8).numpy()
+            digest.update(stored)
         return digest.hexdigest()
 
 
@@ -227,7 +228,7 @@ def check(heads: HeadModel, reference: Tensor | None = None) -> None:
     for layer in range(heads.n_layers):
         where = f"{heads.architecture.layers}.{layer}.{heads.architecture.attention}"
         contributions = torch.einsum("bshd,hdm->bsm", z[layer].float(), heads.output_weight(layer).float())
-        bias = heads.projection(layer).bias
+        bias: Any = heads.projection(layer).bias
         total = contributions if bias is None else contributions + bias.float()
         expected = outputs[layer].float()
         gap = (total - expected).abs().max().item()

@@ -346,7 +346,8 @@ def _ranked(heads: HeadSet, role: str) -> str:
     ranked = heads.roles[role]
     if not ranked:
         return f"<h3>{escape(role.capitalize())}</h3><p>No head was confirmed for this role.</p>"
-    effects = sorted({name for head in ranked for name in head.effect if name.startswith("ablation.")})
+    # In logits; the same in nats and probability is in heads.json, and would make the table too wide to read.
+    effects = sorted({name for head in ranked for name in head.effect if name in MAPS and name.startswith("ablation.")})
     rows = [
         [
             str(rank),

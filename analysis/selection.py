@@ -68,7 +68,8 @@ def _confirmed(scores: Scores, attribution: str, sign: float, ablation: str, n: 
 def stability(scores: Scores, role: str, top: int, n: int = 200, seed: int = 0) -> float:
     """Mean Jaccard overlap between the top heads by attribution and those of `n` resamplings of the subjects.
 
-    Confirmation by ablation is applied to each resampling by sign. 0 where no head is confirmed.
+    Confirmation is by the sign of the ablation effect, in the whole sample and in each resampling (intervals within
+    resamplings would cost a bootstrap each). 0 where no head is confirmed.
     """
     attribution, sign, ablation = rule_for(role, scores)
     draws = sign * scores.bootstrap(attribution, n, seed)

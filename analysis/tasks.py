@@ -379,15 +379,15 @@ class Encoded:
         return len(self.tokens) - 1
 
     def sources(self) -> dict[str, list[int]]:
-        """Source groups that partition the positions: subject, previous_1.., first, end, rest (in this precedence)."""
+        """Source groups that partition the positions: subject, previous_1.., end, first, rest (in this precedence)."""
         groups: dict[str, list[int]] = {"subject": list(self.subject)}
         for index, span in enumerate(self.previous, start=1):
             groups[f"previous_{index}"] = list(span)
         groups |= {"end": [self.end], "first": [0]}
         taken: set[int] = set()
-        for name, span in groups.items():
-            groups[name] = [position for position in span if position not in taken]
-            taken |= set(span)
+        for name, positions in groups.items():
+            groups[name] = [position for position in positions if position not in taken]
+            taken |= set(positions)
         groups["rest"] = [position for position in range(len(self.tokens)) if position not in taken]
         return groups
 

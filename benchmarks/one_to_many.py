@@ -31,8 +31,9 @@ RESULT = ROOT / "benchmarks" / "results" / "one_to_many.json"
 KINDS = ("repeat", "correct_new", "wrong", "missing")
 
 # name -> (recipe, overrides, does the seed matter). {heads} and {seed} are filled in.
+OURS = "heads={{from: {heads}, role: both, top: 16}}"
 METHODS: dict[str, tuple[str, list[str], bool]] = {
-    "lofit": ("lofit/one_to_many", ["heads={{from: {heads}, role: both, top: 16}}"], True),
+    "lofit": ("lofit/one_to_many", [OURS], True),
     "steer suppression x1.5": (
         "steer/one_to_many",
         ["heads={{from: {heads}, role: suppression, top: 4}}", "method.factor=1.5"],
@@ -51,9 +52,13 @@ METHODS: dict[str, tuple[str, list[str], bool]] = {
     ),
     "lora r=8": ("lora/one_to_many", [], True),
     "all heads": ("lofit/one_to_many", ["heads={{all: true}}"], True),
-    "offsets, cross-entropy": (
+    # What each part of the objective does.
+    "lofit, gold prefixes only": ("lofit/one_to_many", [OURS, "method.answer_set.own_lists=0.0"], True),
+    "lofit, no retention": ("lofit/one_to_many", [OURS, "method.answer_set.retention=0.0"], True),
+    "lofit, top 4 of each role": ("lofit/one_to_many", ["heads={{from: {heads}, role: both, top: 4}}"], True),
+    "offsets, cross-entropy on gold answers": (
         "lofit/one_to_many",
-        ["heads={{from: {heads}, role: both, top: 16}}", "method={{objective: sft, scale: none, offset: true}}"],
+        [OURS, "method={{objective: sft, scale: none, offset: true}}"],
         True,
     ),
 }

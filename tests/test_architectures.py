@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -265,6 +265,17 @@ def test_identity_knows_weights_and_configuration() -> None:
     assert one == same
     assert one["config_sha256"] == other["config_sha256"] and one["weights_sha256"] != other["weights_sha256"]
     assert one["weights_sha256"] == shaped["weights_sha256"] and one["config_sha256"] != shaped["config_sha256"]
+
+
+def test_the_weights_hash_covers_every_parameter() -> None:
+    heads = view(tiny_model("gpt2"), tiny_tokenizer())
+    digests = {heads.weights_sha256}
+    with torch.no_grad():
+        for parameter in heads.model.parameters():
+            parameter.view(-1)[-1] += 1
+            digests.add(replace(heads).weights_sha256)  # a copy without the cached value
+            parameter.view(-1)[-1] -= 1
+    assert len(digests) == 1 + len(list(heads.model.parameters()))
 
 
 # --- attention rows ---------------------------------------------------------------------------------------------------

@@ -145,6 +145,8 @@ def test_the_name_tells_content_apart() -> None:
         (lofit(training={"seed": 3}), ["training.seed", "use seed"]),
         (lofit(training={"run_name": "x"}), ["training.run_name", "use name"]),
         (lofit(training={"report_to": "wandb"}), ["training.report_to", "use tracking"]),
+        (lofit(training={"eval_strategy": "steps"}), ["training.eval_strategy", "use evaluation"]),
+        (lofit(training={"resume_from_checkpoint": "x"}), ["training.resume_from_checkpoint", "use --resume"]),
         (lofit(training={"max_length": 5}), ["training.max_length", "remove it"]),
         # wrong types, at every level
         (lofit(seed="a"), ["seed", "'a'"]),
@@ -212,7 +214,6 @@ def test_refused_in_one_line(data: Any, words: list[str]) -> None:
     [
         {"lr_scheduler_type": "linear"},
         {"save_strategy": "steps", "save_steps": 3},
-        {"eval_strategy": "no"},
         {"optim": "adamw_torch"},
         {"learning_rate": 1},
         {"learning_rate": 0.5, "warmup_steps": 0.1},

@@ -150,8 +150,10 @@ class HeadTuningLayer(nn.Module, BaseTunerLayer):
             x = x.to(trained.dtype)  # an adapter kept in float32 over a half-precision base computes in float32
             if scale is not None and offset is not None:
                 x = torch.addcmul(offset, x, scale)
-            else:
-                x = x * scale if scale is not None else x + offset
+            elif scale is not None:
+                x = x * scale
+            elif offset is not None:
+                x = x + offset
         return self.base_layer(x.to(dtype), *args, **kwargs)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

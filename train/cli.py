@@ -127,7 +127,13 @@ def _positive(text: str) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    if rest:
+        # argparse takes a list of words in one piece only: `train R --resume seed=1` leaves the override over.
+        if arguments.command != "train" or any(word.startswith("-") for word in rest):
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        arguments.overrides += rest
     _quiet()
     from ..analysis.errors import CheckError, InputError
     from . import console
@@ -160,8 +166,11 @@ def _quiet() -> None:
 
 
 def _model_quiet() -> None:
+    import torch
     import transformers
 
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed, once imported, would warn about having to guess
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("headtune").setLevel(logging.INFO)
@@ -273,6 +282,7 @@ def _train(arguments: argparse.Namespace) -> int:
             )
         launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(arguments.config_file)]
         rest = [arguments.recipe, *arguments.overrides, *(["--resume"] if arguments.resume else [])]
+        rest += ["--json"] if arguments.json else []
         return subprocess.run([*launch, "-m", "headtune.train", *rest], check=False).returncode
     from .recipe import load
 
@@ -288,6 +298,10 @@ def _train(arguments: argparse.Namespace) -> int:
         console.progress if main_rank else (lambda items, _what: iter(items)),
         console.say if main_rank else (lambda _line: None),
     )
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from accelerate import PartialState
+
+        PartialState().destroy_process_group()
     if not main_rank:
         return 0
     if arguments.json:

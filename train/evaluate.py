@@ -176,7 +176,9 @@ def evaluate(
     remaining, previous = answer_mass(model, encoded)
     of_mass = [example.example.subject for example in encoded.examples]
     metrics["p_remaining"] = mean_interval(remaining, of_mass)
-    metrics["p_previous"] = mean_interval(previous, of_mass)
+    given = [index for index, example in enumerate(encoded.examples) if example.previous_tokens]
+    if given:  # examples without previous answers would only dilute it with zeros
+        metrics["p_previous"] = mean_interval([previous[i] for i in given], [of_mass[i] for i in given])
     metrics["neutral_perplexity"] = perplexity(model, tokenizer)
     metrics["n"] = {
         "examples": len(lists),

@@ -33,6 +33,9 @@ _OWN_TRAINING_KEYS = {
     "report_to": "tracking",
     "remove_unused_columns": None,
     "max_length": None,
+    "eval_strategy": "evaluation",
+    "eval_on_start": "evaluation",
+    "resume_from_checkpoint": "--resume",
 }
 
 

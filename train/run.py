@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,11 +19,11 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
-from transformers import set_seed
+from transformers import PrinterCallback, TrainerCallback, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..analysis import headset, identify, report
-from ..analysis.errors import InputError
+from ..analysis.errors import CheckError, InputError
 from ..analysis.files import require_new_folder, write_json, write_text
 from ..analysis.model import HeadModel, load, load_plain
 from ..analysis.scores import load_means
@@ -111,7 +112,12 @@ def choose_heads(
         log.warning(warning)
     pairs = _top(heads, block, say)
     if block.random is not None:
-        pairs = sorted(headset.random_like(pairs, model.n_heads, block.random.seed))
+        like = set(pairs)
+        pairs = sorted(headset.random_like(pairs, model.n_heads, block.random.seed, overlap=True))
+        if shared := [f"L{layer}H{head}" for layer, head in pairs if (layer, head) in like]:
+            say(
+                f"{len(shared)} of {len(pairs)} random heads are chosen ones ({', '.join(shared)}): their layers hold no others"
+            )
     scores = path.parent / "scores.safetensors" if path.is_file() else path / "scores.safetensors"
     if folder is not None:
         heads.write(folder / "heads.json")
@@ -159,7 +165,7 @@ def _training_arguments(recipe: Recipe) -> Any:
         "save_steps": 50,
         "save_total_limit": 2,
         "logging_nan_inf_filter": False,
-        "disable_tqdm": not os.isatty(2),
+        "disable_tqdm": True,  # told through `say`
     }
     own: dict[str, Any] = {
         "output_dir": recipe.output_dir,
@@ -175,24 +181,23 @@ def _training_arguments(recipe: Recipe) -> Any:
         raise InputError(f"training: {str(error).splitlines()[0]}") from error
 
 
-def _require_launch(arguments: Any) -> None:
-    """Refuse the silent traps: several processes that each train alone, or an engine that was asked for and dropped."""
-    state = PartialState()
+def _require_launch(accelerator: Any) -> None:
+    """Refuse the launcher's silent traps: processes that each train alone, an engine that was asked for and dropped.
+
+    Raises:
+        InputError: what runs is not what was launched.
+    """
     wanted = int(os.environ.get("WORLD_SIZE", "1"))
-    if arguments.world_size != wanted:
+    if accelerator.num_processes != wanted:
         raise InputError(
-            f"{wanted} processes were launched but the trainer sees {arguments.world_size}; on CPU launch with "
-            "ACCELERATE_USE_CPU=true and a MULTI_GPU config (accelerate_configs/ddp_cpu_2.yaml)"
+            f"{wanted} processes were launched but the trainer sees {accelerator.num_processes}; on a CPU launch with "
+            "ACCELERATE_USE_CPU=true and accelerate_configs/ddp_cpu_2.yaml"
         )
-    for engine, kind in (("DEEPSPEED", "DEEPSPEED"), ("FSDP", "FSDP")):
-        asked = os.environ.get(f"ACCELERATE_USE_{engine}", "false") == "true"
-        if asked and kind not in str(arguments.distributed_state.distributed_type) and engine == "FSDP":
+    for engine in ("DEEPSPEED", "FSDP"):
+        if os.environ.get(f"ACCELERATE_USE_{engine}") == "true" and accelerator.distributed_type.value != engine:
             raise InputError(
-                f"{engine} was asked for but {state.distributed_type} is what runs; see accelerate_configs/"
-            )
-        if asked and engine == "DEEPSPEED" and arguments.deepspeed_plugin is None:
-            raise InputError(
-                "DEEPSPEED was asked for but is not what runs; for ZeRO on a CPU set only training.use_cpu=true"
+                f"{engine} was launched but {accelerator.distributed_type.value} is what runs; see the head of the "
+                "file in accelerate_configs/ for its launch line"
             )
 
 
@@ -363,11 +368,11 @@ def _train(
     from . import trainers
 
     arguments = _training_arguments(recipe)
-    _require_launch(arguments)
     tokenizer = heads.tokenizer
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    common = {"args": arguments, "processing_class": tokenizer, "callbacks": [trainer_callback(tracker)]}
+    callbacks = [trainer_callback(tracker), _told(say)]
+    common = {"args": arguments, "processing_class": tokenizer, "callbacks": callbacks}
     if method.objective == "answer_set":
         limit = recipe.task.max_train_examples or len(train.examples)
         say("writing the model's own lists" if method.answer_set.own_lists else "preparing prompts")
@@ -385,24 +390,49 @@ def _train(
         state["training_data"] = encoded.summary()
         rows = trainers.answer_set_rows(encoded)
         set_seed(recipe.seed)  # writing lists drew nothing, but the adapter's start must not depend on that
-        trainer: Any = trainers.AnswerSetTrainer(
-            heads.model,
-            train_dataset=rows,
-            data_collator=trainers.AnswerSetCollator(tokenizer.pad_token_id),
-            peft_config=config,
-            block=method.answer_set,
-            **common,
-        )
+        kind: Any = trainers.AnswerSetTrainer
+        common |= {
+            "data_collator": trainers.AnswerSetCollator(tokenizer.pad_token_id),
+            "block": method.answer_set,
+        }
     else:
         rows = trainers.sft_rows(train.limited(recipe.task.max_train_examples, recipe.seed), recipe.seed)
         state["training_data"] = {"name": train.name, "n_examples": len(rows)}
-        trainer = trainers.SFTTrainer(heads.model, train_dataset=rows, peft_config=config, **common)
+        kind = trainers.SFTTrainer
+    try:
+        trainer = kind(heads.model, train_dataset=rows, peft_config=config, **common)
+    except InputError:
+        raise
+    except ValueError as error:  # keys that contradict each other or the data, such as packing with answer_set
+        raise InputError(f"training: {str(error).splitlines()[0]}") from error
+    _require_launch(trainer.accelerator)
+    trainer.remove_callback(PrinterCallback)
     say(f"training on {len(rows)} prompts")
     checkpoint = get_last_checkpoint(recipe.output_dir) if resume else None
     trainer.train(resume_from_checkpoint=checkpoint)
     tracker.log({"train/steps": trainer.state.global_step})
     model = trainer.accelerator.unwrap_model(trainer.model)
     return model.eval()
+
+
+def _told(say: Say) -> TrainerCallback:
+    """Tells how the training goes, at every logging step, and stops it where the loss is no number any more."""
+
+    class Told(TrainerCallback):
+        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+            if logs and "loss" in logs:
+                if not math.isfinite(float(logs["loss"])):
+                    raise CheckError(
+                        f"the loss is {logs['loss']} at step {state.global_step}; lower training.learning_rate "
+                        f"(it was {logs.get('learning_rate')})"
+                    )
+                parts = [f"{name} {float(value):.4g}" for name, value in logs.items() if name not in _UNTOLD]
+                say(f"step {state.global_step}/{state.max_steps}: " + ", ".join(parts))
+
+    return Told()
+
+
+_UNTOLD = {"epoch", "grad_norm", "learning_rate", "num_tokens", "entropy", "mean_token_accuracy"}
 
 
 def _require_trainable(recipe: Recipe) -> None:

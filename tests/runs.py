@@ -1,0 +1,71 @@
+"""Small recipes on a tiny model folder, and the command line called in this process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from tiny import tiny_task
+
+from headtune.analysis.files import write_text
+from headtune.analysis.headset import HeadSet, RankedHead
+from headtune.analysis.tasks import to_jsonl
+from headtune.train.cli import main
+
+STEPS = 4
+
+
+def write_task(folder: Path, subjects: int = 8) -> Path:
+    """The tiny task as JSONL."""
+    path = folder / "cities.jsonl"
+    write_text(path, to_jsonl(tiny_task(subjects=subjects).examples))
+    return path
+
+
+def write_recipe(folder: Path, model: Path, **changes: Any) -> Path:
+    """A recipe of seconds in `folder`, whose run goes to `folder/run`; `changes` replace its blocks."""
+    recipe = {
+        "recipe": "lofit",
+        "model": {"name": str(model)},
+        "heads": {"list": [[0, 1], [2, 0], [2, 3]]},
+        "task": {"train": str(write_task(folder))},
+        "method": {"answer_set": {"own_lists": 0.0}},
+        "training": {
+            "max_steps": STEPS,
+            "per_device_train_batch_size": 4,
+            "learning_rate": 0.05,
+            "lr_scheduler_type": "linear",
+            "logging_steps": 1,
+            "save_steps": 2,
+            "use_cpu": True,
+        },
+        "evaluation": {"n_items": 1},
+        "tracking": {"wandb": "disabled"},
+        "output_dir": str(folder / "run"),
+    } | changes
+    path = folder / "recipe.yaml"
+    path.write_text(
+        yaml.safe_dump({key: value for key, value in recipe.items() if value is not None}), encoding="utf-8"
+    )
+    return path
+
+
+def train(recipe: Path, *words: str) -> int:
+    """`headtune train RECIPE ...`, its exit code."""
+    return main(["train", str(recipe), *words])
+
+
+def head_set(identity: dict[str, Any], **changes: Any) -> HeadSet:
+    """A head set of a model with two recall heads and one suppression head."""
+
+    def ranked(*pairs: tuple[int, int]) -> tuple[RankedHead, ...]:
+        return tuple(RankedHead(layer, head, 1.0 - 0.1 * i, (0.5, 1.5)) for i, (layer, head) in enumerate(pairs))
+
+    return HeadSet(
+        model=identity | changes,
+        task={"name": "cities", "sha256": "0" * 64, "n_examples": 16, "n_dropped": 0, "dropped": {}},
+        method={"name": "dla", "parameters": {}, "seed": 0},
+        roles={"recall": ranked((0, 0), (1, 2)), "suppression": ranked((2, 1))},
+        stability={"recall": 1.0, "suppression": 1.0, "bootstrap": 0},
+    )
