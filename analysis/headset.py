@@ -172,7 +172,7 @@ def random_like(
     exclude: Sequence[tuple[int, int]] = (),
     overlap: bool = False,
 ) -> list[tuple[int, int]]:
-    """Random heads, as many in each layer as `heads` has, none of `heads`, and none of `exclude` where a layer allows it.
+    """Random heads, as many in each layer as `heads` has, none of `heads`, none of `exclude` where that is possible.
 
     Args:
         overlap: where more than half of a layer is chosen, take all its other heads and fill up with chosen ones drawn

@@ -185,8 +185,9 @@ def export(
 
 def _compare(logits: Sequence[Any], greedy: Sequence[Any], reloaded: dict[str, Any], dtype: str) -> dict[str, Any]:
     gaps = [(reference - reloaded[f"logits.{index}"]).abs() for index, reference in enumerate(logits)]
-    scale = max(reference.abs().max().item() for reference in logits)
-    largest = max(gap.max().item() for gap in gaps)
+    # torch's max, unlike Python's, does not lose a NaN on the way.
+    scale = torch.stack([reference.abs().max() for reference in logits]).max().item()
+    largest = torch.stack([gap.max() for gap in gaps]).max().item()
     same = sum(torch.equal(row, reloaded[f"greedy.{index}"]) for index, row in enumerate(greedy))
     exact = dtype == "float32"
     tolerance = FLOAT32_TOLERANCE if exact else HALF_TOLERANCE * scale

@@ -115,9 +115,7 @@ def choose_heads(
         like = set(pairs)
         pairs = sorted(headset.random_like(pairs, model.n_heads, block.random.seed, overlap=True))
         if shared := [f"L{layer}H{head}" for layer, head in pairs if (layer, head) in like]:
-            say(
-                f"{len(shared)} of {len(pairs)} random heads are chosen ones ({', '.join(shared)}): their layers hold no others"
-            )
+            say(f"{len(shared)} of {len(pairs)} random heads are chosen ones, for want of others: {', '.join(shared)}")
     scores = path.parent / "scores.safetensors" if path.is_file() else path / "scores.safetensors"
     if folder is not None:
         heads.write(folder / "heads.json")
