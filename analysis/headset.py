@@ -47,7 +47,7 @@ class RankedHead:
 
 @dataclass(frozen=True)
 class HeadSet:
-    """The content of heads.json; see design notes in the README for each block."""
+    """The content of heads.json; the README lists what each block holds."""
 
     model: dict[str, Any]
     task: dict[str, Any]

@@ -24,7 +24,8 @@ METHODS = ("all", "dla", "ablation")
 Progress = Callable[[Sequence[Encoded], str], Iterable[Encoded]]
 
 
-def _silent(examples: Sequence[Encoded], _what: str) -> Iterator[Encoded]:
+def silent(examples: Sequence[Encoded], _what: str) -> Iterator[Encoded]:
+    """The `Progress` that shows nothing."""
     return iter(examples)
 
 
@@ -45,7 +46,7 @@ def identify(
     verify_top: int = 4,
     n_random: int = 10,
     seed: int = 0,
-    progress: Progress = _silent,
+    progress: Progress = silent,
 ) -> Identified:
     """Score every head, rank recall and suppression heads, verify them against random heads of the same layers.
 
@@ -105,7 +106,7 @@ def verify(
     top: int,
     n_random: int,
     seed: int,
-    progress: Progress = _silent,
+    progress: Progress = silent,
 ) -> HeadSet:
     """Silence the chosen heads together at END, and random sets with as many heads in each of the same layers.
 

@@ -358,12 +358,13 @@ def load(
     Args:
         name: `smollm2-135m`, a local folder, or a hub id.
         dtype: float32, bfloat16 or float16.
-        device: where to put it; default: the first GPU, else the CPU.
+        device: where to put it; default: the process's own GPU, else the CPU.
 
     Raises:
         InputError: no such model, or an unsupported family.
         CheckError: the view does not describe the model.
     """
     model, tokenizer = load_plain(name, dtype, revision, trust_remote_code)
-    target = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    own_gpu = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"  # one process a GPU under a launcher
+    target = device or (own_gpu if torch.cuda.is_available() else "cpu")
     return view(model.to(target), tokenizer, name, revision)  # type: ignore[arg-type]

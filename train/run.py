@@ -77,7 +77,7 @@ def choose_heads(
     model: HeadModel,
     task: Task,
     folder: Path | None = None,
-    progress: identify.Progress = identify._silent,
+    progress: identify.Progress = identify.silent,
     say: Say = log.info,
 ) -> Chosen:
     """Resolve a recipe's `heads` block on a model.
@@ -219,7 +219,7 @@ def _state_file(folder: Path, content: dict[str, Any], main: bool) -> Iterator[d
 def run(
     recipe: Recipe,
     resume: bool = False,
-    progress: identify.Progress = identify._silent,
+    progress: identify.Progress = identify.silent,
     say: Say = log.info,
 ) -> dict[str, Any]:
     """Carry out a recipe.
@@ -247,7 +247,7 @@ def run(
     heads = load(block.name, block.dtype, None, block.revision, block.trust_remote_code)
     encode(train, heads.tokenizer)  # a task that this tokenizer cannot use stops here, before anything is written
     if recipe.heads is not None and recipe.heads.identify is None:
-        choose_heads(recipe.heads, heads, train, None, progress, say)
+        choose_heads(recipe.heads, heads, train, say=lambda _line: None)
     _require_trainable(recipe)
     if recipe.evaluation.before is not None:
         read_before(Path(recipe.evaluation.before), _evaluation_identity(recipe, heads, held_out))
