@@ -32,6 +32,8 @@ KINDS = ("repeat", "correct_new", "wrong", "missing")
 
 # name -> (recipe, overrides, does the seed matter). {heads} and {seed} are filled in.
 OURS = "heads={{from: {heads}, role: both, top: 16}}"
+RANDOM = "heads={{random: {{like: {heads}, seed: {seed}}}, role: both, top: 16}}"
+SCALE_ONLY = ["method.offset=false", "training.learning_rate=0.03"]
 METHODS: dict[str, tuple[str, list[str], bool]] = {
     "lofit": ("lofit/one_to_many", [OURS], True),
     "steer suppression x1.5": (
@@ -47,11 +49,14 @@ METHODS: dict[str, tuple[str, list[str], bool]] = {
     "steer both x1.25": ("steer/one_to_many", ["heads={{from: {heads}, role: both, top: 4}}"], False),
     "random heads": (
         "lofit/one_to_many",
-        ["heads={{random: {{like: {heads}, seed: {seed}}}, role: both, top: 16}}"],
+        [RANDOM],
         True,
     ),
     "lora r=8": ("lora/one_to_many", [], True),
     "all heads": ("lofit/one_to_many", ["heads={{all: true}}"], True),
+    # Offsets can be written by any head of a layer; scales act through what a head computes.
+    "lofit, scale only": ("lofit/one_to_many", [OURS, *SCALE_ONLY], True),
+    "random heads, scale only": ("lofit/one_to_many", [RANDOM, *SCALE_ONLY], True),
     # What each part of the objective does.
     "lofit, gold prefixes only": ("lofit/one_to_many", [OURS, "method.answer_set.own_lists=0.0"], True),
     "lofit, no retention": ("lofit/one_to_many", [OURS, "method.answer_set.retention=0.0"], True),

@@ -242,7 +242,6 @@ def run(
     elif main:
         require_new_folder(folder, "choose another output_dir or name, or continue it with --resume")
     train, held_out = tasks_of(recipe.task)
-    say(f"loading {recipe.model.name}")
     block = recipe.model
     heads = load(block.name, block.dtype, None, block.revision, block.trust_remote_code)
     encode(train, heads.tokenizer)  # a task that this tokenizer cannot use stops here, before anything is written
@@ -251,6 +250,7 @@ def run(
     _require_trainable(recipe)
     if recipe.evaluation.before is not None:
         read_before(Path(recipe.evaluation.before), _evaluation_identity(recipe, heads, held_out))
+    say(f"run {folder} on {block.name}")  # not earlier: what is refused is refused in one line
     if main:
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / "recipe.yaml", recipe.to_yaml())
