@@ -26,6 +26,10 @@ from typing import Any
 
 import numpy as np
 
+from headtune.train.evaluate import parse_items, score_items
+from headtune.train.recipe import load
+from headtune.train.run import tasks_of
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "one_to_many.json"
 KINDS = ("repeat", "correct_new", "wrong", "missing")
@@ -128,7 +132,7 @@ def finished(out: Path) -> bool:
 
 def read(name: str, seed: int, out: Path) -> dict[str, Any]:
     state = json.loads((out / "run.json").read_text())
-    evaluation = json.loads((out / "evaluation.json").read_text())
+    evaluation = rescored(json.loads((out / "evaluation.json").read_text()), out / "recipe.yaml")
     note = json.loads((out / "benchmark.json").read_text()) if (out / "benchmark.json").is_file() else {}
     return {
         "method": name,
@@ -138,6 +142,19 @@ def read(name: str, seed: int, out: Path) -> dict[str, Any]:
         "evaluation": evaluation,
         **note,
     }
+
+
+def rescored(evaluation: dict[str, Any], recipe: Path) -> dict[str, Any]:
+    """The same evaluation with every item's kind taken anew from the stored text, so that all rows follow one rule."""
+    settings = load(str(recipe))
+    _, task = tasks_of(settings.task)
+    if task.sha256 != evaluation["task_sha256"]:
+        sys.exit(f"{recipe}: the task has changed since this run; remove the run to repeat it")
+    n = settings.evaluation.n_items
+    for row, example in zip(evaluation["examples"], task.examples, strict=True):
+        for when in ("before", "after"):
+            row[f"{when}_kinds"] = score_items(example, parse_items(row[when], n, example), n)
+    return evaluation
 
 
 def rates(examples: list[dict[str, Any]], when: str) -> np.ndarray:

@@ -129,6 +129,7 @@ def test_the_name_tells_content_apart() -> None:
         (lofit(heads={"lst": [[0, 1]]}), ["'heads.lst'", "'list'"]),
         (lofit(heads={"identify": {"max_example": 3}}), ["'heads.identify.max_example'", "'max_examples'"]),
         (lofit(heads={"random": {"like": "x", "sed": 3}}), ["'heads.random.sed'", "'seed'"]),
+        (lofit(heads={"random": {"lik": "x"}}), ["'heads.random.lik'", "'like'"]),  # not: like is missing
         (lofit(task={"trian": "x"}), ["'task.trian'", "'train'"]),
         (lofit(task={"split": {"bye": "subject"}}), ["'task.split.bye'", "'by'"]),
         (lofit(method={"scal": "head"}), ["'method.scal'", "'scale'"]),
@@ -303,3 +304,12 @@ def test_the_schema_names_every_block() -> None:
         schema["properties"]
     )
     assert "from" in schema["$defs"]["HeadsBlock"]["properties"]
+
+
+@pytest.mark.parametrize("text", ["1e-3", "1.e-3", "1.0e-3", "+1E-3", "0.001"])
+def test_every_way_to_write_a_learning_rate_is_a_number(text: str) -> None:
+    assert load("lofit/one_to_many", [f"training.learning_rate={text}"]).training["learning_rate"] == 0.001
+
+
+def test_names_that_only_look_like_numbers_stay_text() -> None:
+    assert load("lofit/one_to_many", ["name=1e-3x"]).name == "1e-3x"

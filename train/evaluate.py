@@ -34,12 +34,19 @@ class ScoredList:
     kinds: tuple[str, ...]
 
 
-def parse_items(text: str, n_items: int) -> list[str]:
-    """The first `n_items` list items of a continuation: lines without their number or bullet, cut at an explanation."""
+def parse_items(text: str, n_items: int, example: Example | None = None) -> list[str]:
+    """The first `n_items` list items of a continuation: lines without their number or bullet, cut at an explanation.
+
+    An item is cut at its first dash, comma, colon, semicolon or bracket, unless a longer part of it is an answer of
+    `example` ("I, Robot").
+    """
+    known = set() if example is None else {canonical(answer, example.subject) for answer in example.answers}
     items = []
     for index, line in enumerate(text.split("\n")):
         bare = re.sub(r"^\s*(\d+[.)]|[-*•])\s*", "", line) if index else line
-        bare = re.split(r"\s[-–—]\s|[,:;(]", bare, maxsplit=1)[0].strip()
+        parts = [bare[: match.start()] for match in re.finditer(r"\s[-–—]\s|[,:;(]", bare)]
+        longest = (part for part in (bare, *reversed(parts)) if example and canonical(part, example.subject) in known)
+        bare = next(longest, parts[0] if parts else bare).strip()
         if bare:
             items.append(bare)
         elif index and items:
@@ -113,7 +120,7 @@ def generate_lists(
                 indices, tokenizer.batch_decode(output[:, length:], skip_special_tokens=True), strict=True
             ):
                 example = task.examples[i]
-                items = parse_items(text, n_items)
+                items = parse_items(text, n_items, example)
                 results[i] = ScoredList(example, text, tuple(items), tuple(score_items(example, items, n_items)))
     finally:
         tokenizer.padding_side, tokenizer.pad_token = side, pad
@@ -142,6 +149,7 @@ def perplexity(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str | None = None, window: int = 512
 ) -> float:
     """`exp(mean negative log-likelihood)` per token of `text` in consecutive windows of `window` tokens."""
+    window = min(window, getattr(model.config.get_text_config(), "max_position_embeddings", None) or window)
     tokens = tokenizer(neutral_text() if text is None else text, return_tensors="pt").input_ids[0].to(model.device)
     total, count = 0.0, 0
     for start in range(0, len(tokens) - 1, window):

@@ -15,6 +15,7 @@ import enum
 import hashlib
 import importlib.resources
 import json
+import re
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -371,7 +372,7 @@ def load(name: str, overrides: Sequence[str] = ()) -> Recipe:
         InputError: no such recipe, malformed YAML (with its line), a bad override, or anything `parse` refuses.
     """
     try:
-        data = yaml.safe_load(read_source(name))
+        data = _yaml(read_source(name))
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f" at line {mark.line + 1}" if mark else ""
@@ -382,13 +383,25 @@ def load(name: str, overrides: Sequence[str] = ()) -> Recipe:
     return parse(data, name)
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads `1e-3` as text; everybody who writes a learning rate means the number."""
+
+
+_FLOAT = re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$")
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789"))
+
+
+def _yaml(text: str) -> Any:
+    return yaml.load(text, _Loader)
+
+
 def _apply(data: dict[str, Any], override: str) -> dict[str, Any]:
     path, equals, text = override.partition("=")
     keys = path.split(".")
     if not equals or not all(keys):
         raise InputError(f"override {override!r} must read key=value, such as training.max_steps=3")
     try:
-        value = yaml.safe_load(text)
+        value = _yaml(text)
     except yaml.YAMLError:
         raise InputError(f"override {override!r}: the value is not YAML") from None
     data = dict(data)

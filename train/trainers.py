@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import logging
 import random
 import re
 from collections.abc import Callable, Sequence
@@ -24,6 +25,8 @@ from ..analysis.tasks import EncodedTask, Example, Task, continuation, to_jsonl
 from .evaluate import generate_lists
 from .objectives import answer_set, retention
 from .recipe import AnswerSetBlock
+
+log = logging.getLogger(__name__)
 
 
 def own_list_examples(
@@ -56,7 +59,10 @@ def _cached(path: Path, compute: Callable[[], list[Example]]) -> list[Example]:
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
         return [Example(row["prompt"], row["subject"], tuple(row["answers"]), tuple(row["previous"])) for row in rows]
     examples = compute()
-    write_text(path, to_jsonl(examples))
+    try:
+        write_text(path, to_jsonl(examples))
+    except OSError as error:
+        log.warning("the model's own lists are not kept for other runs: cannot write %s (%s)", path, error.strerror)
     return examples
 
 
