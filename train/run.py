@@ -163,6 +163,7 @@ def _training_arguments(recipe: Recipe) -> Any:
         "save_steps": 50,
         "save_total_limit": 2,
         "logging_nan_inf_filter": False,
+        "ddp_find_unused_parameters": False,
         "disable_tqdm": True,  # told through `say`
     }
     own: dict[str, Any] = {
