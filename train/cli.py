@@ -379,7 +379,9 @@ def export_run(run: Path, out: Path, dtype: str = "float32", prompts: int = 20) 
     state = json.loads((run / "run.json").read_text(encoding="utf-8"))
     evaluation = json.loads((run / "evaluation.json").read_text(encoding="utf-8"))
     card = model_card(recipe.dump(), state.get("heads", []), evaluation)
-    return export(model, tokenizer, tasks_of(recipe.task)[1], out, dtype, card, prompts)
+    # All held-out prompts to choose from, however few the run was evaluated on.
+    held_out = tasks_of(recipe.task.model_copy(update={"max_eval_examples": None}))[1]
+    return export(model, tokenizer, held_out, out, dtype, card, prompts)
 
 
 def _compare(arguments: argparse.Namespace) -> int:

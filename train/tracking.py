@@ -302,11 +302,11 @@ def _start(mode: str | None, run_dir: Path, options: dict[str, Any], resume_id: 
     except Exception as error:
         log.warning("W&B cannot be used (%s); %s alone is written", _first_line(error), METRICS)
         return None
-    # Of our own making: every attempt has the same, so that syncing them all makes one run.
-    options |= {"id": resume_id or secrets.token_hex(4), "resume": "allow" if resume_id else None}
     attempts: tuple[Literal["online", "offline"], ...]
     attempts = ("offline",) if (mode or _mode_by_key()) == "offline" else ("online", "offline")
     for attempt in attempts:
+        # A new id for each attempt: W&B's service may still hold that of one that did not start.
+        options |= {"id": resume_id or secrets.token_hex(4), "resume": "allow" if resume_id else None}
         try:
             run = wandb.init(**options, settings=_settings(attempt, run_dir))
             run.define_metric("step", hidden=True)
