@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
-from runs import head_set, train, write_recipe, write_task
+from small_runs import head_set, train, write_recipe, write_task
 
 from headtune.analysis import model as models
 from headtune.analysis.tasks import load_task

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from peft import get_peft_model
-from runs import train, write_recipe
+from small_runs import train, write_recipe
 from tiny import tiny_model, tiny_task, tiny_tokenizer
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer

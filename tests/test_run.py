@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from runs import STEPS, head_set, train, write_recipe, write_task
 from safetensors.torch import load_file
+from small_runs import STEPS, head_set, train, write_recipe, write_task
 from tiny import FACTS, N_HEADS, N_LAYERS, save_tiny
 from torch import Tensor
 
