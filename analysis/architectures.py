@@ -27,6 +27,10 @@ class Architecture:
             `attention_bias`: the family's config flag adds it (with q, k, v biases, written as zeros);
             `none`: the family has no such bias.
         input_biases: the projections that `attention_bias` gives a bias besides the output projection.
+        mlp: path, within one layer, of the last module of the MLP: its output is what is added to the residual stream.
+        post_attention_norm: path, within one layer, of a norm between the attention block and the residual stream: what
+            is added is `norm(attention output)`. None where the attention output is added as it is.
+        gain_offset: added to a norm's weight to make its gain; Gemma's norms multiply by `1 + weight`.
     """
 
     layers: str
@@ -36,18 +40,31 @@ class Architecture:
     export: Literal["bias", "attention_bias", "none"]
     in_out_weight: bool = False
     input_biases: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
+    mlp: str = "mlp"
+    post_attention_norm: str | None = None
+    gain_offset: float = 0.0
 
 
 _LLAMA = ("model.layers", "self_attn", "o_proj", "model.norm")
+_GEMMA = Architecture(
+    *_LLAMA,
+    export="attention_bias",
+    mlp="post_feedforward_layernorm",
+    post_attention_norm="post_attention_layernorm",
+    gain_offset=1.0,
+)
 
 ARCHITECTURES: dict[str, Architecture] = {
     "llama": Architecture(*_LLAMA, export="attention_bias"),
     "mistral": Architecture(*_LLAMA, export="none"),
     "qwen2": Architecture(*_LLAMA, export="none"),
     "qwen3": Architecture(*_LLAMA, export="attention_bias"),
+    "gemma2": _GEMMA,
+    "gemma3_text": _GEMMA,
+    "phi3": Architecture(*_LLAMA, export="none"),
     "gpt2": Architecture("transformer.h", "attn", "c_proj", "transformer.ln_f", export="bias", in_out_weight=True),
     "opt": Architecture(
-        "model.decoder.layers", "self_attn", "out_proj", "model.decoder.final_layer_norm", export="bias"
+        "model.decoder.layers", "self_attn", "out_proj", "model.decoder.final_layer_norm", export="bias", mlp="fc2"
     ),
     "gpt_neox": Architecture("gpt_neox.layers", "attention", "dense", "gpt_neox.final_layer_norm", export="bias"),
     "phi": Architecture("model.layers", "self_attn", "dense", "model.final_layernorm", export="bias"),

@@ -1,13 +1,14 @@
 """Attention rows on demand: SDPA for everybody, probabilities only for the query positions asked for.
 
 A function registered with transformers' attention interface runs SDPA unchanged and, while a `record_rows` block is
-open, recomputes `A[l, :, q, :]` for one query position per example. The full `[heads, seq, seq]` matrix never exists.
+open, recomputes `A[l, :, q, :]` for one query position per example. The full `[heads, seq, seq]` matrix never exists,
+except in models that cap their attention scores (Gemma 2), which SDPA cannot do.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,8 +39,48 @@ class AttentionRows:
 _recorders: list[AttentionRows] = []
 
 
-def attention_rows(query: Tensor, key: Tensor, mask: Tensor | None, scaling: float | None, positions: Tensor) -> Tensor:
-    """`softmax(q_pos . k^T * scaling + mask)` in float32 for one query position per example: `[batch, heads, keys]`.
+@dataclass(frozen=True)
+class AttentionCall:
+    """What one layer hands to its attention function.
+
+    Attributes:
+        layer: its index.
+        query: `[batch, n_heads, queries, head_dim]`, after the rotary embedding where there is one.
+        key, value: `[batch, n_kv_heads, keys, head_dim]`.
+        mask: None (causal), bool (True = attend) or additive, `[batch or 1, heads or 1, queries, keys]`.
+        scaling: factor on `q . k`.
+        softcap: `s <- softcap * tanh(s / softcap)` on the scaled scores, where the family has it.
+    """
+
+    layer: int
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None
+    scaling: float
+    softcap: float | None = None
+
+
+# What stands in for attention while an `attend_with` block is open: returns `[batch, queries, n_heads, head_dim]`, or
+# None to go on as usual (having looked).
+Attend = Callable[[AttentionCall], Tensor | None]
+_substitutes: list[Attend] = []
+
+
+def softcapped(scores: Tensor, cap: float | None) -> Tensor:
+    """`cap * tanh(scores / cap)`, or the scores themselves without a cap."""
+    return scores if cap is None else cap * torch.tanh(scores / cap)
+
+
+def attention_rows(
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor | None,
+    scaling: float | None,
+    positions: Tensor,
+    softcap: float | None = None,
+) -> Tensor:
+    """`softmax(cap(q_pos . k^T * scaling) + mask)` in float32, one query position per example: `[batch, heads, keys]`.
 
     Args:
         query: `[batch, n_heads, queries, head_dim]`.
@@ -47,11 +88,12 @@ def attention_rows(query: Tensor, key: Tensor, mask: Tensor | None, scaling: flo
         mask: None (causal), bool (True = attend) or additive, `[batch or 1, heads or 1, queries, keys]`.
         scaling: the block's own; None means `head_dim ** -0.5`.
         positions: `[batch]` indices into `queries`.
+        softcap: see `softcapped`.
     """
     batch = torch.arange(query.shape[0], device=query.device)
     chosen = query[batch, :, positions].float()  # [batch, heads, head_dim]
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    logits = torch.einsum("bhd,bhkd->bhk", chosen, key.float()) * scale
+    logits = softcapped(torch.einsum("bhd,bhkd->bhk", chosen, key.float()) * scale, softcap)
     n_queries, n_keys = query.shape[2], key.shape[2]
     if mask is None:
         visible = torch.arange(n_keys, device=query.device) <= (positions + n_keys - n_queries)[:, None]
@@ -63,6 +105,26 @@ def attention_rows(query: Tensor, key: Tensor, mask: Tensor | None, scaling: flo
     return logits.softmax(-1)
 
 
+def _soft_capped_attention(call: AttentionCall, dropout: float) -> Tensor:
+    """`[batch, queries, n_heads, head_dim]`, with a cap on the scores.
+
+    In the order of operations, and the precision, of transformers' eager attention: logits are the same bit for bit.
+    """
+    groups = call.query.shape[1] // call.key.shape[1]
+    key, value = repeat_kv(call.key, groups), repeat_kv(call.value, groups)
+    scores = softcapped(call.query @ key.transpose(2, 3) * call.scaling, call.softcap)
+    n_queries, n_keys = scores.shape[-2:]
+    mask = call.mask
+    if mask is None:
+        mask = torch.ones(n_queries, n_keys, dtype=torch.bool, device=scores.device).tril(n_keys - n_queries)
+    mask = mask[..., :n_keys]
+    # The lowest finite number and not -inf: a padding query that sees nothing must not become NaN.
+    lowest = torch.finfo(scores.dtype).min
+    scores = scores.masked_fill(~mask, lowest) if mask.dtype == torch.bool else scores + mask
+    weights = scores.softmax(-1, dtype=torch.float32).to(scores.dtype)
+    return (nn.functional.dropout(weights, dropout) @ value).transpose(1, 2).contiguous()
+
+
 def _forward(
     module: nn.Module,
     query: Tensor,
@@ -71,15 +133,25 @@ def _forward(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
+    softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
+    factor = query.shape[-1] ** -0.5 if scaling is None else scaling
+    layer = int(module.layer_idx)  # type: ignore[arg-type]
+    call = AttentionCall(layer, query, key, value, attention_mask, factor, softcap)
+    if _substitutes:
+        output = _substitutes[-1](call)
+        if output is not None:
+            return output, None
     if _recorders:
         groups = query.shape[1] // key.shape[1]
         repeated = repeat_kv(key, groups)
         for rows in _recorders:
-            layer = int(module.layer_idx)  # type: ignore[arg-type]
-            rows.pattern[layer] = attention_rows(query, repeated, attention_mask, scaling, rows.positions)
+            positions = rows.positions.to(query.device)
+            rows.pattern[layer] = attention_rows(query, repeated, attention_mask, scaling, positions, softcap)
             rows.values[layer] = repeat_kv(value, groups)
+    if softcap is not None:
+        return _soft_capped_attention(call, dropout), None
     return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
 
 
@@ -97,3 +169,13 @@ def record_rows(positions: Tensor) -> Iterator[AttentionRows]:
         yield rows
     finally:
         _recorders.remove(rows)
+
+
+@contextlib.contextmanager
+def attend_with(attend: Attend) -> Iterator[None]:
+    """Let `attend` see, and replace, the attention of every layer run inside the block; the innermost block counts."""
+    _substitutes.append(attend)
+    try:
+        yield
+    finally:
+        _substitutes.pop()

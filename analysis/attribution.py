@@ -1,7 +1,11 @@
 """Direct logit attribution of heads at END, whole and split by the tokens a head reads (Token Lens per head).
 
-    dla[l, h](token) = z[l, h] . (W_O[l, h]^T u(token))            u: see HeadModel.unembedding_directions
-    lens[l, h, S](token) = sum_{t in S} A[l, h, END, t] v[l, h, t] . (W_O[l, h]^T u(token))
+    dla[l, h](token) = z[l, h] . (W_O[l, h]^T u_l(token))
+    lens[l, h, S](token) = sum_{t in S} A[l, h, END, t] v[l, h, t] . (W_O[l, h]^T u_l(token))
+
+u_l = HeadModel.unembedding_directions, carried back through the layer's post-attention norm (at its own scale in this
+run) where the family has one. So the dla of all heads and the decoded embedding, MLP outputs and biases sum to the
+logit (before the model's cap on logits, if any).
 
 The sources S partition the positions, so the lens terms sum to dla. No tensor of size d_model per head or position is
 formed. Source: Yan & Jia 2025, section 3 (Token Lens), per head instead of per layer.
@@ -12,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import hooks
 from .attention import record_rows
@@ -34,17 +38,21 @@ def attribute(heads: HeadModel, encoded: Encoded) -> dict[str, Array]:
     """
     tokens = encoded.tokens[None].to(heads.device)
     end = torch.tensor([encoded.end], device=heads.device)
-    norm = heads.model.get_submodule(heads.architecture.final_norm)
-    final: list[Tensor] = []
-    handle = norm.register_forward_pre_hook(lambda _module, args: final.append(args[0]))
-    try:
-        with record_rows(end) as rows, hooks.capture(heads, positions=end) as z:
-            heads.model(tokens, use_cache=False, logits_to_keep=1)
-    finally:
-        handle.remove()
+    post_norms = {layer: norm for layer in range(heads.n_layers) if (norm := heads.post_attention_norm(layer))}
+    with (
+        record_rows(end) as rows,
+        hooks.capture(heads, positions=end) as z,
+        hooks.watch([heads.final_norm, *post_norms.values()]) as seen,
+    ):
+        heads.model(tokens, use_cache=False, logits_to_keep=1)
+
+    def at_end(norm: nn.Module) -> Tensor:
+        """A norm's input at END, `[d_model]`."""
+        return seen[norm][0][0, encoded.end]
+
     wanted = torch.tensor([*encoded.target_tokens, *encoded.previous_tokens], device=heads.device)
     n_targets = len(encoded.target_tokens)
-    directions = heads.unembedding_directions(final[-1][0, encoded.end], wanted)  # [n, d_model]
+    directions = heads.unembedding_directions(at_end(heads.final_norm), wanted)  # [n, d_model]
     groups = encoded.sources()
     membership = torch.zeros(len(groups), len(encoded.tokens), device=heads.device)
     for row, span in enumerate(groups.values()):
@@ -52,10 +60,14 @@ def attribute(heads: HeadModel, encoded: Encoded) -> dict[str, Array]:
 
     dla, lens, mass = [], [], []
     for layer in range(heads.n_layers):
-        read = torch.einsum("hdm,nm->hdn", heads.output_weight(layer).float(), directions)  # [heads, head_dim, n]
-        dla.append(torch.einsum("hd,hdn->hn", z[layer][0].float(), read))
+        norm = post_norms.get(layer)
+        of_layer = directions if norm is None else heads.norm_directions(norm, at_end(norm), directions)
+        weight = heads.output_weight(layer).float()
+        read = torch.einsum("hdm,nm->hdn", weight, of_layer.to(weight.device))  # [heads, head_dim, n]
+        dla.append(torch.einsum("hd,hdn->hn", z[layer][0].float(), read).to(heads.device))
         pattern = rows.pattern[layer][0]  # [heads, seq]
         by_token = pattern[..., None] * torch.einsum("htd,hdn->htn", rows.values[layer][0].float(), read)
+        pattern, by_token = pattern.to(heads.device), by_token.to(heads.device)
         lens.append(torch.einsum("gt,htn->ghn", membership, by_token))
         mass.append(membership @ pattern.T)  # [groups, heads]
     result = dict(_toward("dla", torch.stack(dla), n_targets))

@@ -30,14 +30,14 @@ class RankedHead:
     Attributes:
         layer, head: zero-based.
         score: the ranking score (positive = the head raises the quantity).
-        ci: its 95% bootstrap interval.
+        ci: its 95% bootstrap interval; None where the method has one value for the whole task.
         effect: further named numbers, such as the ablation effects.
     """
 
     layer: int
     head: int
     score: float
-    ci: tuple[float, float]
+    ci: tuple[float, float] | None
     effect: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -149,15 +149,16 @@ def _ranked(entries: Any, role: str, model: dict[str, Any], where: str) -> tuple
     ranked: list[RankedHead] = []
     for entry in entries:
         try:
-            low, high = (float(bound) for bound in entry["ci"])
+            low, high = (None, None) if entry["ci"] is None else (float(bound) for bound in entry["ci"])
             effect = {name: float(value) for name, value in entry.get("effect", {}).items()}
-            head = RankedHead(entry["layer"], entry["head"], float(entry["score"]), (low, high), effect)
+            interval = None if low is None or high is None else (low, high)
+            head = RankedHead(entry["layer"], entry["head"], float(entry["score"]), interval, effect)
         except (AttributeError, KeyError, TypeError, ValueError):
             raise InputError(f"{where}: {role} entry {entry!r} needs layer, head, score and ci"[:300]) from None
         for value, limit, what in ((head.layer, model["n_layers"], "layers"), (head.head, model["n_heads"], "heads")):
             if type(value) is not int or not 0 <= value < limit:
                 raise InputError(f"{where}: {role} head {head.name} is out of range; the model has {limit} {what}")
-        if not all(math.isfinite(x) for x in (head.score, *head.ci, *head.effect.values())):
+        if not all(math.isfinite(x) for x in (head.score, *(head.ci or ()), *head.effect.values())):
             raise InputError(f"{where}: {role} head {head.name} has a score that is not finite")
         if any((other.layer, other.head) == (head.layer, head.head) for other in ranked):
             raise InputError(f"{where}: {role} names {head.name} twice; remove one")

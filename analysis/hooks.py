@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .errors import InputError
 
@@ -64,13 +64,34 @@ def capture(
 
     def keep(layer: int) -> Callable[[Tensor], None]:
         def edit(z: Tensor) -> None:
-            taken[layer] = z if positions is None else z[torch.arange(len(z), device=z.device), positions]
+            taken[layer] = z if positions is None else z[torch.arange(len(z), device=z.device), positions.to(z.device)]
 
         return edit
 
     chosen = range(heads.n_layers) if layers is None else layers
     with _at_projections(heads, {layer: keep(layer) for layer in chosen}):
         yield taken
+
+
+@contextlib.contextmanager
+def watch(modules: Iterable[nn.Module]) -> Iterator[dict[nn.Module, tuple[Tensor, Tensor]]]:
+    """Collect what modules get and give while the block runs.
+
+    Yields:
+        module -> (hidden states given to it, its output or the output's first item). The last pass wins.
+    """
+    seen: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+
+    def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        given = args[0] if args else kwargs["hidden_states"]
+        seen[module] = (given, output[0] if isinstance(output, tuple) else output)
+
+    handles = [module.register_forward_hook(keep, with_kwargs=True) for module in modules]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextlib.contextmanager
@@ -90,8 +111,8 @@ def _edit_heads(
                 if positions is None:
                     z[:, :, head] = change(z[:, :, head])
                 else:
-                    rows = torch.arange(len(z), device=z.device)
-                    z[rows, positions, head] = change(z[rows, positions, head])
+                    rows, columns = torch.arange(len(z), device=z.device), positions.to(z.device)
+                    z[rows, columns, head] = change(z[rows, columns, head])
             return z
 
         return edit

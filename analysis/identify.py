@@ -2,31 +2,31 @@
 
 from __future__ import annotations
 
+import logging
+import math
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
-from .attribution import attribute
 from .errors import InputError
 from .files import require_new_folder
-from .headset import ROLES, HeadSet, provenance, random_like
+from .headset import ROLES, HeadSet, RankedHead, provenance, random_like
+from .methods import Progress, chosen, score_examples, silent
 from .model import HeadModel
-from .patching import ablation_effects, set_probabilities
-from .scores import Array, Scores, mean_interval, stack
-from .selection import rank, rule_for, stability
+from .patching import set_probabilities
+from .scores import Array, Scores, mean_interval
+from .selection import elbow, lowest, rank, rule_for, stability
+from .shards import Shards
 from .tasks import Encoded, Task, encode
 
-METHODS = ("all", "dla", "ablation")
-Progress = Callable[[Sequence[Encoded], str], Iterable[Encoded]]
+log = logging.getLogger(__name__)
 
-
-def silent(examples: Sequence[Encoded], _what: str) -> Iterator[Encoded]:
-    """The `Progress` that shows nothing."""
-    return iter(examples)
+ELBOW_UP_TO = 16  # heads considered when the elbow says how many
+Heads = Sequence[tuple[int, int]]
 
 
 @dataclass(frozen=True)
@@ -42,39 +42,55 @@ def identify(
     model: HeadModel,
     task: Task,
     method: str = "all",
-    top: int = 8,
+    top: int | Literal["elbow"] = 8,
     verify_top: int = 4,
     n_random: int = 10,
     seed: int = 0,
     progress: Progress = silent,
+    threshold: float | None = None,
+    controls: Mapping[str, HeadSet] | None = None,
+    partial: Path | None = None,
+    share: bool = False,
 ) -> Identified:
-    """Score every head, rank recall and suppression heads, verify them against random heads of the same layers.
+    """Score every head, rank recall and suppression heads, verify them against controls.
 
     Args:
-        method: `dla` attribution only; `ablation` exact ablation only ranks by its effect; `all` both (attribution
-            ranks, ablation confirms).
-        top: heads kept per role.
+        method: names of `methods.METHODS` with commas, or `all`: direct attribution ranks, exact ablation confirms.
+            With others see `selection.rule_for`.
+        top: heads kept per role; `elbow` silences the best 1, 2, ... together and stops where the effect bends.
         verify_top: heads silenced together in the verification.
         n_random: matched random sets drawn for the verification.
         progress: wraps the list of examples while it is worked through.
+        threshold: keep only heads whose score is at least this far from zero, in the ranking score's unit.
+        controls: name -> another task's head set of the same model, silenced too: its heads of the same role.
+        partial: where finished examples are kept until all is done; a second call with the same arguments goes on
+            there.
+        share: divide the examples among the processes of `accelerate launch`.
 
     Raises:
-        InputError: an unknown method, or a task that cannot be scored on this model.
+        InputError: an unknown method, a control of another model, or a task that cannot be scored on this model.
     """
-    if method not in METHODS:
-        raise InputError(f"method {method!r} is unknown; choose one of {', '.join(METHODS)}")
+    names = [found.name for found in chosen(method)]
+    if top != "elbow" and (isinstance(top, str) or top < 1):
+        raise InputError(f"top {top!r} must be at least 1, or 'elbow'")
+    if threshold is not None and not 0 <= threshold < math.inf:
+        raise InputError(f"threshold {threshold!r} must be a number of at least 0: a distance from zero")
+    for name, control in (controls or {}).items():
+        for warning in control.require_fit(model.identity()):
+            log.warning("control %s: %s", name, warning)
     encoded = encode(task, model.tokenizer)
-    subjects = [example.example.subject for example in encoded.examples]
-    rows = []
-    for example in progress(encoded.examples, "scoring heads"):
-        row: dict[str, Array] = {}
-        if method in ("all", "dla"):
-            row |= attribute(model, example)
-        if method in ("all", "ablation"):
-            row |= ablation_effects(model, example)
-        rows.append(row)
-    scores = stack(rows, subjects)
-    ranked = {role: tuple(rank(scores, role, top, seed=seed)) for role in ROLES}
+    silenced = {name: control.roles for name, control in (controls or {}).items()}
+    options = (names, verify_top, n_random, seed, top, threshold, silenced)
+    shards = Shards(partial, _key(model, encoded.summary(), *options), share)
+    scores = score_examples(model, encoded.examples, method, seed, progress, shards)
+    ranked = {
+        role: rank(scores, role, ELBOW_UP_TO if top == "elbow" else top, seed=seed, threshold=threshold)
+        for role in ROLES
+    }
+    if top == "elbow":
+        ranked = {
+            role: _to_elbow(model, encoded.examples, found, role, shards, progress) for role, found in ranked.items()
+        }
     heads = HeadSet(
         model=model.identity(),
         task=encoded.summary(),
@@ -82,21 +98,66 @@ def identify(
             "name": method,
             "parameters": {
                 "top": top,
+                "threshold": threshold,
                 "verify_top": verify_top,
                 "n_random": n_random,
+                "controls": {name: control.task.get("name") for name, control in (controls or {}).items()},
+                "examples_scored": scores.counts(),
                 "rules": {
                     role: dict(zip(("rank", "sign", "confirm"), rule_for(role, scores), strict=True)) for role in ROLES
                 },
             },
             "seed": seed,
         },
-        roles=ranked,
-        stability={role: stability(scores, role, top, seed=seed) for role in ROLES} | {"bootstrap": 200},
+        roles={role: tuple(found) for role, found in ranked.items()},
+        stability={
+            role: stability(scores, role, max(1, len(ranked[role])) if top == "elbow" else top, seed=seed)
+            for role in ROLES
+        }
+        | {"bootstrap": 200},
         **provenance(),
     )
-    return Identified(
-        verify(model, heads, encoded.examples, verify_top, n_random, seed, progress), scores, encoded.examples
-    )
+    verified = verify(model, heads, encoded.examples, verify_top, n_random, seed, progress, scores, controls, shards)
+    shards.finish()
+    return Identified(verified, scores, encoded.examples)
+
+
+def _key(model: HeadModel, task: dict[str, Any], *options: Any) -> dict[str, Any]:
+    return {"model": model.identity(), "task": task, "options": options, "versions": provenance()["versions"]}
+
+
+def _to_elbow(
+    model: HeadModel,
+    examples: Sequence[Encoded],
+    found: list[RankedHead],
+    role: str,
+    shards: Shards,
+    progress: Progress,
+) -> list[RankedHead]:
+    """The best heads up to the bend of their cumulative effect on the role's quantity."""
+    if not found:
+        return found
+    sets = {str(k): [(entry.layer, entry.head) for entry in found[:k]] for k in range(len(found) + 1)}
+    values = _probabilities(model, examples, sets, shards, progress, f"elbow {role}")
+    listing = [index for index, encoded in enumerate(examples) if encoded.previous_tokens]
+    curve = values[:, 1, listing] if role == "suppression" and listing else values[:, 0]
+    return found[: elbow(curve.mean(-1).tolist())]
+
+
+def _probabilities(
+    model: HeadModel,
+    examples: Sequence[Encoded],
+    sets: Mapping[str, Heads],
+    shards: Shards,
+    progress: Progress,
+    what: str,
+) -> Array:
+    """p(remaining) and p(previous) with each named set silenced at END: `[sets, 2, examples]`."""
+
+    def one(index: int) -> dict[str, Array]:
+        return {"p": set_probabilities(model, examples[index], list(sets.values()))}
+
+    return np.stack([row["p"] for row in shards.map(len(examples), one, progress, what)], axis=2)
 
 
 def verify(
@@ -107,55 +168,72 @@ def verify(
     n_random: int,
     seed: int,
     progress: Progress = silent,
+    scores: Scores | None = None,
+    controls: Mapping[str, HeadSet] | None = None,
+    shards: Shards | None = None,
 ) -> HeadSet:
-    """Silence the chosen heads together at END, and random sets with as many heads in each of the same layers.
+    """Silence the chosen heads together at END, and the controls.
 
-    Adds the `verification` block: `baseline`, `ablate_<role>`, `ablate_random_like_<role>` (mean over the sets, and the
-    largest and smallest set mean), each with p(remaining) and p(previous); and `dissociation`, what was expected and
-    whether it was seen. p(previous) is over the examples that have previous answers. A role whose layers have too few
-    other heads for a matched set has `{"sets": 0, "reason"}` in its place.
+    Adds the `verification` block: `baseline`, `ablate_<role>`, `ablate_random_like_<role>` (random sets with as many
+    heads in each of the same layers: mean over the sets, and the largest and smallest set mean),
+    `ablate_lowest_like_<role>` (the heads of the same layers with the scores nearest to zero; where `scores` are
+    given), `ablate_control_<name>_<role>` (another task's heads of that role), each with p(remaining) and p(previous);
+    and `dissociation`, what was expected and whether it was seen. p(previous) is over the examples that have previous
+    answers. A role whose layers have too few other heads for a matched set has `{"sets": 0, "reason"}` in its place.
     """
-    chosen = {role: heads.top(role)[:top] for role in ROLES}
+    selected = {role: heads.top(role)[:top] for role in ROLES}
     generator = random.Random(seed)
-    everyone = [head for pairs in chosen.values() for head in pairs]
-    sets: dict[str, Sequence[tuple[int, int]]] = {"baseline": ()}
+    everyone = [head for pairs in selected.values() for head in pairs]
+    sets: dict[str, Heads] = {"baseline": ()}
+    named: dict[str, Heads] = {}  # reported with their heads
     unmatched: dict[str, str] = {}
-    for role, pairs in chosen.items():
+    for role, pairs in selected.items():
         if not pairs:
             continue
-        sets[f"ablate_{role}"] = pairs
+        named[f"ablate_{role}"] = pairs
+        if scores is not None and (control := lowest(scores, role, pairs)):
+            named[f"ablate_lowest_like_{role}"] = control
+        for name, other in (controls or {}).items():
+            if found := [(entry.layer, entry.head) for entry in other.roles.get(role, ())[:top]]:
+                named[f"ablate_control_{name}_{role}"] = found
+            else:
+                log.warning("control %s has no %s heads: there is nothing of it to silence", name, role)
         try:
             drawn = [random_like(pairs, model.n_heads, generator.randrange(2**31), everyone) for _ in range(n_random)]
         except InputError as error:  # the scores behind these heads took long: they are not thrown away for this
             unmatched[role] = str(error)
         else:
             sets |= {f"random_{role}_{index}": heads_drawn for index, heads_drawn in enumerate(drawn)}
-    values = set_probabilities(model, progress(examples, "verifying"), dict(sets))
+    sets |= named
+    values = dict(
+        zip(sets, _probabilities(model, examples, sets, shards or Shards(), progress, "verifying"), strict=True)
+    )
     subjects = [example.example.subject for example in examples]
     listing = [index for index, example in enumerate(examples) if example.previous_tokens]
     of_listing = [subjects[index] for index in listing]
 
-    def numbers(remaining: Sequence[float], previous: Sequence[float]) -> dict[str, Any]:
-        result: dict[str, Any] = {"p_remaining": mean_interval(remaining, subjects, seed=seed)}
+    def numbers(of_set: Array) -> dict[str, Any]:
+        result: dict[str, Any] = {"p_remaining": mean_interval(of_set[0].tolist(), subjects, seed=seed)}
         if listing:
-            result["p_previous"] = mean_interval([previous[index] for index in listing], of_listing, seed=seed)
+            result["p_previous"] = mean_interval(of_set[1, listing].tolist(), of_listing, seed=seed)
         return result
 
-    block: dict[str, Any] = {"baseline": numbers(*values["baseline"])}
-    for role, pairs in chosen.items():
-        if not pairs:
-            continue
-        block[f"ablate_{role}"] = {"heads": [list(pair) for pair in pairs]} | numbers(*values[f"ablate_{role}"])
+    block: dict[str, Any] = {"baseline": numbers(values["baseline"])}
+    for name, of_set in named.items():
+        block[name] = {"heads": [list(pair) for pair in of_set]} | numbers(values[name])
+    for role, pairs in selected.items():
         if role in unmatched:
             block[f"ablate_random_like_{role}"] = {"sets": 0, "reason": unmatched[role]}
-            continue
-        of_sets = np.array([values[f"random_{role}_{index}"] for index in range(n_random)])  # [sets, 2, examples]
-        pooled = numbers(of_sets[:, 0].mean(0).tolist(), of_sets[:, 1].mean(0).tolist())
-        for column, (name, counted) in enumerate((("p_remaining", range(len(examples))), ("p_previous", listing))):
-            if name in pooled:
-                means = of_sets[:, column, list(counted)].mean(-1)
-                pooled[name] |= {"lowest_set": float(means.min()), "highest_set": float(means.max())}
-        block[f"ablate_random_like_{role}"] = {"sets": n_random} | pooled
+        elif pairs and n_random:
+            of_sets = np.stack([values[f"random_{role}_{index}"] for index in range(n_random)])  # [sets, 2, examples]
+            pooled = numbers(of_sets.mean(0))
+            for column, (name, counted) in enumerate((("p_remaining", range(len(examples))), ("p_previous", listing))):
+                if name in pooled:
+                    means = of_sets[:, column, list(counted)].mean(-1)
+                    pooled[name] |= {"lowest_set": float(means.min()), "highest_set": float(means.max())}
+            block[f"ablate_random_like_{role}"] = {"sets": n_random} | pooled
+        elif pairs:
+            block[f"ablate_random_like_{role}"] = {"sets": 0, "reason": "no random sets were asked for"}
     block["dissociation"] = dissociation(block)
     return HeadSet(**{**heads.__dict__, "verification": block})
 

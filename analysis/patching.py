@@ -1,28 +1,23 @@
-"""Exact causal effects of heads at END, at the cost of one decoding step.
+"""Exact causal effects of heads: ablation, patching and path patching, without one forward pass per head.
 
-A change at END reaches no earlier position. So one pass over the prompt fills the key-value cache; then a single-token
-step carries a batch of rows, each with its own set of silenced heads. A row only enters at the first layer where it
-differs from the clean run. The result is the same as one full forward pass per row, to rounding.
+    effect[l, h](quantity) = quantity(clean run) - quantity(run with z[l, h] := reference)
+
+so positive = the head, as it is, raises the quantity. References are zeros (ablation) or what `references` offers: the
+mean over other examples, another example, the corrupted counterpart. See `interventions` for why this is fast.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
-from .hooks import require_heads
+from .interventions import CLEAN, EndRun, Head, Row, everywhere, silenced
 from .model import HeadModel
 from .scores import Array
 from .tasks import Encoded
-
-Row = Sequence[tuple[int, int]]  # the (layer, head) pairs silenced in one row
 
 
 @dataclass(frozen=True)
@@ -58,103 +53,40 @@ def answer_probabilities(logits: Tensor, encoded: Encoded) -> AnswerProbabilitie
     )
 
 
-@torch.no_grad()
-def silenced_logits(heads: HeadModel, tokens: Tensor, rows: Sequence[Row], max_rows: int = 512) -> Tensor:
+def every_head(heads: HeadModel) -> list[Head]:
+    """All (layer, head) pairs, layer by layer: the order of `[n_layers, n_heads]` flattened."""
+    return [(layer, head) for layer in range(heads.n_layers) for head in range(heads.n_heads)]
+
+
+def silenced_logits(
+    heads: HeadModel, tokens: Tensor, rows: Sequence[Sequence[Head]], max_rows: int | None = None
+) -> Tensor:
     """Next-token logits with each row's heads silenced at END, `z[l, h, END] := 0`.
 
     Args:
-        tokens: `[seq]` ids of one prompt, at least two.
+        tokens: `[seq]` ids of one prompt.
         rows: the heads to silence, row by row; an empty row is the clean run.
-        max_rows: rows per pass, which bounds memory (keys and values are held once per row in the layers it runs).
+        max_rows: rows per pass; default: as many as the view's `max_memory` allows.
 
     Returns:
         `[len(rows), vocabulary]` in the model's dtype.
     """
-    for row in rows:
-        require_heads(heads, row)
-    tokens = tokens.to(heads.device)[None]
-    past = heads.model(tokens[:, :-1], use_cache=True, logits_to_keep=1).past_key_values
-    order = sorted(range(len(rows)), key=lambda index: _entry(heads, rows[index]))
-    parts = []
-    for start in range(0, len(order), max_rows):
-        chunk = order[start : start + max_rows]
-        parts.append(_one_step(heads, tokens[:, -1:], past, [rows[index] for index in chunk]))
-    stacked = torch.cat(parts)
-    return stacked[torch.tensor(order, device=stacked.device).argsort()]
+    return EndRun(heads, tokens).step([silenced(row) for row in rows], max_rows=max_rows).logits
 
 
-def _entry(heads: HeadModel, row: Row) -> int:
-    return min((layer for layer, _ in row), default=heads.n_layers)
+def effects(method: str, heads: HeadModel, logits: Tensor, encoded: Encoded) -> dict[str, Array]:
+    """Clean minus changed, for every head.
 
-
-def _one_step(heads: HeadModel, token: Tensor, past: DynamicCache, rows: Sequence[Row]) -> Tensor:
-    """One decoding step; `rows` are sorted by entry layer. Row 0 of the batch is the clean run throughout."""
-    cache = copy.copy(past)
-    cache.layers = [copy.copy(layer) for layer in past.layers]
-    entries = [_entry(heads, row) for row in rows]
-    sizes = [1 + sum(entry <= layer for entry in entries) for layer in range(heads.n_layers)]
-
-    def grow(layer: int) -> Any:
-        before = sizes[layer - 1] if layer else 1
-
-        def hook(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-            new = sizes[layer] - before
-            if new:
-                hidden = args[0] if args else kwargs["hidden_states"]
-                hidden = torch.cat([hidden, hidden[:1].expand(new, -1, -1)])
-                if args:
-                    args = (hidden, *args[1:])
-                else:
-                    kwargs = kwargs | {"hidden_states": hidden}
-            stored: Any = cache.layers[layer]
-            stored.keys = stored.keys.expand(sizes[layer], -1, -1, -1)
-            stored.values = stored.values.expand(sizes[layer], -1, -1, -1)
-            return args, kwargs
-
-        return hook
-
-    def silence(pairs: list[tuple[int, int]]) -> Any:
-        batch = torch.tensor([row for row, _ in pairs], device=token.device)
-        head = torch.tensor([head for _, head in pairs], device=token.device)
-
-        def hook(_module: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            z = args[0].unflatten(-1, (heads.n_heads, heads.head_dim)).clone()  # [rows, 1, heads, head_dim]
-            z[batch, 0, head] = 0
-            return (z.flatten(-2), *args[1:])
-
-        return hook
-
-    by_layer: dict[int, list[tuple[int, int]]] = {}
-    for index, row in enumerate(rows, start=1):
-        for layer, head in row:
-            by_layer.setdefault(layer, []).append((index, head))
-    handles = [
-        module.register_forward_pre_hook(grow(layer), with_kwargs=True) for layer, module in enumerate(heads.layers)
-    ]
-    handles += [heads.projection(layer).register_forward_pre_hook(silence(p)) for layer, p in by_layer.items()]
-    try:
-        logits = heads.model(token, past_key_values=cache, use_cache=True).logits[:, -1]
-    finally:
-        for handle in handles:
-            handle.remove()
-    # Clean rows (empty sets) never enter; the clean run stands for them.
-    entered = logits[1:]
-    clean = logits[:1].expand(len(rows) - len(entered), -1)
-    return torch.cat([entered, clean])
-
-
-def ablation_effects(heads: HeadModel, encoded: Encoded, max_rows: int = 512) -> dict[str, Array]:
-    """What every head does to the answers at END: clean minus ablated, so positive = the head raises the quantity.
+    Args:
+        logits: `[1 + n_layers * n_heads, vocabulary]`: the clean run, then each head of `every_head` changed.
 
     Returns:
-        name -> `[n_layers, n_heads]`: `ablation.target` and `ablation.previous` in logits (mean over the
-        answers' first tokens, the unit of direct attribution), `ablation.target_logp` / `ablation.previous_logp` in
-        nats of the answers' total probability, `ablation.target_p` / `ablation.previous_p` in probability. The
-        `previous` ones are absent where there are no previous answers.
+        name -> `[n_layers, n_heads]`: `<method>.target` and `<method>.previous` in logits (mean over the answers'
+        first tokens, the unit of direct attribution), `<method>.target_logp` / `<method>.previous_logp` in nats of the
+        answers' total probability, `<method>.target_p` / `<method>.previous_p` in probability. The `previous` ones are
+        absent where there are no previous answers.
     """
-    rows: list[Row] = [()]
-    rows += [[(layer, head)] for layer in range(heads.n_layers) for head in range(heads.n_heads)]
-    result = answer_probabilities(silenced_logits(heads, encoded.tokens, rows, max_rows), encoded)
+    result = answer_probabilities(logits, encoded)
     quantities = {
         "target": result.logits["target"],
         "target_logp": result.logs["target"],
@@ -166,21 +98,104 @@ def ablation_effects(heads: HeadModel, encoded: Encoded, max_rows: int = 512) ->
             "previous_logp": result.logs["previous"],
             "previous_p": result.previous,
         }
-    shape = (heads.n_layers, heads.n_heads)
     return {
-        f"ablation.{name}": (value[0] - value[1:]).reshape(shape).cpu().numpy().astype(np.float32)
+        f"{method}.{name}": (value[0] - value[1:]).reshape(heads.n_layers, heads.n_heads).cpu().numpy()
         for name, value in quantities.items()
     }
 
 
-def set_probabilities(
-    heads: HeadModel, examples: Iterable[Encoded], sets: dict[str, Row]
-) -> dict[str, tuple[list[float], list[float]]]:
-    """p(remaining) and p(previous) with each named set of heads silenced at END, one value an example."""
-    result: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in sets}
-    for encoded in examples:
-        probabilities = answer_probabilities(silenced_logits(heads, encoded.tokens, list(sets.values())), encoded)
-        for index, name in enumerate(sets):
-            result[name][0].append(probabilities.target[index].item())
-            result[name][1].append(probabilities.previous[index].item())
-    return result
+def ablation_effects(heads: HeadModel, encoded: Encoded, max_rows: int | None = None) -> dict[str, Array]:
+    """What every head does to the answers at END, by silencing it: see `effects`, names `ablation.*`."""
+    rows: list[list[Head]] = [[], *([head] for head in every_head(heads))]
+    return effects("ablation", heads, silenced_logits(heads, encoded.tokens, rows, max_rows), encoded)
+
+
+def patching_effects(method: str, heads: HeadModel, encoded: Encoded, reference: Tensor) -> dict[str, Array]:
+    """What every head does to the answers at END, by putting `reference` (`[n_layers, n_heads, head_dim]`) in its
+    place."""
+    rows = [CLEAN, *(Row(outputs={head: reference[head]}) for head in every_head(heads))]
+    return effects(method, heads, EndRun(heads, encoded.tokens).step(rows).logits, encoded)
+
+
+def everywhere_effects(
+    method: str, heads: HeadModel, encoded: Encoded, reference: Tensor | None = None
+) -> dict[str, Array]:
+    """What every head does at all positions together.
+
+    Args:
+        reference: `[n_layers, n_heads, seq or 1, head_dim]` put in a head's place; None silences it.
+    """
+    pairs = every_head(heads)
+    rows = [{head: 0.0 if reference is None else reference[head]} for head in pairs]
+    return effects(method, heads, everywhere(heads, encoded.tokens, [{}, *rows]), encoded)
+
+
+# --- path patching ----------------------------------------------------------------------------------------------------
+
+
+def path_logits(heads: HeadModel, encoded: Encoded, reference: Tensor) -> Tensor:
+    """Logits with one head's output at END replaced while all other heads keep theirs; MLPs are recomputed.
+
+    This is the path from a head to the logits, direct or through MLPs (Wang et al. 2023; Lv et al. 2024 freeze the
+    other heads' queries, keys and values, which at END is the same as freezing their outputs).
+
+    Args:
+        reference: `[n_layers, n_heads, head_dim]`.
+
+    Returns:
+        `[1 + n_layers * n_heads, vocabulary]`: the clean run, then every head of `every_head`.
+    """
+    rows = [Row(outputs={head: reference[head]}, freeze="heads") for head in every_head(heads)]
+    return EndRun(heads, encoded.tokens).step([CLEAN, *rows]).logits
+
+
+def path_effects(method: str, heads: HeadModel, encoded: Encoded, reference: Tensor) -> dict[str, Array]:
+    """What every head does to the answers on the path to the logits that passes no other head: see `effects`."""
+    return effects(method, heads, path_logits(heads, encoded, reference), encoded)
+
+
+INPUTS = ("query", "key", "value")
+
+
+def head_to_head_logits(
+    heads: HeadModel, encoded: Encoded, receiver: Head, through: str, reference: Tensor
+) -> tuple[list[Head], Tensor]:
+    """Logits when a receiver head hears, at END, what it would with one sender replaced; nothing else hears it.
+
+    First each sender is replaced, all other heads' outputs frozen and MLPs recomputed, to see the receiver's query, key
+    or value at END; then that alone is put into the clean run. Senders are the heads of earlier layers. Changes at END
+    only: END's own key and value are read by END alone.
+
+    Args:
+        through: one of INPUTS.
+        reference: `[n_layers, n_heads, head_dim]`, the senders' replacements.
+
+    Returns:
+        The senders, and `[1 + senders, vocabulary]` logits, the clean run first.
+    """
+    run = EndRun(heads, encoded.tokens)
+    layer, head = receiver
+    senders = [pair for pair in every_head(heads) if pair[0] < layer]
+    rows = [Row(outputs={pair: reference[pair]}, freeze="heads") for pair in senders]
+    heard = run.step(rows, keep=[through]).kept[through][:, layer, head] if rows else torch.empty(0)  # type: ignore[list-item]
+    names = {"query": "queries", "key": "keys", "value": "values"}
+    changed = [Row(**{names[through]: {receiver: value}}) for value in heard]  # type: ignore[arg-type]
+    return senders, run.step([CLEAN, *changed]).logits
+
+
+def head_to_head_effects(
+    heads: HeadModel, encoded: Encoded, receiver: Head, through: str, reference: Tensor
+) -> dict[str, Array]:
+    """`effects` of each sender through one input of one receiver; 0 for heads that are not before it.
+
+    Names `path_L<l>H<h>_<through>.target` and so on.
+    """
+    senders, logits = head_to_head_logits(heads, encoded, receiver, through, reference)
+    full = torch.cat([logits, logits[:1].expand(heads.n_layers * heads.n_heads - len(senders), -1)])
+    return effects(f"path_L{receiver[0]}H{receiver[1]}_{through}", heads, full, encoded)
+
+
+def set_probabilities(heads: HeadModel, encoded: Encoded, sets: Sequence[Sequence[Head]]) -> Array:
+    """p(remaining) and p(previous) of one example with each set of heads silenced together at END: `[sets, 2]`."""
+    found = answer_probabilities(silenced_logits(heads, encoded.tokens, sets), encoded)
+    return torch.stack([found.target, found.previous], 1).cpu().numpy()

@@ -6,123 +6,27 @@ phone. The same tables go to the terminal.
 
 from __future__ import annotations
 
-import base64
-import io
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from numpy.typing import ArrayLike
 
-from .files import atomic_path, write_text
-from .headset import ROLES, HeadSet
+from .cards import ANSWERS, GUIDE, HeadPortrait, anchor, card, gist
+from .headset import HeadSet
+from .maps import MAPS as MAPS
+from .maps import Sheet, agreement, marked_heads, scale_note, sheet_png, sheets
+from .maps import heat_map as heat_map
+from .maps import heat_maps as heat_maps
+from .page import html_table, number, picture, signed, track, unbroken, with_interval, write_page
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-Marked = Mapping[str, Sequence[tuple[int, int]]]  # role -> (layer, head) pairs
-
-# The maps a person wants, each with how to read it.
-MAPS = {
-    "dla.target": "Direct attribution to the remaining answers, in logits: red heads write toward an answer that is "
-    "still to be given, blue heads against it. Recall heads are red here.",
-    "dla.previous": "Direct attribution to the answers already given, in logits: blue heads push down what has been "
-    "said. Suppression heads are blue here.",
-    "lens.subject.target": "The part of the attribution to the remaining answers that a head reads from the subject's "
-    "tokens: red heads look at the subject and raise its answers.",
-    "lens.previous.previous": "The part of the attribution to the given answers that a head reads from these answers' "
-    "own tokens: blue heads look at what was said and push it down.",
-    "ablation.target": "Exact effect on the logits of the remaining answers, intact minus silenced: "
-    "red heads are needed for it, blue heads hold it back.",
-    "ablation.previous": "Exact effect on the logits of the given answers, intact minus silenced: "
-    "a blue head pushes down what was said, directly or through later layers.",
-}
 QUANTITIES = {"p_remaining": "p(remaining)", "p_previous": "p(previous)"}
-COLOURS = {"recall": "#111111", "suppression": "#00b84a"}  # outlines that stand out from red, white and blue
 SHOWN_EXAMPLES = 50
-
-
-# --- numbers ----------------------------------------------------------------------------------------------------------
-
-
-def number(value: float | None) -> str:
-    """Three significant digits, thousands in full; an en dash for what is not there."""
-    if value is None or not math.isfinite(value):
-        return "–"
-    if 999.5 <= abs(value) < 1e6:
-        return f"{value:.0f}"
-    return f"{value:.3g}"
-
-
-def with_interval(mean: float, interval: Sequence[float]) -> str:
-    """`0.041 [0.031, 0.052]`"""
-    return f"{number(mean)} [{number(interval[0])}, {number(interval[1])}]"
-
-
-# --- heat maps --------------------------------------------------------------------------------------------------------
-
-
-def heat_map(matrix: ArrayLike, title: str, path: Path, marked: Marked) -> None:
-    """Write a PNG of one number per head: layers down, heads across, zero white, chosen heads outlined.
-
-    Args:
-        matrix: `[n_layers, n_heads]`; NaN is grey.
-        marked: role -> heads to outline.
-    """
-    with atomic_path(path) as temporary:
-        temporary.write_bytes(_png(matrix, title, marked))
-
-
-def heat_maps(means: Mapping[str, ArrayLike], heads: HeadSet, folder: Path) -> dict[str, Path]:
-    """Write those of MAPS that `means` has as `folder/heatmaps/<name>.png`; returns name -> path."""
-    paths = {name: folder / "heatmaps" / f"{name}.png" for name in MAPS if name in means}
-    for name, path in paths.items():
-        heat_map(means[name], name, path, _marked(heads))
-    return paths
-
-
-def _marked(heads: HeadSet) -> dict[str, list[tuple[int, int]]]:
-    return {role: heads.top(role) for role in ROLES if heads.roles.get(role)}
-
-
-def _png(matrix: ArrayLike, title: str, marked: Marked) -> bytes:
-    # Not pyplot: it chooses a backend for the whole process and keeps every figure.
-    from matplotlib.figure import Figure
-    from matplotlib.patches import Patch, Rectangle
-    from matplotlib.ticker import MaxNLocator
-
-    values = np.asarray(matrix, dtype=np.float64)
-    n_layers, n_heads = values.shape
-    finite = np.abs(values[np.isfinite(values)])
-    limit = float(finite.max()) if finite.size and finite.max() > 0 else 1.0
-    width, height = min(max(2.2 + 0.3 * n_heads, 4.2), 16), min(max(1.6 + 0.2 * n_layers, 3), 20)
-    figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.add_subplot()
-    axes.set_facecolor("#bbbbbb")
-    image = axes.imshow(values, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest")
-    for axis, size in ((axes.xaxis, n_heads), (axes.yaxis, n_layers)):
-        axis.set_major_locator(MaxNLocator(nbins=min(size, 20), integer=True))
-    axes.set(title=title, xlabel="head", ylabel="layer")
-    figure.colorbar(image, ax=axes)
-    for index, (role, pairs) in enumerate(marked.items()):
-        inset = 0.04 + 0.1 * index  # a head of two roles shows both outlines
-        for layer, head in pairs:
-            corner, size = (head - 0.5 + inset, layer - 0.5 + inset), 1 - 2 * inset
-            axes.add_patch(Rectangle(corner, size, size, fill=False, linewidth=2, edgecolor=_colour(role)))
-    legend = [Patch(fill=False, edgecolor=_colour(role), linewidth=2, label=role) for role, p in marked.items() if p]
-    if legend:
-        figure.legend(handles=legend, loc="outside lower center", ncols=len(legend), frameon=False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    return buffer.getvalue()
-
-
-def _colour(role: str) -> str:
-    return COLOURS.get(role, "#8e44ad")
 
 
 # --- the dissociation -------------------------------------------------------------------------------------------------
@@ -143,10 +47,17 @@ class Cell:
     ratio: float | None = None
     extreme: float | None = None
 
+    def parts(self) -> list[str]:
+        """What is to be said of it, each part to be read in one piece."""
+        parts = [with_interval(self.mean, self.interval)]
+        if self.ratio is not None:
+            parts.append(f"×{number(self.ratio)}")
+        if self.extreme is not None:
+            parts.append(f"(most extreme set {number(self.extreme)})")
+        return parts
+
     def __str__(self) -> str:
-        text = with_interval(self.mean, self.interval)
-        text += f" ×{number(self.ratio)}" if self.ratio is not None else ""
-        return text + (f" (most extreme set {number(self.extreme)})" if self.extreme is not None else "")
+        return " ".join(self.parts())
 
 
 @dataclass(frozen=True)
@@ -158,7 +69,7 @@ class Condition:
 
 
 def dissociation_table(heads: HeadSet) -> list[Condition]:
-    """Baseline, then for suppression and recall the chosen heads silenced and the random heads matched to them.
+    """Baseline, then for suppression and recall the chosen heads silenced, and the controls (see `identify.verify`).
 
     Empty for a head set that was not verified; a role without confirmed heads has no rows; without previous answers
     there is no `p_previous`.
@@ -186,6 +97,13 @@ def dissociation_table(heads: HeadSet) -> list[Condition]:
         rows.append(condition(f"top {n} {role} heads silenced", chosen))
         if sets:
             rows.append(condition(f"{n} random heads of the same layers silenced ({sets} sets)", matched, extreme))
+        if lowest := block.get(f"ablate_lowest_like_{role}"):
+            n = len(lowest["heads"])
+            rows.append(condition(f"{n} heads of the same layers with scores nearest to zero silenced", lowest))
+        for name, control in block.items():
+            if name.startswith("ablate_control_") and name.endswith(f"_{role}"):
+                task = name.removeprefix("ablate_control_").removesuffix(f"_{role}")
+                rows.append(condition(f"top {len(control['heads'])} {role} heads of {task} silenced", control))
     return rows
 
 
@@ -261,30 +179,39 @@ def write_report(
     heads: HeadSet,
     means: Mapping[str, ArrayLike],
     evaluation: Mapping[str, Any] | None = None,
+    portraits: Sequence[HeadPortrait] = (),
     title: str = "headtune report",
 ) -> None:
     """Write the page as one HTML file that refers to nothing outside itself.
 
     Args:
-        means: score name -> `[n_layers, n_heads]`; those of MAPS are drawn.
+        means: score name -> `[n_layers, n_heads]`; the maps of every method are drawn (see `maps.sheets`).
         evaluation: the content of evaluation.json, `{"before", "after", "task", "examples"}`; adds the comparison.
+        portraits: of chosen heads; each gets a card.
     """
+    by_head = {(portrait.layer, portrait.head): portrait for portrait in portraits}
     sections = [
         f"<h1>{escape(title)}</h1>",
-        _about(heads),
+        f"<p class='lead'>{escape(_lead(heads))}</p>",
+        *(["<h2>Before and after</h2>", _metrics(evaluation)] if evaluation is not None else []),
         "<h2>Does it hold?</h2>",
         _dissociation(heads),
-        "<h2>Heads</h2>",
-        *(_ranked(heads, role) for role in heads.roles),
+        "<h2>The heads</h2>",
         _stability(heads),
+        f"<p class='note'>{GUIDE}</p>" if portraits else "",
+        *(_ranked(heads, role, by_head) for role in heads.roles),
+        _maps(means, heads),
+        *(["<h2>What it writes</h2>", _lists(evaluation)] if evaluation is not None else []),
+        "<h2>How this was made</h2>",
+        _about(heads),
     ]
-    if evaluation is not None:
-        sections += ["<h2>Before and after</h2>", _metrics(evaluation), "<h2>What it writes</h2>", _lists(evaluation)]
-    maps = [_figure(name, means[name], _marked(heads)) for name in MAPS if name in means]
-    if maps:
-        sections += ["<h2>Heat maps</h2>", "<p>Outlined: the chosen heads.</p>", *maps]
-    body = "\n".join(sections)
-    write_text(path, _PAGE.replace("{title}", escape(title)).replace("{body}", body))
+    write_page(path, title, "\n".join(section for section in sections if section))
+
+
+def _lead(heads: HeadSet) -> str:
+    found = ", ".join(f"{len(ranked)} {role} heads" for role, ranked in heads.roles.items())
+    total = heads.model["n_layers"] * heads.model["n_heads"]
+    return f"{heads.model.get('name')} on {heads.task.get('name')}: {found}, of {total}."
 
 
 def _about(heads: HeadSet) -> str:
@@ -315,15 +242,6 @@ def _flat(values: Mapping[str, Any]) -> str:
     return ", ".join(f"{key} {value}" for key, value in values.items())
 
 
-def _html_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Cells are HTML already; the first column heads its row."""
-    head = "".join(f"<th>{cell}</th>" for cell in header)
-    body = "".join(
-        f"<tr><th scope='row'>{row[0]}</th>{''.join(f'<td>{cell}</td>' for cell in row[1:])}</tr>" for row in rows
-    )
-    return f"<div class='wide'><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
-
-
 def _dissociation(heads: HeadSet) -> str:
     rows = dissociation_table(heads)
     text = verdict(heads)
@@ -331,10 +249,14 @@ def _dissociation(heads: HeadSet) -> str:
     result = f"<p class='verdict {kind}'>{escape(text)}</p>"
     if rows:
         columns = _columns(rows)
+        largest = {column: max(row.cells[column].mean for row in rows if column in row.cells) for column in columns}
+
+        def cell(row: Condition, column: str) -> str:
+            share = row.cells[column].mean / largest[column] if largest[column] else 0.0
+            return " ".join(unbroken(part) for part in row.cells[column].parts()) + track(share)
+
         header = ["Silenced at the end of the prompt", *(QUANTITIES[column] for column in columns)]
-        result += _html_table(
-            header, [[escape(row.name), *(escape(str(row.cells[c])) for c in columns)] for row in rows]
-        )
+        result += html_table(header, [[escape(row.name), *(cell(row, c) for c in columns)] for row in rows])
         result += (
             "<p class='note'>Mean probability of the first tokens of the answers still to be given (remaining) and of "
             "those already given (previous), with its 95% interval over subjects and its ratio to nothing silenced.</p>"
@@ -342,43 +264,83 @@ def _dissociation(heads: HeadSet) -> str:
     return result
 
 
-def _ranked(heads: HeadSet, role: str) -> str:
+def _ranked(heads: HeadSet, role: str, portraits: Mapping[tuple[int, int], HeadPortrait]) -> str:
     ranked = heads.roles[role]
     if not ranked:
         return f"<h3>{escape(role.capitalize())}</h3><p>No head was confirmed for this role.</p>"
     # In logits; the same in nats and probability is in heads.json, and would make the table too wide to read.
-    effects = sorted({name for head in ranked for name in head.effect if name in MAPS and name.startswith("ablation.")})
-    rows = [
-        [
-            str(rank),
-            escape(head.name),
-            escape(with_interval(head.score, head.ci)),
-            *(number(head.effect.get(name)) for name in effects),
+    effects = {
+        f"ablation.{quantity}": f"effect on {answers}"
+        for quantity, answers in ANSWERS.items()
+        if any(f"ablation.{quantity}" in head.effect for head in ranked)
+    }
+    drawn = [portraits.get((head.layer, head.head)) for head in ranked]
+    rows, cards = [], []
+    for rank, (head, portrait) in enumerate(zip(ranked, drawn, strict=True), start=1):
+        values = [
+            unbroken(with_interval(head.score, head.ci)),
+            *(signed(head.effect.get(effect)) for effect in effects),
         ]
-        for rank, head in enumerate(ranked, start=1)
-    ]
-    header = ["#", "head", "score [95% interval]", *(escape(name) for name in effects)]
-    return f"<h3>{escape(role.capitalize())}</h3>{_html_table(header, rows)}"
+        name = head.name
+        if portrait is not None:
+            name = f"<a href='#{anchor(head, role)}'>{name}</a>"
+            cards.append(card(head, role, rank, portrait))
+        if any(drawn):
+            values.append("" if portrait is None else f"<span class='reads'>{gist(portrait)}</span>")
+        rows.append([str(rank), name, *values])
+    header = ["#", "head", "score [95% interval]", *effects.values(), *(["reads"] if any(drawn) else [])]
+    rule = ((heads.method.get("parameters") or {}).get("rules") or {}).get(role)
+    note = "Scores are positive where a head raises the quantity; effects are exact, in logits, intact minus silenced."
+    if rule:
+        note = f"Ranked by {rule['rank']}, confirmed by {rule['confirm']}. {note}"
+    heading = f"<h3>{escape(role.capitalize())}</h3><p class='note'>{escape(note)}</p>"
+    return heading + html_table(header, rows) + "".join(cards)
 
 
 def _stability(heads: HeadSet) -> str:
-    values = {role: heads.stability[role] for role in heads.roles if role in heads.stability}
+    values = {role: heads.stability[role] for role in heads.roles if heads.stability.get(role) is not None}
     if not values:
         return ""
     listed = ", ".join(f"{escape(role)} {number(value)}" for role, value in values.items())
     return (
-        f"<p class='note'>Stability, the mean overlap (Jaccard, 1 = always the same heads) with the choice on "
-        f"{escape(str(heads.stability.get('bootstrap', '?')))} resamplings of the subjects: {listed}. "
-        "Scores are positive where a head raises the quantity; ablation effects are intact minus silenced.</p>"
+        f"<p>Stability, the mean overlap (Jaccard, 1 = always the same heads) with the choice on "
+        f"{escape(str(heads.stability.get('bootstrap', '?')))} resamplings of the subjects: <b>{listed}</b>.</p>"
     )
 
 
-def _figure(name: str, matrix: ArrayLike, marked: Marked) -> str:
-    data = base64.b64encode(_png(matrix, name, marked)).decode()
-    return (
-        f"<figure><img alt='Heat map of {name} by layer and head' src='data:image/png;base64,{data}'>"
-        f"<figcaption><b>{name}</b> {escape(MAPS[name])}</figcaption></figure>"
+def _maps(means: Mapping[str, ArrayLike], heads: HeadSet) -> str:
+    drawn = sheets(means)
+    if not drawn:
+        return ""
+    guide = (
+        "<p>One row a layer, one column a head; outlined are the chosen heads. Red raises the logits of these answers, "
+        "blue lowers them. <b>dla</b> is what a head writes itself; <b>lens</b> the part of it that is read from the "
+        "subject, or from the given answers; <b>ablation</b> the exact effect of the head, later layers included. "
+        "Where dla and ablation agree, the head does it itself; where only ablation is strong, it works through "
+        "others.</p>"
     )
+    parts = ["<h2>Maps</h2>", guide]
+    for quantity, answers in ANSWERS.items():
+        of_quantity = [sheet for sheet in drawn if sheet.quantity == quantity]
+        if of_quantity:
+            parts += [f"<h3>Toward the {answers}</h3>", *(_sheet(sheet, heads) for sheet in of_quantity)]
+            parts.append(_agreement(means, quantity, answers))
+    return "\n".join(part for part in parts if part)
+
+
+def _sheet(sheet: Sheet, heads: HeadSet) -> str:
+    png, width = sheet_png(sheet, marked_heads(heads))
+    alt = f"Layer by head maps toward the {ANSWERS[sheet.quantity]}: {', '.join(sheet.maps)}"
+    return f"<div class='maps'>{picture(png, alt, escape(scale_note(sheet)), width)}</div>"
+
+
+def _agreement(means: Mapping[str, ArrayLike], quantity: str, answers: str) -> str:
+    names, correlation = agreement(means, quantity)
+    if len(names) < 2:
+        return ""
+    rows = [[escape(name), *(number(value) for value in row)] for name, row in zip(names, correlation, strict=True)]
+    note = f"How far the methods agree on the {answers}: Spearman's rank correlation over all heads."
+    return html_table(["", *(escape(name) for name in names)], rows) + f"<p class='note'>{note}</p>"
 
 
 def _metrics(evaluation: Mapping[str, Any]) -> str:
@@ -386,7 +348,7 @@ def _metrics(evaluation: Mapping[str, Any]) -> str:
 
     def cell(value: Any) -> str:
         if isinstance(value, Mapping):
-            return escape(with_interval(value["mean"], value["ci"]))
+            return unbroken(with_interval(value["mean"], value["ci"]))
         return number(value) if isinstance(value, int | float) else "–"
 
     def mean(value: Any) -> float | None:
@@ -396,14 +358,13 @@ def _metrics(evaluation: Mapping[str, Any]) -> str:
     for name in [key for key in {**before, **after} if key != "n"]:
         old, new = mean(before.get(name)), mean(after.get(name))
         change = None if old is None or new is None else new - old
-        signed = ("+" if change is not None and change > 0 else "") + number(change)
-        rows.append([escape(name.replace("_", " ")), cell(before.get(name)), cell(after.get(name)), signed])
+        rows.append([escape(name.replace("_", " ")), cell(before.get(name)), cell(after.get(name)), signed(change)])
     counts = after.get("n") or before.get("n") or {}
     note = f"Task {evaluation.get('task')}. " + ", ".join(
         f"{key.replace('_', ' ')}: {_flat(value) or 'none' if isinstance(value, Mapping) else value}"
         for key, value in counts.items()
     )
-    return _html_table(["", "before", "after", "change"], rows) + f"<p class='note'>{escape(note)}</p>"
+    return html_table(["", "before", "after", "change"], rows) + f"<p class='note'>{escape(note)}</p>"
 
 
 def _lists(evaluation: Mapping[str, Any]) -> str:
@@ -423,43 +384,3 @@ def _lists(evaluation: Mapping[str, Any]) -> str:
     ]
     note = f"{len(blocks)} of {len(examples)} examples; all of them are in evaluation.json."
     return f"<p class='note'>{note}</p>" + "".join(blocks)
-
-
-_PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>
-:root { color-scheme: light dark; --fg: #1c1c1c; --soft: #5c5c5c; --bg: #fff; --card: #f4f4f2; --line: #d8d8d4;
-  --red: #b3261e; --green: #1b7a3d; --grey: #6b6b6b; }
-@media (prefers-color-scheme: dark) { :root { --fg: #e8e8e6; --soft: #a8a8a4; --bg: #161616; --card: #222;
-  --line: #3c3c3a; --red: #ff8a80; --green: #7fd99a; --grey: #a8a8a8; } }
-body { font: 16px/1.5 system-ui, sans-serif; color: var(--fg); background: var(--bg); max-width: 60rem;
-  margin: 0 auto; padding: 1rem; }
-h1, h2, h3, h4 { line-height: 1.2; } h2 { margin-top: 2.5rem; } h4 { margin: 0 0 .3rem; }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1rem; }
-dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }
-.wide { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { text-align: left; padding: .3rem .7rem; border-bottom: 1px solid var(--line); vertical-align: top; }
-thead th { color: var(--soft); } tbody th { font-weight: normal; }
-.note, figcaption { color: var(--soft); font-size: .9rem; }
-.verdict { border-left: .3rem solid; padding: .4rem .8rem; background: var(--card); }
-.verdict.good { border-color: var(--green); } .verdict.bad { border-color: var(--red); }
-figure { margin: 1.5rem 0; } img { max-width: 100%; height: auto; background: #fff; }
-article { background: var(--card); padding: .8rem; margin: 1rem 0; border-radius: .4rem; }
-pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: 0 0 .5rem; font-size: .9rem; }
-.prompt { color: var(--soft); } .sides { display: flex; flex-wrap: wrap; gap: 1rem; }
-.sides > div { flex: 1 1 16rem; min-width: 0; }
-.kinds { list-style: none; padding: 0; margin: 0; display: flex; flex-wrap: wrap; gap: .4rem; font-size: .8rem; }
-.kinds li { border: 1px solid; border-radius: 1rem; padding: 0 .6rem; }
-.repeat { color: var(--red); } .correct_new { color: var(--green); } .wrong { color: var(--grey); }
-.missing { color: var(--grey); border-style: dashed !important; }
-</style>
-</head>
-<body>
-{body}
-</body>
-</html>
-"""

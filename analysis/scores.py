@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -26,24 +26,49 @@ class Scores:
         by_example: the scores.
         subjects: `[n_examples]` the subject of each example; intervals resample subjects, since examples of one subject
             are not independent.
+        whole: quantities that only the task as a whole has, `[n_layers, n_heads]`; they have no interval.
     """
 
     by_example: dict[str, Array]
     subjects: Sequence[str]
+    whole: dict[str, Array] = field(default_factory=dict)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.by_example or name in self.whole
+
+    def subset(self, indices: Sequence[int]) -> Scores:
+        """The scores of some examples; quantities of the task as a whole are left out, for they saw all examples."""
+        rows = list(indices)
+        return Scores({n: v[rows] for n, v in self.by_example.items()}, [self.subjects[i] for i in rows])
+
+    def counts(self) -> dict[str, int]:
+        """Method -> how many examples it has scores of; methods that score the task as a whole saw all of them."""
+        found: dict[str, int] = {}
+        for name, values in self.by_example.items():
+            method = name.split(".")[0]
+            found[method] = max(found.get(method, 0), int((~np.isnan(values[:, 0, 0])).sum()))
+        return found
 
     def mean(self, name: str) -> Array:
         """`[n_layers, n_heads]` mean over the examples that have the quantity."""
+        if name in self.whole:
+            return self.whole[name]
         mean: Array = np.asarray(np.nanmean(self.by_example[name], axis=0, dtype=np.float64), dtype=np.float32)
         return mean
 
     def means(self) -> dict[str, Array]:
-        return {name: self.mean(name) for name in self.by_example}
+        return {name: self.mean(name) for name in (*self.by_example, *self.whole)}
 
     def bootstrap(self, name: str, n: int = 1000, seed: int = 0) -> Array:
         """`[n, n_layers, n_heads]` means over resampled subjects (cluster bootstrap).
 
         NaN in a resampling that holds no example with the quantity.
+
+        Raises:
+            InputError: a quantity of the task as a whole, which cannot be resampled.
         """
+        if name in self.whole:
+            raise InputError(f"score {name!r} has one value for the whole task, so no interval; fit it on resamplings")
         values = self.by_example[name].astype(np.float64)
         present = ~np.isnan(values[:, :1, :1])
         weights = subject_weights(self.subjects, n, seed)  # [n, n_examples]
@@ -92,9 +117,14 @@ def mean_interval(
     return {"mean": float(array.mean()), "ci": [float(low), float(high)]}
 
 
-def stack(rows: Sequence[Mapping[str, Array]], subjects: Sequence[str]) -> Scores:
+def stack(
+    rows: Sequence[Mapping[str, Array]], subjects: Sequence[str], whole: Mapping[str, Array] | None = None
+) -> Scores:
     """Collect one mapping per example; a quantity missing from an example becomes NaN there."""
     names = sorted({name for row in rows for name in row})
-    shape = next(iter(rows[0].values())).shape
+    if not names:
+        return Scores({}, list(subjects), dict(whole or {}))
+    shape = next(value for row in rows for value in row.values()).shape
     missing = np.full(shape, np.nan, dtype=np.float32)
-    return Scores({name: np.stack([row.get(name, missing) for row in rows]) for name in names}, list(subjects))
+    by_example = {name: np.stack([row.get(name, missing) for row in rows]) for name in names}
+    return Scores(by_example, list(subjects), dict(whole or {}))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib.resources
 import json
+import logging
 import random
 import unicodedata
 from collections import Counter
@@ -23,6 +24,8 @@ from transformers import PreTrainedTokenizerBase
 
 from .errors import InputError, nearest
 from .files import write_text
+
+log = logging.getLogger(__name__)
 
 SPLITS = {"train": 0.6, "validation": 0.15, "test": 0.25}
 
@@ -54,10 +57,17 @@ class Example:
 
 @dataclass(frozen=True)
 class Task:
-    """A named list of examples."""
+    """A named list of examples.
+
+    Attributes:
+        name: of the task.
+        examples: the prompts.
+        chat_template: give the prompts to the model as a chat, in its tokenizer's own template (see `as_chat`).
+    """
 
     name: str
     examples: tuple[Example, ...]
+    chat_template: bool = False
 
     @property
     def subjects(self) -> list[str]:
@@ -65,7 +75,7 @@ class Task:
 
     @property
     def sha256(self) -> str:
-        return hashlib.sha256(to_jsonl(self.examples).encode()).hexdigest()
+        return hashlib.sha256((to_jsonl(self.examples) + "chat" * self.chat_template).encode()).hexdigest()
 
     def limited(self, max_examples: int | None, seed: int = 0) -> Task:
         """At most `max_examples` examples, spread evenly over subjects (a seeded shuffle, subject by subject)."""
@@ -165,9 +175,42 @@ def to_jsonl(examples: Iterable[Example]) -> str:
     return "".join(json.dumps(asdict(example), ensure_ascii=False) + "\n" for example in examples)
 
 
-def build_files(facts: Path, templates: Path | None, out: Path, **options: Any) -> Task:
-    """Build a task file from users' own files: facts `{subject: [answers]}`, templates `[{"header", "item"}]`."""
-    table = _read_json(facts, "facts", dict)
+def invert(samples: Iterable[tuple[str, str]], at_least: int) -> dict[str, list[str]]:
+    """Turn many-to-one facts (subject, object) round: object -> its subjects, where there are `at_least` so many."""
+    table: dict[str, list[str]] = {}
+    for subject, thing in samples:
+        known = {canonical(answer, thing) for answer in table.setdefault(thing, [])}
+        if canonical(subject, thing) not in known and normalise(subject):
+            table[thing].append(subject)
+    return {thing: subjects for thing, subjects in table.items() if len(subjects) >= at_least}
+
+
+def read_relation(path: Path) -> list[tuple[str, str]]:
+    """Read `{"samples": [{"subject", "object"}, ...]}` (the layout of the LRE relations) or the bare list."""
+    data = _read_json(path, "relation", object)
+    samples = data.get("samples") if isinstance(data, dict) else data
+    if not isinstance(samples, list) or not all(
+        isinstance(row, dict) and isinstance(row.get("subject"), str) and isinstance(row.get("object"), str)
+        for row in samples
+    ):
+        raise InputError(f'relation file {str(path)!r} must hold a list of {{"subject": ..., "object": ...}}')
+    return [(row["subject"], row["object"]) for row in samples]
+
+
+def build_files(facts: Path, templates: Path | None, out: Path, inverted: bool = False, **options: Any) -> Task:
+    """Build a task file from users' own files: facts `{subject: [answers]}`, templates `[{"header", "item"}]`.
+
+    Args:
+        inverted: `facts` is a many-to-one relation (see `read_relation`), to be turned round: "landmarks in Italy".
+            Objects with too few subjects for the prompts asked for are left out.
+    """
+    if inverted:
+        samples, least = read_relation(facts), max(options.get("previous", (1, 2, 3, 4))) + 1
+        table = invert(samples, least)
+        if few := len({thing for _, thing in samples}) - len(table):
+            log.warning("%s: %d objects have fewer than %d subjects each and are left out", facts, few, least)
+    else:
+        table = _read_json(facts, "facts", dict)
     for subject, answers in table.items():
         if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
             raise InputError(f"{facts}: subject {subject!r} must map to a list of strings, not {answers!r}"[:300])
@@ -254,7 +297,7 @@ def take_split(task: Task, split: str, seed: int = 0) -> Task:
     kept = tuple(example for example in task.examples if example.subject in chosen)
     if not kept:
         raise InputError(f"split {split!r} of task {task.name!r} is empty: {len(task.subjects)} subjects are too few")
-    return Task(f"{task.name}:{split}", kept)
+    return replace(task, name=f"{task.name}:{split}", examples=kept)
 
 
 def load_task(name: str, split_seed: int = 0) -> Task:
@@ -364,6 +407,7 @@ class Encoded:
         target_tokens: first tokens of the remaining answers, sorted.
         previous_tokens: first tokens of the previous answers, in order.
         ambiguous: first tokens left out of both because a remaining and a previous answer share them.
+        corrupt: `[seq]` ids of the example's own counterpart prompt, if it has one.
     """
 
     example: Example
@@ -373,6 +417,7 @@ class Encoded:
     target_tokens: tuple[int, ...]
     previous_tokens: tuple[int, ...]
     ambiguous: tuple[int, ...] = ()
+    corrupt: Tensor | None = None
 
     @property
     def end(self) -> int:
@@ -418,9 +463,67 @@ def continuation(prompt: str, answer: str) -> str:
     return answer if prompt[-1:].isspace() or not prompt else " " + answer
 
 
-def first_token(tokenizer: PreTrainedTokenizerBase, prompt: str, prompt_ids: Sequence[int], answer: str) -> int | None:
-    """The first token of `answer` after `prompt`; None where tokens merge across the border, so there is none."""
-    ids = tokenizer(prompt + continuation(prompt, answer)).input_ids
+def as_chat(task: Task, tokenizer: PreTrainedTokenizerBase) -> Task:
+    """The task with its prompts written out in the tokenizer's chat template, if it asks for that; else as it is.
+
+    The user's turn is the text before the line of the first answer given, the assistant's turn has begun with the list:
+    so END is still where the next answer comes. Where there is no such text, or no answer is given, the whole prompt is
+    the user's turn, and the answer is the start of the reply. A `corrupt` prompt is written likewise: its reply has as
+    many lines. Tokenise the result without special tokens: the template writes its own.
+
+    Raises:
+        InputError: the tokenizer has no chat template, or a `corrupt` prompt has fewer lines than its prompt's list.
+    """
+    if not task.chat_template:
+        return task
+    if not tokenizer.chat_template:
+        raise InputError(f"tokenizer {tokenizer.name_or_path!r} has no chat template; leave chat_template out")
+
+    def written(user: str, reply: str) -> str:
+        turns = [{"role": "user", "content": user}]
+        return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)) + reply
+
+    examples = []
+    for example in task.examples:
+        user, reply = _turns(example)
+        corrupt = None if example.corrupt is None else written(*_last_lines(example.corrupt, reply))
+        examples.append(replace(example, prompt=written(user, reply), corrupt=corrupt))
+    return replace(task, examples=tuple(examples))
+
+
+def _turns(example: Example) -> tuple[str, str]:
+    """The user's turn, and the reply so far: see `as_chat`."""
+    cursor = len(example.prompt)
+    for answer in reversed(example.previous):
+        found = example.prompt.rfind(answer, 0, cursor)
+        cursor = found if found >= 0 else cursor
+    cut = example.prompt.rfind("\n", 0, cursor) + 1
+    if not example.previous or not example.prompt[:cut].strip():
+        return example.prompt, ""
+    return example.prompt[:cut].rstrip("\n"), example.prompt[cut:]
+
+
+def _last_lines(prompt: str, reply: str) -> tuple[str, str]:
+    """A counterpart's turns: its reply is its last lines, as many as `reply` has."""
+    if not reply:
+        return prompt, ""
+    user, *lines = prompt.rsplit("\n", reply.count("\n") + 1)
+    if len(lines) <= reply.count("\n") or not user.strip():
+        raise InputError(
+            f"the corrupt prompt {prompt!r} must hold a line before its list, which is as long as {reply!r}"
+        )
+    return user.rstrip("\n"), "\n".join(lines)
+
+
+def first_token(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, prompt_ids: Sequence[int], answer: str, special: bool = True
+) -> int | None:
+    """The first token of `answer` after `prompt`; None where tokens merge across the border, so there is none.
+
+    Args:
+        special: add the tokenizer's special tokens, as for `prompt_ids`.
+    """
+    ids = tokenizer(prompt + continuation(prompt, answer), add_special_tokens=special).input_ids
     n = len(prompt_ids)
     return int(ids[n]) if len(ids) > n and ids[:n] == list(prompt_ids) else None
 
@@ -437,8 +540,10 @@ def encode(task: Task, tokenizer: PreTrainedTokenizerBase) -> EncodedTask:
     if not tokenizer.is_fast:
         raise InputError(f"tokenizer {tokenizer.name_or_path!r} gives no character offsets; use its fast version")
     result = EncodedTask(task)
-    for example in task.examples:
-        encoded, reason = _encode_one(example, tokenizer)
+    for example, written in zip(task.examples, as_chat(task, tokenizer).examples, strict=True):
+        # A chat template may say a subject's name before the user does.
+        begin = max(0, written.prompt.find(_turns(example)[0].strip())) if task.chat_template else 0
+        encoded, reason = _encode_one(written, tokenizer, special=not task.chat_template, begin=begin)
         if encoded is None:
             result.dropped[reason] += 1
         else:
@@ -449,15 +554,17 @@ def encode(task: Task, tokenizer: PreTrainedTokenizerBase) -> EncodedTask:
     return result
 
 
-def _encode_one(example: Example, tokenizer: PreTrainedTokenizerBase) -> tuple[Encoded | None, str]:
-    batch = tokenizer(example.prompt, return_offsets_mapping=True)
+def _encode_one(
+    example: Example, tokenizer: PreTrainedTokenizerBase, special: bool, begin: int
+) -> tuple[Encoded | None, str]:
+    batch = tokenizer(example.prompt, return_offsets_mapping=True, add_special_tokens=special)
     ids, offsets = list(batch.input_ids), batch["offset_mapping"]
 
     def span(start: int, text: str) -> tuple[int, ...]:
         end = start + len(text)
         return tuple(i for i, (a, b) in enumerate(offsets) if a < end and b > start and b > a)
 
-    subject = span(example.prompt.index(example.subject), example.subject)
+    subject = span(example.prompt.index(example.subject, begin), example.subject)
     spans: list[tuple[int, ...]] = []
     cursor = len(example.prompt)
     for answer in reversed(example.previous):
@@ -469,16 +576,19 @@ def _encode_one(example: Example, tokenizer: PreTrainedTokenizerBase) -> tuple[E
         cursor = start
     if not subject or not all(spans):
         return None, "span without tokens"
-    firsts = {answer: first_token(tokenizer, example.prompt, ids, answer) for answer in example.remaining}
+    firsts = {answer: first_token(tokenizer, example.prompt, ids, answer, special) for answer in example.remaining}
     targets = {token for token in firsts.values() if token is not None}
     if not targets:
         return None, "tokens merge across the end of the prompt"
-    given = [first_token(tokenizer, example.prompt, ids, answer) for answer in example.previous]
+    given = [first_token(tokenizer, example.prompt, ids, answer, special) for answer in example.previous]
     ambiguous = targets & {token for token in given if token is not None}
     targets -= ambiguous
     previous = tuple(token for token in given if token is not None and token not in ambiguous)
     if not targets or (example.previous and not previous):
         return None, "remaining and previous answers share first tokens"
+    corrupt = None
+    if example.corrupt is not None:
+        corrupt = torch.tensor(tokenizer(example.corrupt, add_special_tokens=special).input_ids)
     return (
         Encoded(
             example,
@@ -488,6 +598,7 @@ def _encode_one(example: Example, tokenizer: PreTrainedTokenizerBase) -> tuple[E
             tuple(sorted(targets)),
             previous,
             tuple(sorted(ambiguous)),
+            corrupt,
         ),
         "",
     )

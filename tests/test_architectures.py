@@ -6,13 +6,13 @@ Also what every change at a head means (`hooks`), and that the fast ablation is 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 import torch
-from tiny import N_HEADS, N_LAYERS, tiny_model, tiny_task, tiny_tokenizer
+from tiny import KINDS, N_HEADS, N_LAYERS, Kind, tiny_model, tiny_task, tiny_tokenizer
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -30,43 +30,10 @@ from headtune.analysis.patching import (
 )
 from headtune.analysis.tasks import Encoded, encode
 
-
-@dataclass(frozen=True)
-class Kind:
-    """A tiny model: its family, what sets it apart, and the sizes the view must find."""
-
-    family: str
-    config: dict[str, Any] = field(default_factory=dict)
-    n_kv_heads: int = N_HEADS
-    head_dim: int = 8
-
-
-SLIDING = ["full_attention", "sliding_attention", "full_attention"]
-KINDS = {
-    "llama": Kind("llama"),
-    "mistral": Kind("mistral", n_kv_heads=2),
-    "qwen2": Kind("qwen2", n_kv_heads=2),
-    "qwen3": Kind("qwen3", n_kv_heads=2),
-    "gpt2": Kind("gpt2"),
-    "opt": Kind("opt"),
-    "gpt_neox": Kind("gpt_neox"),
-    "phi": Kind("phi"),
-    "llama-gqa": Kind("llama", {"num_key_value_heads": 2}, n_kv_heads=2),
-    "llama-mqa": Kind("llama", {"num_key_value_heads": 1}, n_kv_heads=1),
-    "llama-head-dim": Kind("llama", {"head_dim": 16}, head_dim=16),
-    "llama-gqa-head-dim": Kind("llama", {"head_dim": 16, "num_key_value_heads": 2}, n_kv_heads=2, head_dim=16),
-    "llama-bias": Kind("llama", {"attention_bias": True}),
-    "llama-tied": Kind("llama", {"tie_word_embeddings": True}),
-    "mistral-head-dim": Kind("mistral", {"head_dim": 16}, n_kv_heads=2, head_dim=16),
-    "mistral-sliding": Kind("mistral", {"sliding_window": 5}, n_kv_heads=2),
-    "qwen2-sliding": Kind("qwen2", {"use_sliding_window": True, "sliding_window": 5, "layer_types": SLIDING}, 2),
-    "qwen3-bias": Kind("qwen3", {"attention_bias": True}, n_kv_heads=2),
-    "gpt2-inverse-layer": Kind("gpt2", {"scale_attn_by_inverse_layer_idx": True}),
-    "opt-no-bias": Kind("opt", {"enable_bias": False}),
-    "gpt_neox-sequential": Kind("gpt_neox", {"use_parallel_residual": False}),
-    "gpt_neox-no-bias": Kind("gpt_neox", {"attention_bias": False}),
-    "phi-norm": Kind("phi", {"qk_layernorm": True}),
-}
+# What each family adds to a norm's weight, written down here once more.
+GAIN_OFFSETS = {"gemma2": 1.0, "gemma3_text": 1.0}
+# The module whose output is what an MLP adds to the residual stream.
+MLPS = {"opt": "fc2", "gemma2": "post_feedforward_layernorm", "gemma3_text": "post_feedforward_layernorm"}
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -446,54 +413,109 @@ def test_answer_probabilities_sum_over_answers() -> None:
 
 def test_set_probabilities(llama: HeadModel) -> None:
     examples = encode(tiny_task(subjects=2), llama.tokenizer).examples
-    sets = {"some": [(0, 1), (2, 2)], "baseline": (), "other": [(1, 1)]}
-    values = set_probabilities(llama, examples, sets)
-    for name, row in sets.items():
-        for index, example in enumerate(examples):
+    sets = [[(0, 1), (2, 2)], [], [(1, 1)]]
+    for example in examples:
+        values = set_probabilities(llama, example, sets)
+        for row, found in zip(sets, values, strict=True):
             p = slow_logits(llama, example.tokens, row).softmax(-1)
             wanted = [p[list(chosen)].sum().item() for chosen in (example.target_tokens, example.previous_tokens)]
-            assert [values[name][0][index], values[name][1][index]] == pytest.approx(wanted, abs=1e-5)
+            assert list(found) == pytest.approx(wanted, abs=1e-5)
 
 
 # --- attribution ------------------------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
-def frozen_logits(heads: HeadModel, kind: Kind, prompt: Encoded) -> tuple[Any, dict[int, Tensor], Tensor]:
-    """The final norm and unembedding with this run's scale held, z at END by layer, and the final residual at END."""
-    norm: Any = heads.model.get_submodule(ARCHITECTURES[kind.family].final_norm)
-    seen: list[Tensor] = []
-    handle = norm.register_forward_pre_hook(lambda _m, args: seen.append(args[0][0, -1]))
-    with hooks.capture(heads, positions=torch.tensor([prompt.end])) as z:
-        heads.model(prompt.tokens[None])
-    handle.remove()
-    residual = seen[0]
+@dataclass(frozen=True)
+class Frozen:
+    """A run on a prompt as a linear map: every norm on the way with this run's scale, at END.
+
+    Attributes:
+        logits: `[d_model]` in the residual stream -> `[vocabulary]` logits, before any cap.
+        z: layer -> `[1, n_heads, head_dim]`.
+        added: layer -> what a part of the attention block's output, `[d_model]`, adds to the residual stream.
+        others: everything else in the residual stream: the embedding, MLP outputs, biases on attention outputs.
+        residual: `[d_model]` the final norm's input.
+    """
+
+    logits: Callable[[Tensor], Tensor]
+    z: dict[int, Tensor]
+    added: dict[int, Callable[[Tensor], Tensor]]
+    others: list[Tensor]
+    residual: Tensor
+
+
+def linearised(norm: Any, x: Tensor, gain_offset: float) -> Callable[[Tensor], Tensor]:
+    """A norm as a linear map, without its bias: its scale is that of x."""
     centred = isinstance(norm, nn.LayerNorm)
+
+    def centre(part: Tensor) -> Tensor:
+        return part - part.mean() if centred else part
+
+    epsilon = norm.eps if hasattr(norm, "eps") else norm.variance_epsilon
+    scale = (centre(x).pow(2).mean() + epsilon).sqrt()
+    return lambda part: centre(part) / scale * (gain_offset + norm.weight)
+
+
+@torch.no_grad()
+def frozen_run(heads: HeadModel, kind: Kind, prompt: Encoded) -> Frozen:
+    row = ARCHITECTURES[kind.family]
+    offset = GAIN_OFFSETS.get(kind.family, 0.0)
+    inputs: dict[str, Tensor] = {}
+    outputs: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Any:
+        def hook(_module: Any, args: Any, kwargs: Any, output: Any) -> None:
+            given, result = (args or [kwargs["hidden_states"]])[0], output[0] if isinstance(output, tuple) else output
+            # OPT folds batch and sequence into one for its MLP.
+            inputs[name], outputs[name] = given.flatten(end_dim=-2)[-1], result.flatten(end_dim=-2)[-1]
+
+        return hook
+
     output = heads.model.get_output_embeddings()
+    watched = {"final": heads.model.get_submodule(row.final_norm), "unembedding": output}
+    for index, layer in enumerate(heads.layers):
+        watched[f"layer {index}"] = layer
+        watched[f"mlp {index}"] = layer.get_submodule(MLPS.get(kind.family, "mlp"))
+        if kind.family in GAIN_OFFSETS:
+            watched[f"norm {index}"] = layer.get_submodule("post_attention_layernorm")
+    handles = [module.register_forward_hook(keep(name), with_kwargs=True) for name, module in watched.items()]
+    with hooks.capture(heads, positions=torch.tensor([prompt.end])) as z:
+        model_logits = heads.model(prompt.tokens[None]).logits[0, -1]
+    for handle in handles:
+        handle.remove()
 
-    def centre(x: Tensor) -> Tensor:
-        return x - x.mean() if centred else x
-
-    epsilon = norm.eps if centred else norm.variance_epsilon
-    scale = (centre(residual).pow(2).mean() + epsilon).sqrt()
+    final = linearised(watched["final"], inputs["final"], offset)
+    bias = getattr(watched["final"], "bias", None)
 
     def logits(x: Tensor) -> Tensor:
-        y = centre(x) / scale * norm.weight
-        return output((y + norm.bias if centred else y)[None])[0]
+        return output(final(x) if bias is None else final(x) + bias)
 
-    close(logits(residual), heads.model(prompt.tokens[None]).logits[0, -1], 1e-4)  # the reference itself is right
-    return logits, z, residual
+    added: dict[int, Callable[[Tensor], Tensor]] = {}
+    others = [inputs["layer 0"]]
+    for index in range(N_LAYERS):
+        norm = f"norm {index}"
+        added[index] = linearised(watched[norm], inputs[norm], offset) if norm in inputs else lambda part: part
+        projection: Any = heads.projection(index)
+        if projection.bias is not None:
+            others.append(added[index](projection.bias))
+        others.append(outputs[f"mlp {index}"])
+    # The reference itself is right.
+    cap = getattr(heads.model.config, "final_logit_softcapping", None)
+    decoded = logits(inputs["final"])
+    close(decoded, outputs["unembedding"], 1e-4)
+    close(decoded if cap is None else cap * torch.tanh(decoded / cap), model_logits, 1e-4)
+    return Frozen(logits, z, added, others, inputs["final"])
 
 
 @torch.no_grad()
 def test_direct_attribution_is_what_the_logit_loses(heads: HeadModel, kind: Kind, prompt: Encoded) -> None:
-    """With the norm's scale held, take a head's contribution out of the final residual and decode."""
-    logits, z, residual = frozen_logits(heads, kind, prompt)
+    """With every norm's scale held, take a head's contribution out of the final residual and decode."""
+    run = frozen_run(heads, kind, prompt)
     found = attribute(heads, prompt)
     for layer in range(N_LAYERS):
         for head in range(N_HEADS):
-            contribution = z[layer][0, head] @ heads.output_weight(layer)[head]
-            lost = logits(residual) - logits(residual - contribution)
+            contribution = run.added[layer](run.z[layer][0, head] @ heads.output_weight(layer)[head])
+            lost = run.logits(run.residual) - run.logits(run.residual - contribution)
             for name, chosen in (("target", prompt.target_tokens), ("previous", prompt.previous_tokens)):
                 expected = lost[list(chosen)].mean().item()
                 assert found[f"dla.{name}"][layer, head] == pytest.approx(expected, abs=1e-4)
@@ -501,19 +523,16 @@ def test_direct_attribution_is_what_the_logit_loses(heads: HeadModel, kind: Kind
 
 @torch.no_grad()
 def test_attributions_of_all_parts_add_up_to_the_logit(heads: HeadModel, kind: Kind, prompt: Encoded) -> None:
-    """`logit = u . residual + constant`, and the residual is the heads' contributions plus everything else."""
-    logits, z, residual = frozen_logits(heads, kind, prompt)
-    tokens = torch.tensor(prompt.target_tokens)
-    u = heads.unembedding_directions(residual, tokens)
-    constant = logits(torch.zeros_like(residual))[tokens]
-    close(u @ residual + constant, heads.model(prompt.tokens[None]).logits[0, -1, tokens], 1e-4)
-    of_heads = sum(
-        (z[layer][0, head] @ heads.output_weight(layer)[head] for layer in range(N_LAYERS) for head in range(N_HEADS)),
-        start=torch.zeros_like(residual),
-    )
-    everything_else = residual - of_heads
-    total = attribute(heads, prompt)["dla.target"].sum() + (u @ everything_else + constant).mean().item()
-    assert total == pytest.approx(logits(residual)[tokens].mean().item(), abs=1e-4)
+    """All heads, the embedding, the MLPs and the biases: nothing is missing and nothing is counted twice."""
+    run = frozen_run(heads, kind, prompt)
+    tokens = list(prompt.target_tokens)
+    constant = run.logits(torch.zeros_like(run.residual))
+    of_others = sum((run.logits(part) - constant)[tokens].mean().item() for part in run.others)
+    total = attribute(heads, prompt)["dla.target"].sum() + of_others + constant[tokens].mean().item()
+    assert total == pytest.approx(run.logits(run.residual)[tokens].mean().item(), abs=1e-4)
+    # The directions are those of the same decoding.
+    directions = heads.unembedding_directions(run.residual, torch.tensor(tokens))
+    close(directions @ run.residual + constant[tokens], run.logits(run.residual)[tokens], 1e-4)
 
 
 def test_lens_by_source_adds_up_to_direct_attribution(heads: HeadModel, prompt: Encoded) -> None:
@@ -533,7 +552,7 @@ def test_lens_reads_the_source_it_names(llama: HeadModel) -> None:
     """The lens of the subject, token by token: A[END, t] v[t] through W_O and the unembedding direction."""
     prompt = encode(tiny_task(subjects=1), llama.tokenizer).examples[0]
     end = torch.tensor([prompt.end])
-    logits, _, residual = frozen_logits(llama, KINDS["llama"], prompt)
+    run = frozen_run(llama, KINDS["llama"], prompt)
     with record_rows(end) as rows:
         llama.model(prompt.tokens[None])
     found = attribute(llama, prompt)
@@ -541,7 +560,7 @@ def test_lens_reads_the_source_it_names(llama: HeadModel) -> None:
         for head in range(N_HEADS):
             (t,) = prompt.subject
             read = rows.pattern[layer][0, head, t] * rows.values[layer][0, head, t]
-            lost = logits(residual) - logits(residual - read @ llama.output_weight(layer)[head])
+            lost = run.logits(run.residual) - run.logits(run.residual - read @ llama.output_weight(layer)[head])
             expected = lost[list(prompt.target_tokens)].mean().item()
             assert found["lens.subject.target"][layer, head] == pytest.approx(expected, abs=1e-4)
             mass = rows.pattern[layer][0, head, t].item()

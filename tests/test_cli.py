@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -13,9 +14,11 @@ import yaml
 from small_runs import head_set, train, write_recipe, write_task
 
 from headtune.analysis import model as models
+from headtune.analysis.scores import load_means
 from headtune.analysis.tasks import load_task
 from headtune.train import recipe as recipes
 from headtune.train.cli import main
+from headtune.train.cli_analysis import memory
 
 
 @pytest.fixture(autouse=True)
@@ -252,6 +255,240 @@ def test_identify_writes_what_a_recipe_reads(task: Path, tmp_path: Path, capsys:
     assert capsys.readouterr().out.strip() == "run/report.html"
 
 
+# --- the analysis stage -----------------------------------------------------------------------------------------------
+
+
+def identify_words(model: Path, task: Path, out: str, *more: str) -> list[str]:
+    words = ["identify", str(model), "--task", str(task), "--out", out, "--top", "2", "--max-examples", "6"]
+    return [*words, "--wandb", "disabled", *more]
+
+
+def test_methods_are_listed_without_a_model(capsys: pytest.CaptureFixture[str]) -> None:
+    from headtune.analysis.methods import METHODS
+
+    with pytest.raises(SystemExit) as caught:
+        main(["identify", "--list-methods"])
+    assert caught.value.code == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == list(METHODS)
+    assert all(METHODS[line.split()[0]].summary in line for line in lines)
+
+
+def test_refusals_of_identify(refused: Refusals, task: Path, tiny_llama: Path, tmp_path: Path) -> None:
+    def message(*more: str) -> str:
+        return refused(*identify_words(tiny_llama, task, "heads", *more))
+
+    assert "'nonsense' is unknown" in message("--method", "nonsense")
+    assert "'ablaton' is unknown; did you mean 'ablation'?" in message("--method", "dla,ablaton")
+    assert "'' is unknown" in message("--method", "dla,")
+    for bad in ("bad", "=x", "two words=heads.json", "a/b=heads.json"):
+        assert f"--control {bad!r} must look like" in message("--control", bad)
+    assert "'none.json' does not exist" in message("--control", "mine=none.json")
+    head_set(models.load(str(tiny_llama)).identity()).write(tmp_path / "heads.json")
+    assert "a second time" in message("--control", "mine=heads.json", "--control", "mine=heads.json")
+    head_set(models.load(str(tiny_llama)).identity(), n_heads=12).write(tmp_path / "heads.json")
+    assert "n_heads 12" in message("--control", "mine=heads.json")
+    for threshold in ("-1", "nan", "inf"):
+        assert "threshold" in message(f"--threshold={threshold}")
+    assert "has no chat template" in message("--chat-template")
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--top", "0"], "argument --top: '0' must be a whole number, at least 1, or 'elbow'"),
+        (["--top", "2.5"], "argument --top: '2.5' must be a whole number, at least 1, or 'elbow'"),
+        (["--top", "elbows"], "argument --top: 'elbows' must be a whole number, at least 1, or 'elbow'"),
+        (["--verify-top", "0"], "argument --verify-top: '0' must be a whole number, at least 1"),
+        (["--max-examples", "-3"], "argument --max-examples: '-3' must be a whole number, at least 1"),
+        (["--max-examples", "few"], "argument --max-examples: 'few' must be a whole number, at least 1"),
+        (["--max-memory", "12parsecs"], "argument --max-memory: '12parsecs' is not a size; write for example 2GiB"),
+        (["--max-memory", "0"], "argument --max-memory: '0' is not a size"),
+        (["--threshold", "high"], "argument --threshold: invalid float value: 'high'"),
+        (["--wandb", "maybe"], "argument --wandb: invalid choice: 'maybe'"),
+    ],
+)
+def test_bad_usage_of_identify(
+    words: list[str], expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["identify", "no-model", "--task", "no-task", "--out", "heads", *words])
+    assert caught.value.code == 2
+    assert f"error: {expected}" in capsys.readouterr().err.splitlines()[-1]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("1000", 1000),
+        ("2GiB", 2 << 30),
+        ("500MB", 500 << 20),
+        ("1g", 1 << 30),
+        ("1.5 kib", 1536),
+        (" 3T ", 3 << 40),
+        ("10b", 10),
+        ("0.5k", 512),
+    ],
+)
+def test_sizes(text: str, size: int) -> None:
+    assert memory(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GB", "-1", "1e9", "0.2", "1gg", "1 g b", "1,5g", "0GiB", "12parsecs"])
+def test_sizes_that_are_none(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match="is not a size; write for example 2GiB or 500MB"):
+        memory(text)
+
+
+def test_little_memory_gives_the_same_numbers(task: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One hypothetical run at a time instead of all together."""
+    import numpy as np
+
+    from headtune.analysis import interventions
+
+    sizes = []
+    right = interventions.rows_in_memory
+
+    def spy(*arguments: Any, **options: Any) -> int:
+        sizes.append(right(*arguments, **options))
+        return sizes[-1]
+
+    monkeypatch.setattr(interventions, "rows_in_memory", spy)
+    scores, batches = [], []
+    for out, more in (("much", ["--max-memory", "1GiB"]), ("little", ["--max-memory", "1kB"])):
+        sizes.clear()
+        words = identify_words(tiny_llama, task, out, "--method", "ablation,path,ablation_all", *more)
+        assert main([*words, "--max-examples", "3"]) == 0
+        scores.append(load_means(Path(out) / "scores.safetensors"))
+        batches.append(max(sizes))
+    assert batches[0] > 100 and batches[1] == 1
+    assert scores[0].keys() == scores[1].keys()
+    for name, value in scores[0].items():
+        assert np.allclose(scores[1][name], value, atol=1e-5), name
+
+
+def test_gates_from_start_to_report(
+    task: Path, tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No intervals and no stability: what prints, tracks and draws must not ask for them."""
+    assert main(identify_words(tiny_llama, task, "heads", "--method", "gates")) == 0
+    assert "no stability: one fit for the whole task" in capsys.readouterr().out
+    stored = json.loads((tmp_path / "heads" / "heads.json").read_text())
+    assert stored["roles"]["recall"] or stored["roles"]["suppression"]
+    assert stored["stability"]["recall"] is None
+    before = (tmp_path / "heads" / "report.html").read_text()
+    assert main(["report", "heads"]) == 0
+    assert (tmp_path / "heads" / "report.html").read_text() == before
+
+
+def test_the_elbow_and_a_control_on_the_command_line(
+    task: Path, tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    head_set(models.load(str(tiny_llama)).identity()).write(tmp_path / "other" / "heads.json")
+    words = ["elbow" if word == "2" else word for word in identify_words(tiny_llama, task, "heads")]
+    assert main([*words, "--control", "mine=other", "--control", "file=other/heads.json", "--threshold", "0.01"]) == 0
+    capsys.readouterr()
+    stored = json.loads((tmp_path / "heads" / "heads.json").read_text())
+    parameters = stored["method"]["parameters"]
+    assert parameters["top"] == "elbow" and parameters["threshold"] == 0.01
+    assert parameters["controls"] == {"mine": "cities", "file": "cities"}
+    for role, ranked in stored["roles"].items():
+        assert all(abs(entry["score"]) >= 0.01 for entry in ranked)
+        if ranked:
+            assert stored["verification"][f"ablate_control_mine_{role}"]["heads"]
+
+
+def test_a_chat_model(task: Path, tiny_llama: Path, tmp_path: Path) -> None:
+    """`--chat-template` wraps the prompts of identify and of a study, and another task is what it then is."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    tokenizer.chat_template = "{% for m in messages %}<eos>{{ m.content }}<eos>{% endfor %}"
+    tokenizer.save_pretrained(tmp_path / "chatty")
+    AutoModelForCausalLM.from_pretrained(tiny_llama).save_pretrained(tmp_path / "chatty")
+    shas = []
+    for out, more in (("plain", []), ("chat", ["--chat-template"])):
+        assert main(identify_words(tmp_path / "chatty", task, out, "--method", "dla", *more)) == 0
+        shas.append(json.loads((tmp_path / out / "heads.json").read_text())["task"]["sha256"])
+        study = ["analyse", "elbow", str(tmp_path / "chatty"), "--task", str(task), "--out", f"study-{out}", *more]
+        assert main([*study, "--max-examples", "4", "-o", "top=2"]) == 0
+        assert json.loads((tmp_path / f"study-{out}" / "analysis.json").read_text())["task"]["n_examples"] == 4
+    means = [load_means(tmp_path / out / "scores.safetensors")["dla.target"] for out in ("plain", "chat")]
+    assert shas[0] != shas[1] and abs(means[0] - means[1]).max() > 1e-3
+
+
+def test_studies_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    from headtune.analysis.analyses import STUDIES, options_of
+
+    assert main(["analyse", "list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[::2] == [f"{name}: {study.summary}" for name, study in STUDIES.items()]
+    assert lines[1 + 2 * list(STUDIES).index("path_patching")] == "    options: receivers='', top=8, seed=0"
+    assert main(["analyse", "list", "--json"]) == 0
+    listed = json.loads(capsys.readouterr().out)
+    assert listed == {name: {key: p.default for key, p in options_of(name).items()} for name in STUDIES}
+
+
+def test_a_study_on_the_command_line(
+    task: Path, tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["analyse", "path_patching", str(tiny_llama), "--task", str(task), "--max-examples", "2", "--seed", "5"]
+    assert main([*words, "-o", "top=3", "--option", "receivers=L2H1:query", "--out", "runs/study"]) == 0
+    printed = capsys.readouterr().out
+    assert "To L2H1's query: remaining answers" in printed and "runs/study/analysis.json" in printed
+    stored = json.loads((tmp_path / "runs" / "study" / "analysis.json").read_text())
+    assert stored["options"] == {"receivers": "L2H1:query", "top": 3, "seed": 5}
+    assert stored["task"]["n_examples"] == 2 and stored["data"]["receivers"] == [[2, 1, "query"]]
+
+    assert main([*words, "-o", "seed=6", "--out", "runs/other", "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    stored = json.loads((tmp_path / "runs" / "other" / "analysis.json").read_text())
+    assert data == stored["data"] and stored["options"]["seed"] == 6 and stored["options"]["top"] == 8
+
+
+def test_refusals_of_a_study(
+    refused: Refusals, task: Path, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = [str(tiny_llama), "--task", str(task), "--out", "study"]
+    assert "'elbo' is unknown; did you mean 'elbow'?" in refused("analyse", "elbo", *whole)
+    assert "needs a model" in refused("analyse", "elbow", "--task", task, "--out", "study")
+    assert "needs --task" in refused("analyse", "elbow", tiny_llama, "--out", "study")
+    assert "needs --out" in refused("analyse", "elbow", tiny_llama, "--task", task)
+    assert "no option 'tpo'; did you mean 'top'?" in refused("analyse", "elbow", *whole, "-o", "tpo=3")
+    assert "option 'top' of 'elbow' is 'three'; expected int" in refused("analyse", "elbow", *whole, "-o", "top=three")
+    assert "expected int" in refused("analyse", "elbow", *whole, "-o", "top=true")
+    assert "expected int" in refused("analyse", "elbow", *whole, "-o", "top=")
+    assert "'top' must look like key=value" in refused("analyse", "elbow", *whole, "-o", "top")
+    assert "the value is not YAML" in refused("analyse", "elbow", *whole, "-o", "top=[3")
+    assert "option 'top' is 0" in refused("analyse", "elbow", *whole, "-o", "top=0")
+    assert "must look like L23H3:query" in refused("analyse", "path_patching", *whole, "-o", "receivers=L1H1")
+    assert "'no-such-model'" in refused("analyse", "elbow", "no-such-model", "--task", task, "--out", "study")
+    assert "'nowhere.jsonl'" in refused("analyse", "elbow", tiny_llama, "--task", "nowhere.jsonl", "--out", "study")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "precious.txt").write_text("mine")
+    assert "exists and is not empty" in refused("analyse", "elbow", tiny_llama, "--task", task, "--out", "full")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "runs in one process" in refused("analyse", "elbow", *whole)
+
+
+def test_building_a_task_from_a_relation(tmp_path: Path, capsys: pytest.CaptureFixture[str], refused: Refusals) -> None:
+    pairs = [("Colosseum", "Italy"), ("Uffizi", "Italy"), ("Louvre", "France"), ("Orsay", "France"), ("Prado", "Spain")]
+    rows = [{"subject": subject, "object": thing} for subject, thing in pairs]
+    (tmp_path / "landmarks.json").write_text(json.dumps({"samples": rows}))
+    words = ["task", "build", "landmarks.json", "--previous", "1"]
+    assert main([*words, "--invert", "--out", "mine.jsonl"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out == "mine.jsonl: 2 examples, 2 subjects\n"
+    assert {example.subject: example.answers for example in load_task("mine.jsonl").examples} == {
+        "Italy": ("Colosseum", "Uffizi"),
+        "France": ("Louvre", "Orsay"),
+    }
+    assert "must map to a list" in refused(*words, "--out", "other.jsonl")
+    (tmp_path / "facts.json").write_text(json.dumps({"Italy": ["Rome", "Milan"]}))
+    assert "must hold a list of" in refused("task", "build", "facts.json", "--invert", "--out", "other.jsonl")
+
+
 # --- other processes --------------------------------------------------------------------------------------------------
 
 
@@ -269,7 +506,18 @@ def test_help_is_cheap() -> None:
 
 
 def test_every_command_has_help(capsys: pytest.CaptureFixture[str]) -> None:
-    for command in ("identify", "train", "evaluate", "export", "compare", "report", "recipes", "task", "demo"):
+    for command in (
+        "identify",
+        "analyse",
+        "train",
+        "evaluate",
+        "export",
+        "compare",
+        "report",
+        "recipes",
+        "task",
+        "demo",
+    ):
         with pytest.raises(SystemExit) as caught:
             main([command, "--help"])
         assert caught.value.code == 0

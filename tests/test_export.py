@@ -74,6 +74,8 @@ FOLDED = {
     "llama-tied": {"tie_word_embeddings": True},
     "llama-bias": {"attention_bias": True},
     "qwen3": {},
+    "gemma2": {},
+    "gemma3_text": {},
     "gpt2": {},
     "opt": {},
     "gpt_neox": {},
@@ -102,7 +104,7 @@ def test_a_folded_model_is_stock_and_equal(name: str, tmp_path: Path) -> None:
             assert all(loaded.get_parameter(n).abs().max() == 0 for n in biases)
 
 
-@pytest.mark.parametrize("family", ["qwen2", "mistral"])
+@pytest.mark.parametrize("family", ["qwen2", "mistral", "phi3"])
 def test_a_family_without_an_output_bias_takes_a_scale_but_no_offset(family: str) -> None:
     with pytest.raises(InputError) as caught:
         fold(adapted(family))
@@ -119,7 +121,7 @@ def test_a_family_without_an_output_bias_takes_a_scale_but_no_offset(family: str
 
 def test_every_family_of_the_table_is_exported_or_refused() -> None:
     folded = {name.split("-")[0] for name in FOLDED}
-    assert folded | {"qwen2", "mistral"} == set(ARCHITECTURES)
+    assert folded | {"qwen2", "mistral", "phi3"} == set(ARCHITECTURES)
 
 
 # --- the whole way ----------------------------------------------------------------------------------------------------

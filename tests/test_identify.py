@@ -20,6 +20,8 @@ from headtune.analysis.identify import Identified, dissociation
 from headtune.analysis.model import HeadModel, load, view
 from headtune.analysis.scores import load_means
 from headtune.analysis.tasks import Encoded, Task, encode
+from headtune.train import console
+from headtune.train.cli_analysis import print_heads
 
 SOME = (RankedHead(1, 2, 1.0, (0.5, 1.5)), RankedHead(2, 0, 0.5, (0.1, 0.9)))
 OTHER = (RankedHead(1, 0, -1.0, (-1.5, -0.5)),)
@@ -114,7 +116,7 @@ def test_one_method_alone(model: HeadModel, method: str, prefixes: set[str]) -> 
 
 
 def test_an_unknown_method_is_refused(model: HeadModel) -> None:
-    with pytest.raises(InputError, match="method 'patching' is unknown; choose one of all, dla, ablation"):
+    with pytest.raises(InputError, match="method 'patching' is unknown; did you mean"):
         identify.identify(model, tiny_task(), "patching")
 
 
@@ -182,13 +184,13 @@ def test_random_sets_match_layers_and_avoid_the_heads_of_both_roles(
     model: HeadModel, found: Identified, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given: dict[str, Any] = {}
-    right = identify.set_probabilities
+    right = identify._probabilities
 
-    def spy(heads: HeadModel, examples: Iterable[Encoded], sets: dict[str, Any]) -> Any:
+    def spy(heads: HeadModel, examples: Iterable[Encoded], sets: dict[str, Any], *rest: Any) -> Any:
         given.update(sets)
-        return right(heads, examples, sets)
+        return right(heads, examples, sets, *rest)
 
-    monkeypatch.setattr(identify, "set_probabilities", spy)
+    monkeypatch.setattr(identify, "_probabilities", spy)
     by_hand(model, {"recall": SOME, "suppression": OTHER}, found.examples[:2], n_random=8)
     drawn = [given[f"random_recall_{i}"] for i in range(8)]
     assert all([layer for layer, _ in pairs] == [1, 2] for pairs in drawn)
@@ -285,3 +287,235 @@ def test_dissociation(block: dict[str, Any], suppression: bool, recall: bool) ->
 def test_a_task_that_cannot_be_scored_is_refused(model: HeadModel) -> None:
     with pytest.raises(InputError, match="no example can be scored on first tokens"):
         identify.identify(model, Task("empty", ()))
+
+
+# --- methods ----------------------------------------------------------------------------------------------------------
+
+
+FEW = tiny_task(subjects=2)
+
+
+@pytest.fixture(scope="module")
+def chance() -> HeadModel:
+    """A random model that has, on FEW, heads of both roles, by direct attribution and by ablation."""
+    return view(tiny_model("llama", 10, num_attention_heads=8, num_key_value_heads=4), tiny_tokenizer(), "chance")
+
+
+def shown(found: Identified, folder: Path) -> str:
+    """Everything a person sees of a head set: files, terminal, page. Returns the page."""
+    identify.write(found, folder)
+    heads = headset.read(folder / "heads.json")
+    assert heads == found.heads
+    with console.console.capture() as printed:
+        print_heads(replace(found, heads=heads))
+    for ranked in heads.roles.values():
+        assert all(entry.name in printed.get() for entry in ranked)
+    assert report.verdict(heads)
+    report.write_report(folder / "report.html", heads, found.scores.means())
+    return (folder / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("method", "rank", "confirm"),
+    [
+        ("dla,mean", "dla", "mean"),
+        ("ablation,attribution_patching", "ablation", "ablation"),
+        ("attribution_patching", "attribution_patching", "attribution_patching"),
+        ("path,ablation_all", "ablation_all", "ablation_all"),
+        ("resample, corrupt", "resample", "resample"),
+        ("integrated_gradients,dla", "dla", "dla"),
+        ("mean_all,resample_all,corrupt_all,integrated_gradients_corrupt,attribution_patching_corrupt",)
+        + ("mean_all",) * 2,
+    ],
+)
+def test_lists_of_methods(chance: HeadModel, tmp_path: Path, method: str, rank: str, confirm: str) -> None:
+    found = identify.identify(chance, FEW, method, top=2, verify_top=1, n_random=2)
+    ran = {name.strip() for name in method.split(",")}
+    assert ran == {name.split(".")[0] for name in found.scores.by_example} - {"lens", "attention"}
+    assert found.heads.method["name"] == method
+    assert found.heads.method["parameters"]["rules"] == {
+        "recall": {"rank": f"{rank}.target", "sign": 1.0, "confirm": f"{confirm}.target"},
+        "suppression": {"rank": f"{rank}.previous", "sign": -1.0, "confirm": f"{confirm}.previous"},
+    }
+    assert set(found.heads.method["parameters"]["examples_scored"]) == ran | (
+        {"lens", "attention"} if "dla" in ran else set()
+    )
+    shown(found, tmp_path / "out")
+
+
+def test_gates_alone(chance: HeadModel, tmp_path: Path) -> None:
+    """One fit for the task: no intervals, no stability, and both are null in the file."""
+    found = identify.identify(chance, FEW, "gates", top=2, verify_top=1, n_random=2)
+    assert found.scores.by_example == {}
+    assert found.heads.roles["recall"], "this model must show a head for the test to say anything"
+    assert all(entry.ci is None for ranked in found.heads.roles.values() for entry in ranked)
+    assert found.heads.stability == {"recall": None, "suppression": None, "bootstrap": 200}
+    assert found.heads.method["parameters"]["rules"]["recall"]["rank"] == "gates.target"
+    shown(found, tmp_path / "out")
+    stored = json.loads((tmp_path / "out" / "heads.json").read_text())
+    assert stored["stability"]["recall"] is None and stored["roles"]["recall"][0]["ci"] is None
+    assert set(load_means(tmp_path / "out" / "scores.safetensors")) == set(found.scores.whole)
+
+
+# --- how many heads ---------------------------------------------------------------------------------------------------
+
+
+def test_threshold(chance: HeadModel, tmp_path: Path) -> None:
+    def names(**options: Any) -> dict[str, list[str]]:
+        found = identify.identify(chance, FEW, "dla", verify_top=1, n_random=1, **options)
+        kept[str(options)] = found
+        return {role: [entry.name for entry in ranked] for role, ranked in found.heads.roles.items()}
+
+    kept: dict[str, Identified] = {}
+    every = names(top=24)
+    scores = {role: [entry.score for entry in next(iter(kept.values())).heads.roles[role]] for role in ROLES}
+    assert len(every["recall"]) >= 3 and len(every["suppression"]) >= 2
+    second = scores["recall"][1]
+    some = names(top=24, threshold=second)
+    assert some["recall"] == every["recall"][:2]
+    assert some["suppression"] == [
+        name for name, score in zip(every["suppression"], scores["suppression"], strict=True) if score <= -second
+    ]
+    nothing = names(top=24, threshold=1000.0)
+    assert nothing == {"recall": [], "suppression": []}
+    found = kept[str({"top": 24, "threshold": 1000.0})]
+    assert found.heads.method["parameters"]["threshold"] == 1000.0
+    assert "no confirmed heads" in report.verdict(found.heads)
+    shown(found, tmp_path / "out")
+
+
+@pytest.mark.parametrize("threshold", [-0.1, float("nan"), float("inf")])
+def test_a_threshold_that_is_no_distance_is_refused(model: HeadModel, threshold: float) -> None:
+    with pytest.raises(InputError, match=r"threshold .* must be a number of at least 0"):
+        identify.identify(model, tiny_task(), threshold=threshold)
+
+
+@pytest.mark.parametrize("top", [0, -1, "elbows"])
+def test_a_top_that_is_no_number_is_refused(model: HeadModel, top: Any) -> None:
+    with pytest.raises(InputError, match=f"top {top!r} must be at least 1, or 'elbow'"):
+        identify.identify(model, tiny_task(), top=top)
+
+
+def test_the_elbow_keeps_the_heads_up_to_the_bend(chance: HeadModel, tmp_path: Path) -> None:
+    """Against the slow way: silence the best 1, 2, ... with forward passes, mean over examples, and bend by hand."""
+    every = identify.identify(chance, FEW, top=16, verify_top=1, n_random=1)
+    found = identify.identify(chance, FEW, top="elbow", verify_top=1, n_random=1)
+    assert found.heads.method["parameters"]["top"] == "elbow"
+    for role, column in (("recall", "target_tokens"), ("suppression", "previous_tokens")):
+        ranked = every.heads.top(role)
+        assert len(ranked) >= 3
+        curve = []
+        for k in range(len(ranked) + 1):
+            p = []
+            for example in every.examples:
+                with hooks.ablate(chance, ranked[:k], positions=torch.tensor([example.end])), torch.no_grad():
+                    logits = chance.model(example.tokens[None]).logits[0, -1]
+                p.append(float(logits.softmax(-1)[list(getattr(example, column))].sum()))
+            curve.append(np.mean(p))
+        gaps = [
+            abs((value - curve[0]) / (curve[-1] - curve[0]) - k / (len(curve) - 1)) for k, value in enumerate(curve)
+        ]
+        bend = int(np.argmax(gaps))
+        assert 0 < bend < len(ranked), "a model where the elbow says something"
+        assert found.heads.top(role) == ranked[:bend]
+        assert found.heads.stability[role] is not None
+    shown(found, tmp_path / "out")
+
+
+# --- controls ---------------------------------------------------------------------------------------------------------
+
+
+def other_task(model: HeadModel, **changes: Any) -> HeadSet:
+    """The heads of another task of the same model."""
+    roles = {"recall": (*SOME, RankedHead(0, 5, 0.1, None)), "suppression": OTHER}
+    return HeadSet(model=model.identity() | changes, task={"name": "capitals"}, method={}, roles=roles)
+
+
+def test_another_tasks_heads_are_a_control(chance: HeadModel, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    found = identify.identify(
+        chance,
+        FEW,
+        top=3,
+        verify_top=2,
+        n_random=2,
+        controls={"capitals": other_task(chance), "x_recall": other_task(chance)},
+    )
+    assert caplog.messages == []
+    block = found.heads.verification
+    assert set(block) == {"baseline", "dissociation"} | {
+        f"ablate_{name}"
+        for role in ROLES
+        for name in (
+            role,
+            f"random_like_{role}",
+            f"lowest_like_{role}",
+            f"control_capitals_{role}",
+            f"control_x_recall_{role}",
+        )
+    }
+    assert block["ablate_control_capitals_recall"]["heads"] == [[1, 2], [2, 0]], "as many as are verified"
+    assert block["ablate_control_capitals_suppression"]["heads"] == [[1, 0]]
+    alone = by_hand(chance, {"recall": SOME, "suppression": OTHER}, found.examples)
+    for role in ROLES:
+        for quantity in ("p_remaining", "p_previous"):
+            numbers, expected = (
+                block[f"ablate_{of}{role}"] for block, of in ((block, "control_capitals_"), (alone, ""))
+            )
+            assert numbers[quantity]["mean"] == pytest.approx(expected[quantity]["mean"], rel=1e-5)
+            assert numbers[quantity]["ci"] == pytest.approx(expected[quantity]["ci"], rel=1e-5)
+    assert found.heads.method["parameters"]["controls"] == {"capitals": "capitals", "x_recall": "capitals"}
+    rows = [condition.name for condition in report.dissociation_table(found.heads)]
+    assert "top 2 recall heads of capitals silenced" in rows and "top 1 suppression heads of x_recall silenced" in rows
+    page = shown(found, tmp_path / "out")
+    assert "recall heads of capitals" in page
+
+
+def test_a_control_without_heads_of_a_role_says_so(
+    chance: HeadModel, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    control = replace(other_task(chance, weights_sha256="f" * 64), roles={"recall": (), "other": SOME})
+    found = identify.identify(chance, FEW, "dla", top=1, verify_top=1, n_random=1, controls={"odd": control})
+    assert [role for role in ROLES if f"ablate_control_odd_{role}" in found.heads.verification] == []
+    text = "\n".join(caplog.messages)
+    assert "control odd: the heads were identified on other weights" in text
+    assert all(f"control odd has no {role} heads" in text for role in ROLES)
+    shown(found, tmp_path / "out")
+
+
+def test_a_control_of_another_model_is_refused_before_anything_is_computed(chance: HeadModel) -> None:
+    with pytest.raises(InputError, match="has n_heads 4, but 'chance' has 8"):
+        identify.identify(
+            chance,
+            tiny_task(),
+            controls={"small": other_task(chance, n_heads=4)},
+            progress=lambda *_: pytest.fail("it began to work"),
+        )
+
+
+def test_heads_of_the_least_evidence_are_a_control(chance: HeadModel) -> None:
+    found = identify.identify(chance, FEW, top=3, verify_top=2, n_random=2)
+    block = found.heads.verification
+    for role in ROLES:
+        pairs = [tuple(pair) for pair in block[f"ablate_lowest_like_{role}"]["heads"]]
+        chosen = found.heads.top(role)[:2]
+        assert sorted(layer for layer, _ in pairs) == sorted(layer for layer, _ in chosen)
+        size = np.abs(found.scores.mean(found.heads.method["parameters"]["rules"][role]["rank"]))
+        for layer, head in pairs:
+            assert (layer, head) not in chosen
+            smaller = {(layer, other) for other in range(8) if size[layer, other] < size[layer, head]}
+            assert smaller <= {*pairs, *chosen}
+        again = by_hand(
+            chance, {"recall": tuple(RankedHead(*pair, 0.0, None) for pair in pairs), "suppression": ()}, found.examples
+        )
+        numbers = block[f"ablate_lowest_like_{role}"]["p_remaining"]
+        assert numbers["mean"] == pytest.approx(again["ablate_recall"]["p_remaining"]["mean"], rel=1e-5)
+
+
+def test_no_random_sets_were_asked_for(chance: HeadModel, tmp_path: Path) -> None:
+    found = identify.identify(chance, FEW, top=2, verify_top=1, n_random=0)
+    for role in ROLES:
+        reason = {"sets": 0, "reason": "no random sets were asked for"}
+        assert found.heads.verification[f"ablate_random_like_{role}"] == reason
+        assert found.heads.verification["dissociation"][role] == {"held": False, "reason": reason["reason"]}
+    assert "cannot be compared with random ones: no random sets were asked for" in report.verdict(found.heads)
+    shown(found, tmp_path / "out")

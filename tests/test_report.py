@@ -1,10 +1,11 @@
-"""The report shows what the head set holds, says where the proof fails, and refers to nothing outside itself."""
+"""The report shows what the head set and the portraits hold, says where the proof fails, and needs nothing outside."""
 
 import base64
 import io
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from headtune.analysis import report
+from headtune.analysis import cards, maps, report
+from headtune.analysis.errors import InputError
 from headtune.analysis.headset import HeadSet, RankedHead
 from headtune.analysis.identify import dissociation
 
@@ -111,10 +113,44 @@ def evaluation() -> dict[str, Any]:
     }
 
 
+def portrait(layer: int = 2, head: int = 0, previous: bool = True, **changes: Any) -> cards.HeadPortrait:
+    tokens = ("List", " cities", " in", " <Italy>", ".", "\n", "1", ".", " Rome", "\n", "2", ".")
+    attention = np.full(len(tokens), 0.01)
+    attention[8] = 1 - 0.01 * (len(tokens) - 1)
+    sources = ["first", *["rest"] * 2, "subject", *["rest"] * 4, "previous_1", *["rest"] * 2, "end"]
+    values: dict[str, Any] = {
+        "examples": 7,
+        "attention": {"subject": 0.1, "previous": 0.6, "first": 0.2, "end": 0.04, "rest": 0.06},
+        "reads": (cards.Read(" Rome", 0.8, 3), cards.Read("\n", 0.3, 7)),
+        "raises": (cards.Written(" <b>up", 1.25),),
+        "lowers": (cards.Written("\u202edown", -2.5),),
+        "copying": {
+            "subject": cards.Copying(14, 0.25, None, 0.4),
+            "previous": cards.Copying(21, -3.25, -0.125, 0.9995),
+        },
+        "prompt": cards.Prompt(
+            tokens,
+            tuple(sources),
+            tuple(attention.tolist()),
+            tuple(np.linspace(-0.25, 0.5, len(tokens)).tolist()),
+            tuple(np.linspace(-2, 0, len(tokens)).tolist()),
+            tuple(f" T{index}" for index in range(9)),
+            (" Rome",),
+            (cards.Written(" Milan", 0.5),),
+            (),
+        ),
+    }
+    if not previous:
+        values["attention"] = {"subject": 0.7, "first": 0.2, "end": 0.04, "rest": 0.06}
+        del values["copying"]["previous"]
+        values["prompt"] = replace(values["prompt"], previous=None, given=())
+    return cards.HeadPortrait(layer, head, **(values | changes))
+
+
 class Page(HTMLParser):
     """Tags with their attributes, the text without styles, and whether every tag is closed in order."""
 
-    VOID = ("meta", "img", "br", "link")
+    VOID = ("meta", "img", "br", "link", "wbr")
 
     def __init__(self, source: str) -> None:
         super().__init__()
@@ -198,8 +234,8 @@ def test_a_heat_map_shows_the_numbers_and_the_marked_heads(tmp_path: Path) -> No
     assert not np.array_equal(first, drawn("c.png", matrix, {"recall": [(1, 2)], "suppression": [(3, 0)]}))
     assert not np.array_equal(first, drawn("d.png", matrix, {"recall": [(3, 1)], "suppression": [(1, 2)]}))
     assert not np.array_equal(first, drawn("e.png", -matrix, marked))
-    for role in report.COLOURS:
-        colour = [int(report.COLOURS[role][i : i + 2], 16) for i in (1, 3, 5)]
+    for role in maps.COLOURS:
+        colour = [int(maps.COLOURS[role][i : i + 2], 16) for i in (1, 3, 5)]
         assert (first == colour).all(-1).sum() > 50, f"no outline in the colour of {role}"
 
 
@@ -333,7 +369,7 @@ def test_the_page_holds_everything_the_head_set_says(tmp_path: Path) -> None:
     assert "A <title>" in page.text
     for ranked in heads.roles.values():
         for head in ranked:
-            assert f"{head.name} {report.with_interval(head.score, head.ci)} -0.568 0.0123" in page.text
+            assert f"{head.name} {report.with_interval(head.score, head.ci)} +0.0123 -0.568" in page.text
     for expected in (
         "tiny & small (llama, 5 layers × 4 heads, float32)",
         "120 used, 7 left out: 7 target shares a first token",
@@ -356,28 +392,18 @@ def test_a_failed_dissociation_is_not_shown_as_a_good_one(tmp_path: Path) -> Non
 
 
 def test_the_page_needs_nothing_outside_itself(tmp_path: Path) -> None:
-    source, page = written(tmp_path, head_set(), evaluation=evaluation())
+    source, page = written(tmp_path, head_set(), evaluation=evaluation(), portraits=[portrait()])
     names = {name for name, _ in page.tags}
     assert not names & {"script", "link", "iframe", "object", "base"}
     links = [
         value or "" for _, attributes in page.tags for name, value in attributes.items() if name in ("src", "href")
     ]
-    assert links and all(link.startswith("data:image/png;base64,") for link in links)
+    assert links and all(link.startswith(("data:image/png;base64,", "#")) for link in links)
+    anchors = {attributes["id"] for _, attributes in page.tags if "id" in attributes}
+    assert {link[1:] for link in links if link.startswith("#")} == anchors != set()
     assert "url(" not in source and "@import" not in source and "http" not in source
     assert ("meta", {"name": "viewport", "content": "width=device-width, initial-scale=1"}) in page.tags
     assert "prefers-color-scheme" in source
-
-
-def test_the_page_s_pictures_are_the_heat_maps_each_with_a_caption(tmp_path: Path) -> None:
-    _, page = written(tmp_path, head_set())
-    files = report.heat_maps(means(), head_set(), tmp_path)
-    inlined = [attributes["src"] for name, attributes in page.tags if name == "img"]
-    assert len(inlined) == len(files) == 3
-    for source, (name, path) in zip(inlined, files.items(), strict=True):
-        assert source is not None
-        image = Image.open(io.BytesIO(base64.b64decode(source.split(",", 1)[1])))
-        assert np.array_equal(np.asarray(image.convert("RGB")), pixels(path))
-        assert f"{name} {report.MAPS[name]}" in page.text
 
 
 def test_what_a_model_or_a_user_wrote_is_escaped(tmp_path: Path) -> None:
@@ -412,3 +438,271 @@ def test_a_bare_head_set_makes_a_page(tmp_path: Path) -> None:
     page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
     assert page.text.count("No head was confirmed") == 2
     assert not [name for name, _ in page.tags if name == "img"]
+
+
+# --- the maps ---------------------------------------------------------------------------------------------------------
+
+
+def spearman(a: np.ndarray, b: np.ndarray) -> float:
+    """From the definition, for values without ties: `1 - 6 sum d^2 / (n (n^2 - 1))`."""
+    ranks = [np.argsort(np.argsort(values.ravel())) for values in (a, b)]
+    n = a.size
+    return 1 - 6 * float(((ranks[0] - ranks[1]) ** 2).sum()) / (n * (n**2 - 1))
+
+
+def many_means() -> dict[str, np.ndarray]:
+    generator = np.random.default_rng(1)
+    names = [
+        f"{method}.{quantity}" for method in ("resample", "dla", "ablation") for quantity in ("target", "previous")
+    ]
+    names += [
+        "lens.subject.target",
+        "lens.previous.previous",
+        "lens.first.target",
+        "attention.previous",
+        "gates.target",
+    ]
+    names += ["gates.facilitating", "ablation.target_p"]
+    return {name: generator.normal(size=(N_LAYERS, N_HEADS)).astype(np.float32) for name in names}
+
+
+def test_every_method_s_maps_are_drawn_on_one_scale_for_each_unit() -> None:
+    means = many_means()
+    means["resample.target"][1, 2] = 50.0
+    means["gates.target"] *= 0.01
+    sheets = {(sheet.quantity, sheet.unit): sheet for sheet in maps.sheets(means)}
+    assert {key: list(sheet.maps) for key, sheet in sheets.items()} == {
+        ("target", "logits"): ["dla.target", "lens.subject.target", "ablation.target", "resample.target"],
+        ("target", "gate openings"): ["gates.target"],
+        ("previous", "logits"): ["dla.previous", "lens.previous.previous", "ablation.previous", "resample.previous"],
+    }
+    logits = [means[name] for key, sheet in sheets.items() if key[1] == "logits" for name in sheet.maps]
+    limit = np.quantile(np.abs(np.stack(logits)), maps.QUANTILE)
+    assert sheets["target", "logits"].limit == sheets["previous", "logits"].limit == pytest.approx(limit)
+    assert sheets["target", "gate openings"].limit < 0.1
+    assert 1 < limit < 50, "one number must not whiten all the others"
+    beyond = sum(int((np.abs(matrix) > limit).sum()) for matrix in logits)
+    for quantity in ("target", "previous"):
+        note = maps.scale_note(sheets[quantity, "logits"])
+        assert f"±{report.number(limit)}" in note and "maps in logits" in note
+        assert f"{beyond} numbers lie beyond, the farthest 50 (L1H2, resample.target)" in note
+
+
+def test_a_scale_of_equal_or_missing_numbers() -> None:
+    for matrix, limit in ((np.zeros((2, 2)), 1.0), (np.full((2, 2), np.nan), 1.0), (np.full((2, 2), -3.0), 3.0)):
+        (sheet,) = maps.sheets({"dla.target": matrix})
+        assert sheet.limit == limit and sheet.beyond is None and "beyond" not in maps.scale_note(sheet)
+        assert maps.sheet_png(sheet, {"recall": [(0, 0)]})[0].startswith(b"\x89PNG")
+    # One head that does anything at all, among many that do nothing.
+    sparse = np.zeros((30, 30))
+    sparse[3, 4] = -0.5
+    assert maps.sheets({"dla.target": sparse})[0].limit == 0.5
+
+
+@pytest.mark.parametrize(("layers", "heads", "methods"), [(2, 1, 1), (5, 4, 7), (80, 64, 2), (6, 6, 9)])
+def test_maps_stand_side_by_side_in_one_picture(layers: int, heads: int, methods: int) -> None:
+    generator = np.random.default_rng(0)
+    means = {f"method_{index}.target": generator.normal(size=(layers, heads)) for index in range(methods)}
+    (sheet,) = maps.sheets(means)
+    png, width = maps.sheet_png(sheet, {"recall": [(0, 0)], "suppression": [(1, 0)]})
+    with Image.open(io.BytesIO(png)) as image:
+        assert image.width >= width, "blurred on an ordinary screen"
+        assert width <= 1200 and len(png) < 500_000
+    other = {"recall": [(1, 0)], "suppression": [(1, 0)]}
+    assert maps.sheet_png(sheet, other)[0] != png
+
+
+def test_agreement_is_spearman_s_correlation() -> None:
+    means = many_means()
+    names, table = maps.agreement(means, "target")
+    assert names == ["dla", "ablation", "resample", "gates"]
+    for i, a in enumerate(names):
+        for j, b in enumerate(names):
+            assert table[i, j] == pytest.approx(spearman(means[f"{a}.target"], means[f"{b}.target"]))
+    assert maps.agreement({}, "target")[1].shape == (0, 0)
+
+
+def test_agreement_with_ties_and_missing_numbers() -> None:
+    steps = np.array([[1.0, 1.0, 2.0], [3.0, np.nan, 3.0]])
+    means = {
+        "a.target": steps,
+        "b.target": -(steps**3),
+        "c.target": np.ones((2, 3)),
+        "d.target": np.full((2, 3), np.nan),
+    }
+    _, table = maps.agreement(means, "target")
+    assert table[0, 0] == pytest.approx(1) and table[0, 1] == pytest.approx(-1)
+    assert np.isnan(table[0, 2]) and np.isnan(table[0, 3])
+    # Ranks of ties are shared: (1.5, 1.5, 3) against (1, 2, 3).
+    _, table = maps.agreement({"a.target": [[0, 0, 1]], "b.target": [[1, 2, 3]]}, "target")
+    assert table[0, 1] == pytest.approx(np.corrcoef([1.5, 1.5, 3], [1, 2, 3])[0, 1])
+
+
+def test_the_page_shows_the_sheets_their_scale_and_the_agreement(tmp_path: Path) -> None:
+    report.write_report(tmp_path / "report.html", head_set(), many_means())
+    page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
+    drawn = maps.sheets(many_means())
+    inlined = [attributes for name, attributes in page.tags if name == "img"]
+    assert len(inlined) == len(drawn) == 3
+    for attributes, sheet in zip(inlined, drawn, strict=True):
+        png, width = maps.sheet_png(sheet, maps.marked_heads(head_set()))
+        assert base64.b64decode((attributes["src"] or "").split(",", 1)[1]) == png
+        assert attributes["width"] == str(width) and ", ".join(sheet.maps) in (attributes["alt"] or "")
+        assert maps.scale_note(sheet) in page.text
+    correlation = maps.agreement(many_means(), "previous")[1][0, 1]
+    assert f"dla 1 {report.number(correlation)}" in page.text
+    assert "Maps" not in written_without_means(tmp_path)
+
+
+def written_without_means(tmp_path: Path) -> str:
+    report.write_report(tmp_path / "bare.html", head_set(), {})
+    return Page((tmp_path / "bare.html").read_text(encoding="utf-8")).text
+
+
+# --- the cards --------------------------------------------------------------------------------------------------------
+
+
+def test_a_card_says_what_the_head_reads_and_writes(tmp_path: Path) -> None:
+    _, page = written(tmp_path, head_set(), portraits=[portrait(3, 1)])
+    assert (
+        "60% given answers, 20% first token, 10% subject, 6% everything else; suppresses the given answers" in page.text
+    )
+    assert "over 7 prompts" in page.text and "␣Rome 80%" in page.text and "⏎ 30%" in page.text
+    assert "raises ␣<b>up +1.25" in page.text and "lowers \\u202edown -2.5" in page.text
+    assert "subject neither +0.25 top 40% –" in page.text
+    assert "given answer suppresses -3.25 bottom 0.05% -0.125" in page.text
+    assert "start with ␣T0 , ␣T1 , ␣T2 , ␣T3 , ␣T4 , ␣T5 and 3 more; the given ones with ␣Rome" in page.text
+    moved = np.linspace(-2, 0, 12).sum()
+    assert f"moves the given answers by {report.number(moved)}" in page.text
+    assert "␣Milan +0.5" in page.text
+    assert [attributes.get("id") for name, attributes in page.tags if name == "details"] == ["suppression-L3H1"]
+
+
+def test_every_token_of_the_prompt_is_shaded_by_its_share(tmp_path: Path) -> None:
+    source, page = written(tmp_path, head_set(), portraits=[portrait()])
+    spans = [attributes for name, attributes in page.tags if name == "span" and "title" in attributes]
+    tokens = [attributes for attributes in spans if (attributes["class"] or "").startswith("tk")]
+    n = len(portrait().prompt.tokens)
+    assert len(tokens) == 3 * n
+    attention, target, previous = tokens[:n], tokens[n : 2 * n], tokens[2 * n :]
+    assert attention[8]["style"] == "--w:1.00" and attention[8]["title"] == "89%"
+    assert attention[0]["style"] == "--w:0.01"
+    # The two in logits share a scale, whose strongest is -2.
+    assert (
+        target[-1]["style"] == "--w:0.25" and target[-1]["title"] == "+0.5" and "tk end p" in str(target[-1]["class"])
+    )
+    assert previous[0]["style"] == "--w:1.00" and "tk first n" in str(previous[0]["class"])
+    assert attention[8]["class"] == "tk previous a" and attention[3]["class"] == "tk subject a"
+    assert "␣&lt;Italy&gt;" in source and "<Italy>" not in source and "\u202e" not in source
+
+
+def test_a_head_of_two_roles_and_heads_without_portraits(tmp_path: Path) -> None:
+    twice = RankedHead(3, 1, 0.5, None, {})
+    heads = head_set(roles=head_set().roles | {"recall": (RankedHead(1, 3, 0.7, (0.1, 0.9)), twice)})
+    _, page = written(tmp_path, heads, portraits=[portrait(3, 1), portrait(0, 0)])
+    assert [attributes["id"] for name, attributes in page.tags if name == "details"] == [
+        "recall-L3H1",
+        "suppression-L3H1",
+    ]
+    assert "1 L1H3 0.7 [0.1, 0.9]" in page.text and "2 L3H1 0.5 60% given" in page.text
+    _, plain = written(tmp_path, heads)
+    assert "details" not in {name for name, _ in plain.tags} and "2 L3H1 0.5" in plain.text
+
+
+def test_only_the_first_cards_are_open(tmp_path: Path) -> None:
+    ranked = tuple(RankedHead(layer, 0, 1.0, (0.5, 1.5)) for layer in range(5))
+    heads = head_set(roles={"recall": ranked, "suppression": ()})
+    _, page = written(tmp_path, heads, portraits=[portrait(layer) for layer in range(5)])
+    opened = ["open" in attributes for name, attributes in page.tags if name == "details"]
+    assert opened == [True] * cards.OPEN_CARDS + [False] * (5 - cards.OPEN_CARDS)
+
+
+def test_a_card_without_previous_answers(tmp_path: Path) -> None:
+    _, page = written(tmp_path, head_set(verification(0.3, previous=False)), portraits=[portrait(previous=False)])
+    assert "70% subject" in page.text and "moves the remaining answers" in page.text
+    assert "moves the given answers" not in page.text and "given ones" not in page.text
+
+
+def test_a_head_that_writes_nothing_makes_a_card(tmp_path: Path) -> None:
+    n = len(portrait().prompt.tokens)
+    silent = replace(portrait().prompt, target=(0.0,) * n, previous=(0.0,) * n, raises=(), lowers=())
+    _, page = written(tmp_path, head_set(), portraits=[portrait(raises=(), lowers=(), prompt=silent)])
+    assert "its output is zero" in page.text and "Writes here" not in page.text
+
+
+def test_the_quiet_middle_of_a_long_prompt_is_counted_not_drawn(tmp_path: Path) -> None:
+    n = 500
+    attention, parts = np.full(n, 1e-4), np.zeros(n)
+    attention[[0, 100]], parts[300] = [0.4, 0.55], 2.0
+    prompt = cards.Prompt(
+        tuple(f"w{t}" for t in range(n)),
+        ("first", *["rest"] * (n - 2), "end"),
+        tuple(attention.tolist()),
+        tuple(parts.tolist()),
+        None,
+        ("a",),
+        (),
+        (),
+        (),
+    )
+    _, page = written(tmp_path, head_set(), portraits=[portrait(prompt=prompt, previous=False)])
+    near = cards.CONTEXT
+    assert f"w{near} ⋯ {95 - 2 * near + 4} tokens, " in page.text.replace("  ", " ")
+    for kept in ("w0", "w100", "w300", "w499"):
+        assert page.text.count(f"{kept} ") >= 2
+    assert "w200 " not in page.text
+    # Nothing is lost: what is drawn and what is counted are all tokens, in each of the two pictures.
+    counted = sum(int(count) for count in re.findall(r"⋯ (\d+) tokens", page.text))
+    drawn = sum("title" in attributes and "tk" in str(attributes.get("class")) for _, attributes in page.tags)
+    assert counted + drawn == 2 * n
+
+
+@pytest.mark.parametrize(
+    ("above", "verdict"),
+    [(0.0, "copies"), (0.05, "copies"), (0.3, "neither"), (0.95, "suppresses"), (1.0, "suppresses")],
+)
+def test_copying_is_judged_by_the_rank_of_the_own_token(above: float, verdict: str) -> None:
+    assert cards.Copying(3, 1.0, None, above).verdict == verdict
+
+
+def test_portraits_come_back_from_their_file(tmp_path: Path) -> None:
+    drawn = [portrait(), portrait(1, 1, previous=False)]
+    cards.write(drawn, tmp_path / "portraits.json")
+    assert cards.read(tmp_path / "portraits.json") == drawn
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "cannot be read"),
+        ("{", "is not JSON"),
+        ("[]", "schema"),
+        ('{"schema": 7}', "schema"),
+        ('{"schema": 1}', "damaged"),
+        ('{"schema": 1, "portraits": [{"layer": 1}]}', "damaged"),
+        ('{"schema": 1, "portraits": [3]}', "damaged"),
+    ],
+)
+def test_a_damaged_portraits_file_is_one_line(tmp_path: Path, content: str | None, message: str) -> None:
+    if content is not None:
+        (tmp_path / "portraits.json").write_text(content, encoding="utf-8")
+    with pytest.raises(InputError, match=message) as raised:
+        cards.read(tmp_path / "portraits.json")
+    assert "\n" not in str(raised.value)
+
+
+# --- controls ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_controls_have_rows_too() -> None:
+    block = verification()
+    block["ablate_lowest_like_recall"] = {"heads": [[2, 1]]} | {k: block["baseline"][k] for k in report.QUANTITIES}
+    block["ablate_control_books_suppression"] = block["ablate_suppression"]
+    names = [row.name for row in report.dissociation_table(head_set(block))]
+    assert "1 heads of the same layers with scores nearest to zero silenced" in names
+    assert names[3] == "top 2 suppression heads of books silenced"
+
+
+def test_a_role_that_cannot_be_resampled_has_no_stability(tmp_path: Path) -> None:
+    _, page = written(tmp_path, head_set(stability={"recall": None, "suppression": 0.5, "bootstrap": 200}))
+    assert "suppression 0.5" in page.text and "recall –" not in page.text

@@ -127,3 +127,57 @@ def test_scores_files_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "scores.safetensors").write_bytes(b"\0" * 20)
     with pytest.raises(InputError, match="cannot be read"):
         load_means(tmp_path / "scores.safetensors")
+
+
+# --- subsets, and quantities of the task as a whole -------------------------------------------------------------------
+
+
+def with_whole(n_examples: int = 4) -> Scores:
+    scores = noise(n_examples)
+    return Scores(scores.by_example, scores.subjects, {"gates.target": np.full(SHAPE, 0.25, np.float32)})
+
+
+def test_a_subset_holds_the_scores_of_its_examples() -> None:
+    scores = noise(6)
+    some = scores.subset([4, 1])
+    assert np.array_equal(some.by_example["dla.target"], scores.by_example["dla.target"][[4, 1]])
+    assert some.subjects == ["s4", "s1"]
+    assert some.mean("dla.target") == pytest.approx(scores.by_example["dla.target"][[1, 4]].mean(0), abs=1e-6)
+
+
+def test_a_subset_has_nothing_of_the_whole_task() -> None:
+    """The gates saw the examples that are left out: as scores of a held-out half they would be cheating."""
+    assert with_whole().subset([0]).whole == {} and "gates.target" not in with_whole().subset([0])
+
+
+def test_whole_quantities_are_means_without_intervals() -> None:
+    scores = with_whole()
+    assert "gates.target" in scores and "dla.target" in scores and "mean.target" not in scores
+    assert set(scores.means()) == {"dla.target", "gates.target"}
+    assert np.array_equal(scores.mean("gates.target"), scores.whole["gates.target"])
+    for refused in (scores.bootstrap, scores.interval):
+        with pytest.raises(InputError, match=r"score 'gates\.target' has one value for the whole task, so no interval"):
+            refused("gates.target")
+
+
+def test_whole_quantities_are_saved_and_loaded(tmp_path: Path) -> None:
+    with_whole().save(tmp_path / "scores.safetensors")
+    loaded = load_means(tmp_path / "scores.safetensors")
+    assert set(loaded) == {"dla.target", "gates.target"} and (loaded["gates.target"] == 0.25).all()
+
+
+def test_stack_of_whole_quantities_alone_and_of_examples_without_any() -> None:
+    whole = {"gates.target": np.ones(SHAPE, np.float32)}
+    alone = stack([], ["a", "b"], whole)
+    assert alone.by_example == {} and set(alone.means()) == {"gates.target"} and alone.subjects == ["a", "b"]
+    some = stack([{}, {"x": np.ones(SHAPE, np.float32)}], ["a", "b"], whole)
+    assert np.isnan(some.by_example["x"][0]).all() and some.mean("x") == pytest.approx(1)
+    assert stack([{}, {}], ["a", "b"]).means() == {}
+
+
+def test_counts_say_how_many_examples_a_method_scored() -> None:
+    values = np.ones((3, *SHAPE), np.float32)
+    part = values.copy()
+    part[1:] = np.nan
+    scores = Scores({"dla.target": values, "dla.previous": part, "corrupt_all.target": part}, list("abc"))
+    assert scores.counts() == {"dla": 3, "corrupt_all": 1}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from headtune.analysis.tasks import (
     Example,
     Task,
     Template,
+    as_chat,
     build,
     build_files,
     builtin_names,
@@ -26,9 +28,11 @@ from headtune.analysis.tasks import (
     continuation,
     encode,
     first_token,
+    invert,
     load_task,
     normalise,
     parse_example,
+    read_relation,
     split_subjects,
     take_split,
     to_jsonl,
@@ -502,3 +506,204 @@ def test_a_tokenizer_without_offsets_is_refused(cities: Task) -> None:
 
     with pytest.raises(InputError, match="tokenizer 'some/model' gives no character offsets; use its fast version"):
         encode(cities, Slow())  # type: ignore[arg-type]
+
+
+# --- chat templates ---------------------------------------------------------------------------------------------------
+
+# Says "Italy" and "Rome" before the user does, writes its own <bos>, and marks turns with a special token.
+CHAT = (
+    "{{ bos_token }}System: of Italy and Rome.\n"
+    "{% for m in messages %}{{ eos_token }}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}{{ eos_token }}assistant:\n{% endif %}"
+)
+BEFORE = "<bos>System: of Italy and Rome.\n<eos>user: "
+BETWEEN = "\n<eos>assistant:\n"
+
+
+def chat_tokenizer(template: str = CHAT) -> PreTrainedTokenizerFast:
+    """One that puts <bos> in front, as llama's do, unless told otherwise."""
+    found = tiny.tiny_tokenizer(bos=True)
+    found.chat_template = template
+    return found
+
+
+def chat(*rows: dict[str, Any]) -> Task:
+    return Task("chat", tuple(parse_example(row, "here") for row in rows), chat_template=True)
+
+
+def test_a_task_without_a_chat_is_left_as_it_is(cities: Task) -> None:
+    assert as_chat(cities, chat_tokenizer()) is cities
+    assert replace(cities, chat_template=True).sha256 != cities.sha256
+    assert replace(cities, chat_template=True).limited(3).chat_template
+    assert take_split(replace(cities, chat_template=True), "test").chat_template
+
+
+@pytest.mark.parametrize(
+    ("prompt", "previous", "user", "reply"),
+    [
+        (
+            "List cities in Italy.\n1. Rome\n2. Milan\n3.",
+            ["Rome", "Milan"],
+            "List cities in Italy.",
+            "1. Rome\n2. Milan\n3.",
+        ),
+        ("List cities in Italy.\n\n- Rome\n-", ["Rome"], "List cities in Italy.", "- Rome\n-"),
+        ("In Italy.\nWell:\n* Rome, Milan,", ["Rome", "Milan"], "In Italy.\nWell:", "* Rome, Milan,"),
+        ("The capital of Italy is", [], "The capital of Italy is", ""),
+        (
+            "Cities in Italy: Rome, Milan,",
+            ["Rome", "Milan"],
+            "Cities in Italy: Rome, Milan,",
+            "",
+        ),  # nothing comes before
+        ("\n1. Rome (Italy)\n2.", ["Rome"], "\n1. Rome (Italy)\n2.", ""),
+        ("Rome is in Italy.\n1. Rome\n2. Milan\n3.", ["Rome", "Milan"], "Rome is in Italy.", "1. Rome\n2. Milan\n3."),
+    ],
+)
+def test_the_user_asks_and_the_reply_has_begun(prompt: str, previous: list[str], user: str, reply: str) -> None:
+    row = {"prompt": prompt, "subject": "Italy", "answers": ["Rome", "Milan", "Turin"], "previous": previous}
+    (written,) = as_chat(chat(row), chat_tokenizer()).examples
+    assert written.prompt == BEFORE + user + BETWEEN + reply
+    assert (written.subject, written.answers, written.previous) == (
+        "Italy",
+        ("Rome", "Milan", "Turin"),
+        tuple(previous),
+    )
+
+
+def test_a_chat_in_tokens() -> None:
+    """END is where the next answer comes, spans are the user's words, and special tokens are the template's alone."""
+    tokenizer = chat_tokenizer()
+    task = replace(tiny.tiny_task(previous=(0, 2)), chat_template=True)
+    found = encode(task, tokenizer)
+    assert not found.dropped and len(found.examples) == len(task.examples)
+    user_starts = tokenizer(BEFORE.rstrip(), add_special_tokens=False).input_ids
+    for plain, encoded in zip(task.examples, found.examples, strict=True):
+        ids = encoded.tokens.tolist()
+        assert (ids.count(tokenizer.bos_token_id), ids.count(tokenizer.eos_token_id)) == (1, 2)
+        assert ids[: len(user_starts)] == user_starts
+        assert (
+            min(encoded.subject) >= len(user_starts) and text_at(encoded, tokenizer, encoded.subject) == plain.subject
+        )
+        assert [text_at(encoded, tokenizer, span) for span in encoded.previous] == list(plain.previous)
+        reply = max(index for index, token in enumerate(ids) if token == tokenizer.eos_token_id)
+        assert all(min(span) > reply for span in encoded.previous)
+        last = tokenizer.decode(ids[-1])
+        assert last in (".", "-") if plain.previous else last == "\n"
+        # The answer continues the reply: with a space after "3.", without one at the start of the line.
+        space = " " if plain.previous else ""
+        firsts = {tokenizer(space + answer, add_special_tokens=False).input_ids[0] for answer in plain.remaining}
+        assert encoded.target_tokens == tuple(sorted(firsts))
+
+
+def test_a_subject_that_the_template_names_first() -> None:
+    (encoded,) = encode(chat(ROW), chat_tokenizer()).examples
+    assert encoded.example.prompt.index("Italy") < len(BEFORE)
+    before = chat_tokenizer().decode(encoded.tokens[: encoded.subject[0]])
+    assert before == BEFORE + "List five cities in"
+    in_reply = ROW | {"prompt": "List five cities.\n1. Rome (Italy)\n2. Milan\n3."}
+    (encoded,) = encode(chat(in_reply), chat_tokenizer()).examples
+    assert chat_tokenizer().decode(encoded.tokens[: encoded.subject[0]]).endswith("1. Rome (")
+
+
+def test_a_template_that_trims_its_turns() -> None:
+    row = ROW | {"prompt": "  List five cities in Italy. \n1. Rome\n2. Milan\n3."}
+    trimming = CHAT.replace("m.content", "m.content | trim")
+    (encoded,) = encode(chat(row), chat_tokenizer(trimming)).examples
+    assert encoded.example.prompt == BEFORE + "List five cities in Italy." + BETWEEN + "1. Rome\n2. Milan\n3."
+    assert chat_tokenizer().decode(encoded.tokens[: encoded.subject[0]]) == BEFORE + "List five cities in"
+
+
+def test_a_counterpart_is_a_chat_too() -> None:
+    tokenizer = chat_tokenizer()
+    row = ROW | {"corrupt": "List five cities in Japan.\n1. Osaka\n2. Kobe\n3."}
+    (written,) = as_chat(chat(row), tokenizer).examples
+    assert written.corrupt == BEFORE + "List five cities in Japan." + BETWEEN + "1. Osaka\n2. Kobe\n3."
+    (encoded,) = encode(chat(row), tokenizer).examples
+    assert encoded.corrupt is not None and tokenizer.decode(encoded.corrupt) == written.corrupt
+    assert len(encoded.corrupt) == len(encoded.tokens)
+    (plain,) = encode(one(row), tokenizer).examples
+    assert plain.corrupt is not None and plain.corrupt.tolist() == tokenizer(row["corrupt"]).input_ids
+    assert encode(one(ROW), tokenizer).examples[0].corrupt is None
+
+    single = {"prompt": "The capital of Italy is", "subject": "Italy", "answers": ["Rome"], "corrupt": "A\nB"}
+    (written,) = as_chat(chat(single), tokenizer).examples
+    assert written.corrupt == BEFORE + "A\nB" + BETWEEN
+
+    for corrupt in ("Japan", "1. Osaka\n2. Kobe\n3.", "\n1. Osaka\n2. Kobe\n3."):
+        with pytest.raises(InputError, match=r"the corrupt prompt .* must hold a line before its list") as refusal:
+            encode(chat(ROW | {"corrupt": corrupt}), tokenizer)
+        assert "\n" not in str(refusal.value)
+
+
+def test_a_tokenizer_without_a_chat_template_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(InputError, match="has no chat template; leave chat_template out"):
+        encode(chat(ROW), tokenizer)
+
+
+# --- relations turned round -------------------------------------------------------------------------------------------
+
+SAMPLES = [
+    ("Colosseum", "Italy"),
+    ("Louvre", "France"),
+    ("Uffizi", "Italy"),
+    ("the colosseum", "Italy"),  # again
+    ("Pantheon", "Italy"),
+    ("Orsay", "France"),
+    (" . ", "France"),  # nothing
+    ("Prado", "Spain"),
+]
+
+
+def test_invert() -> None:
+    assert invert(SAMPLES, 2) == {"Italy": ["Colosseum", "Uffizi", "Pantheon"], "France": ["Louvre", "Orsay"]}
+    assert invert(SAMPLES, 3) == {"Italy": ["Colosseum", "Uffizi", "Pantheon"]}
+    assert set(invert(SAMPLES, 1)) == {"Italy", "France", "Spain"} and invert([], 1) == {}
+    cities = [("Mexico City", "Mexico"), ("Mexico", "Mexico"), ("Quebec City", "Canada"), ("Quebec", "Canada")]
+    assert invert(cities, 1) == {"Mexico": ["Mexico City", "Mexico"], "Canada": ["Quebec City"]}
+
+
+def relation(path: Path, as_list: bool = False) -> Path:
+    rows = [{"subject": subject, "object": thing} for subject, thing in SAMPLES]
+    path.write_text(json.dumps(rows if as_list else {"name": "landmarks", "samples": rows}))
+    return path
+
+
+@pytest.mark.parametrize("as_list", [True, False])
+def test_read_relation(tmp_path: Path, as_list: bool) -> None:
+    assert read_relation(relation(tmp_path / "r.json", as_list)) == SAMPLES
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "relation file .* is not JSON"),
+        ("{}", r'must hold a list of \{"subject": ..., "object": ...\}'),
+        ('"x"', "must hold a list"),
+        ('{"samples": {}}', "must hold a list"),
+        ('[["Colosseum", "Italy"]]', "must hold a list"),
+        ('[{"subject": "Colosseum"}]', "must hold a list"),
+        ('[{"subject": "Colosseum", "object": 3}]', "must hold a list"),
+    ],
+)
+def test_a_file_that_is_no_relation(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "r.json").write_text(text)
+    with pytest.raises(InputError, match=message):
+        read_relation(tmp_path / "r.json")
+
+
+def test_building_from_a_relation(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    source = relation(tmp_path / "r.json")
+    task = build_files(source, None, tmp_path / "out.jsonl", inverted=True, previous=(0, 1))
+    assert task.subjects == ["France", "Italy"] and len(task.examples) == 4
+    assert {e.subject: e.answers for e in task.examples}["France"] == ("Louvre", "Orsay")
+    assert load_task(str(tmp_path / "out.jsonl")) == replace(task, name="out")
+    assert caplog.messages == [f"{source}: 1 objects have fewer than 2 subjects each and are left out"]
+    caplog.clear()
+    build_files(source, None, tmp_path / "all.jsonl", inverted=True, previous=(0,))
+    assert caplog.messages == []
+    with pytest.raises(InputError, match="holds no subjects"):
+        build_files(source, None, tmp_path / "none.jsonl", inverted=True, previous=(5,))
+    with pytest.raises(InputError, match=r"facts file .* must hold a JSON dict|must map to a list"):
+        build_files(source, None, tmp_path / "none.jsonl", previous=(1,))
+    assert not (tmp_path / "none.jsonl").exists()

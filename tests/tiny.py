@@ -7,6 +7,7 @@ folder = save_tiny(tmp_path / "model", "gpt2")          what a command line take
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,13 @@ _LLAMA = {
     "num_key_value_heads": N_HEADS,
     "max_position_embeddings": 256,
 }
+# Wider heads than d_model / n_heads, as Gemma has them, and a mix of layer types in three layers.
+_GEMMA = {
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "query_pre_attn_scalar": 16,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+}
 _CONFIGS: dict[str, dict[str, Any]] = {
     "llama": _LLAMA,
     "mistral": _LLAMA | {"num_key_value_heads": 2},
@@ -103,12 +111,71 @@ _CONFIGS: dict[str, dict[str, Any]] = {
     },
     "gpt_neox": {key: value for key, value in _LLAMA.items() if key != "num_key_value_heads"},
     "phi": _LLAMA,
+    "phi3": _LLAMA | {"num_key_value_heads": 2},
+    "gemma2": _LLAMA | _GEMMA,
+    "gemma3_text": _LLAMA | _GEMMA,
 }
 
 
-def tiny_model(family: str, seed: int = 0, attn_implementation: str = "sdpa", **config: Any) -> PreTrainedModel:
+@dataclass(frozen=True)
+class Kind:
+    """A tiny model: its family, what sets it apart, and the sizes that a view of it must find."""
+
+    family: str
+    config: dict[str, Any] = field(default_factory=dict)
+    n_kv_heads: int = N_HEADS
+    head_dim: int = 8
+
+
+_SLIDING = {"sliding_window": 5, "layer_types": ["full_attention", "sliding_attention", "full_attention"]}
+# Windows of 5 are shorter than every prompt of the tests; caps of 1 and 2 bend scores and logits of that size a lot.
+KINDS = {
+    "llama": Kind("llama"),
+    "mistral": Kind("mistral", n_kv_heads=2),
+    "qwen2": Kind("qwen2", n_kv_heads=2),
+    "qwen3": Kind("qwen3", n_kv_heads=2),
+    "gemma2": Kind("gemma2", n_kv_heads=2, head_dim=16),
+    "gemma3": Kind("gemma3_text", n_kv_heads=2, head_dim=16),
+    "gpt2": Kind("gpt2"),
+    "opt": Kind("opt"),
+    "gpt_neox": Kind("gpt_neox"),
+    "phi": Kind("phi"),
+    "phi3": Kind("phi3", n_kv_heads=2),
+    "llama-gqa": Kind("llama", {"num_key_value_heads": 2}, n_kv_heads=2),
+    "llama-mqa": Kind("llama", {"num_key_value_heads": 1}, n_kv_heads=1),
+    "llama-head-dim": Kind("llama", {"head_dim": 16}, head_dim=16),
+    "llama-gqa-head-dim": Kind("llama", {"head_dim": 16, "num_key_value_heads": 2}, n_kv_heads=2, head_dim=16),
+    "llama-bias": Kind("llama", {"attention_bias": True}),
+    "llama-tied": Kind("llama", {"tie_word_embeddings": True}),
+    "mistral-head-dim": Kind("mistral", {"head_dim": 16}, n_kv_heads=2, head_dim=16),
+    "mistral-sliding": Kind("mistral", {"sliding_window": 5}, n_kv_heads=2),
+    "qwen2-sliding": Kind("qwen2", {"use_sliding_window": True} | _SLIDING, n_kv_heads=2),
+    "qwen3-bias": Kind("qwen3", {"attention_bias": True}, n_kv_heads=2),
+    "gemma2-sliding": Kind("gemma2", _SLIDING, n_kv_heads=2, head_dim=16),
+    "gemma2-caps": Kind(
+        "gemma2", _SLIDING | {"attn_logit_softcapping": 1.0, "final_logit_softcapping": 2.0}, n_kv_heads=2, head_dim=16
+    ),
+    "gemma2-no-caps": Kind(
+        "gemma2", {"attn_logit_softcapping": None, "final_logit_softcapping": None}, n_kv_heads=2, head_dim=16
+    ),
+    "gemma2-bias-mqa": Kind("gemma2", {"attention_bias": True, "num_key_value_heads": 1}, n_kv_heads=1, head_dim=16),
+    "gemma3-sliding": Kind("gemma3_text", _SLIDING, n_kv_heads=2, head_dim=16),
+    "gemma3-mqa": Kind("gemma3_text", _SLIDING | {"num_key_value_heads": 1}, n_kv_heads=1, head_dim=16),
+    "gemma3-bias": Kind("gemma3_text", {"attention_bias": True}, n_kv_heads=2, head_dim=16),
+    "gpt2-inverse-layer": Kind("gpt2", {"scale_attn_by_inverse_layer_idx": True}),
+    "opt-no-bias": Kind("opt", {"enable_bias": False}),
+    "gpt_neox-sequential": Kind("gpt_neox", {"use_parallel_residual": False}),
+    "gpt_neox-no-bias": Kind("gpt_neox", {"attention_bias": False}),
+    "phi-norm": Kind("phi", {"qk_layernorm": True}),
+    "phi3-sliding": Kind("phi3", {"sliding_window": 5}, n_kv_heads=2),
+    "phi3-mqa": Kind("phi3", {"num_key_value_heads": 1}, n_kv_heads=1),
+}
+
+
+def tiny_model(family: str, seed: int = 0, attn_implementation: str | None = None, **config: Any) -> PreTrainedModel:
     """A random float32 model in eval mode; the same `family`, `seed` and `config` give the same weights.
 
+    `attn_implementation` None is the library's choice: SDPA, or eager attention where a family has no SDPA (gemma2).
     Biases and norms start at 0 and 1, where a forgotten one goes unnoticed: they get noise too.
     """
     vocabulary = len(tiny_tokenizer())

@@ -12,6 +12,7 @@ them.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
 import os
@@ -20,10 +21,9 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from ..analysis.identify import Identified
+from .cli_analysis import add_parsers, analyse_command, identify_command, positive, report_command
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -36,65 +36,51 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def add(name: str, summary: str, example: str) -> argparse.ArgumentParser:
-        return commands.add_parser(
+        parser = commands.add_parser(
             name,
             help=summary,
             description=summary[:1].upper() + summary[1:] + ".",
             epilog=f"example:\n  {example}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
+        parser.add_argument("--json", action="store_true", help="print a machine-readable result")
+        return parser
 
-    p = add(
-        "identify", "find and verify heads", "headtune identify smollm2-135m --task country_cities --out runs/heads"
-    )
-    p.add_argument("model", help="built-in name, model folder or hub id")
-    p.add_argument("--task", required=True, help="built-in name, JSONL file or hub id; NAME:train takes a split")
-    p.add_argument("--out", required=True, type=Path, help="new folder for heads.json, scores.safetensors, report.html")
-    p.add_argument("--method", default="all", help="all, dla or ablation (default: all)")
-    p.add_argument("--top", type=_positive, default=8, help="heads kept per role (default: 8)")
-    p.add_argument("--verify-top", type=_positive, default=4, help="heads silenced together (default: 4)")
-    p.add_argument("--max-examples", type=_positive, help="use at most this many prompts, spread over subjects")
-    p.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16")
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--project", default="headtune", help="W&B project")
-    p.add_argument("--group", help="W&B group")
-    p.add_argument("--wandb", choices=("online", "offline", "disabled"), help="default: online where a key is present")
-    _common(p)
+    add_parsers(add)
 
     p = add("train", "run a recipe", "headtune train lofit/one_to_many training.max_steps=20")
     p.add_argument("recipe", help="path, or name without the ending (see: headtune recipes)")
     p.add_argument("overrides", nargs="*", metavar="key.sub=value", help="override a key; the value is YAML")
     p.add_argument("--resume", action="store_true", help="continue the run in the recipe's output folder")
     p.add_argument("--config_file", type=Path, help="start it through accelerate launch with this configuration")
-    _common(p)
 
     p = add("evaluate", "measure a run or a model", "headtune evaluate runs/NAME --task one_to_many:test")
     p.add_argument("target", help="run folder, model folder, built-in name or hub id")
     p.add_argument("--task", required=True)
-    p.add_argument("--items", type=_positive, default=3, help="list items scored per prompt (default: 3)")
-    p.add_argument("--batch-size", type=_positive, default=16)
-    p.add_argument("--max-examples", type=_positive)
-    _common(p)
+    p.add_argument("--items", type=positive, default=3, help="list items scored per prompt (default: 3)")
+    p.add_argument("--batch-size", type=positive, default=16)
+    p.add_argument("--max-examples", type=positive)
+    p.add_argument(
+        "--knob",
+        action="append",
+        default=[],
+        metavar="NAME:KEY=VALUE,...",
+        help="switch on, once or more: sink:tau=0.5,gamma=0.5 (scale last-layer heads that look at the first "
+        "position), intercept:beta=0.5[,fit=TASK] (take away the last MLP's intercept)",
+    )
 
     p = add("export", "write a stock checkpoint and prove it equal", "headtune export runs/NAME exported")
     p.add_argument("run", type=Path)
     p.add_argument("out", type=Path, help="new folder")
     p.add_argument("--dtype", default="float32", help="of the stored weights (default: float32)")
-    p.add_argument("--prompts", type=_positive, default=20, help="prompts compared (default: 20)")
-    _common(p)
+    p.add_argument("--prompts", type=positive, default=20, help="prompts compared (default: 20)")
 
     p = add("compare", "tabulate runs side by side", "headtune compare runs")
     p.add_argument("folder", type=Path)
-    _common(p)
-
-    p = add("report", "rebuild the report page of a run or a head set", "headtune report runs/NAME")
-    p.add_argument("folder", type=Path)
-    _common(p)
 
     p = add("recipes", "list, show and check recipes", "headtune recipes show lofit/one_to_many")
     p.add_argument("action", nargs="?", choices=("list", "show", "validate", "schema"), default="list")
     p.add_argument("name", nargs="?")
-    _common(p)
 
     p = add("task", "build and inspect task files", "headtune task build facts.json --out my_task.jsonl")
     p.add_argument("action", choices=("build", "show", "list"))
@@ -102,27 +88,15 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--templates", type=Path, help='[{"header": "List five cities in {subject}.", "item": "\\n{i}. {answer}"}]'
     )
+    p.add_argument("--invert", action="store_true", help="the source is a many-to-one relation, to be turned round")
     p.add_argument("--previous", default="1,2,3,4", help="numbers of answers already given (default: 1,2,3,4)")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--out", type=Path)
-    _common(p)
 
     p = add("demo", "identify, train, evaluate and export on the embedded model", "headtune demo")
     p.add_argument("--out", type=Path, help="folder (default: the next free runs/demo, runs/demo-2, ...)")
     p.add_argument("--quick", action="store_true", help="a few steps on a few prompts, to see the machinery work")
-    _common(p)
     return parser
-
-
-def _common(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="print a machine-readable result")
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} must be at least 1")
-    return value
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -165,7 +139,8 @@ def _quiet() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
 
 
-def _model_quiet() -> None:
+def model_quiet() -> None:
+    """Quiet what only commands that load a model bring in."""
     import torch
     import transformers
 
@@ -178,98 +153,6 @@ def _model_quiet() -> None:
 
 def _print_json(result: Any) -> None:
     print(json.dumps(result, ensure_ascii=False, indent=1))
-
-
-def _identify(arguments: argparse.Namespace) -> int:
-    from ..analysis.files import require_new_folder
-    from ..analysis.tasks import load_task
-
-    require_new_folder(arguments.out, "choose another --out")
-    task = load_task(arguments.task).limited(arguments.max_examples, arguments.seed)
-    found = identify_into(
-        arguments.model,
-        task,
-        arguments.out,
-        wandb={"project": arguments.project, "group": arguments.group, "wandb_mode": arguments.wandb},
-        dtype=arguments.dtype,
-        method=arguments.method,
-        top=arguments.top,
-        verify_top=arguments.verify_top,
-        seed=arguments.seed,
-    )
-    from dataclasses import asdict
-
-    if arguments.json:
-        _print_json(asdict(found.heads))
-    else:
-        print_heads(found)
-        from . import console
-
-        console.console.print(f"\n{arguments.out}/heads.json, scores.safetensors, report.html", markup=False)
-    return 0
-
-
-def identify_into(
-    model: str, task: Any, out: Path, wandb: dict[str, Any], dtype: str = "float32", **options: Any
-) -> Identified:
-    """Identify and write everything a person or a recipe needs into `out`."""
-    _model_quiet()
-    from ..analysis import identify, report
-    from ..analysis.model import load
-    from . import console
-    from .tracking import Tracker
-
-    heads = load(model, dtype)
-    found = identify.identify(heads, task, progress=console.progress, **options)
-    identify.write(found, out)
-    means = found.scores.means()
-    with Tracker(
-        out,
-        out.name,
-        {"model": found.heads.model, "task": found.heads.task, "method": found.heads.method},
-        job_type="identify",
-        tags=["identify"],
-        **wandb,
-    ) as tracker:
-        for name, path in report.heat_maps(means, found.heads, out).items():
-            tracker.image(f"heads/{name}", path)
-        rows = [
-            [role, entry.name, entry.score, *entry.ci] for role, ranked in found.heads.roles.items() for entry in ranked
-        ]
-        tracker.table("heads/ranked", ["role", "head", "score", "low", "high"], rows)
-        tracker.artifact(out / "heads.json", f"{out.name}-heads", "heads")
-        tracker.log({f"stability/{role}": float(found.heads.stability[role]) for role in found.heads.roles}, step=0)
-    report.write_report(out / "report.html", found.heads, means)
-    return found
-
-
-def print_heads(found: Identified) -> None:
-    """The dissociation table, what it says, and the ranked heads."""
-    from rich.table import Table
-
-    from ..analysis import report
-    from .console import console
-
-    heads = found.heads
-    task = heads.task
-    console.print(
-        f"{task['n_examples']} prompts of {task['name']}, {task['n_dropped']} left out {task['dropped'] or ''}",
-        markup=False,
-    )
-    for role, ranked in heads.roles.items():
-        table = Table(title=f"{role} heads (bootstrap Jaccard {heads.stability[role]:.2f})", title_justify="left")
-        for name in ("head", "attribution [95%]", "ablation: target", "ablation: previous"):
-            table.add_column(name)
-        for entry in ranked:
-            effects = (entry.effect.get(f"ablation.{name}") for name in ("target", "previous"))
-            table.add_row(
-                entry.name,
-                f"{entry.score:.3f} [{entry.ci[0]:.3f}, {entry.ci[1]:.3f}]",
-                *("" if effect is None else f"{effect:+.3f}" for effect in effects),
-            )
-        console.print(table)
-    console.print(report.render_dissociation(heads))
-    console.print(report.verdict(heads), markup=False)
 
 
 def _train(arguments: argparse.Namespace) -> int:
@@ -287,7 +170,7 @@ def _train(arguments: argparse.Namespace) -> int:
     from .recipe import load
 
     recipe = load(arguments.recipe, arguments.overrides)
-    _model_quiet()
+    model_quiet()
     from . import console
     from .run import run
 
@@ -325,26 +208,35 @@ def _print_evaluation(folder: Path, evaluation: dict[str, Any]) -> None:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
+    from ..analysis import knobs
     from ..analysis.tasks import load_task
 
     task = load_task(arguments.task).limited(arguments.max_examples)
-    _model_quiet()
-    from ..analysis.model import load_plain
+    chosen = knobs.parse(arguments.knob)
+    model_quiet()
+    from ..analysis.model import load_plain, view
     from . import console
     from .evaluate import evaluate
     from .run import load_run
 
     if (Path(arguments.target) / "recipe.yaml").is_file():
         model, tokenizer, _ = load_run(Path(arguments.target))
+        if chosen:  # knobs need a view of the model's heads, which an adapter around the projection would hide
+            model = model.merge_and_unload()
     else:
         model, tokenizer = load_plain(arguments.target)
-    console.say(f"evaluating on {len(task.examples)} prompts")
-    metrics, lists = evaluate(model, tokenizer, task, arguments.items, arguments.batch_size)
+    turned: Any = contextlib.nullcontext([])
+    if chosen:
+        turned = knobs.turned(view(model, tokenizer, arguments.target), chosen, console.progress)
+    with turned as notes:
+        console.say(f"evaluating on {len(task.examples)} prompts")
+        metrics, lists = evaluate(model, tokenizer, task, arguments.items, arguments.batch_size)
     if arguments.json:
         generations = [{"prompt": s.example.prompt, "text": s.text, "kinds": s.kinds} for s in lists]
-        _print_json({"task": task.name, "metrics": metrics, "generations": generations})
+        _print_json({"task": task.name, "knobs": notes, "metrics": metrics, "generations": generations})
     else:
-        console.console.print(console.metrics_table({arguments.target: metrics}, task.name))
+        column = " ".join([arguments.target, *arguments.knob])
+        console.console.print(console.metrics_table({column: metrics}, task.name))
     return 0
 
 
@@ -371,7 +263,7 @@ def _export(arguments: argparse.Namespace) -> int:
 
 def export_run(run: Path, out: Path, dtype: str = "float32", prompts: int = 20) -> dict[str, Any]:
     """Export a finished run; see `headtune.train.export`."""
-    _model_quiet()
+    model_quiet()
     from .export import export, model_card
     from .run import load_run, tasks_of
 
@@ -394,22 +286,6 @@ def _compare(arguments: argparse.Namespace) -> int:
         from .console import console
 
         console.print(table(runs))
-    return 0
-
-
-def _report(arguments: argparse.Namespace) -> int:
-    from ..analysis import headset, report
-    from ..analysis.scores import load_means
-
-    folder: Path = arguments.folder
-    heads = headset.read(folder / "heads.json")
-    means = load_means(folder / "scores.safetensors") if (folder / "scores.safetensors").is_file() else {}
-    path = folder / "evaluation.json"
-    evaluation = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-    if evaluation is not None and evaluation.get("after") is None:
-        evaluation = None  # a run that has not finished has nothing to compare yet
-    report.write_report(folder / "report.html", heads, means, evaluation)
-    print(folder / "report.html")
     return 0
 
 
@@ -464,9 +340,8 @@ def _task(arguments: argparse.Namespace) -> int:
         ) from None
     if min(previous) < 0:
         raise InputError(f"--previous {arguments.previous!r} must not be negative")
-    task = tasks.build_files(
-        Path(arguments.source), arguments.templates, arguments.out, previous=previous, seed=arguments.seed
-    )
+    options = {"previous": previous, "seed": arguments.seed}
+    task = tasks.build_files(Path(arguments.source), arguments.templates, arguments.out, arguments.invert, **options)
     print(f"{arguments.out}: {len(task.examples)} examples, {len(task.subjects)} subjects")
     return 0
 
@@ -481,12 +356,13 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 
 _COMMANDS = {
-    "identify": _identify,
+    "identify": identify_command,
+    "analyse": analyse_command,
     "train": _train,
     "evaluate": _evaluate,
     "export": _export,
     "compare": _compare,
-    "report": _report,
+    "report": report_command,
     "recipes": _recipes,
     "task": _task,
     "demo": _demo,

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 T = TypeVar("T")
 
@@ -55,6 +56,18 @@ def show(value: Any) -> str:
         low, high = value["ci"]
         return f"{value['mean']:.3g} [{low:.3g}, {high:.3g}]"
     return f"{value:.4g}"
+
+
+def plain_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str | float | None]]) -> Table:
+    """Words and numbers (three significant digits; a dash for None)."""
+    from ..analysis.page import number
+
+    table = Table(title=title or None, title_justify="left")
+    for name in header:
+        table.add_column(name)
+    for row in rows:
+        table.add_row(*(Text(cell if isinstance(cell, str) else number(cell)) for cell in row))
+    return table
 
 
 def metrics_table(columns: Mapping[str, Mapping[str, Any]], title: str = "") -> Table:

@@ -10,7 +10,8 @@ from ..analysis.files import require_new_folder
 from ..analysis.model import EMBEDDED
 from ..analysis.tasks import load_task
 from . import console
-from .cli import _print_evaluation, export_run, identify_into, print_heads
+from .cli import _print_evaluation, export_run
+from .cli_analysis import identify_into, print_heads
 from .recipe import load
 from .run import run
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
 from ..analysis.scores import mean_interval
-from ..analysis.tasks import EncodedTask, Example, Task, canonical, encode
+from ..analysis.tasks import EncodedTask, Example, Task, as_chat, canonical, encode
 
 KINDS = ("repeat", "correct_new", "wrong", "missing")
 
@@ -96,12 +96,18 @@ def generate_lists(
     if sample_seed is not None:
         torch.manual_seed(sample_seed)
     model.eval()
-    order = sorted(range(len(task.examples)), key=lambda i: len(task.examples[i].prompt))
+    prompts = [example.prompt for example in as_chat(task, tokenizer).examples]
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     results: dict[int, ScoredList] = {}
     try:
         for start in range(0, len(order), batch_size):
             indices = order[start : start + batch_size]
-            batch = tokenizer([task.examples[i].prompt for i in indices], return_tensors="pt", padding=True)
+            batch = tokenizer(
+                [prompts[i] for i in indices],
+                return_tensors="pt",
+                padding=True,
+                add_special_tokens=not task.chat_template,
+            )
             batch = batch.to(model.device)
             length = batch["input_ids"].shape[1]
             generate: Any = model.generate

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
 
 from ..analysis.errors import InputError, nearest
 
@@ -58,8 +58,16 @@ class ModelBlock(Block):
 class IdentifyBlock(Block):
     """Find the heads first, on the training task."""
 
-    method: Literal["all", "dla", "ablation"] = "all"
+    method: str = "all"
     max_examples: Annotated[int, Field(ge=1)] | None = None
+
+    @field_validator("method")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        from ..analysis.methods import chosen
+
+        chosen(value)
+        return value
 
 
 class RandomBlock(Block):
@@ -372,7 +380,7 @@ def load(name: str, overrides: Sequence[str] = ()) -> Recipe:
         InputError: no such recipe, malformed YAML (with its line), a bad override, or anything `parse` refuses.
     """
     try:
-        data = _yaml(read_source(name))
+        data = read_yaml(read_source(name))
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f" at line {mark.line + 1}" if mark else ""
@@ -391,7 +399,8 @@ _FLOAT = re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$")
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789"))
 
 
-def _yaml(text: str) -> Any:
+def read_yaml(text: str) -> Any:
+    """YAML with the safe loader, numbers such as `1e-3` included (yaml.YAMLError where it is none)."""
     return yaml.load(text, _Loader)
 
 
@@ -401,7 +410,7 @@ def _apply(data: dict[str, Any], override: str) -> dict[str, Any]:
     if not equals or not all(keys):
         raise InputError(f"override {override!r} must read key=value, such as training.max_steps=3")
     try:
-        value = _yaml(text)
+        value = read_yaml(text)
     except yaml.YAMLError:
         raise InputError(f"override {override!r}: the value is not YAML") from None
     data = dict(data)

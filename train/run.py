@@ -22,7 +22,7 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from transformers import PrinterCallback, TrainerCallback, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
-from ..analysis import headset, identify, report
+from ..analysis import cards, headset, identify, report
 from ..analysis.errors import CheckError, InputError
 from ..analysis.files import require_new_folder, write_json, write_text
 from ..analysis.model import HeadModel, load, load_plain
@@ -119,6 +119,8 @@ def choose_heads(
     scores = path.parent / "scores.safetensors" if path.is_file() else path / "scores.safetensors"
     if folder is not None:
         heads.write(folder / "heads.json")
+        if (seen := scores.with_name("portraits.json")).is_file():
+            cards.write(cards.read(seen), folder / "portraits.json")
     return Chosen(pairs, heads, load_means(scores) if scores.is_file() else None)
 
 
@@ -336,7 +338,11 @@ def _carry_out(
     )
     tracker.artifact(folder / "adapter", f"{recipe.name}-adapter", "adapter")
     if chosen.found is not None:
-        report.write_report(folder / "report.html", chosen.found, chosen.means or {}, evaluation, title=recipe.name)
+        seen = folder / "portraits.json"
+        portraits = cards.read(seen) if seen.is_file() else []
+        report.write_report(
+            folder / "report.html", chosen.found, chosen.means or {}, evaluation, portraits, title=recipe.name
+        )
     PartialState().wait_for_everyone()
     return evaluation
 
@@ -557,7 +563,7 @@ def _track_heads(chosen: Chosen, folder: Path, tracker: Tracker) -> None:
         for name, path in report.heat_maps(dict(chosen.means), chosen.found, folder).items():
             tracker.image(f"heads/{name}", path)
     rows = [
-        [role, entry.name, entry.layer, entry.head, entry.score, *entry.ci]
+        [role, entry.name, entry.layer, entry.head, entry.score, *(entry.ci or (None, None))]
         for role, entries in chosen.found.roles.items()
         for entry in entries
     ]

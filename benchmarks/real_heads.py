@@ -1,0 +1,141 @@
+"""Do the heads found on SmolLM2 hold up: on four tasks, in and out of sample, and how stable is the choice?
+
+    python benchmarks/real_heads.py                      every task; resumable, one result a task
+    python benchmarks/real_heads.py --only country_cities
+
+Per task: the built-in one, and three built from real data beside the repository (`../shared/data`, skipped where it is
+absent): country -> cities prompts of Yan & Jia, and two inverted many-to-one relations of LRE. Heads are ranked by
+direct attribution and confirmed by exact ablation on all prompts; the top 4 of each role are silenced together, next to
+10 random sets of the same layers and the heads of the same layers with the scores nearest to zero. Out of sample: heads
+are chosen on half of the subjects and silenced on the other half, both ways. Writes benchmarks/results/real_heads.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from headtune.analysis import identify, selection
+from headtune.analysis.files import write_json
+from headtune.analysis.headset import ROLES, provenance
+from headtune.analysis.model import HeadModel, load
+from headtune.analysis.tasks import Example, Task, Template, build, invert, load_task, read_relation
+from headtune.train.console import progress
+
+ROOT = Path(__file__).resolve().parents[1]
+DATA = ROOT.parent / "shared" / "data"
+RESULT = ROOT / "benchmarks" / "results" / "real_heads.json"
+PROMPTS, TOP, VERIFY_TOP = 120, 8, 4
+
+
+def shared_cities() -> Task:
+    """The paper's prompts with the previous answers as printed there; the third answer is the one still to be given."""
+    rows = (DATA / "one_to_many" / "country_cities.Meta-Llama-3-8B-Instruct.jsonl").read_text().splitlines()
+    examples = []
+    for row in map(json.loads, rows):
+        prompt = row["query"].removeprefix("<|begin_of_text|>")
+        answers = tuple(name.strip() for name in row["three_answers_label_list"])
+        example = Example(prompt, row["subject"], answers, answers[:2])
+        if example.remaining and row["subject"] in prompt and all(answer in prompt for answer in answers[:2]):
+            examples.append(example)
+    return Task("shared country_cities", tuple(examples))
+
+
+def inverted(relation: str, *headers: str) -> Task:
+    facts = invert(read_relation(DATA / "relations" / f"{relation}.json"), at_least=3)
+    return Task(f"inverted {relation}", tuple(build(facts, [Template(header) for header in headers], (1, 2), 0)))
+
+
+TASKS: dict[str, Callable[[], Task]] = {
+    "country_cities": lambda: load_task("country_cities"),
+    "shared country_cities": shared_cities,
+    "inverted landmark_in_country": lambda: inverted(
+        "landmark_in_country", "List of landmarks in {subject}:", "Places to see in {subject}."
+    ),
+    "inverted company_hq": lambda: inverted(
+        "company_hq", "List of companies with headquarters in {subject}:", "Organisations based in {subject}."
+    ),
+}
+
+
+def measure(model: HeadModel, task: Task, seed: int) -> dict[str, Any]:
+    task = task.limited(PROMPTS, seed)
+    found = identify.identify(model, task, top=TOP, verify_top=VERIFY_TOP, seed=seed, progress=progress)
+    result: dict[str, Any] = {
+        "task": found.heads.task,
+        "heads": {role: [f"L{layer}H{head}" for layer, head in found.heads.top(role)] for role in ROLES},
+        "stability": found.heads.stability,
+        "in_sample": found.heads.verification,
+    }
+    subjects = sorted({example.example.subject for example in found.examples})
+    random.Random(seed).shuffle(subjects)
+    halves = [set(subjects[::2]), set(subjects[1::2])]
+    for name, (chosen_on, tested_on) in {"out_of_sample_a": halves, "out_of_sample_b": halves[::-1]}.items():
+        inside = [i for i, example in enumerate(found.examples) if example.example.subject in chosen_on]
+        outside = [example for example in found.examples if example.example.subject in tested_on]
+        scores = found.scores.subset(inside)
+        roles = {role: tuple(selection.rank(scores, role, TOP, seed=seed)) for role in ROLES}
+        heads = replace(found.heads, roles=roles)
+        verified = identify.verify(model, heads, outside, VERIFY_TOP, 10, seed, progress, scores)
+        result[name] = verified.verification | {"chosen_on": len(inside), "tested_on": len(outside)}
+    return result
+
+
+def row(name: str, result: dict[str, Any]) -> str:
+    stability = " / ".join(f"{result['stability'][role]:.2f}" for role in ROLES)
+    cells = [name, str(result["task"]["n_examples"]), stability]
+    for part in ("in_sample", "out_of_sample_a", "out_of_sample_b"):
+        told = result[part]["dissociation"]
+        cells.append(
+            "; ".join(
+                f"×{told[role]['ratio']:.2f} {'holds' if told[role]['held'] else 'FAILS'}"
+                if "ratio" in told[role]
+                else f"FAILS ({told[role]['reason']})"
+                for role in ROLES
+            )
+        )
+    return "| " + " | ".join(cells) + " |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=TASKS)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=RESULT)
+    arguments = parser.parse_args()
+    results: dict[str, Any] = json.loads(arguments.out.read_text())["tasks"] if arguments.out.is_file() else {}
+    model = load("smollm2-135m")
+    for name, make in TASKS.items():
+        if name in results or (arguments.only and name not in arguments.only):
+            continue
+        if name != "country_cities" and not DATA.is_dir():
+            print(f"{name}: skipped, {DATA} is absent")
+            continue
+        results[name] = measure(model, make(), arguments.seed)
+        about = {
+            "model": model.identity(),
+            "seed": arguments.seed,
+            "threads": torch.get_num_threads(),
+            "machine": platform.machine(),
+            "date": datetime.now(UTC).date().isoformat(),
+            "versions": provenance()["versions"],
+        }
+        write_json(arguments.out, about | {"tasks": results})
+    print(
+        "| task | prompts | Jaccard recall / suppression | in sample: recall; suppression | out of sample | swapped |"
+    )
+    print("|---|---|---|---|---|---|")
+    print("\n".join(row(name, result) for name, result in results.items()))
+
+
+if __name__ == "__main__":
+    main()
