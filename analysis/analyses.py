@@ -1,8 +1,9 @@
 """`headtune analyse NAME`: studies of a model on a task that tell more than one number per head.
 
     from headtune.analysis import analyses, model, tasks
-    result = analyses.run("promote_then_suppress", model.load("smollm2-135m"), tasks.load_task("country_cities"),
-    seed=0) result.data["..."]; analyses.write(result, Path("runs/pts"))
+    heads, task = model.load("smollm2-135m"), tasks.load_task("country_cities").limited(20)
+    result = analyses.run("promote_then_suppress", heads, task, trace_examples=3)
+    analyses.write(result, Path("runs/study"))  # result.data holds every number
 
 Each study is a function `(model, examples, progress, **options) -> Analysis`; its options are its keyword arguments.
 """

@@ -1,7 +1,7 @@
 """Causal head gating: learn, with the model frozen, which heads a task needs, which it can do without, which harm it.
 
-Every head gets a gate `g = sigmoid(phi)` on its output, at all positions. With loss = -log p(answers), total probability
-of the answers' first tokens at END, in nats, meaned over prompts, gates are fitted twice, from open gates:
+Every head gets a gate `g = sigmoid(phi)` on its output, at all positions. With loss = -log p(answers), the total
+probability of the first tokens at END, in nats, meaned over prompts, gates are fitted twice, from open gates:
 
     g+     minimise   loss - weight * sum phi       pushed open: a head whose gate closes all the same does harm
     g-     minimise   loss + weight * sum phi       pushed shut: a head whose gate stays open is needed
@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from . import hooks
 from .errors import InputError
+from .interventions import rows_in_memory
 from .model import HeadModel
 from .patching import answer_probabilities
 from .scores import Array
@@ -94,9 +95,9 @@ def fit_gates(
     heads: HeadModel,
     examples: Sequence[Encoded],
     quantity: Quantity = "target",
-    steps: int = 60,
+    steps: int = 40,
     batch_size: int = 8,
-    lr: float = 0.3,
+    lr: float = 0.4,
     weight: float = 0.02,
     seed: int = 0,
     progress: Progress = lambda items, _what: items,
@@ -128,9 +129,14 @@ def fit_gates(
             batches = _batches(len(usable), batch_size, seed)
             for _ in progress(range(steps), f"fitting gates pushed {direction} ({quantity} answers)"):
                 batch = [usable[index] for index in next(batches)]
-                loss = -answer_log_probability(heads, batch, phi.sigmoid(), quantity).mean() - push * phi.sum()
                 optimizer.zero_grad()
-                loss.backward()
+                (-push * phi.sum()).backward()
+                length = max(len(encoded.tokens) for encoded in batch)
+                # `rows_in_memory` counts one layer at a time; with a graph, all layers' tensors are held together.
+                size = max(1, rows_in_memory(heads, length, positions=length) // heads.n_layers)
+                for start in range(0, len(batch), size):
+                    part = answer_log_probability(heads, batch[start : start + size], phi.sigmoid(), quantity)
+                    (-part.sum() / len(batch)).backward()
                 optimizer.step()
                 phi.data.clamp_(-BOUND, BOUND)
             fitted.append(phi.detach().sigmoid())
@@ -152,7 +158,7 @@ def answer_log_probability(heads: HeadModel, batch: Sequence[Encoded], gates: Te
     def gate(layer: int) -> Callable[[Tensor], Tensor]:
         return lambda z: z * gates[layer, :, None].to(z)
 
-    with hooks._at_projections(heads, {layer: gate(layer) for layer in range(heads.n_layers)}):
+    with hooks.at_projections(heads, {layer: gate(layer) for layer in range(heads.n_layers)}):
         logits = heads.model(
             tokens.to(heads.device),
             attention_mask=(positions >= 0).long().to(heads.device),

@@ -111,7 +111,7 @@ def _gated_logits(run: EndRun, gates: Tensor, reference: Tensor | None) -> Tenso
     edits = {layer: lambda z, layer=layer: gate(layer, z) for layer in range(heads.n_layers)}
     tokens = run.tokens[None, -1:].expand(len(gates), 1)
     position = torch.full_like(tokens, len(run.tokens) - 1)
-    with attend_with(lambda call: _attend(run, call)), hooks._at_projections(heads, edits):
+    with attend_with(lambda call: _attend(run, call)), hooks.at_projections(heads, edits):
         logits: Tensor = heads.model(tokens, position_ids=position, use_cache=False).logits[:, -1]
     return logits
 

@@ -31,7 +31,7 @@ def require_heads(heads: HeadModel, chosen: Heads) -> None:
 
 
 @contextlib.contextmanager
-def _at_projections(heads: HeadModel, edits: Mapping[int, Callable[[Tensor], Tensor | None]]) -> Iterator[None]:
+def at_projections(heads: HeadModel, edits: Mapping[int, Callable[[Tensor], Tensor | None]]) -> Iterator[None]:
     """Run `edit(z)` on layers' `z`, `[batch, seq, n_heads, head_dim]`; what it returns (if not None) replaces `z`."""
 
     def hook_for(edit: Callable[[Tensor], Tensor | None]) -> Any:
@@ -69,7 +69,7 @@ def capture(
         return edit
 
     chosen = range(heads.n_layers) if layers is None else layers
-    with _at_projections(heads, {layer: keep(layer) for layer in chosen}):
+    with at_projections(heads, {layer: keep(layer) for layer in chosen}):
         yield taken
 
 
@@ -117,7 +117,7 @@ def _edit_heads(
 
         return edit
 
-    with _at_projections(heads, {layer: layer_edit(of_heads) for layer, of_heads in by_layer.items()}):
+    with at_projections(heads, {layer: layer_edit(of_heads) for layer, of_heads in by_layer.items()}):
         yield
 
 

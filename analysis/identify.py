@@ -6,7 +6,7 @@ import logging
 import math
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +21,7 @@ from .patching import set_probabilities
 from .scores import Array, Scores, mean_interval
 from .selection import elbow, lowest, rank, rule_for, stability
 from .shards import Shards
-from .tasks import Encoded, Task, encode
+from .tasks import Encoded, EncodedTask, Task, encode
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +36,7 @@ class Identified:
     heads: HeadSet
     scores: Scores
     examples: list[Encoded]
+    shards: Shards = field(default_factory=Shards)  # what is kept of finished examples, until `write`
 
 
 def identify(
@@ -63,8 +64,8 @@ def identify(
         progress: wraps the list of examples while it is worked through.
         threshold: keep only heads whose score is at least this far from zero, in the ranking score's unit.
         controls: name -> another task's head set of the same model, silenced too: its heads of the same role.
-        partial: where finished examples are kept until all is done; a second call with the same arguments goes on
-            there.
+        partial: where finished examples are kept until `write` has written the result; a second call with the same
+            arguments goes on there.
         share: divide the examples among the processes of `accelerate launch`.
 
     Raises:
@@ -81,7 +82,7 @@ def identify(
     encoded = encode(task, model.tokenizer)
     silenced = {name: control.roles for name, control in (controls or {}).items()}
     options = (names, verify_top, n_random, seed, top, threshold, silenced)
-    shards = Shards(partial, _key(model, encoded.summary(), *options), share)
+    shards = Shards(partial, _key(model, encoded, *options), share)
     scores = score_examples(model, encoded.examples, method, seed, progress, shards)
     ranked = {
         role: rank(scores, role, ELBOW_UP_TO if top == "elbow" else top, seed=seed, threshold=threshold)
@@ -118,12 +119,20 @@ def identify(
         **provenance(),
     )
     verified = verify(model, heads, encoded.examples, verify_top, n_random, seed, progress, scores, controls, shards)
-    shards.finish()
-    return Identified(verified, scores, encoded.examples)
+    return Identified(verified, scores, encoded.examples, shards)
 
 
-def _key(model: HeadModel, task: dict[str, Any], *options: Any) -> dict[str, Any]:
-    return {"model": model.identity(), "task": task, "options": options, "versions": provenance()["versions"]}
+def _key(model: HeadModel, task: EncodedTask, *options: Any) -> dict[str, Any]:
+    # Tokens too: they depend on the tokenizer and its chat template, which may be changed between two calls.
+    tokens = [example.tokens.tolist() for example in task.examples]
+    versions = provenance()["versions"]
+    return {
+        "model": model.identity(),
+        "task": task.summary(),
+        "tokens": tokens,
+        "options": options,
+        "versions": versions,
+    }
 
 
 def _to_elbow(
@@ -269,12 +278,17 @@ def dissociation(block: dict[str, Any]) -> dict[str, Any]:
 
 
 def write(found: Identified, folder: Path) -> None:
-    """Write heads.json and scores.safetensors into a new folder.
+    """Write heads.json and scores.safetensors into a new folder, both or neither; then drop what was kept on the way.
 
     Raises:
         InputError: the folder exists with contents or cannot be written.
     """
     require_new_folder(folder, "choose another --out")
     folder.mkdir(parents=True, exist_ok=True)
-    found.scores.save(folder / "scores.safetensors")
-    found.heads.write(folder / "heads.json")
+    try:
+        found.scores.save(folder / "scores.safetensors")
+        found.heads.write(folder / "heads.json")
+    except BaseException:
+        (folder / "scores.safetensors").unlink(missing_ok=True)
+        raise
+    found.shards.finish()

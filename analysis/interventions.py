@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from .attention import AttentionCall, attend_with, softcapped
+from .errors import InputError
 from .hooks import require_heads
 from .model import HeadModel
 
@@ -119,10 +120,16 @@ class EndRun:
         """Run rows, at most `max_rows` at a time; default: as many as the view's `max_memory` allows.
 
         Raises:
-            InputError: a row names a head that the model does not have.
+            InputError: no rows, or a row names a head that the model does not have.
         """
+        if not rows:
+            raise InputError("no rows to run; give at least one, such as CLEAN")
         for row in rows:
             require_heads(self.heads, row.heads)
+            if outside := [position for position in row.knocked_out if not 0 <= position < len(self.tokens)]:
+                raise InputError(
+                    f"position {outside[0]} cannot be knocked out: the prompt has positions 0-{len(self.tokens) - 1}"
+                )
         n_layers = self.heads.n_layers
         order = sorted(range(len(rows)), key=lambda index: rows[index].entry(n_layers))
         size = max_rows or rows_in_memory(self.heads, len(self.tokens), positions=1)
@@ -307,6 +314,8 @@ def everywhere(
     Returns:
         `[len(rows), vocabulary]` in the model's dtype.
     """
+    if not rows:
+        raise InputError("no rows to run; give at least one, such as {}")
     for row in rows:
         require_heads(heads, row)
     tokens = tokens.to(heads.device)
@@ -374,16 +383,20 @@ def growing(heads: HeadModel, sizes: Sequence[int]) -> Iterator[None]:
             handle.remove()
 
 
-def rows_in_memory(heads: HeadModel, seq: int, positions: int) -> int:
+def rows_in_memory(heads: HeadModel, seq: int, positions: int, copied: int = 0) -> int:
     """How many rows of `positions` tokens, in a prompt of `seq`, fit into the view's `max_memory`; at least one.
 
     An estimate of the widest moment, in float32: the MLP's intermediate activations, the attention scores and, once per
     row, the logits and their float32 copy.
+
+    Args:
+        copied: keys (and as many values) that each row holds for itself.
     """
     config = heads.model.config.get_text_config()
     wide = getattr(config, "intermediate_size", None) or getattr(config, "ffn_dim", None) or 4 * heads.d_model
     per_position = 6 * heads.d_model + 3 * wide + 6 * heads.n_heads * heads.head_dim + 2 * heads.n_heads * seq
-    per_row = 4 * (positions * per_position + 2 * config.vocab_size)
+    own = 2 * copied * heads.n_kv_heads * heads.head_dim
+    per_row = 4 * (positions * per_position + 2 * config.vocab_size + own)
     return max(1, heads.max_memory // per_row)
 
 

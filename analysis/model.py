@@ -345,6 +345,9 @@ def load(
     model, tokenizer = load_plain(name, dtype, revision, trust_remote_code, device_map)
     if device_map is not None:
         return view(model, tokenizer, name, revision)
-    own_gpu = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"  # one process a GPU under a launcher
+    rank, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if device is None and gpus and rank >= gpus:
+        raise InputError(f"process {rank + 1} of this machine has no GPU: there are {gpus}; start one process a GPU")
+    own_gpu = f"cuda:{rank}"
     target = device or (own_gpu if torch.cuda.is_available() else "cpu")
     return view(model.to(target), tokenizer, name, revision)  # type: ignore[arg-type]

@@ -256,7 +256,7 @@ def factual_recall(
     top: int = 10,
     seed: int = 0,
 ) -> Analysis:
-    """All four parts, on examples of at least three subjects.
+    """All four parts, on examples of at least two subjects.
 
     Args:
         frequency_text: text file or folder to count tokens in; None uses a small built-in table (see `frequency`).

@@ -62,6 +62,7 @@ class References:
     examples: Sequence[Encoded]
     seed: int = 0
     _ends: dict[int, Tensor] = field(default_factory=dict, repr=False)
+    _sums: dict[int, Tensor] = field(default_factory=dict, repr=False)
     _shapes: list[str] = field(default_factory=list, repr=False)
 
     def __post_init__(self) -> None:
@@ -114,9 +115,8 @@ class References:
         None where `same_length` is asked for and no counterpart is as long.
         """
         own = self.examples[index]
-        if own.example.corrupt is not None:
-            tokens = torch.tensor(self.heads.tokenizer(own.example.corrupt).input_ids)
-            return None if same_length and len(tokens) != len(own.tokens) else tokens
+        if own.corrupt is not None:
+            return None if same_length and len(own.corrupt) != len(own.tokens) else own.corrupt
         others = self.others(index, same_length=True)
         if not same_length and not any(self._alike(i, index) for i in others):
             # At END, the same prompt about another subject is a better counterpart than another prompt as long.
@@ -125,8 +125,13 @@ class References:
 
     def mean_everywhere(self, index: int) -> Tensor:
         """`[n_layers, n_heads, 1, head_dim]` mean over all positions of `others`."""
-        found = [outputs(self.heads, self.examples[i].tokens, end_only=False) for i in self.others(index)[:_MEAN_OF]]
-        return torch.cat(found, 2).mean(2, keepdim=True)
+        others = self.others(index)
+        for i in others:
+            if i not in self._sums:
+                of_example = outputs(self.heads, self.examples[i].tokens, end_only=False)
+                self._sums[i] = of_example.sum(2, keepdim=True)
+        positions = sum(len(self.examples[i].tokens) for i in others)
+        return torch.stack([self._sums[i] for i in others]).sum(0) / positions
 
     def resample_everywhere(self, index: int) -> Tensor | None:
         """`[n_layers, n_heads, seq, head_dim]` of another subject's example, any shape; None if none is as long."""
@@ -147,9 +152,6 @@ class References:
 
     def _draw(self, index: int) -> random.Random:
         return random.Random(f"{self.seed}/{self.examples[index].example.prompt}")
-
-
-_MEAN_OF = 20  # examples behind the mean over all positions: each costs a forward pass per example scored
 
 
 Reference = Callable[[References, int], Tensor | None]  # None: this example has no such counterpart

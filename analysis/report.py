@@ -239,7 +239,7 @@ def _about(heads: HeadSet) -> str:
 
 
 def _flat(values: Mapping[str, Any]) -> str:
-    return ", ".join(f"{key} {value}" for key, value in values.items())
+    return ", ".join(f"{key} {value}" for key, value in values.items() if value not in (None, {}))
 
 
 def _dissociation(heads: HeadSet) -> str:
@@ -268,11 +268,13 @@ def _ranked(heads: HeadSet, role: str, portraits: Mapping[tuple[int, int], HeadP
     ranked = heads.roles[role]
     if not ranked:
         return f"<h3>{escape(role.capitalize())}</h3><p>No head was confirmed for this role.</p>"
+    rule = ((heads.method.get("parameters") or {}).get("rules") or {}).get(role)
+    confirmed_by = rule["confirm"].split(".")[0] if rule else "ablation"
     # In logits; the same in nats and probability is in heads.json, and would make the table too wide to read.
     effects = {
-        f"ablation.{quantity}": f"effect on {answers}"
+        f"{confirmed_by}.{quantity}": f"effect on {answers}"
         for quantity, answers in ANSWERS.items()
-        if any(f"ablation.{quantity}" in head.effect for head in ranked)
+        if any(f"{confirmed_by}.{quantity}" in head.effect for head in ranked)
     }
     drawn = [portraits.get((head.layer, head.head)) for head in ranked]
     rows, cards = [], []
@@ -289,10 +291,11 @@ def _ranked(heads: HeadSet, role: str, portraits: Mapping[tuple[int, int], HeadP
             values.append("" if portrait is None else f"<span class='reads'>{gist(portrait)}</span>")
         rows.append([str(rank), name, *values])
     header = ["#", "head", "score [95% interval]", *effects.values(), *(["reads"] if any(drawn) else [])]
-    rule = ((heads.method.get("parameters") or {}).get("rules") or {}).get(role)
-    note = "Scores are positive where a head raises the quantity; effects are exact, in logits, intact minus silenced."
+    note = "Scores are positive where a head raises the quantity."
     if rule:
         note = f"Ranked by {rule['rank']}, confirmed by {rule['confirm']}. {note}"
+    if confirmed_by == "ablation" and effects:
+        note += " Effects are exact, in logits, intact minus silenced."
     heading = f"<h3>{escape(role.capitalize())}</h3><p class='note'>{escape(note)}</p>"
     return heading + html_table(header, rows) + "".join(cards)
 

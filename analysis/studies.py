@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from .analyses import Analysis, Figure, Table
 from .errors import InputError
 from .interventions import EndRun, Head, Row
-from .methods import Progress, score_examples
+from .methods import Progress, chosen, score_examples
 from .model import HeadModel
 from .page import png_of
 from .patching import (
@@ -60,13 +60,13 @@ def elbow_study(
     examples: Sequence[Encoded],
     progress: Progress,
     *,
-    method: str = "all",
+    methods: str = "all",
     top: int = 16,
     seed: int = 0,
 ) -> Analysis:
     """Silence the best 1, 2, 3, ... heads of each role together, and find where the effect bends."""
     _require_top(top)
-    scores = score_examples(model, examples, method, seed, progress)
+    scores = score_examples(model, examples, methods, seed, progress)
     subjects = [encoded.example.subject for encoded in examples]
     listing = [index for index, encoded in enumerate(examples) if encoded.previous_tokens]
     data: dict[str, Any] = {}
@@ -145,12 +145,12 @@ def _curve_png(
 
 
 def behaviour(logits: torch.Tensor, encoded: Encoded) -> torch.Tensor:
-    """The metric of faithfulness, `[rows]`: the mean logit of the remaining answers, which `<method>.target` estimates.
+    """The metric of faithfulness, `[rows]`: mean logit of the remaining answers less that of the whole vocabulary.
 
-    Not remaining less previous answers: heads that recall raise both, others lower the previous ones, and the sum is
-    near zero, or of either sign.
+    The second part takes out what moves all logits together. Not less the previous answers: heads that recall raise
+    both, others lower the previous ones, and the difference is near zero, or of either sign.
     """
-    return answer_probabilities(logits, encoded).logits["target"]
+    return answer_probabilities(logits, encoded).logits["target"] - logits.float().mean(-1)
 
 
 def faithfulness_curves(
@@ -209,7 +209,7 @@ def faithfulness(
     scores = score_examples(model, examples, methods, seed, progress)
     references = References(model, examples, seed)
     rankings: dict[str, list[Head]] = {}
-    names = [name.strip() for name in methods.split(",")] if methods != "all" else ["dla", "ablation"]
+    names = [method.name for method in chosen(methods)]
     for name in names:
         values = scores.mean(f"{name}.target")
         rankings[f"{name} signed"] = order(values)
@@ -229,7 +229,9 @@ def faithfulness(
         shown[name] = [{"mean": value, "ci": [value, value]} for value in absolute]
     parts: list[str | Table | Figure] = [
         "The best heads are kept at END and all others set to their means over other subjects. f is the share of the "
-        "behaviour (the mean logit of the remaining answers) that is left: 0 with no head kept, 1 with all.",
+        "behaviour (mean logit of the remaining answers less that of the vocabulary) that is left: 0 with no head "
+        "kept, 1 with all. "
+        "Heads are ranked and judged on the same prompts here.",
         Table("Areas", ["ranking", "CMD (0 is best)", "CPR"], rows),
         Figure(
             "faithfulness",

@@ -455,6 +455,7 @@ class EncodedTask:
             "n_dropped": sum(self.dropped.values()),
             "dropped": dict(self.dropped),
             "n_ambiguous_first_tokens": self.ambiguous_tokens,
+            **({"chat_template": True} if self.task.chat_template else {}),
         }
 
 

@@ -148,7 +148,8 @@ def causal_trace(
     noise = noise_of(heads, n_noise, len(noisy), scale, seed)
     tokens = tokens.to(heads.device)
     traces = []
-    size = max(1, rows_in_memory(heads, seq, positions=seq) - 1)  # one more row is the clean run
+    # One more row is the clean run; the keys and values of all layers are kept.
+    size = max(1, rows_in_memory(heads, seq, positions=seq, copied=seq * heads.n_layers) - 1)
     for start in range(0, n_noise, size):
         runs = _NoisyRuns(heads, tokens, noisy, noise[start : start + size])
         bases = measure(runs.logits).float()
@@ -216,7 +217,9 @@ class _NoisyRuns:
         rows = [_Restored(noise, kind, layers) for noise in range(self.n_noise) for kind in KINDS for layers in windows]
         order = sorted(range(len(rows)), key=lambda index: rows[index].layers.start)
         seq, start = len(self.tokens), min(at)
-        size = rows_in_memory(self.heads, seq, positions=seq - start)
+        size = rows_in_memory(
+            self.heads, seq, positions=seq - start, copied=2 * seq
+        )  # gathered, then joined with its own
         parts = [
             measure(self._chunk([rows[i] for i in order[first : first + size]], at, start)).float()
             for first in range(0, len(order), size)

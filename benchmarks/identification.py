@@ -11,17 +11,19 @@ sign: what identify ranks by), `attention` (mass on the subject, on the previous
 it does) and `random`.
 
 SmolLM2: the best k heads by each method are kept at END and all others set to their means over other subjects; f is the
-share of the behaviour left (mean logit of the remaining answers). CMD = area of |1 - f| over the proportion of
-heads kept, ranked by absolute score (0 is best); CPR = area under f, ranked by signed score. Heads are scored on one
-half of the prompts and judged on the other.
+share of the behaviour left (mean logit of the remaining answers less that of the vocabulary). CMD = area of |1 - f|
+over the proportion of heads kept, ranked by absolute score (0 is best); CPR = area under f, ranked by signed score.
+Heads are scored on one half of the subjects and judged on the other.
 
-Resumable: writes benchmarks/results/identification.json after every model and method.
+Resumable: writes benchmarks/results/identification.json after every model and method; a part starts anew when its
+settings or the code have changed.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -31,6 +33,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from speed_analysis import code_sha256
 
 from headtune.analysis import model, planted, selection, studies
 from headtune.analysis.files import write_json
@@ -55,16 +58,14 @@ ROWS = ("composite", *METHODS, "attention", "random")
 # --- planted models ---------------------------------------------------------------------------------------------------
 
 
-def graded(found: planted.PlantedModel, examples: int, wanted: Sequence[str]) -> list[dict[str, Any]]:
-    """One record per role and method of `wanted` (names of ROWS)."""
+def graded(found: planted.PlantedModel, examples: int) -> list[dict[str, Any]]:
+    """One record per role and name of ROWS."""
     view = found.view()
     encoded = encode(found.task.limited(examples), view.tokenizer).examples
     records = []
     scores: dict[str, Scores] = {}
     seconds: dict[str, float] = {}
     for name in METHODS:
-        if name not in (*wanted, "dla", "ablation"):  # these two are behind the other rows
-            continue
         start = time.monotonic()
         scores[name] = score_examples(view, encoded, name, found.planting.seed)
         seconds[name] = (time.monotonic() - start) / len(encoded)
@@ -74,8 +75,7 @@ def graded(found: planted.PlantedModel, examples: int, wanted: Sequence[str]) ->
         maps = {name: of.mean(f"{name}.{quantity}") for name, of in scores.items()}
         maps["composite"] = selection.composite(both, role)
         maps["attention"] = planted.SIGNS[role] * both.mean(SEEN[role])
-        for name in (name for name in wanted if name in maps):
-            values = maps[name]
+        for name, values in maps.items():
             record = {
                 "kind": found.planting.name,
                 "group": group_of(found.planting),
@@ -87,7 +87,7 @@ def graded(found: planted.PlantedModel, examples: int, wanted: Sequence[str]) ->
                 "jaccard": stability(name, scores, both, role, k),
             }
             records.append(record | ({"seconds_per_example": seconds[name]} if name in seconds else {}))
-    return records + (drawn(found) if "random" in wanted else [])
+    return records + drawn(found)
 
 
 def drawn(found: planted.PlantedModel, draws: int = 100) -> list[dict[str, Any]]:
@@ -148,8 +148,9 @@ def real(results: dict[str, Any], out: Path, prompts: int, seed: int) -> None:
     heads = model.load("smollm2-135m")
     encoded = encode(load_task("country_cities").limited(2 * prompts, seed), heads.tokenizer)
     scored, judged = halves(encoded.examples)
-    block = results.setdefault("real", {"model": heads.identity(), "methods": {}})
-    block |= {"task": encoded.summary(), "scored_on": len(scored), "judged_on": len(judged), "seed": seed}
+    block = part(results, "real", {"prompts": prompts, "seed": seed})
+    block |= {"model": heads.identity(), "task": encoded.summary(), "scored_on": len(scored), "judged_on": len(judged)}
+    block.setdefault("methods", {})
     references = References(heads, judged, seed)
     pairs = studies.every_head(heads)
     for name in ROWS:
@@ -195,6 +196,15 @@ def estimate(name: str, heads: model.HeadModel, examples: Sequence[Encoded], see
 # --- results ----------------------------------------------------------------------------------------------------------
 
 
+def part(results: dict[str, Any], name: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """The part's block of results, emptied if it was made with other settings or other code."""
+    settings |= {"code_sha256": code_sha256()}
+    if results.get(name, {}).get("settings") != settings:
+        results[name] = {"settings": settings}
+    block: dict[str, Any] = results[name]
+    return block
+
+
 def save(results: dict[str, Any], out: Path) -> None:
     about = {
         "threads": torch.get_num_threads(),
@@ -205,31 +215,36 @@ def save(results: dict[str, Any], out: Path) -> None:
 
 
 def tables(results: dict[str, Any]) -> str:
-    """The tables that analysis/README.md shows."""
+    """The tables that analysis/README.md shows: planted models, then SmolLM2."""
     lines = []
-    cell = lambda value: "–" if value is None else f"{value:.2f}"  # noqa: E731
-    for key, title in GROUPS.items():
-        if not results.get("planted_summary", {}).get(key):
-            continue
+    if found := results.get("planted", {}).get("summary"):
         lines += [
-            f"\n{title}: recall / suppression, mean over models (lowest AUROC in brackets)\n",
-            "| method | AUROC | average precision | precision at k | sign | Jaccard |",
-            "|---|---|---|---|---|---|",
+            "| method | AUROC | AUROC, redundant pair | AUROC, noisy | precision at k | sign | Jaccard |",
+            "|---|---|---|---|---|---|---|",
         ]
-        for name, roles in results["planted_summary"][key].items():
-            cells = [
-                f"{' / '.join(cell(roles[role]['auroc']) for role in roles)} "
-                f"({' / '.join(cell(roles[role]['lowest_auroc']) for role in roles)})"
-            ]
-            cells += [" / ".join(cell(roles[role][m]) for role in roles) for m in MEASURES[1:]]
+        for name in ROWS:
+            of_method = {group: found[group].get(name, {}) for group in GROUPS}
+            cells = [_pair(roles, "auroc", lowest=True) for roles in of_method.values()]
+            cells += [_pair(of_method["noisy"], measure) for measure in MEASURES[2:]]
             lines.append(f"| `{name}` | " + " | ".join(cells) + " |")
     if "real" in results:
-        lines += ["\nSmolLM2\n", "| method | CMD | CPR | s/prompt |", "|---|---|---|---|"]
+        lines += ["", "| method | CMD | CPR | seconds a prompt |", "|---|---|---|---|"]
         for name, entry in sorted(results["real"]["methods"].items(), key=lambda item: item[1]["CMD"]):
-            lines.append(
-                f"| `{name}` | {entry['CMD']:.3f} | {entry['CPR']:.2f} | {cell(entry.get('seconds_per_example'))} |"
-            )
+            seconds = entry.get("seconds_per_example")
+            cells = [f"{entry['CMD']:.3f}", f"{entry['CPR']:.2f}", "" if seconds is None else f"{seconds:.2g}"]
+            lines.append(f"| `{name}` | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _pair(roles: dict[str, dict[str, float | None]], measure: str, lowest: bool = False) -> str:
+    """`recall / suppression`, with the lowest of the models in brackets where it differs."""
+    cells = []
+    for entry in roles.values():
+        value = entry[measure]
+        cell = "–" if value is None else f"{value:.2f}"
+        least = f"{entry['lowest_auroc']:.2f}"
+        cells.append(f"{cell} ({least})" if lowest and least != cell else cell)
+    return " / ".join(cells) or "–"
 
 
 def main() -> None:
@@ -239,24 +254,25 @@ def main() -> None:
     parser.add_argument("--examples", type=int, default=40, help="prompts of each planted model (default: 40)")
     parser.add_argument("--prompts", type=int, default=16, help="of SmolLM2, in each half (default: 16)")
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--out", type=Path, default=RESULT)
+    parser.add_argument("--out", type=Path, help="default: benchmarks/results/identification.json; none with --quick")
     arguments = parser.parse_args()
-    results: dict[str, Any] = json.loads(arguments.out.read_text()) if arguments.out.is_file() else {}
+    out: Path = arguments.out or (Path(tempfile.mkdtemp()) / "quick.json" if arguments.quick else RESULT)
+    results: dict[str, Any] = json.loads(out.read_text()) if out.is_file() else {}
     if arguments.part != "real":
         kinds = planted.KINDS[:1] + planted.KINDS[-1:] if arguments.quick else planted.KINDS + NOISY
-        records = results.setdefault("planted", [])
+        examples = 8 if arguments.quick else arguments.examples
+        block = part(results, "planted", {"examples": examples})
+        records = block.setdefault("records", [])
         for found in planted.suite(range(1 if arguments.quick else arguments.seeds), kinds):
             name = (found.planting.name, found.planting.seed)
-            there = {record["method"] for record in records if (record["kind"], record["seed"]) == name}
-            wanted = [row for row in ROWS if row not in there]
-            if not wanted:
+            if any((record["kind"], record["seed"]) == name for record in records):
                 continue
             print(*name, flush=True)
-            records += graded(found, 8 if arguments.quick else arguments.examples, wanted)
-            results["planted_summary"] = {group: summary(records, group) for group in GROUPS}
-            save(results, arguments.out)
+            records += graded(found, examples)
+            block["summary"] = {group: summary(records, group) for group in GROUPS}
+            save(results, out)
     if arguments.part != "planted" and not arguments.quick:
-        real(results, arguments.out, arguments.prompts, seed=0)
+        real(results, out, arguments.prompts, seed=0)
     print(tables(results))
 
 

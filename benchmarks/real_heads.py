@@ -1,13 +1,14 @@
 """Do the heads found on SmolLM2 hold up: on four tasks, in and out of sample, and how stable is the choice?
 
-    python benchmarks/real_heads.py                      every task; resumable, one result a task
-    python benchmarks/real_heads.py --only country_cities
+    python benchmarks/real_heads.py --data DATA            every task; resumable, one result a task
+    python benchmarks/real_heads.py --only country_cities  the built-in one needs no data
 
-Per task: the built-in one, and three built from real data beside the repository (`../shared/data`, skipped where it is
-absent): country -> cities prompts of Yan & Jia, and two inverted many-to-one relations of LRE. Heads are ranked by
-direct attribution and confirmed by exact ablation on all prompts; the top 4 of each role are silenced together, next to
-10 random sets of the same layers and the heads of the same layers with the scores nearest to zero. Out of sample: heads
-are chosen on half of the subjects and silenced on the other half, both ways. Writes benchmarks/results/real_heads.json.
+Per task: the built-in one, and three from public data: the country -> cities prompts of Yan & Jia (their repository, in
+DATA/one_to_many) and two many-to-one relations of LRE (Hernandez et al. 2024, in DATA/relations), turned round. Heads
+are ranked by direct attribution and confirmed by exact ablation on all prompts; the top 4 of each role are silenced
+together, next to 10 random sets of the same layers and the heads of the same layers with the scores nearest to zero.
+Out of sample: heads are chosen on half of the subjects and silenced on the other half, both ways. Writes
+benchmarks/results/real_heads.json; starts anew when the settings or the code have changed.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from speed_analysis import code_sha256
 
 from headtune.analysis import identify, selection
 from headtune.analysis.files import write_json
@@ -32,14 +34,13 @@ from headtune.analysis.tasks import Example, Task, Template, build, invert, load
 from headtune.train.console import progress
 
 ROOT = Path(__file__).resolve().parents[1]
-DATA = ROOT.parent / "shared" / "data"
 RESULT = ROOT / "benchmarks" / "results" / "real_heads.json"
 PROMPTS, TOP, VERIFY_TOP = 120, 8, 4
 
 
-def shared_cities() -> Task:
+def printed_cities(data: Path) -> Task:
     """The paper's prompts with the previous answers as printed there; the third answer is the one still to be given."""
-    rows = (DATA / "one_to_many" / "country_cities.Meta-Llama-3-8B-Instruct.jsonl").read_text().splitlines()
+    rows = (data / "one_to_many" / "country_cities.Meta-Llama-3-8B-Instruct.jsonl").read_text().splitlines()
     examples = []
     for row in map(json.loads, rows):
         prompt = row["query"].removeprefix("<|begin_of_text|>")
@@ -47,22 +48,22 @@ def shared_cities() -> Task:
         example = Example(prompt, row["subject"], answers, answers[:2])
         if example.remaining and row["subject"] in prompt and all(answer in prompt for answer in answers[:2]):
             examples.append(example)
-    return Task("shared country_cities", tuple(examples))
+    return Task("yan_jia country_cities", tuple(examples))
 
 
-def inverted(relation: str, *headers: str) -> Task:
-    facts = invert(read_relation(DATA / "relations" / f"{relation}.json"), at_least=3)
+def inverted(data: Path, relation: str, *headers: str) -> Task:
+    facts = invert(read_relation(data / "relations" / f"{relation}.json"), at_least=3)
     return Task(f"inverted {relation}", tuple(build(facts, [Template(header) for header in headers], (1, 2), 0)))
 
 
-TASKS: dict[str, Callable[[], Task]] = {
-    "country_cities": lambda: load_task("country_cities"),
-    "shared country_cities": shared_cities,
-    "inverted landmark_in_country": lambda: inverted(
-        "landmark_in_country", "List of landmarks in {subject}:", "Places to see in {subject}."
+TASKS: dict[str, Callable[[Path], Task]] = {
+    "country_cities": lambda _data: load_task("country_cities"),
+    "yan_jia country_cities": printed_cities,
+    "inverted landmark_in_country": lambda data: inverted(
+        data, "landmark_in_country", "List of landmarks in {subject}:", "Places to see in {subject}."
     ),
-    "inverted company_hq": lambda: inverted(
-        "company_hq", "List of companies with headquarters in {subject}:", "Organisations based in {subject}."
+    "inverted company_hq": lambda data: inverted(
+        data, "company_hq", "List of companies with headquarters in {subject}:", "Organisations based in {subject}."
     ),
 }
 
@@ -108,22 +109,25 @@ def row(name: str, result: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, help="folder with one_to_many/ and relations/")
     parser.add_argument("--only", nargs="+", choices=TASKS)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=RESULT)
     arguments = parser.parse_args()
-    results: dict[str, Any] = json.loads(arguments.out.read_text())["tasks"] if arguments.out.is_file() else {}
+    settings = {"seed": arguments.seed, "prompts": PROMPTS, "code_sha256": code_sha256()}
+    stored = json.loads(arguments.out.read_text()) if arguments.out.is_file() else {}
+    results: dict[str, Any] = stored["tasks"] if stored.get("settings") == settings else {}
     model = load("smollm2-135m")
     for name, make in TASKS.items():
         if name in results or (arguments.only and name not in arguments.only):
             continue
-        if name != "country_cities" and not DATA.is_dir():
-            print(f"{name}: skipped, {DATA} is absent")
+        if name != "country_cities" and arguments.data is None:
+            print(f"{name}: skipped, give --data")
             continue
-        results[name] = measure(model, make(), arguments.seed)
+        results[name] = measure(model, make(arguments.data), arguments.seed)
         about = {
+            "settings": settings,
             "model": model.identity(),
-            "seed": arguments.seed,
             "threads": torch.get_num_threads(),
             "machine": platform.machine(),
             "date": datetime.now(UTC).date().isoformat(),

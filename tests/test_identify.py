@@ -396,9 +396,19 @@ def test_a_top_that_is_no_number_is_refused(model: HeadModel, top: Any) -> None:
         identify.identify(model, tiny_task(), top=top)
 
 
-def test_the_elbow_keeps_the_heads_up_to_the_bend(chance: HeadModel, tmp_path: Path) -> None:
+def test_the_elbow_keeps_the_heads_up_to_the_bend(
+    chance: HeadModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Against the slow way: silence the best 1, 2, ... with forward passes, mean over examples, and bend by hand."""
     every = identify.identify(chance, FEW, top=16, verify_top=1, n_random=1)
+    curves: list[Sequence[float]] = []
+    right = identify.elbow
+
+    def spy(curve: Sequence[float]) -> int:
+        curves.append(curve)
+        return right(curve)
+
+    monkeypatch.setattr(identify, "elbow", spy)
     found = identify.identify(chance, FEW, top="elbow", verify_top=1, n_random=1)
     assert found.heads.method["parameters"]["top"] == "elbow"
     for role, column in (("recall", "target_tokens"), ("suppression", "previous_tokens")):
@@ -412,6 +422,7 @@ def test_the_elbow_keeps_the_heads_up_to_the_bend(chance: HeadModel, tmp_path: P
                     logits = chance.model(example.tokens[None]).logits[0, -1]
                 p.append(float(logits.softmax(-1)[list(getattr(example, column))].sum()))
             curve.append(np.mean(p))
+        assert curves[ROLES.index(role)] == pytest.approx(curve, rel=1e-4)
         gaps = [
             abs((value - curve[0]) / (curve[-1] - curve[0]) - k / (len(curve) - 1)) for k, value in enumerate(curve)
         ]

@@ -225,7 +225,7 @@ def test_path_is_path_patching_to_the_mean(heads: HeadModel, task: EncodedTask) 
 def test_estimates_use_the_reference_they_name(
     heads: HeadModel, task: EncodedTask, estimate: str, reference: Callable[[References, int], Tensor] | None
 ) -> None:
-    examples = task.examples[:6]
+    examples = task.examples
     found = score_examples(heads, examples, estimate, seed=1)
     value = None if reference is None else reference(References(heads, examples, seed=1), 4)
     direct = getattr(gradients, estimate.removesuffix("_corrupt"))(heads, examples[4], value, name="x")

@@ -135,10 +135,11 @@ def test_without_a_prompt_of_the_same_shape_the_mean_is_over_all_others(heads: H
 
 def test_resample_is_another_subjects_run(heads: HeadModel, examples: list[Encoded]) -> None:
     references = References(heads, examples)
-    shapes = set()
+    shapes, drawn = set(), set()
     for index, own in enumerate(examples):
         (at_end,) = is_of(heads, references.resample(index), examples, end_only=True)
         assert examples[at_end].example.subject != own.example.subject
+        drawn.add(at_end)
         shapes.add(shape_of(examples[at_end].example) == shape_of(own.example))
         everywhere = references.resample_everywhere(index)
         as_long = [
@@ -151,6 +152,7 @@ def test_resample_is_another_subjects_run(heads: HeadModel, examples: list[Encod
             (found,) = is_of(heads, everywhere, examples, end_only=False)
             assert found in as_long
     assert shapes == {True, False}  # whatever its shape
+    assert len(drawn) > len(examples) // 4  # every example has a draw of its own
 
 
 def test_a_counterpart_has_another_subject_the_same_shape_and_where_it_can_the_same_length(

@@ -240,6 +240,8 @@ def test_a_broken_identification_ends_as_an_unbroken_one(
     found = identify.identify(model, TASK, **OPTIONS, partial=partial)
     assert sorted(scored) == sorted(example.prompt for example in TASK.examples)
     same(found, unbroken)
+    assert partial.exists()
+    identify.write(found, tmp_path / "out")
     assert not partial.exists()
 
 

@@ -64,7 +64,7 @@ def end_logits(model: HeadModel, encoded: Encoded, values: dict[Head, torch.Tens
 
 def test_the_elbow_study_against_forward_passes(planted: PlantedModel, known: HeadModel) -> None:
     task = some(planted)
-    found = analyses.run("elbow", known, task, method="dla", top=4)
+    found = analyses.run("elbow", known, task, methods="dla", top=4)
     examples = encode(task, known.tokenizer).examples
     silent = torch.zeros(known.head_dim)
     for role, quantity, column in (
@@ -105,14 +105,14 @@ def test_a_role_without_heads_is_said(model: HeadModel, monkeypatch: pytest.Monk
         return [] if role == "suppression" else right(scores, role, *rest, **options)
 
     monkeypatch.setattr(studies, "rank", only_recall)
-    found = analyses.run("elbow", model, TASK, method="dla", top=2)
+    found = analyses.run("elbow", model, TASK, methods="dla", top=2)
     assert found.data["suppression"] == {"heads": [], "reason": "no confirmed heads"}
     assert "No suppression heads were confirmed." in found.parts
     assert found.data["recall"]["heads"]
 
 
 def test_the_elbow_of_single_facts_is_of_the_correct_answer(planted: PlantedModel, model: HeadModel) -> None:
-    found = analyses.run("elbow", model, tiny_task(previous=(0,), subjects=2), method="dla", top=2)
+    found = analyses.run("elbow", model, tiny_task(previous=(0,), subjects=2), methods="dla", top=2)
     quantities = {of_role.get("quantity") for of_role in found.data.values()}
     assert quantities <= {"p_remaining", None} and "p_remaining" in quantities
 
@@ -273,7 +273,7 @@ def test_a_top_below_one_is_refused_before_any_work(model: HeadModel, study: str
         analyses.run(study, model, TASK, refuse_work, top=top)
 
 
-@pytest.mark.parametrize(("study", "option"), [("elbow", "method"), ("faithfulness", "methods")])
+@pytest.mark.parametrize(("study", "option"), [("elbow", "methods"), ("faithfulness", "methods")])
 def test_an_unknown_method_is_refused_before_any_work(model: HeadModel, study: str, option: str) -> None:
     with pytest.raises(InputError, match="method 'ablaton' is unknown; did you mean 'ablation'"):
         analyses.run(study, model, TASK, refuse_work, **{option: "ablaton"})

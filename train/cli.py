@@ -18,6 +18,7 @@ import logging
 import os
 import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -110,22 +111,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.overrides += rest
     _quiet()
     from ..analysis.errors import CheckError, InputError
-    from . import console
 
-    silent = int(os.environ.get("RANK", "0")) != 0  # one message, not one per rank
     try:
         return _COMMANDS[arguments.command](arguments) or 0
     except (InputError, CheckError) as error:
-        return error.exit_code if silent else console.fail(str(error), error.exit_code)
+        return _fail(str(error), error.exit_code)
     except OSError as error:
         if error.filename is None and error.errno is None:
             raise
         where = f" {error.filename!r}" if error.filename else ""
-        return (
-            2 if silent else console.fail(f"cannot use{where}: {error.strerror}; check the path and its permissions", 2)
-        )
+        return _fail(f"cannot use{where}: {error.strerror}; check the path and its permissions", 2)
     except KeyboardInterrupt:
-        return 130 if silent else console.fail("interrupted", 130)
+        return _fail("interrupted", 130)
+
+
+def _fail(message: str, code: int) -> int:
+    """Say it once, not once per rank: the others wait to be ended with the first, and speak only if they are not."""
+    from . import console
+
+    rank = int(os.environ.get("RANK", "0"))
+    if rank:
+        time.sleep(10)
+        message = f"rank {rank}: {message}"
+    return console.fail(message, code)
 
 
 def _quiet() -> None:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ..analysis.headset import HeadSet
     from ..analysis.identify import Identified
 
+PORTRAITS = 64  # heads drawn in the report, best of the roles first: about 10 kB each
 Add = Callable[[str, str, str], argparse.ArgumentParser]
 
 
@@ -205,11 +206,17 @@ def identify_into(
 
     cli.model_quiet()
     from ..analysis import identify, portrait, report
+    from ..analysis.errors import InputError
     from ..analysis.methods import chosen, silent
     from ..analysis.model import load
     from .tracking import Tracker
 
     chosen(options.get("method", "all"))  # before the model is loaded
+    if device_map and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError(
+            f"--device-map {device_map} spreads one model over all devices; with several processes leave it out, or "
+            "start one process"
+        )
     heads = load(model, dtype, device_map=device_map)
     if max_memory is not None:
         heads.max_memory = max_memory
@@ -223,11 +230,12 @@ def identify_into(
     )
     if not _main_rank():
         return found
-    identify.write(found, out)
     means = found.scores.means()
     ranked = list(dict.fromkeys(head for role in found.heads.roles for head in found.heads.top(role)))
-    portraits = portrait.portrait(heads, found.examples, ranked) if ranked else []
+    portraits = portrait.portrait(heads, found.examples, ranked[:PORTRAITS]) if ranked else []
+    identify.write(found, out)
     portrait.write(portraits, out / "portraits.json")
+    report.write_report(out / "report.html", found.heads, means, portraits=portraits)
     with Tracker(
         out,
         out.name,
@@ -247,7 +255,6 @@ def identify_into(
         tracker.artifact(out / "heads.json", f"{out.name}-heads", "heads")
         stability = {role: found.heads.stability[role] for role in found.heads.roles}
         tracker.log({f"stability/{role}": float(v) for role, v in stability.items() if v is not None}, step=0)
-    report.write_report(out / "report.html", found.heads, means, portraits=portraits)
     return found
 
 
@@ -283,6 +290,12 @@ def print_heads(found: Identified) -> None:
             effects = (entry.effect.get(name) for name in confirms)
             table.add_row(entry.name, score, *("" if effect is None else f"{effect:+.3f}" for effect in effects))
         console.print(table)
+    for method, count in heads.method["parameters"]["examples_scored"].items():
+        if count < task["n_examples"]:
+            console.print(
+                f"{method}: {count} of {task['n_examples']} prompts; the others have no counterpart of their length",
+                markup=False,
+            )
     console.print(report.render_dissociation(heads))
     console.print(report.verdict(heads), markup=False)
 
@@ -332,7 +345,8 @@ def analyse_command(arguments: argparse.Namespace) -> int:
         for part in result.parts:
             if isinstance(part, analyses.Table):
                 console.console.print(console.plain_table(part.title, part.header, part.rows))
-        console.console.print(f"{arguments.out}/analysis.json, figures/, report.html", markup=False)
+        files = ", ".join(sorted(path.name + "/" * path.is_dir() for path in arguments.out.iterdir()))
+        console.console.print(f"{arguments.out}: {files}", markup=False)
     return 0
 
 
