@@ -436,7 +436,7 @@ def test_a_study_on_the_command_line(
     words = ["analyse", "path_patching", str(tiny_llama), "--task", str(task), "--max-examples", "2", "--seed", "5"]
     assert main([*words, "-o", "top=3", "--option", "receivers=L2H1:query", "--out", "runs/study"]) == 0
     printed = capsys.readouterr().out
-    assert "To L2H1's query: remaining answers" in printed and "runs/study/analysis.json" in printed
+    assert "To L2H1's query: remaining answers" in printed and "runs/study: analysis.json, report.html" in printed
     stored = json.loads((tmp_path / "runs" / "study" / "analysis.json").read_text())
     assert stored["options"] == {"receivers": "L2H1:query", "top": 3, "seed": 5}
     assert stored["task"]["n_examples"] == 2 and stored["data"]["receivers"] == [[2, 1, "query"]]

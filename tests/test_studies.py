@@ -136,11 +136,12 @@ def test_faithfulness_curves_against_forward_passes(model: HeadModel) -> None:
             )
 
 
-def test_behaviour_is_the_mean_logit_of_the_remaining_answers(model: HeadModel) -> None:
+def test_behaviour_is_the_mean_logit_of_the_remaining_answers_above_the_vocabulary(model: HeadModel) -> None:
     encoded = encode(TASK, model.tokenizer).examples[0]
     logits = torch.randn(2, len(model.tokenizer), generator=torch.Generator().manual_seed(0))
-    expected = logits[:, list(encoded.target_tokens)].mean(-1)
+    expected = logits[:, list(encoded.target_tokens)].mean(-1) - logits.mean(-1)
     torch.testing.assert_close(studies.behaviour(logits, encoded), expected)
+    torch.testing.assert_close(studies.behaviour(logits + 3, encoded), expected)  # what moves all logits is taken out
 
 
 def test_faithfulness_of_by_hand() -> None:
