@@ -20,13 +20,14 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from .encoding import EncodedTask, encode
 from .errors import InputError, nearest
 from .files import require_new_folder, write_json
 from .headset import provenance
 from .methods import Progress, silent
 from .model import HeadModel
 from .page import html_table, number, picture, write_page
-from .tasks import EncodedTask, Task, encode
+from .tasks import Task
 
 
 @dataclass(frozen=True)

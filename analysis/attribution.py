@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from . import hooks
 from .attention import record_rows
+from .encoding import Encoded
 from .model import HeadModel
 from .scores import Array
-from .tasks import Encoded
 
 
 @torch.no_grad()

@@ -20,10 +20,10 @@ from transformers import DynamicCache, PreTrainedTokenizerBase
 
 from . import hooks
 from .attention import AttentionCall, attend_with, softcapped
+from .encoding import Encoded, continuation
 from .errors import InputError
 from .interventions import CLEAN, EndRun, Kept, Row, Step, masked, rows_in_memory
 from .model import HeadModel
-from .tasks import Encoded, continuation
 
 PARTS: tuple[Kept, ...] = ("attention", "mlp", "residual")  # what `decode` needs a step to keep
 

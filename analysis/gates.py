@@ -27,12 +27,12 @@ import torch
 from torch import Tensor, nn
 
 from . import hooks
+from .encoding import Encoded
 from .errors import InputError
 from .interventions import rows_in_memory
 from .model import HeadModel
 from .patching import answer_probabilities
 from .scores import Array
-from .tasks import Encoded
 
 Progress = Callable[[Sequence[Any], str], Iterable[Any]]
 Quantity = Literal["target", "previous"]

@@ -23,13 +23,13 @@ import torch
 from torch import Tensor
 
 from . import hooks
-from .attention import AttentionCall, attend_with, softcapped
+from .attention import AttentionCall, attend_with
+from .encoding import Encoded
 from .errors import InputError
-from .interventions import EndRun, masked, rows_in_memory
+from .interventions import EndRun, rows_in_memory
 from .model import HeadModel
 from .patching import answer_probabilities
 from .scores import Array
-from .tasks import Encoded
 
 
 def attribution_patching(
@@ -117,13 +117,6 @@ def _gated_logits(run: EndRun, gates: Tensor, reference: Tensor | None) -> Tenso
 
 
 def _attend(run: EndRun, call: AttentionCall) -> Tensor:
-    """END's attention over the clean run's keys and values and its own: `[rows, 1, n_heads, head_dim]`."""
-    heads, layer = run.heads, call.layer
-    query = call.query[:, :, 0].float().unflatten(1, (heads.n_kv_heads, -1))  # [rows, n_kv_heads, group, head_dim]
-    key, value = call.key[:, :, 0].float(), call.value[:, :, 0].float()  # [rows, n_kv_heads, head_dim]
-    past = torch.einsum("rkgd,ksd->rkgs", query, run.keys[layer])
-    own = torch.einsum("rkgd,rkd->rkg", query, key)
-    scores = softcapped(torch.cat([past, own[..., None]], -1) * call.scaling, call.softcap)
-    pattern = masked(scores.flatten(1, 2), run._masks[layer]).softmax(-1).view_as(scores)
-    read = torch.einsum("rkgs,ksd->rkgd", pattern[..., :-1], run.values[layer]) + pattern[..., -1:] * value[:, :, None]
-    return read.flatten(1, 2)[:, None].to(call.query.dtype)
+    """END's attention in every row: `[rows, 1, n_heads, head_dim]`."""
+    query, key, value = run.own(call)
+    return run.read(call.layer, run.pattern(call, query, key), value)[:, None].to(call.query.dtype)

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from .encoding import Encoded, EncodedTask, encode
 from .errors import InputError
 from .files import require_new_folder
 from .headset import ROLES, HeadSet, RankedHead, provenance, random_like
@@ -21,7 +22,7 @@ from .patching import set_probabilities
 from .scores import Array, Scores, mean_interval
 from .selection import elbow, lowest, rank, rule_for, stability
 from .shards import Shards
-from .tasks import Encoded, EncodedTask, Task, encode
+from .tasks import Task
 
 log = logging.getLogger(__name__)
 

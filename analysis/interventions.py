@@ -116,8 +116,19 @@ class EndRun:
             heads.model(self.tokens[None], use_cache=False, logits_to_keep=1)
 
     @torch.no_grad()
-    def step(self, rows: Sequence[Row], keep: Collection[Kept] = (), max_rows: int | None = None) -> Step:
-        """Run rows, at most `max_rows` at a time; default: as many as the view's `max_memory` allows.
+    def step(
+        self,
+        rows: Sequence[Row],
+        keep: Collection[Kept] = (),
+        max_rows: int | None = None,
+        layers: Collection[int] | None = None,
+    ) -> Step:
+        """Run rows.
+
+        Args:
+            keep: what to keep besides the logits (see `Step`).
+            max_rows: rows at a time; default: as many as the view's `max_memory` allows.
+            layers: whose values are kept, in rising order; None = all.
 
         Raises:
             InputError: no rows, or a row names a head that the model does not have.
@@ -134,7 +145,7 @@ class EndRun:
         order = sorted(range(len(rows)), key=lambda index: rows[index].entry(n_layers))
         size = max_rows or rows_in_memory(self.heads, len(self.tokens), positions=1)
         parts = [
-            self._chunk([rows[index] for index in order[start : start + size]], keep)
+            self._chunk([rows[index] for index in order[start : start + size]], keep, layers)
             for start in range(0, len(order), size)
         ]
         back = torch.tensor(order).argsort()
@@ -143,7 +154,36 @@ class EndRun:
             {name: torch.cat([part.kept[name] for part in parts])[back.to(self.heads.device)] for name in keep},
         )
 
-    def _chunk(self, rows: Sequence[Row], keep: Collection[Kept]) -> Step:
+    def own(self, call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
+        """END's own query, key and value in every row, one a query head: `[rows, n_heads, head_dim]` float32 each."""
+        key, value = (part[:, :, 0].float().repeat_interleave(self._group, 1) for part in (call.key, call.value))
+        return call.query[:, :, 0].float(), key, value
+
+    def pattern(self, call: AttentionCall, query: Tensor, key: Tensor) -> Tensor:
+        """Attention from END over the clean run's keys and its own: `[rows, n_heads, seq]` float32."""
+        past = self.keys[call.layer].to(query.device)
+        scores = self._by_group(query, past.transpose(1, 2))
+        scores = torch.cat([scores, (query * key).sum(-1, keepdim=True)], -1) * call.scaling
+        return masked(softcapped(scores, call.softcap), self._masks[call.layer]).softmax(-1)
+
+    def read(self, layer: int, pattern: Tensor, value: Tensor) -> Tensor:
+        """What attention `pattern` reads from the clean run's values and END's own: `[rows, n_heads, head_dim]`."""
+        past = self.values[layer].to(pattern.device)
+        return self._by_group(pattern[..., :-1], past) + pattern[..., -1:] * value
+
+    @property
+    def _group(self) -> int:
+        """Query heads that share a key and value head."""
+        return self.heads.n_heads // self.heads.n_kv_heads
+
+    def _by_group(self, left: Tensor, right: Tensor) -> Tensor:
+        """`[rows, n_heads, n] @ [n_kv_heads, n, m] -> [rows, n_heads, m]`, one product a group over all rows."""
+        rows, n_kv, group = len(left), self.heads.n_kv_heads, self._group
+        n, m = right.shape[1:]
+        folded = left.reshape(rows, n_kv, group, n).transpose(0, 1).reshape(n_kv, rows * group, n)
+        return (folded @ right).view(n_kv, rows, group, m).transpose(0, 1).reshape(rows, n_kv * group, m)
+
+    def _chunk(self, rows: Sequence[Row], keep: Collection[Kept], layers: Collection[int] | None) -> Step:
         """One decoding step; `rows` are sorted by entry. Row 0 of the batch is the clean run throughout."""
         heads = self.heads
         sizes = entered([row.entry(heads.n_layers) for row in rows], heads.n_layers)
@@ -151,32 +191,19 @@ class EndRun:
         edits = _Edits(rows, heads, self.tokens.device)
 
         def take(name: str, layer: int, value: Tensor) -> None:
-            if name in taken:
+            if name in taken and (layers is None or layer in layers or name == "residual"):
                 taken[name][layer] = value
 
         def attend(call: AttentionCall) -> Tensor:
             layer = call.layer
-            group = heads.n_heads // heads.n_kv_heads
-            query = call.query[:, :, 0].float()  # [rows, heads, head_dim]
-            key = call.key[:, :, 0].float().repeat_interleave(group, 1)
-            value = call.value[:, :, 0].float().repeat_interleave(group, 1)
+            query, key, value = self.own(call)
             for name, tensor in (("query", query), ("key", key), ("value", value)):
                 if name in taken or (name, layer) in edits.put:
                     take(name, layer, tensor.clone())
                     edits.replace(name, layer, tensor)
-            past, past_values = self.keys[layer].to(query.device), self.values[layer].to(query.device)
-            n_rows, n_kv, seen = len(query), heads.n_kv_heads, past.shape[1]
-            # One product per group of heads over all rows: [kv, rows * group, head_dim] x [kv, head_dim, seq - 1].
-            folded = query.view(n_rows, n_kv, group, -1).transpose(0, 1).reshape(n_kv, n_rows * group, -1)
-            scores = (folded @ past.transpose(1, 2)).view(n_kv, n_rows, group, seen).transpose(0, 1)
-            scores = torch.cat([scores.reshape(n_rows, heads.n_heads, seen), (query * key).sum(-1, keepdim=True)], -1)
-            scores = masked(softcapped(scores * call.scaling, call.softcap), self._masks[layer])
-            pattern = edits.knock_out(layer, scores.softmax(-1))  # [rows, heads, seq]
+            pattern = edits.knock_out(layer, self.pattern(call, query, key))
             take("pattern", layer, pattern)
-            weights = pattern[..., :-1].reshape(n_rows, n_kv, group, seen).transpose(0, 1)
-            out = (weights.reshape(n_kv, n_rows * group, seen) @ past_values).view(n_kv, n_rows, group, -1)
-            out = out.transpose(0, 1).reshape(n_rows, heads.n_heads, -1) + pattern[..., -1:] * value
-            return out[:, None].to(call.query.dtype)
+            return self.read(layer, pattern, value)[:, None].to(call.query.dtype)
 
         def at_projection(layer: int) -> Any:
             def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:

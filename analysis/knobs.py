@@ -26,10 +26,11 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from .attention import AttentionCall, attend_with, softcapped
+from .encoding import encode
 from .errors import CheckError, InputError, nearest
 from .mlp import decompose
 from .model import HeadModel
-from .tasks import Task, encode, load_task
+from .tasks import Task, load_task
 
 FIT = "one_to_many:train"  # what an intercept is fitted on unless told otherwise: several wordings, training subjects
 _FIT_EXAMPLES = 200

@@ -18,12 +18,13 @@ from typing import Any
 from torch import Tensor
 
 from . import attribution, gates, gradients, patching
+from .encoding import Encoded, EncodedTask, encode
 from .errors import InputError, nearest
 from .model import HeadModel
 from .references import Reference, References
 from .scores import Array, Scores, stack
 from .shards import Shards
-from .tasks import Encoded, EncodedTask, Task, encode
+from .tasks import Task
 
 Progress = Callable[[Sequence[Any], str], Iterable[Any]]
 

@@ -32,9 +32,9 @@ from torch.nn import functional
 
 from . import hooks
 from .attention import record_rows
+from .encoding import Encoded
 from .errors import CheckError, InputError
 from .model import HeadModel
-from .tasks import Encoded
 
 RIDGE = 1e-6
 _CONSTANT = 1e-10  # an input does not vary whose variance is at most this share of its mean square

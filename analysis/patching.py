@@ -14,10 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .encoding import Encoded
 from .interventions import CLEAN, EndRun, Head, Row, everywhere, silenced
 from .model import HeadModel
 from .scores import Array
-from .tasks import Encoded
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,7 @@ def head_to_head_logits(
     layer, head = receiver
     senders = [pair for pair in every_head(heads) if pair[0] < layer]
     rows = [Row(outputs={pair: reference[pair]}, freeze="heads") for pair in senders]
-    heard = run.step(rows, keep=[through]).kept[through][:, layer, head] if rows else torch.empty(0)  # type: ignore[list-item]
+    heard = run.step(rows, keep=[through], layers=[layer]).kept[through][:, 0, head] if rows else torch.empty(0)  # type: ignore[list-item]
     names = {"query": "queries", "key": "keys", "value": "values"}
     changed = [Row(**{names[through]: {receiver: value}}) for value in heard]  # type: ignore[arg-type]
     return senders, run.step([CLEAN, *changed]).logits

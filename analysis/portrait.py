@@ -29,10 +29,10 @@ from .attention import record_rows
 from .cards import SOURCES, Copying, HeadPortrait, Prompt, Read, Written
 from .cards import read as read
 from .cards import write as write
+from .encoding import Encoded
 from .errors import InputError
 from .model import HeadModel
 from .scores import Array
-from .tasks import Encoded
 
 COPIED = ("subject", "previous")  # the sources whose tokens the copying test is made on
 READ_TOKENS = 8

@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .analyses import Analysis, Figure, Table
+from .encoding import Encoded
 from .errors import InputError
 from .methods import Progress
 from .model import HeadModel
@@ -29,7 +30,6 @@ from .page import with_interval
 from .promote_example import Values, measured, traced
 from .promote_figures import lines, maps, shown, traces
 from .scores import subject_weights
-from .tasks import Encoded
 from .tracing import KINDS
 
 Band = dict[str, Any]  # {"n": examples, "mean", "low", "high": a number or a list of them by layer}

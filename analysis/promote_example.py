@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .decoding import PARTS, answer_tokens, decode, string_logprobs, token_lens
+from .encoding import Encoded
 from .interventions import CLEAN, EndRun, Row
 from .model import HeadModel
-from .tasks import Encoded
 from .tracing import KINDS, causal_trace, knockout
 
 Values = NDArray[np.float64]

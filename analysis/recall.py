@@ -29,6 +29,7 @@ from torch import Tensor
 
 from .analyses import Analysis
 from .attention import softcapped
+from .encoding import Encoded
 from .errors import InputError
 from .frequency import Frequencies, frequencies
 from .knobs import scale_sink_heads, subtract_mlp_intercept
@@ -39,7 +40,6 @@ from .patching import answer_probabilities, path_logits
 from .recall_page import page
 from .references import References
 from .scores import Array, Scores, mean_interval, stack
-from .tasks import Encoded
 
 TAU = 0.5  # attention to the first position above which a last-layer head counts as one that looks there
 # What the knobs are set to: (factor on heads that look at the first position, share of the intercept taken away).

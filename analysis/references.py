@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from . import hooks
+from .encoding import Encoded
 from .errors import InputError
 from .model import HeadModel
-from .tasks import Encoded, Example
+from .tasks import Example
 
 
 def shape_of(example: Example) -> str:

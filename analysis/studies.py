@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from .analyses import Analysis, Figure, Table
+from .encoding import Encoded
 from .errors import InputError
 from .interventions import EndRun, Head, Row
 from .methods import Progress, chosen, score_examples
@@ -27,7 +28,6 @@ from .patching import (
 from .references import References
 from .scores import Array, Scores, mean_interval, stack
 from .selection import SIGNS, elbow, rank
-from .tasks import Encoded
 
 # Proportions of heads at which faithfulness is measured (Mueller et al. 2025, MIB).
 PROPORTIONS = (0.0, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)

@@ -36,12 +36,13 @@ import torch
 from speed_analysis import code_sha256
 
 from headtune.analysis import model, planted, selection, studies
+from headtune.analysis.encoding import Encoded, encode
 from headtune.analysis.files import write_json
 from headtune.analysis.headset import provenance
 from headtune.analysis.methods import METHODS, score_examples
 from headtune.analysis.references import References
 from headtune.analysis.scores import Scores
-from headtune.analysis.tasks import Encoded, encode, load_task
+from headtune.analysis.tasks import load_task
 from headtune.train.console import progress
 
 ROOT = Path(__file__).resolve().parents[1]

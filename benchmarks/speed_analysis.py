@@ -218,7 +218,7 @@ def make_prompts(folder: str, task: Any, n: int, lengths: Sequence[int]) -> tupl
     """
     from transformers import AutoTokenizer
 
-    from headtune.analysis.tasks import encode
+    from headtune.analysis.encoding import encode
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     pool = [encoded for encoded in encode(task, tokenizer).examples if encoded.previous_tokens]

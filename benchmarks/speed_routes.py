@@ -184,7 +184,8 @@ def encode_json(encoded: Any) -> Prompt:
 
 def decode(prompt: Prompt) -> Any:
     """The `Encoded` behind a prompt."""
-    from headtune.analysis.tasks import Encoded, Example
+    from headtune.analysis.encoding import Encoded
+    from headtune.analysis.tasks import Example
 
     def fixed(value: Any) -> Any:
         return tuple(fixed(item) for item in value) if isinstance(value, list | tuple) else value

@@ -16,11 +16,11 @@ from tiny import tiny_model, tiny_task, tiny_tokenizer
 
 from headtune.analysis import analyses
 from headtune.analysis.analyses import Analysis, Figure, Study, Table
+from headtune.analysis.encoding import Encoded, encode
 from headtune.analysis.errors import InputError
 from headtune.analysis.methods import Progress
 from headtune.analysis.model import HeadModel, view
 from headtune.analysis.page import png_of
-from headtune.analysis.tasks import Encoded, encode
 
 TASK = tiny_task(subjects=3)
 

@@ -20,6 +20,7 @@ from headtune.analysis import hooks
 from headtune.analysis.architectures import ARCHITECTURES
 from headtune.analysis.attention import record_rows
 from headtune.analysis.attribution import attribute
+from headtune.analysis.encoding import Encoded, encode
 from headtune.analysis.errors import CheckError, InputError
 from headtune.analysis.model import HeadModel, check, view
 from headtune.analysis.patching import (
@@ -28,7 +29,6 @@ from headtune.analysis.patching import (
     set_probabilities,
     silenced_logits,
 )
-from headtune.analysis.tasks import Encoded, encode
 
 # What each family adds to a norm's weight, written down here once more.
 GAIN_OFFSETS = {"gemma2": 1.0, "gemma3_text": 1.0}

@@ -15,10 +15,10 @@ from headtune.analysis import hooks
 from headtune.analysis.attention import AttentionCall, attend_with, record_rows
 from headtune.analysis.attribution import attribute
 from headtune.analysis.decoding import PARTS, answer_tokens, decode, string_logprobs, token_lens
+from headtune.analysis.encoding import Encoded, encode
 from headtune.analysis.errors import InputError
 from headtune.analysis.interventions import CLEAN, EndRun, Row
 from headtune.analysis.model import HeadModel, view
-from headtune.analysis.tasks import Encoded, encode
 
 SIZES: dict[str, dict[str, Any]] = {
     "llama": {"num_key_value_heads": 2, "head_dim": 12},

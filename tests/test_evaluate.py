@@ -9,7 +9,8 @@ import pytest
 import torch
 from tiny import tiny_model, tiny_task, tiny_tokenizer
 
-from headtune.analysis.tasks import Example, Task, encode
+from headtune.analysis.encoding import encode
+from headtune.analysis.tasks import Example, Task
 from headtune.train import evaluate as evaluation
 from headtune.train.evaluate import (
     KINDS,

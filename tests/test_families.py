@@ -23,10 +23,11 @@ from headtune.analysis.attention import record_rows
 from headtune.analysis.attribution import attribute
 from headtune.analysis.builtin import BUILT_IN, BuiltIn
 from headtune.analysis.checks import check
+from headtune.analysis.encoding import Encoded, encode
 from headtune.analysis.errors import CheckError, InputError
 from headtune.analysis.model import HeadModel, load, view
 from headtune.analysis.patching import silenced_logits
-from headtune.analysis.tasks import Encoded, encode, load_task
+from headtune.analysis.tasks import load_task
 
 ROUNDING = 2.0**-8  # of one bfloat16 operation, relative: 8 significant bits
 

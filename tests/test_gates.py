@@ -12,13 +12,13 @@ from tiny import KINDS, N_HEADS, N_LAYERS, tiny_model, tiny_task, tiny_tokenizer
 from torch import Tensor
 
 from headtune.analysis import gates, hooks
+from headtune.analysis.encoding import Encoded, encode
 from headtune.analysis.errors import InputError
 from headtune.analysis.gates import Gates, answer_log_probability, fit_gates, gate_scores
 from headtune.analysis.methods import silent
 from headtune.analysis.model import HeadModel, view
 from headtune.analysis.planted import PlantedModel, Planting, plant
 from headtune.analysis.scores import Array
-from headtune.analysis.tasks import Encoded, encode
 
 
 @pytest.fixture(

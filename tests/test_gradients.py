@@ -11,13 +11,13 @@ from tiny import KINDS, N_HEADS, N_LAYERS, tiny_model, tiny_task, tiny_tokenizer
 from torch import Tensor
 
 from headtune.analysis import gradients, hooks
+from headtune.analysis.encoding import Encoded, encode
 from headtune.analysis.errors import InputError
 from headtune.analysis.gradients import attribution_patching, integrated_gradients
 from headtune.analysis.interventions import CLEAN, EndRun, Row
 from headtune.analysis.model import HeadModel, view
 from headtune.analysis.patching import every_head, patching_effects
 from headtune.analysis.planted import Planting, plant
-from headtune.analysis.tasks import Encoded, encode
 
 FAMILIES = ("llama-gqa", "mistral-sliding", "gpt2", "opt", "gpt_neox", "phi", "gemma2-caps", "gemma3-sliding")
 

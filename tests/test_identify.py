@@ -14,12 +14,13 @@ import torch
 from tiny import N_HEADS, N_LAYERS, tiny_model, tiny_task, tiny_tokenizer
 
 from headtune.analysis import headset, hooks, identify, report
+from headtune.analysis.encoding import Encoded, encode
 from headtune.analysis.errors import InputError
 from headtune.analysis.headset import ROLES, HeadSet, RankedHead
 from headtune.analysis.identify import Identified, dissociation
 from headtune.analysis.model import HeadModel, load, view
 from headtune.analysis.scores import load_means
-from headtune.analysis.tasks import Encoded, Task, encode
+from headtune.analysis.tasks import Task
 from headtune.train import console
 from headtune.train.cli_analysis import print_heads
 

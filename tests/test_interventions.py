@@ -15,11 +15,11 @@ from torch import Tensor
 
 from headtune.analysis import interventions, patching
 from headtune.analysis.attention import AttentionCall, attend_with
+from headtune.analysis.encoding import Encoded, encode
 from headtune.analysis.errors import InputError
 from headtune.analysis.interventions import CLEAN, EndRun, Head, Row, everywhere, rows_in_memory, silenced
 from headtune.analysis.model import HeadModel, view
 from headtune.analysis.patching import INPUTS, every_head
-from headtune.analysis.tasks import Encoded, encode
 
 # Groups of heads, sliding windows shorter than the prompt, learned positions, parallel residuals, Conv1D, soft caps and
 # norms after the blocks.
@@ -250,6 +250,14 @@ def test_a_row_does_not_depend_on_its_company(heads: HeadModel, tokens: Tensor, 
     rows = rows_of(heads, len(tokens))
     run = EndRun(heads, tokens)
     close(run.step([rows[name]]).logits[0], run.step(list(rows.values())).logits[list(rows).index(name)])
+
+
+def test_layers_say_whose_values_are_kept(heads: HeadModel, tokens: Tensor) -> None:
+    rows = [silenced([(2, 0)]), CLEAN, silenced([(0, 1), (1, 1)])]
+    run, names = EndRun(heads, tokens), ("z", "query", "mlp", "pattern")
+    everything, some = run.step(rows, keep=names).kept, run.step(rows, keep=names, layers=[0, 2]).kept
+    for name in names:
+        assert torch.equal(some[name], everything[name][:, [0, 2]])
 
 
 def test_what_is_kept_has_the_shapes_that_are_promised(heads: HeadModel, tokens: Tensor) -> None:

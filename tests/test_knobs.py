@@ -14,7 +14,7 @@ from tiny import N_HEADS, N_LAYERS, save_tiny, tiny_model, tiny_task, tiny_token
 from torch import Tensor
 from transformers import PreTrainedModel, StaticCache
 
-from headtune.analysis import knobs, mlp, tasks
+from headtune.analysis import encoding, knobs, mlp, tasks
 from headtune.analysis.errors import CheckError, InputError
 from headtune.analysis.interventions import CLEAN, EndRun
 from headtune.analysis.knobs import Intercept, Sink, scale_sink_heads, subtract_mlp_intercept
@@ -219,7 +219,7 @@ def test_knobs_turned_together_are_the_blocks_opened_together(llama: HeadModel, 
     path = tmp_path / "cities.jsonl"
     path.write_text(tasks.to_jsonl(tiny_task().examples), encoding="utf-8")
     tokens = _prompt(9)[None]
-    found, r2 = mlp.decompose(llama, tasks.encode(tiny_task(), llama.tokenizer).examples)
+    found, r2 = mlp.decompose(llama, encoding.encode(tiny_task(), llama.tokenizer).examples)
     with torch.no_grad(), scale_sink_heads(llama, TAU, GAMMA), subtract_mlp_intercept(llama, found.intercept[-1], 0.7):
         expected = llama.model(tokens, use_cache=False).logits
     with knobs.turned(llama, [Sink(TAU, GAMMA), Intercept(0.7, str(path))]) as notes, torch.no_grad():

@@ -13,12 +13,13 @@ from tiny import N_HEADS, N_LAYERS, tiny_model, tiny_task, tiny_tokenizer
 from torch import Tensor
 
 from headtune.analysis import gates, gradients, hooks, patching
+from headtune.analysis.encoding import Encoded, EncodedTask, encode
 from headtune.analysis.errors import InputError
 from headtune.analysis.methods import DEFAULT, METHODS, chosen, score, score_examples
 from headtune.analysis.model import HeadModel, view
 from headtune.analysis.references import References
 from headtune.analysis.scores import Array, Scores
-from headtune.analysis.tasks import Encoded, EncodedTask, Task, encode
+from headtune.analysis.tasks import Task
 
 EXACT = [name for name, method in METHODS.items() if method.causal and method.score is not None]
 NEEDS_OTHERS = {

@@ -11,10 +11,10 @@ from tiny import N_HEADS, N_LAYERS, tiny_model, tiny_task, tiny_tokenizer
 from torch import Tensor
 
 from headtune.analysis import hooks, mlp
+from headtune.analysis.encoding import encode
 from headtune.analysis.errors import InputError
 from headtune.analysis.interventions import CLEAN, EndRun
 from headtune.analysis.model import HeadModel, view
-from headtune.analysis.tasks import encode
 
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-gqa": ("llama", {"num_key_value_heads": 2}),

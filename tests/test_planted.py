@@ -14,6 +14,7 @@ from torch import Tensor
 
 from headtune.analysis import hooks, metrics
 from headtune.analysis.attention import record_rows
+from headtune.analysis.encoding import Encoded, encode
 from headtune.analysis.errors import InputError
 from headtune.analysis.identify import Identified, identify
 from headtune.analysis.metrics import Head
@@ -22,7 +23,7 @@ from headtune.analysis.patching import silenced_logits
 from headtune.analysis.planted import KINDS, PlantedModel, plant, suite
 from headtune.analysis.planting import Planting
 from headtune.analysis.scores import Array
-from headtune.analysis.tasks import Encoded, Task, encode
+from headtune.analysis.tasks import Task
 
 BY_NAME = {kind.name: kind for kind in KINDS}
 EVERY = [(name, seed) for name in BY_NAME for seed in (0, 1)]

@@ -16,10 +16,11 @@ from headtune.analysis.architectures import ARCHITECTURES
 from headtune.analysis.attention import record_rows
 from headtune.analysis.attribution import attribute
 from headtune.analysis.cards import HeadPortrait
+from headtune.analysis.encoding import Encoded, encode
 from headtune.analysis.errors import InputError
 from headtune.analysis.model import HeadModel, view
 from headtune.analysis.portrait import READ_TOKENS, portrait
-from headtune.analysis.tasks import Encoded, Task, encode
+from headtune.analysis.tasks import Task
 
 GAIN_OFFSETS = {"gemma2": 1.0, "gemma3_text": 1.0}
 HEADS = [(0, 1), (2, 3), (1, 0)]

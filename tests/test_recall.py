@@ -13,12 +13,13 @@ import torch
 from tiny import tiny_model, tiny_task, tiny_tokenizer
 
 from headtune.analysis import analyses, frequency, hooks, mlp, recall
+from headtune.analysis.encoding import Encoded, encode
 from headtune.analysis.errors import InputError
 from headtune.analysis.frequency import Frequencies
 from headtune.analysis.model import EMBEDDED, HeadModel, cache_folder, load, view
 from headtune.analysis.planted import PlantedModel, Planting, plant
 from headtune.analysis.references import References
-from headtune.analysis.tasks import Encoded, Task, encode, load_task
+from headtune.analysis.tasks import Task, load_task
 
 
 @pytest.fixture(scope="module")

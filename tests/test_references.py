@@ -10,10 +10,11 @@ from tiny import FACTS, tiny_model, tiny_task, tiny_tokenizer
 from torch import Tensor
 
 from headtune.analysis import hooks
+from headtune.analysis.encoding import Encoded, encode
 from headtune.analysis.errors import InputError
 from headtune.analysis.model import HeadModel, view
 from headtune.analysis.references import References, outputs, shape_of
-from headtune.analysis.tasks import Encoded, Example, Task, encode
+from headtune.analysis.tasks import Example, Task
 
 KINDS: dict[str, Callable[[References, int], Tensor | None]] = {
     "mean": References.mean,

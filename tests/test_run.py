@@ -19,7 +19,7 @@ from tiny import FACTS, N_HEADS, N_LAYERS, save_tiny
 from torch import Tensor
 
 from headtune.analysis import model as models
-from headtune.analysis.tasks import encode
+from headtune.analysis.encoding import encode
 from headtune.train import recipe as recipes
 from headtune.train import run as runs_module
 from headtune.train.cli import main

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file
 from small_runs import head_set, write_task
 from tiny import tiny_model, tiny_task, tiny_tokenizer
@@ -451,7 +452,17 @@ def test_two_processes_share_examples_and_errors(tmp_path: Path) -> None:
     assert not (tmp_path / "kept").exists()
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """As many threads as each launched process has: sums are rounded otherwise with another number."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_thread")
 def test_two_processes_find_what_one_finds(place: Path, tiny_llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Methods by example, with references, and of the whole task; the elbow and a control; files of the first alone."""
     head_set(json.loads((_identity(tiny_llama, place)).read_text())["model"]).write(place / "control.json")

@@ -12,6 +12,7 @@ from tiny import N_HEADS, N_LAYERS, tiny_model, tiny_task, tiny_tokenizer
 
 from headtune.analysis import analyses, hooks, studies
 from headtune.analysis.analyses import Analysis, Figure, Table
+from headtune.analysis.encoding import Encoded, encode
 from headtune.analysis.errors import InputError
 from headtune.analysis.metrics import Head
 from headtune.analysis.model import HeadModel, view
@@ -20,7 +21,7 @@ from headtune.analysis.planted import KINDS, PlantedModel, plant
 from headtune.analysis.references import References
 from headtune.analysis.scores import Scores
 from headtune.analysis.selection import elbow, rank
-from headtune.analysis.tasks import Encoded, Task, encode
+from headtune.analysis.tasks import Task
 
 TASK = tiny_task(subjects=3)
 

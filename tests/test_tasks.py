@@ -14,20 +14,16 @@ import tiny
 from transformers import PreTrainedTokenizerFast
 
 from headtune.analysis import tasks
+from headtune.analysis.encoding import Encoded, as_chat, continuation, encode, first_token
 from headtune.analysis.errors import InputError
 from headtune.analysis.tasks import (
-    Encoded,
     Example,
     Task,
     Template,
-    as_chat,
     build,
     build_files,
     builtin_names,
     canonical,
-    continuation,
-    encode,
-    first_token,
     invert,
     load_task,
     normalise,

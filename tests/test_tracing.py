@@ -14,10 +14,10 @@ from torch import Tensor
 
 from headtune.analysis.attention import attend_with
 from headtune.analysis.decoding import string_logprobs
+from headtune.analysis.encoding import Encoded, encode
 from headtune.analysis.errors import InputError
 from headtune.analysis.interventions import EndRun, Row
 from headtune.analysis.model import HeadModel
-from headtune.analysis.tasks import Encoded, encode
 from headtune.analysis.tracing import KINDS, causal_trace, knockout, noise_of, window_of
 
 TOKENS = torch.tensor([5, 17, 300])

@@ -11,8 +11,9 @@ from tiny import tiny_model, tiny_tokenizer
 from torch import Tensor
 from trl import SFTConfig
 
+from headtune.analysis.encoding import encode
 from headtune.analysis.errors import InputError
-from headtune.analysis.tasks import Example, Task, encode
+from headtune.analysis.tasks import Example, Task
 from headtune.train import trainers
 from headtune.train.adapter import HeadTuningConfig
 from headtune.train.evaluate import ScoredList, parse_items, score_items

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
+from ..analysis.encoding import EncodedTask, as_chat, encode
 from ..analysis.scores import mean_interval
-from ..analysis.tasks import EncodedTask, Example, Task, as_chat, canonical, encode
+from ..analysis.tasks import Example, Task, canonical
 
 KINDS = ("repeat", "correct_new", "wrong", "missing")
 

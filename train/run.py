@@ -23,11 +23,12 @@ from transformers import PrinterCallback, TrainerCallback, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..analysis import cards, headset, identify, report
+from ..analysis.encoding import encode
 from ..analysis.errors import CheckError, InputError
 from ..analysis.files import require_new_folder, write_json, write_text
 from ..analysis.model import HeadModel, load, load_plain
 from ..analysis.scores import load_means
-from ..analysis.tasks import Task, encode, load_task, take_split
+from ..analysis.tasks import Task, load_task, take_split
 from . import adapter
 from . import recipe as recipes
 from .evaluate import ScoredList, evaluate

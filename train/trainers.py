@@ -18,10 +18,11 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTTrainer
 
+from ..analysis.encoding import EncodedTask, continuation
 from ..analysis.errors import InputError
 from ..analysis.files import write_text
 from ..analysis.model import cache_folder
-from ..analysis.tasks import EncodedTask, Example, Task, continuation, to_jsonl
+from ..analysis.tasks import Example, Task, to_jsonl
 from .evaluate import generate_lists
 from .objectives import answer_set, retention
 from .recipe import AnswerSetBlock
