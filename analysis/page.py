@@ -121,7 +121,8 @@ pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: 0 0 .5rem; font-si
 .sides > * { flex: 1 1 16rem; min-width: 0; }
 .kinds { list-style: none; padding: 0; margin: 0; display: flex; flex-wrap: wrap; gap: .4rem; font-size: .8rem; }
 .kinds li { border: 1px solid; border-radius: 1rem; padding: 0 .6rem; }
-.repeat { color: var(--red); } .correct_new { color: var(--green); } .wrong { color: var(--grey); }
+.repeat { color: var(--red); } .correct_new, .correct, .best { color: var(--green); }
+.wrong, .incorrect { color: var(--grey); }
 .missing { color: var(--grey); border-style: dashed !important; }
 .card { padding: .5rem .8rem; margin: .6rem 0; } summary { cursor: pointer; } summary > b { font-size: 1.1rem; }
 .card[open] > summary { margin-bottom: .7rem; } .gist { color: var(--soft); } .card .note { margin: .3rem 0; }

@@ -1,7 +1,8 @@
 """Tasks: prompts whose next words are known answers, with the answers already given and where everything stands.
 
 A task is a JSONL file, a `datasets` hub id or a built-in name, with an optional split: `one_to_many:test`. One example
-a line: `{"prompt", "subject", "answers", "previous", "corrupt"}`; see the README for the format.
+a line: `{"prompt", "subject", "answers", "previous", "corrupt", "incorrect"}`; see the README for the format. Data of
+other layouts is named with its format: `truthfulqa:fold_0_test.csv` (see `formats`).
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ import logging
 import random
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from .errors import InputError, nearest
 from .files import write_text
@@ -36,6 +37,7 @@ class Example:
         answers: all accepted answers, those already given included.
         previous: the answers already given, in order; empty for single-fact prompts.
         corrupt: counterpart prompt for patching, if there is one.
+        incorrect: wrong answers, for preference pairs and multiple choice; `answers[0]` is then the best right one.
     """
 
     prompt: str
@@ -43,12 +45,16 @@ class Example:
     answers: tuple[str, ...]
     previous: tuple[str, ...] = ()
     corrupt: str | None = None
+    incorrect: tuple[str, ...] = ()
 
     @property
     def remaining(self) -> tuple[str, ...]:
         """Accepted answers not given yet."""
         given = {canonical(answer, self.subject) for answer in self.previous}
         return tuple(answer for answer in self.answers if canonical(answer, self.subject) not in given)
+
+
+Kind = Literal["lists", "exact_match", "multiple_choice"]
 
 
 @dataclass(frozen=True)
@@ -59,11 +65,13 @@ class Task:
         name: of the task.
         examples: the prompts.
         chat_template: give the prompts to the model as a chat, in its tokenizer's own template (see `as_chat`).
+        kind: how it is evaluated: the next items of a list, one answer, or a choice among `answers` and `incorrect`.
     """
 
     name: str
     examples: tuple[Example, ...]
     chat_template: bool = False
+    kind: Kind = "lists"
 
     @property
     def subjects(self) -> list[str]:
@@ -71,7 +79,8 @@ class Task:
 
     @property
     def sha256(self) -> str:
-        return hashlib.sha256((to_jsonl(self.examples) + "chat" * self.chat_template).encode()).hexdigest()
+        how = "chat" * self.chat_template + ("" if self.kind == "lists" else self.kind)
+        return hashlib.sha256((to_jsonl(self.examples) + how).encode()).hexdigest()
 
     def limited(self, max_examples: int | None, seed: int = 0) -> Task:
         """At most `max_examples` examples, spread evenly over subjects (a seeded shuffle, subject by subject)."""
@@ -168,7 +177,9 @@ def build(
 
 
 def to_jsonl(examples: Iterable[Example]) -> str:
-    return "".join(json.dumps(asdict(example), ensure_ascii=False) + "\n" for example in examples)
+    # Without an empty `incorrect`, which came to the format later: files and digests from before stay what they were.
+    rows = ({k: v for k, v in asdict(example).items() if k != "incorrect" or v} for example in examples)
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def invert(samples: Iterable[tuple[str, str]], at_least: int) -> dict[str, list[str]]:
@@ -183,7 +194,7 @@ def invert(samples: Iterable[tuple[str, str]], at_least: int) -> dict[str, list[
 
 def read_relation(path: Path) -> list[tuple[str, str]]:
     """Read `{"samples": [{"subject", "object"}, ...]}` (the layout of the LRE relations) or the bare list."""
-    data = _read_json(path, "relation", object)
+    data = read_json(path, "relation", object)
     samples = data.get("samples") if isinstance(data, dict) else data
     if not isinstance(samples, list) or not all(
         isinstance(row, dict) and isinstance(row.get("subject"), str) and isinstance(row.get("object"), str)
@@ -206,14 +217,14 @@ def build_files(facts: Path, templates: Path | None, out: Path, inverted: bool =
         if few := len({thing for _, thing in samples}) - len(table):
             log.warning("%s: %d objects have fewer than %d subjects each and are left out", facts, few, least)
     else:
-        table = _read_json(facts, "facts", dict)
+        table = read_json(facts, "facts", dict)
     for subject, answers in table.items():
         if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
             raise InputError(f"{facts}: subject {subject!r} must map to a list of strings, not {answers!r}"[:300])
     if templates is None:
         chosen = [Template("List of answers for {subject}:")]
     else:
-        rows = _read_json(templates, "templates", list)
+        rows = read_json(templates, "templates", list)
         chosen = [_template(row, str(templates)) for row in rows]
     for found, path, what in ((table, facts, "subjects"), (chosen, templates, "templates")):
         if not found:
@@ -233,7 +244,8 @@ def _template(row: Any, where: str) -> Template:
     return Template(**row)
 
 
-def _read_json(path: Path, what: str, kind: type) -> Any:
+def read_json(path: Path, what: str, kind: type) -> Any:
+    """What a JSON file holds, which must be a `kind`; `what` names it in messages."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -297,23 +309,39 @@ def take_split(task: Task, split: str, seed: int = 0) -> Task:
 
 
 def load_task(name: str, split_seed: int = 0) -> Task:
-    """Load a task by built-in name, JSONL path or `datasets` hub id, each with an optional `:split`.
+    """Load a task by built-in name, JSONL path, `datasets` hub id or `FORMAT:PATH`, each with an optional `:split`.
+
+    The formats, and what `PATH` may be in each, are those of `formats`; the others are tasks of lists.
 
     Raises:
-        InputError: no such task, or a malformed line (named by its number).
+        InputError: no such task or format, or a malformed line (named by its number).
     """
-    base, colon, split = name.rpartition(":")
-    if not colon or "/" in split or "\\" in split:
-        base, colon = name, ""
+    from . import formats  # which reads rows with this module
+
+    shape, colon, source = name.partition(":")
+    if colon and shape in formats.FORMATS:
+        base, colon, split = _parts(source)
+        task = formats.read(shape, base)
+        return take_split(task, split, split_seed) if colon else task
+    base, colon, split = _parts(name)
     if base in builtin_names():
         task = Task(base, tuple(_builtin(base)))
+    elif ":" in base and len(shape) > 1 and not {"/", "\\", "."} & set(shape) and not Path(base).exists():
+        raise InputError(f"task format {shape!r} of {name!r} is unknown; {nearest(shape, formats.FORMATS)}")
     elif base.endswith((".jsonl", ".json")) or Path(base).exists():
         task = Task(Path(base).stem, tuple(_read_jsonl(Path(base))))
     elif base.count("/") == 1:
         task = Task(base, tuple(_read_hub(base)))
     else:
-        raise InputError(f"task {base!r} is neither a file, a hub id nor built in; {nearest(base, builtin_names())}")
+        known = [*builtin_names(), *formats.FORMATS]
+        raise InputError(f"task {base!r} is neither a file, a hub id nor built in; {nearest(base, known)}")
     return take_split(task, split, split_seed) if colon else task
+
+
+def _parts(name: str) -> tuple[str, str, str]:
+    """`base`, `:` and the split of `base:split`; what follows a colon inside a path is no split."""
+    base, colon, split = name.rpartition(":")
+    return (name, "", "") if not colon or "/" in split or "\\" in split else (base, colon, split)
 
 
 def _read_jsonl(path: Path) -> list[Example]:
@@ -321,35 +349,43 @@ def _read_jsonl(path: Path) -> list[Example]:
         raise InputError(
             f"task file {str(path)!r} does not exist; check the path or build it with: headtune task build"
         )
-    examples = []
+    examples = [parse_example(row, where) for where, row in json_lines(path)]
+    if not examples:
+        raise InputError(f"task file {str(path)!r} holds no examples; write one JSON object a line")
+    return examples
+
+
+def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
+    """What each line of a JSONL file holds, with its place (`file:line`); empty lines are passed over."""
     try:
         # Not splitlines: JSON strings may hold U+2028 and the like, which end no JSONL line.
         lines = path.read_text(encoding="utf-8").split("\n")
     except UnicodeDecodeError as error:
         raise InputError(f"task file {str(path)!r} is not UTF-8 text: {error.reason} at byte {error.start}") from None
     for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        where = f"{path}:{number}"
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{where}: not a JSON object ({error.msg} at column {error.colno})") from None
-        examples.append(parse_example(row, where))
-    if not examples:
-        raise InputError(f"task file {str(path)!r} holds no examples; write one JSON object a line")
-    return examples
+        if line.strip():
+            where = f"{path}:{number}"
+            try:
+                yield where, json.loads(line)
+            except json.JSONDecodeError as error:
+                raise InputError(f"{where}: not a JSON object ({error.msg} at column {error.colno})") from None
 
 
 def _read_hub(name: str) -> list[Example]:
+    return [parse_example(row, where) for where, row in hub_rows(name, "train")]
+
+
+def hub_rows(name: str, split: str, config: str | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The rows of a `datasets` hub data set, with their places."""
     import datasets
 
     try:
-        rows = datasets.load_dataset(name, split="train")
+        rows = datasets.load_dataset(name, config, split=split)
     except Exception as error:  # the hub client raises many kinds; every one means the same to the user
         reason = str(error).strip().splitlines()[0][:200]
         raise InputError(f"task {name!r} is not a file and cannot be loaded from the hub: {reason}") from error
-    return [parse_example(dict(row), f"{name} row {number}") for number, row in enumerate(rows)]
+    for number, row in enumerate(rows):
+        yield f"{name} row {number}", dict(row)
 
 
 def parse_example(row: Any, where: str) -> Example:
@@ -360,13 +396,13 @@ def parse_example(row: Any, where: str) -> Example:
     """
     if not isinstance(row, dict):
         raise InputError(f"{where}: expected a JSON object, found {type(row).__name__}")
-    known = {"prompt": str, "subject": str, "answers": list, "previous": list, "corrupt": str}
+    known = {"prompt": str, "subject": str, "answers": list, "previous": list, "corrupt": str, "incorrect": list}
     for key in row:
         if key not in known:
             raise InputError(f"{where}: unknown key {key!r}; {nearest(key, known)}")
     for key, kind in known.items():
         if row.get(key) is None:
-            if key in ("previous", "corrupt"):
+            if key in ("previous", "corrupt", "incorrect"):
                 continue
             raise InputError(f"{where}: key {key!r} is missing; an example needs prompt, subject and answers")
         if not isinstance(row[key], kind):
@@ -374,7 +410,12 @@ def parse_example(row: Any, where: str) -> Example:
         if kind is list and not all(isinstance(item, str) and item.strip() for item in row[key]):
             raise InputError(f"{where}: {key!r} must hold non-empty strings, found {row[key]!r}"[:300])
     example = Example(
-        row["prompt"], row["subject"], tuple(row["answers"]), tuple(row.get("previous") or ()), row.get("corrupt")
+        row["prompt"],
+        row["subject"],
+        tuple(row["answers"]),
+        tuple(row.get("previous") or ()),
+        row.get("corrupt"),
+        tuple(row.get("incorrect") or ()),
     )
     if not example.subject or example.subject not in example.prompt:
         raise InputError(

@@ -31,7 +31,7 @@ from headtune.analysis.patching import (
 )
 
 # What each family adds to a norm's weight, written down here once more.
-GAIN_OFFSETS = {"gemma2": 1.0, "gemma3_text": 1.0}
+GAIN_OFFSETS = {"gemma": 1.0, "gemma2": 1.0, "gemma3_text": 1.0}
 # The module whose output is what an MLP adds to the residual stream.
 MLPS = {"opt": "fc2", "gemma2": "post_feedforward_layernorm", "gemma3_text": "post_feedforward_layernorm"}
 
@@ -476,7 +476,7 @@ def frozen_run(heads: HeadModel, kind: Kind, prompt: Encoded) -> Frozen:
     for index, layer in enumerate(heads.layers):
         watched[f"layer {index}"] = layer
         watched[f"mlp {index}"] = layer.get_submodule(MLPS.get(kind.family, "mlp"))
-        if kind.family in GAIN_OFFSETS:
+        if kind.family in ("gemma2", "gemma3_text"):
             watched[f"norm {index}"] = layer.get_submodule("post_attention_layernorm")
     handles = [module.register_forward_hook(keep(name), with_kwargs=True) for name, module in watched.items()]
     with hooks.capture(heads, positions=torch.tensor([prompt.end])) as z:

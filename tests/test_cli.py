@@ -17,6 +17,7 @@ from headtune.analysis import model as models
 from headtune.analysis.scores import load_means
 from headtune.analysis.tasks import load_task
 from headtune.train import recipe as recipes
+from headtune.train.blocks import METHODS
 from headtune.train.cli import main
 from headtune.train.cli_analysis import memory
 
@@ -234,7 +235,7 @@ def test_recipes(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shown = output("show", "lofit/one_to_many")
     assert yaml.safe_load(shown)["recipe"] == "lofit" and shown.startswith("#")
     assert output("validate", str(recipe)).startswith(f"{recipe}: valid (lofit, lofit-list3-s0-")
-    assert json.loads(output("schema"))["properties"]["recipe"]["enum"] == ["lofit", "lora", "steer"]
+    assert json.loads(output("schema"))["properties"]["recipe"]["enum"] == list(METHODS)
 
 
 def test_identify_writes_what_a_recipe_reads(task: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,18 +11,23 @@ import torch
 from tiny import tiny_model, tiny_task, tiny_tokenizer
 
 from headtune.analysis.encoding import encode
+from headtune.analysis.errors import InputError
 from headtune.analysis.tasks import Example, Task
 from headtune.train import evaluate as evaluation
 from headtune.train.evaluate import (
     KINDS,
     answer_mass,
+    choose,
     evaluate,
+    generate_answers,
     generate_lists,
     neutral_text,
     parse_items,
     perplexity,
+    read_answer,
     score_items,
 )
+from headtune.train.multiple_choice import choice_log_likelihoods, choices, multiple_choice
 
 # --- reading a list ---------------------------------------------------------------------------------------------------
 
@@ -114,8 +120,6 @@ def model(request: pytest.FixtureRequest) -> Any:
 
 def ragged(task: Task) -> Task:
     """The same prompts with different lengths in one batch."""
-    from dataclasses import replace
-
     return Task(
         task.name,
         tuple(replace(e, prompt="and then " * (i % 4) + e.prompt) for i, e in enumerate(task.examples)),
@@ -205,6 +209,138 @@ def test_sampling_follows_its_seed(cities: Task) -> None:
     assert first == again != other
 
 
+# --- one answer -------------------------------------------------------------------------------------------------------
+
+CITY = Example("The city of the arch is", "arch", ("St. Louis", "Saint-Louis, Missouri", "The Gateway City"))
+
+
+@pytest.mark.parametrize(
+    ("text", "answer", "exact", "prefix"),
+    [
+        (" St. Louis", "St. Louis", 1, 1),
+        (" st louis.\nQ: next", "st louis.", 1, 1),
+        (" Saint Louis! It is big", "Saint Louis", 1, 1),
+        (" St. Louis. It is big", "St. Louis", 1, 1),  # the longest part that is an answer, not "St"
+        (" Saint-Louis, Missouri", "Saint-Louis, Missouri", 1, 1),
+        (" the gateway city; also", "the gateway city", 1, 1),
+        ("\n\n  St. Louis\n", "St. Louis", 1, 1),  # the first line that is not blank
+        (' "St. Louis".', '"St. Louis".', 1, 1),
+        (" St. Louis, Missouri", "St", 0, 1),
+        (" St. Louis and Rome", "St", 0, 1),
+        (" St. Louisville", "St", 0, 0),  # no word ends there
+        (" Rome. St. Louis", "Rome", 0, 0),
+        (" It is St. Louis", "It is St", 0, 0),
+        (" Rome\nSt. Louis", "Rome", 0, 0),
+        ("", "", 0, 0),
+        ("  \n \n", "", 0, 0),
+        ("...", "...", 0, 0),
+    ],
+)
+def test_read_answer(text: str, answer: str, exact: int, prefix: int) -> None:
+    assert read_answer(text, CITY) == (answer, exact, prefix)
+
+
+def test_the_longest_answer_is_read() -> None:
+    example = Example("X is", "X", ("St", "St. Louis"))
+    assert read_answer(" St. Louis. Big", example) == ("St. Louis", 1, 1)
+    assert read_answer(" St. Paul", example) == ("St", 1, 1)
+
+
+def test_an_alias_without_letters_accepts_nothing() -> None:
+    example = Example("X is", "X", ("Rome", "..."))
+    assert read_answer(" ...", example) == ("...", 0, 0) and read_answer("", example) == ("", 0, 0)
+    assert read_answer(" Rome", example) == ("Rome", 1, 1)
+
+
+def facts() -> Task:
+    rows = (("Italy", ("Rome", "New York and then Rome")), ("Japan", ("Tokyo",)), ("Some cities in France", ("Paris",)))
+    return Task("f", tuple(Example(f"cities in {s}:", s, a) for s, a in rows), kind="exact_match")
+
+
+def test_answers_in_batches_are_those_alone(model: Any) -> None:
+    tokenizer = tiny_tokenizer()
+    task = replace(ragged(tiny_task()), kind="exact_match")
+    alone = generate_answers(model, tokenizer, task, batch_size=1)
+    assert alone == generate_answers(model, tokenizer, task, batch_size=5)
+    assert [scored.example for scored in alone] == list(task.examples)
+    longest = max(len(tokenizer(f" {a}").input_ids) for e in task.examples for a in e.answers)
+    for scored in alone[:4]:
+        tokens = tokenizer(scored.example.prompt, return_tensors="pt").input_ids
+        length = tokens.shape[1]
+        while tokens.shape[1] < length + longest + 8 and "\n" not in tokenizer.decode(tokens[0, length:]).lstrip():
+            with torch.no_grad():
+                tokens = torch.cat([tokens, model(tokens, use_cache=False).logits[:, -1:].argmax(-1)], dim=1)
+            if tokens[0, -1] == tokenizer.eos_token_id:
+                break
+        assert scored.text == tokenizer.decode(tokens[0, length:], skip_special_tokens=True)
+
+
+@pytest.mark.parametrize(
+    ("text", "exact", "prefix", "kinds"),
+    [
+        (" Rome\nTokyo\n", 1 / 3, 1 / 3, ["correct", "wrong", "wrong"]),
+        (" Tokyo. Rome\n", 1 / 3, 1 / 3, ["wrong", "correct", "wrong"]),
+        (" Tokyo and Rome\n", 0, 1 / 3, ["wrong"] * 3),
+        ("", 0, 0, ["missing"] * 3),
+    ],
+)
+def test_evaluate_of_one_answer(
+    text: str, exact: float, prefix: float, kinds: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluation, "neutral_text", lambda: "List five cities in Italy and then Japan.")
+    metrics, scored = evaluate(scripted(text), tiny_tokenizer(), facts(), batch_size=2)
+    assert set(metrics) == {"exact_match", "prefix_match", "neutral_perplexity", "n"}
+    assert metrics["exact_match"]["mean"] == pytest.approx(exact)
+    assert metrics["prefix_match"]["mean"] == pytest.approx(prefix)
+    low, high = metrics["exact_match"]["ci"]
+    assert low <= exact <= high and (low < high) == (exact > 0)
+    assert [list(one.kinds) for one in scored] == [[kind] for kind in kinds]
+    assert all(one.text.count("\n") <= 1 and "Tokyo\n" not in one.text for one in scored), "one line is written"
+    assert metrics["n"] == {"examples": 3, "subjects": 3}
+    assert all(set(one.values) == {"exact_match", "prefix_match"} for one in scored)
+
+
+# --- multiple choice --------------------------------------------------------------------------------------------------
+
+
+def test_evaluate_of_multiple_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluation, "neutral_text", lambda: "List five cities in Italy and then Japan.")
+    examples = [
+        Example(f"Q: {s}\nA:", s, ("Rome", "Milan and then Naples"), incorrect=("Tokyo", "Kobe", wrong))
+        for s, wrong in (("Italy", "Paris"), ("Spain", "Lyon"), ("Some cities", "Nice"))
+    ]
+    task, model, tokenizer = Task("q", tuple(examples), kind="multiple_choice"), tiny_model("llama"), tiny_tokenizer()
+    metrics, scored = evaluate(model, tokenizer, task, batch_size=2, preamble="Q: Japan\nA: Tokyo")
+    assert set(metrics) == {"mc1", "mc2", "mc1_norm", "neutral_perplexity", "n"}
+    assert metrics["n"] == {"examples": 3, "subjects": 3, "choices": 15}
+    rows = choice_log_likelihoods(model, tokenizer, task, 16, "Q: Japan\nA: Tokyo")
+    assert rows != choice_log_likelihoods(model, tokenizer, task)
+    for one, example, row in zip(scored, examples, rows, strict=True):
+        assert one.example is example
+        assert one.values == pytest.approx(multiple_choice(example, row), abs=1e-4)
+        top = row.index(max(row))
+        assert one.items == (one.text,) == (choices(example)[top],)
+        assert one.kinds == (("best", "correct", *["incorrect"] * 3)[top],)
+    for name in ("mc1", "mc2", "mc1_norm"):
+        assert metrics[name]["mean"] == pytest.approx(sum(one.values[name] for one in scored) / 3)
+
+
+@pytest.mark.parametrize(
+    ("likeliest", "kind"), [(0, "best"), (1, "correct"), (2, "correct"), (3, "incorrect"), (4, "incorrect")]
+)
+def test_the_kind_of_the_likeliest_choice(likeliest: int, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    example = Example("Q: ?\nA:", "?", ("a", "b", "c"), incorrect=("d", "e"))
+    row = [-1.0 if index == likeliest else -2.0 for index in range(5)]
+    monkeypatch.setattr(evaluation, "choice_log_likelihoods", lambda *_: [row])
+    (one,) = choose(tiny_model("llama"), tiny_tokenizer(), Task("q", (example,), kind="multiple_choice"))
+    assert (one.text, one.items, one.kinds) == ("abcde"[likeliest], ("abcde"[likeliest],), (kind,))
+
+
+def test_a_preamble_is_for_multiple_choice() -> None:
+    with pytest.raises(InputError, match="task 'f' is no multiple choice but exact_match; leave the preamble out"):
+        evaluate(tiny_model("llama"), tiny_tokenizer(), facts(), preamble="Q: ?")
+
+
 # --- numbers ----------------------------------------------------------------------------------------------------------
 
 
@@ -270,6 +406,7 @@ def test_evaluate_adds_up(monkeypatch: pytest.MonkeyPatch) -> None:
         assert metrics[f"{kind}_rate"]["mean"] == pytest.approx(counted)
         low, high = metrics[f"{kind}_rate"]["ci"]
         assert low <= counted <= high
+        assert [one.values[f"{kind}_rate"] for one in lists] == [one.kinds.count(kind) / 4 for one in lists]
     assert metrics["n"] == {
         "examples": 8,
         "items": 32,

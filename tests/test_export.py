@@ -3,50 +3,43 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import get_peft_model
+import yaml
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
 from small_runs import train, write_recipe
-from tiny import tiny_model, tiny_task, tiny_tokenizer
+from tiny import save_tiny, tiny_model, tiny_task, tiny_tokenizer
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from headtune.analysis.architectures import ARCHITECTURES
+from headtune.analysis import builtin
 from headtune.analysis.errors import CheckError, InputError
+from headtune.analysis.files import sha256_of, write_json
 from headtune.train import export as exporting
-from headtune.train.adapter import HeadTuningConfig, HeadTuningLayer
+from headtune.train.adapter import HeadTuningConfig
+from headtune.train.card import Origin, adapter_card, checkpoint_card, is_hub_id, licence_of, origin_of
 from headtune.train.cli import main
-from headtune.train.export import export, fold, model_card
+from headtune.train.convert import fold
+from headtune.train.export import Answers, compare, export, export_adapter, export_run
+from headtune.train.run import load_run
 
 HEADS = [[0, 1], [2, 0], [2, 3]]
-SLOW = pytest.mark.slow
-# Each export loads transformers in a process of its own: a few seconds.
-KINDS = [
-    pytest.param("llama", {"num_key_value_heads": 2}, True, id="llama-gqa"),
-    pytest.param("gpt2", {}, False, id="gpt2"),
-    pytest.param("llama", {}, True, id="llama", marks=SLOW),
-    pytest.param("llama", {"attention_bias": True}, True, id="llama-bias", marks=SLOW),
-    pytest.param("llama", {"head_dim": 12, "tie_word_embeddings": True}, True, id="llama-head-dim-tied", marks=SLOW),
-    pytest.param("qwen3", {}, True, id="qwen3", marks=SLOW),
-    pytest.param("opt", {}, False, id="opt", marks=SLOW),
-    pytest.param("gpt_neox", {}, False, id="gpt_neox", marks=SLOW),
-    pytest.param("phi", {}, False, id="phi", marks=SLOW),
-]
 
 
-def adapted(family: str, config: dict[str, Any] | None = None, **options: Any) -> Any:
+def adapted(family: str, **options: Any) -> Any:
     """A PeftModel with a random adapter, far from zero."""
-    model = get_peft_model(tiny_model(family, **(config or {})), HeadTuningConfig(heads=HEADS, **options))
+    model = get_peft_model(tiny_model(family), HeadTuningConfig(heads=HEADS, **options))
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, HeadTuningLayer):
-                for parameters in (module.head_tuning_scale, module.head_tuning_offset):
-                    for parameter in parameters.values():
-                        parameter.copy_(0.7 * torch.randn(parameter.shape, generator=generator))
+        for name, parameter in model.named_parameters():
+            if "head_tuning_" in name:
+                parameter.copy_(0.7 * torch.randn(parameter.shape, generator=generator))
     return model.eval()
 
 
@@ -57,97 +50,53 @@ def logits(model: Any) -> Tensor:
     return found.float()
 
 
-def close(actual: Tensor, expected: Tensor, tolerance: float = 1e-4) -> None:
-    torch.testing.assert_close(actual, expected, atol=tolerance, rtol=tolerance)
+@pytest.fixture
+def llama_run(tmp_path: Path) -> Path:
+    """A finished run on a model folder that names its licence, without training."""
+    base = save_tiny(tmp_path / "base", "llama")
+    (base / "README.md").write_text("---\nlicense: mit\n---\n")
+    assert train(write_recipe(tmp_path, base, recipe="steer", method={"factor": 2.0}, training=None)) == 0
+    return tmp_path / "run"
 
 
-def run_export(model: Any, target: Path, dtype: str = "float32") -> dict[str, Any]:
-    return export(model, tiny_tokenizer(), tiny_task(), target, dtype, n_prompts=3, new_tokens=4)
-
-
-# --- folding, in this process -----------------------------------------------------------------------------------------
-
-FOLDED = {
-    "llama": {},
-    "llama-gqa": {"num_key_value_heads": 2},
-    "llama-head-dim": {"head_dim": 12},
-    "llama-tied": {"tie_word_embeddings": True},
-    "llama-bias": {"attention_bias": True},
-    "qwen3": {},
-    "gemma2": {},
-    "gemma3_text": {},
-    "gpt2": {},
-    "opt": {},
-    "gpt_neox": {},
-    "phi": {},
-}
-
-
-@pytest.mark.parametrize("name", FOLDED)
-def test_a_folded_model_is_stock_and_equal(name: str, tmp_path: Path) -> None:
-    family, config = name.split("-")[0], FOLDED[name]
-    model = adapted(family, config)
-    expected, plain = logits(model), logits(tiny_model(family, **config))
-    assert (expected - plain).abs().max() > 0.1
-    folded = fold(model)
-    assert type(folded) is type(tiny_model(family, **config))
-    assert not any(isinstance(module, HeadTuningLayer) for module in folded.modules())
-    close(logits(folded), expected)
-    folded.save_pretrained(tmp_path)
-    loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto", output_loading_info=True)
-    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    close(logits(loaded.eval()), expected)
-    biases = [n for n, _ in loaded.named_parameters() if n.endswith(("q_proj.bias", "k_proj.bias", "v_proj.bias"))]
-    if ARCHITECTURES[family].export == "attention_bias":
-        assert loaded.config.attention_bias is True and len(biases) == 9
-        if name != "llama-bias":
-            assert all(loaded.get_parameter(n).abs().max() == 0 for n in biases)
-
-
-@pytest.mark.parametrize("family", ["qwen2", "mistral", "phi3"])
-def test_a_family_without_an_output_bias_takes_a_scale_but_no_offset(family: str) -> None:
-    with pytest.raises(InputError) as caught:
-        fold(adapted(family))
-    assert (
-        "\n" not in str(caught.value)
-        and repr(family) in str(caught.value)
-        and "method.offset=false" in str(caught.value)
-    )
-    model = adapted(family, offset=False)
-    expected = logits(model)
-    assert (expected - logits(tiny_model(family))).abs().max() > 0.1
-    close(logits(fold(model)), expected)
-
-
-def test_every_family_of_the_table_is_exported_or_refused() -> None:
-    folded = {name.split("-")[0] for name in FOLDED}
-    assert folded | {"qwen2", "mistral", "phi3"} == set(ARCHITECTURES)
+def run_export(model: Any, target: Path, dtype: str = "float32", **options: Any) -> dict[str, Any]:
+    return export(model, tiny_tokenizer(), tiny_task(), target, dtype, n_prompts=3, new_tokens=4, **options)
 
 
 # --- the whole way ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("family", "config", "flag"), KINDS)
-def test_export(family: str, config: dict[str, Any], flag: bool, tmp_path: Path) -> None:
-    model = adapted(family, config)
+def test_export_to_another_family(tmp_path: Path) -> None:
+    """Folded, converted, split into shards, reloaded elsewhere, described: and nothing else is left behind."""
+    model = adapted("qwen2")
     expected = logits(model)
     target = tmp_path / "exported"
-    result = run_export(model, target)
+    origin = Origin(run="my-run", method="lofit", base="org/base", heads=HEADS, evaluation={})
+    result = run_export(model, target, origin=origin, max_shard_size="40KB")
     assert result["passed"] is True and result["prompts"] == 3 and result["identical_generations"] == 3
-    assert 0 <= result["mean_logit_difference"] <= result["max_logit_difference"] < 1e-4 < result["logit_scale"]
+    assert 0 <= result["mean_logit_difference"] <= result["max_logit_difference"] < 1e-5 * result["logit_scale"]
     assert json.loads((target / "export.json").read_text()) == result
-    stored = json.loads((target / "config.json").read_text())
-    if flag:
-        assert stored["attention_bias"] is True
-    assert "headtune" not in (target / "config.json").read_text()
-    assert not {path.name for path in target.iterdir()} & {"request.json", "answer.safetensors", "adapter_config.json"}
     assert [path.name for path in tmp_path.iterdir()] == ["exported"], "nothing temporary is left beside it"
+
+    shards = sorted(path.name for path in target.glob("*.safetensors"))
+    assert len(shards) > 1 and (target / "model.safetensors.index.json").is_file()
+    present = {path.name for path in target.iterdir()}
+    assert set(result["files"]) == present - {"export.json"}
+    assert {"config.json", "generation_config.json", "tokenizer.json", "README.md", *shards} <= present
+    assert all(sha256_of(target / name) == digest for name, digest in result["files"].items())
+
+    stored = json.loads((target / "config.json").read_text())
+    assert stored["architectures"] == ["LlamaForCausalLM"] and stored["attention_bias"] is True
+    assert "headtune" not in json.dumps(stored)
+    assert result["conversion"]["source"] == "qwen2" and result["conversion"]["written"] == "llama"
+    assert (result["run"], result["method"], result["heads"]) == ("my-run", "lofit", HEADS)
     loaded, info = AutoModelForCausalLM.from_pretrained(target, output_loading_info=True)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    close(logits(loaded.eval()), expected)
-    tokenizer = AutoTokenizer.from_pretrained(target)
+    torch.testing.assert_close(logits(loaded.eval()), expected, atol=1e-5, rtol=1e-5)
     text = "List five cities in Italy.\n1."
-    assert tokenizer(text).input_ids == tiny_tokenizer()(text).input_ids
+    assert AutoTokenizer.from_pretrained(target)(text).input_ids == tiny_tokenizer()(text).input_ids
+    card = (target / "README.md").read_text()
+    assert "`qwen2` -> `llama`" in card and f"{result['max_logit_difference']:.2g}" in card
 
 
 @pytest.mark.slow
@@ -157,12 +106,6 @@ def test_half_precision_is_reported(tmp_path: Path) -> None:
     assert 1e-4 < result["max_logit_difference"] < result["tolerance"]
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "exported", dtype="auto")
     assert loaded.dtype == torch.bfloat16
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("family", ["qwen2", "mistral"])
-def test_a_scale_alone_is_exported_to_a_family_without_bias(family: str, tmp_path: Path) -> None:
-    assert run_export(adapted(family, offset=False), tmp_path / "exported")["passed"]
 
 
 # --- what is not right does not appear --------------------------------------------------------------------------------
@@ -181,13 +124,12 @@ def tampering(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_wrong_fold_leaves_nothing_and_exits_with_1(
-    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    llama_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert train(write_recipe(tmp_path, tiny_llama, recipe="steer", method={"factor": 2.0}, training=None)) == 0
     tampering(monkeypatch)
     capsys.readouterr()
     before = sorted(path.name for path in tmp_path.iterdir())
-    assert main(["export", str(tmp_path / "run"), str(tmp_path / "exported"), "--prompts", "2"]) == 1
+    assert main(["export", str(llama_run), str(tmp_path / "exported"), "--prompts", "2"]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("headtune: the exported checkpoint differs: largest logit difference")
     assert sorted(path.name for path in tmp_path.iterdir()) == before
@@ -202,18 +144,51 @@ def test_a_checkpoint_that_drops_its_biases_is_caught(tmp_path: Path, monkeypatc
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"architectures": ["Qwen2ForCausalLM"]}, "Qwen2ForCausalLM"),
+        ({"auto_map": {"AutoModelForCausalLM": "own.Own"}}, "auto_map"),
+    ],
+)
+def test_a_config_that_names_another_class_is_caught(
+    change: dict[str, Any], complaint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = exporting.write_stock
+
+    def tampered(folded: Any, tokenizer: Any, folder: Path, *rest: Any) -> None:
+        write(folded, tokenizer, folder, *rest)
+        config = json.loads((folder / "config.json").read_text())
+        write_json(folder / "config.json", config | change)
+
+    monkeypatch.setattr(exporting, "write_stock", tampered)
+    with pytest.raises(CheckError, match=complaint):
+        run_export(adapted("llama"), tmp_path / "exported")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_another_tokenizer_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = exporting.write_stock
+    other = tiny_tokenizer(bos=True)
+    monkeypatch.setattr(exporting, "write_stock", lambda model, _, folder, *rest: write(model, other, folder, *rest))
+    with pytest.raises(CheckError, match="the tokenizer has changed"):
+        run_export(adapted("llama"), tmp_path / "exported")
+
+
 def test_the_verdict() -> None:
     """Differences, generations and what is not a number, whatever prompt it is on."""
 
     def verdict(gap: float, dtype: str = "float32", same: bool = True, where: int = 1) -> dict[str, Any]:
-        reference = [torch.full((2, 3), 5.0), torch.full((2, 3), -10.0)]
-        greedy = [torch.tensor([1, 2]), torch.tensor([3, 4])]
-        reloaded = {f"logits.{i}": row.clone() for i, row in enumerate(reference)}
-        reloaded |= {f"greedy.{i}": row.clone() for i, row in enumerate(greedy)}
-        reloaded[f"logits.{where}"][1, 2] += gap
+        expected = Answers(
+            [torch.full((2, 3), 5.0), torch.full((2, 3), -10.0)], [torch.tensor([1, 2]), torch.tensor([3, 4])]
+        )
+        found = Answers([row.clone() for row in expected.logits], [row.clone() for row in expected.greedy])
+        found.logits[where][1, 2] += gap
         if not same:
-            reloaded["greedy.0"][1] = 7
-        return exporting._compare(reference, greedy, reloaded, dtype)
+            found.greedy[0][1] = 7
+        return compare(expected, found, dtype)
 
     fine = verdict(1e-5)
     assert fine["passed"] and fine["logit_scale"] == 10.0
@@ -241,35 +216,167 @@ def test_an_existing_target_is_refused_and_kept(kind: str, tmp_path: Path) -> No
     assert kept.read_text() == "precious"
 
 
-def test_an_unknown_dtype_is_refused(tmp_path: Path) -> None:
+def test_an_unknown_dtype_or_size_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="'float8'"):
         run_export(adapted("llama"), tmp_path / "exported", "float8")
+    for size in ("big", "0GB", "-1GB", "5"):
+        with pytest.raises(InputError, match=repr(size)):
+            run_export(adapted("llama"), tmp_path / "exported", max_shard_size=size)
     assert not list(tmp_path.iterdir())
 
 
+# --- the card ---------------------------------------------------------------------------------------------------------
+
+METRIC = {"mean": 0.25, "ci": [0.125, 0.5]}
+EVALUATION = {
+    "task": "cities:test",
+    "task_sha256": "7a5c",
+    "weights_sha256": "b19e",
+    "before": {"repeat_rate": METRIC, "neutral_perplexity": 20.0, "n": {}},
+    "after": {"repeat_rate": METRIC | {"mean": 0.125}, "neutral_perplexity": 21.0, "n": {}},
+}
+RESULT = {
+    "dtype": "float32",
+    "prompts": 20,
+    "max_logit_difference": 3e-6,
+    "logit_scale": 12.0,
+    "tolerance": 1e-3,
+    "identical_generations": 20,
+    "conversion": {"source": "qwen2", "written": "llama", "flags": ["attention_bias"], "why": "it has the bias"},
+}
+
+
+def front_matter(card: str) -> dict[str, Any]:
+    assert card.startswith("---\n")
+    matter: dict[str, Any] = yaml.safe_load(card.split("---\n")[1])
+    return matter
+
+
 def test_the_card_says_what_was_changed_and_measured() -> None:
-    recipe = {"model": {"name": "base/model"}, "recipe": "lofit", "name": "my-run", "seed": 3}
-    metric = {"mean": 0.25, "ci": [0.125, 0.5]}
-    evaluation = {
-        "task": "cities:test",
-        "before": {"repeat_rate": metric, "neutral_perplexity": 20.0, "n": {}},
-        "after": {"repeat_rate": metric | {"mean": 0.125}, "neutral_perplexity": 21.0, "n": {}},
-    }
-    card = model_card(recipe, [[0, 1], [2, 3]], evaluation)
-    for words in ("base/model", "my-run", "seed 3", "L0H1, L2H3", "cities:test"):
+    origin = Origin("my-run", "lofit", "org/base", None, {"seed": 3}, [[0, 1], [2, 3]], {"sha256": "da7a"}, EVALUATION)
+    card = checkpoint_card(origin, RESULT, "Beware.")
+    for words in (
+        "org/base",
+        "my-run",
+        "seed: 3",
+        "L0H1, L2H3",
+        "cities:test",
+        "7a5c",
+        "b19e",
+        "da7a",
+        "Beware.",
+        "3e-06",
+    ):
         assert words in card
     assert "| repeat_rate | 0.25 [0.125, 0.5] | 0.125 [0.125, 0.5] |" in card
     assert "| neutral_perplexity | 20 | 21 |" in card
+    matter = front_matter(card)
+    assert matter["base_model"] == "org/base" and matter["base_model_relation"] == "finetune"
+    assert matter["library_name"] == "transformers" and matter["tags"] == ["headtune", "lofit", "llama"]
+    assert "license" not in matter and "Licence: not known here" in card
+
+
+def test_an_adapters_card_says_how_to_load_it() -> None:
+    origin = Origin("my-run", "lofit", "org/base", heads=HEADS, evaluation=EVALUATION)
+    own, pefts = adapter_card(origin, "headtune.train"), adapter_card(origin, None)
+    assert "import headtune.train  # before the adapter is loaded" in own and "import headtune" not in pefts
+    assert front_matter(own)["library_name"] == "peft" and front_matter(own)["base_model_relation"] == "adapter"
+    built_in = adapter_card(Origin("my-run", "lofit", "smollm2-135m"), "headtune.train")
+    assert 'load_plain("smollm2-135m")' in built_in
+    assert front_matter(built_in)["base_model"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+def test_licences_are_those_that_are_known(tmp_path: Path) -> None:
+    assert licence_of("smollm2-135m") == {"license": "apache-2.0"}
+    gemma = licence_of("gemma3-270m")
+    assert gemma["license"] == "other" and "gemma" in gemma["license_name"] and gemma["license_link"].startswith("http")
+    assert all(licence_of(name) for name in builtin.BUILT_IN)
+    (tmp_path / "README.md").write_text("---\nlicense: mit\nlanguage: [en]\n---\n# A model\n")
+    assert licence_of(str(tmp_path)) == {"license": "mit"}
+    for text in ("# A model\n", "---\nlicense: [\n---\n", "---\n- a\n---\n", "---\nlanguage: en\n---\n"):
+        (tmp_path / "README.md").write_text(text)
+        assert licence_of(str(tmp_path)) == {}
+    assert licence_of(str(tmp_path / "none")) == licence_of("org/name") == {}
+    assert is_hub_id("org/name") and not is_hub_id(str(tmp_path)) and not is_hub_id("smollm2-135m")
+
+
+# --- runs -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_is_exported_with_its_origin(llama_run: Path, tmp_path: Path) -> None:
+    result = export_run(llama_run, tmp_path / "out", n_prompts=2)
+    evaluation = json.loads((llama_run / "evaluation.json").read_text())
+    assert result["prompts"] == 2 and result["max_logit_difference"] < 1e-5 * max(1, result["logit_scale"])
+    assert result["method"] == "steer" and result["heads"] == HEADS
+    assert result["base"] == {
+        "name": str(tmp_path / "base"),
+        "revision": None,
+        "weights_sha256": evaluation["weights_sha256"],
+    }
+    assert result["evaluation_task_sha256"] == evaluation["task_sha256"]
+    assert result["conversion"]["flags"] == [], "a scale alone needs no bias"
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert front_matter(card)["license"] == "mit" and "before | after" in card
+
+
+def test_an_adapter_alone_is_exported(llama_run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "adapter-alone"
+    result = export_adapter(llama_run, out)
+    assert {path.name for path in out.iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "README.md",
+        "export.json",
+    }
+    assert json.loads((out / "export.json").read_text()) == result
+    assert result["adapter"] == "HEAD_TUNING" and result["import_first"] == "headtune.train"
+    assert all(sha256_of(out / name) == digest for name, digest in result["files"].items())
+    run_model, _, _ = load_run(llama_run)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    again = PeftModel.from_pretrained(base, str(out)).eval()
+    assert torch.equal(logits(again), logits(run_model))
+    with pytest.raises(InputError, match="exists and is not empty"):
+        export_adapter(llama_run, out)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", ["lofit", "lora"])
-def test_a_run_is_exported_by_the_command_line(
-    recipe: str, tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert train(write_recipe(tmp_path, tiny_llama, recipe=recipe)) == 0
-    capsys.readouterr()
-    assert main(["export", str(tmp_path / "run"), str(tmp_path / "out"), "--prompts", "2", "--json"]) == 0
-    result = json.loads(capsys.readouterr().out)
-    assert result["prompts"] == 2 and result["max_logit_difference"] < 1e-4
-    assert (tmp_path / "out" / "README.md").read_text().startswith("# Exported by headtune")
+def test_the_import_that_an_adapters_card_names_is_enough(llama_run: Path, tmp_path: Path) -> None:
+    """The card's own code, in a process that has imported nothing else of headtune."""
+    out = tmp_path / "adapter-alone"
+    export_adapter(llama_run, out)
+    code = (out / "README.md").read_text().split("```python\n")[1].split("```")[0].replace("PATH", str(out))
+    command = [sys.executable, "-c", code + "\nprint(type(model).__name__)"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.stdout.strip().splitlines()[-1:] == ["PeftModelForCausalLM"], done.stderr[-2000:]
+
+
+def test_a_broken_adapter_or_none_is_refused(llama_run: Path, tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    weights = llama_run / "adapter" / "adapter_model.safetensors"
+    state = load_file(weights)
+    save_file({name: tensor * float("nan") for name, tensor in state.items()}, weights)
+    with pytest.raises(CheckError, match="not finite"):
+        export_adapter(llama_run, tmp_path / "out")
+    weights.with_name("adapter_config.json").unlink()
+    with pytest.raises(InputError, match="has no adapter"):
+        export_adapter(llama_run, tmp_path / "out")
+    with pytest.raises(InputError, match="is not a run"):
+        export_adapter(tmp_path / "base", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_without_an_evaluation_has_an_origin_all_the_same(tmp_path: Path) -> None:
+    origin = origin_of(tmp_path, {"name": "n", "recipe": "lofit", "model": {"name": "org/base"}})
+    assert origin.evaluation == {} and origin.summary()["base"]["weights_sha256"] is None
+    assert "org/base" in adapter_card(origin, None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["lofit", "jola", "masked", "lora", "ln", "full"])
+def test_a_trained_run_is_exported(recipe: str, tiny_llama: Path, tmp_path: Path) -> None:
+    method = {"answer_set": {"own_lists": 0.0, "retention": 0.0 if recipe == "full" else 0.5}}
+    assert train(write_recipe(tmp_path, tiny_llama, recipe=recipe, method=method)) == 0
+    result = export_run(tmp_path / "run", tmp_path / "out", n_prompts=2)
+    assert result["prompts"] == 2 and result["max_logit_difference"] < 1e-5 * max(1, result["logit_scale"])
+    assert result["method"] == recipe and result["training_data"]

@@ -325,6 +325,7 @@ def pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> BuiltIn:
         sha256=hashlib.sha256(b"first second").hexdigest(),
         install="pip install made-up",
         licence="none",
+        hub="made/up",
     )
     monkeypatch.setitem(BUILT_IN, "made-up", model)
     return model

@@ -22,7 +22,7 @@ from headtune.analysis.model import HeadModel, view
 from headtune.analysis.portrait import READ_TOKENS, portrait
 from headtune.analysis.tasks import Task
 
-GAIN_OFFSETS = {"gemma2": 1.0, "gemma3_text": 1.0}
+GAIN_OFFSETS = {"gemma": 1.0, "gemma2": 1.0, "gemma3_text": 1.0}
 HEADS = [(0, 1), (2, 3), (1, 0)]
 
 
@@ -64,7 +64,7 @@ def decode(heads: HeadModel, kind: Kind, encoded: Encoded, layer: int) -> Callab
     """Part of the layer's attention output, `[..., d_model]` -> its part of the logits at END, `[..., vocabulary]`."""
     offset = GAIN_OFFSETS.get(kind.family, 0.0)
     norms = [heads.model.get_submodule(ARCHITECTURES[kind.family].final_norm)]
-    if kind.family in GAIN_OFFSETS:
+    if kind.family in ("gemma2", "gemma3_text"):
         norms.insert(0, heads.layers[layer].get_submodule("post_attention_layernorm"))
     inputs: dict[nn.Module, Tensor] = {}
     handles = [

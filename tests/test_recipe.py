@@ -13,7 +13,17 @@ from headtune.train import recipe as recipes
 from headtune.train.recipe import Recipe, load, parse, recipe_names
 
 ROOT = Path(__file__).parent.parent
-SHIPPED = ("lofit/one_to_many", "lora/one_to_many", "steer/one_to_many")
+PUBLISHED = [
+    f"lofit/{model}_{task}"
+    for model in ("llama2_7b", "llama2_13b", "gemma_7b")
+    for task in ("truthfulqa", "mquake", "clutrr")
+]
+SHIPPED = [
+    *PUBLISHED,
+    *("lofit/one_to_many", "lofit/truthfulqa", "lofit/mquake", "lofit/relations"),
+    *("jola/relations", "masked/relations", "lora/one_to_many", "lora/relations", "full/relations", "ln/relations"),
+    *("steer/one_to_many", "steer/iti", "steer/sink", "steer/intercept"),
+]
 
 
 def lofit(**changes: Any) -> dict[str, Any]:
@@ -40,7 +50,7 @@ def test_every_shipped_recipe_is_valid() -> None:
         loaded = load(name)
         assert loaded.recipe == name.split("/")[0], "a recipe lies in the folder of its family"
         assert loaded.output_dir == f"runs/{loaded.name}"
-        assert loaded.model.name == "smollm2-135m"
+        assert (loaded.model.name == "smollm2-135m") == (name not in PUBLISHED)
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -60,6 +70,31 @@ def test_the_commands_in_the_comments_are_valid() -> None:
                 load(words[2], words[3:])
                 seen += 1
     assert seen >= 4
+
+
+@pytest.mark.parametrize(
+    ("name", "top", "select", "l1", "tune"),
+    [
+        ("llama2_7b_truthfulqa", 32, 5e-3, 5e-4, 1e-2),
+        ("llama2_7b_mquake", 32, 5e-3, 1e-3, 1e-2),
+        ("llama2_7b_clutrr", 32, 5e-4, 5e-3, 1e-2),
+        ("llama2_13b_truthfulqa", 48, 1e-3, 1e-3, 2e-2),
+        ("llama2_13b_mquake", 48, 1e-3, 1e-3, 8e-3),
+        ("llama2_13b_clutrr", 48, 1e-3, 1e-3, 1e-2),
+        ("gemma_7b_truthfulqa", 16, 5e-3, 5e-4, 2e-2),
+        ("gemma_7b_mquake", 16, 5e-3, 5e-4, 8e-3),
+        ("gemma_7b_clutrr", 16, 5e-4, 5e-3, 1e-2),
+    ],
+)
+def test_published_hyperparameters(name: str, top: int, select: float, l1: float, tune: float) -> None:
+    """Yin et al. 2024, appendix: K, learning rate and lambda of A, learning rate of v; batch 8, 5 epochs, seed 42."""
+    recipe = load(f"lofit/{name}")
+    assert recipe.heads is not None and recipe.heads.lofit is not None
+    assert (recipe.heads.top, recipe.heads.lofit.learning_rate, recipe.heads.lofit.l1) == (top, select, l1)
+    assert recipe.training["learning_rate"] == tune and recipe.seed == 42
+    assert (recipe.training["num_train_epochs"], recipe.training["per_device_train_batch_size"]) == (5, 8)
+    assert recipe.method.objective == ("dpo" if "truthfulqa" in name else "sft")  # type: ignore[union-attr]
+    assert recipe.training.get("beta") == (0.5 if "truthfulqa" in name else None)
 
 
 # --- round trip and name ----------------------------------------------------------------------------------------------
@@ -193,7 +228,7 @@ def test_the_name_tells_content_apart() -> None:
         # the family
         ({"recipe": "lofti"}, ["'lofti'", "'lofit'"]),
         ({"recipe": ["lofit"]}, ["recipe", "lofit"]),
-        ({"heads": {"all": True}}, ["recipe", "lofit, lora, steer"]),
+        ({"heads": {"all": True}}, ["recipe", "lofit, jola"]),
         ([1, 2], ["mapping", "list"]),
         (None, ["mapping"]),
         # names that are no folder names

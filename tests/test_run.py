@@ -21,7 +21,7 @@ from torch import Tensor
 from headtune.analysis import model as models
 from headtune.analysis.encoding import encode
 from headtune.train import recipe as recipes
-from headtune.train import run as runs_module
+from headtune.train import fit as fit_module
 from headtune.train.cli import main
 from headtune.train.evaluate import answer_mass
 from headtune.train.run import load_run, tasks_of
@@ -162,7 +162,7 @@ def test_the_same_seed_gives_the_same_adapter_and_another_seed_another(
 
 def stop_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The next training dies at the end of `step`, after what it saves there."""
-    original: Callable[[Any], Any] = runs_module.trainer_callback
+    original: Callable[[Any], Any] = fit_module.trainer_callback
 
     def dying(tracker: Any) -> Any:
         callback = original(tracker)
@@ -174,7 +174,7 @@ def stop_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
         callback.on_step_begin = on_step_begin
         return callback
 
-    monkeypatch.setattr(runs_module, "trainer_callback", dying)
+    monkeypatch.setattr(fit_module, "trainer_callback", dying)
 
 
 @pytest.mark.parametrize("step", [1, 3])  # before and after the first checkpoint

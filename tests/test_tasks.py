@@ -18,6 +18,7 @@ from headtune.analysis.encoding import Encoded, as_chat, continuation, encode, f
 from headtune.analysis.errors import InputError
 from headtune.analysis.tasks import (
     Example,
+    Kind,
     Task,
     Template,
     build,
@@ -69,6 +70,29 @@ def test_optional_keys_and_empty_lines(tmp_path: Path) -> None:
     assert corrupted.corrupt == "x" and corrupted.previous == ()
 
 
+def test_incorrect_answers_are_kept_and_written_only_where_there_are_some(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "t.jsonl", ROW, ROW | {"incorrect": ["Lyon", "Nice"]}, ROW | {"incorrect": None})
+    task = load_task(str(path))
+    assert [example.incorrect for example in task.examples] == [(), ("Lyon", "Nice"), ()]
+    first, second, third = (json.loads(line) for line in to_jsonl(task.examples).splitlines())
+    assert second == first | {"incorrect": ["Lyon", "Nice"]} and third == first and "incorrect" not in first
+    path.write_text(to_jsonl(task.examples), encoding="utf-8")
+    assert load_task(str(path)) == task
+
+
+def test_digests_of_tasks_are_those_from_before_incorrect_answers_and_kinds() -> None:
+    assert load_task("country_cities").sha256 == "be200c353284ed47613a20dc2c14dff7039511d4231c7e56ac298ce31a1f62b3"
+    assert load_task("one_to_many").sha256 == "81f54e36a850ceca175c967f15e7d0117ebae55009891bcf89cbc55e3a4070dd"
+
+
+def test_the_digest_says_how_a_task_is_evaluated(cities: Task) -> None:
+    kinds: tuple[Kind, ...] = ("lists", "exact_match", "multiple_choice")
+    digests = {replace(cities, kind=kind, chat_template=chat).sha256 for kind in kinds for chat in (False, True)}
+    assert len(digests) == 6
+    assert replace(cities, kind="exact_match").limited(2).kind == "exact_match"
+    assert take_split(replace(cities, kind="exact_match"), "train").kind == "exact_match"
+
+
 BAD_ROWS = {
     "not an object": ([1], "expected a JSON object, found list"),
     "unknown key": (ROW | {"previus": []}, "unknown key 'previus'; did you mean 'previous'?"),
@@ -84,6 +108,8 @@ BAD_ROWS = {
     "empty subject": (ROW | {"subject": ""}, "the prompt does not contain its subject ''"),
     "subject elsewhere": (ROW | {"subject": "Spain"}, "the prompt does not contain its subject 'Spain'"),
     "previous elsewhere": (ROW | {"previous": ["Turin"]}, "does not contain the previous answer 'Turin'"),
+    "incorrect not a list": (ROW | {"incorrect": "Lyon"}, "'incorrect' must be a list, found 'Lyon'"),
+    "blank incorrect": (ROW | {"incorrect": ["Lyon", ""]}, "'incorrect' must hold non-empty strings"),
     "nothing remains": (ROW | {"answers": ["rome", "Milan "]}, "every accepted answer is already given"),
 }
 
@@ -146,8 +172,8 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 def test_a_hub_data_set_is_read_like_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 
-    def load_dataset(name: str, split: str) -> list[dict[str, Any]]:
-        assert (name, split) == ("someone/cities", "train")
+    def load_dataset(name: str, config: str | None, split: str) -> list[dict[str, Any]]:
+        assert (name, config, split) == ("someone/cities", None, "train")
         return [ROW, ROW | {"subject": "Spain"}]
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)

@@ -16,9 +16,9 @@ from headtune.analysis.errors import InputError
 from headtune.analysis.tasks import Example, Task
 from headtune.train import trainers
 from headtune.train.adapter import HeadTuningConfig
-from headtune.train.evaluate import ScoredList, parse_items, score_items
+from headtune.train.evaluate import Scored, parse_items, score_items
 from headtune.train.objectives import answer_set, retention
-from headtune.train.recipe import AnswerSetBlock
+from headtune.train.blocks import AnswerSetBlock
 from headtune.train.trainers import (
     AnswerSetCollator,
     AnswerSetTrainer,
@@ -37,10 +37,10 @@ def writes(monkeypatch: pytest.MonkeyPatch, text: str) -> list[dict[str, Any]]:
     """Every prompt is continued with `text`; returns the calls."""
     calls: list[dict[str, Any]] = []
 
-    def generate(_model: Any, _tokenizer: Any, task: Task, n_items: int, batch_size: int) -> list[ScoredList]:
+    def generate(_model: Any, _tokenizer: Any, task: Task, n_items: int, batch_size: int) -> list[Scored]:
         calls.append({"task": task, "n_items": n_items, "batch_size": batch_size})
         items = parse_items(text, n_items)
-        return [ScoredList(e, text, tuple(items), tuple(score_items(e, items, n_items))) for e in task.examples]
+        return [Scored(e, text, tuple(items), tuple(score_items(e, items, n_items)), {}) for e in task.examples]
 
     monkeypatch.setattr(trainers, "generate_lists", generate)
     return calls

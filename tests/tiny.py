@@ -112,6 +112,7 @@ _CONFIGS: dict[str, dict[str, Any]] = {
     "gpt_neox": {key: value for key, value in _LLAMA.items() if key != "num_key_value_heads"},
     "phi": _LLAMA,
     "phi3": _LLAMA | {"num_key_value_heads": 2},
+    "gemma": _LLAMA | {"num_key_value_heads": 2, "head_dim": 16},
     "gemma2": _LLAMA | _GEMMA,
     "gemma3_text": _LLAMA | _GEMMA,
 }
@@ -134,6 +135,7 @@ KINDS = {
     "mistral": Kind("mistral", n_kv_heads=2),
     "qwen2": Kind("qwen2", n_kv_heads=2),
     "qwen3": Kind("qwen3", n_kv_heads=2),
+    "gemma": Kind("gemma", n_kv_heads=2, head_dim=16),
     "gemma2": Kind("gemma2", n_kv_heads=2, head_dim=16),
     "gemma3": Kind("gemma3_text", n_kv_heads=2, head_dim=16),
     "gpt2": Kind("gpt2"),

@@ -13,6 +13,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
+import importlib
+import io
 import json
 import logging
 import os
@@ -57,7 +60,11 @@ def _parser() -> argparse.ArgumentParser:
 
     p = add("evaluate", "measure a run or a model", "headtune evaluate runs/NAME --task one_to_many:test")
     p.add_argument("target", help="run folder, model folder, built-in name or hub id")
-    p.add_argument("--task", required=True)
+    p.add_argument(
+        "--task", required=True, help="built-in name, JSONL file, hub id, or FORMAT:PATH such as truthfulqa:test.csv"
+    )
+    p.add_argument("--kind", choices=("lists", "exact_match", "multiple_choice"), help="how answers are scored")
+    p.add_argument("--preamble", choices=("truthfulqa",), help="text before multiple-choice questions")
     p.add_argument("--items", type=positive, default=3, help="list items scored per prompt (default: 3)")
     p.add_argument("--batch-size", type=positive, default=16)
     p.add_argument("--max-examples", type=positive)
@@ -75,6 +82,8 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("out", type=Path, help="new folder")
     p.add_argument("--dtype", default="float32", help="of the stored weights (default: float32)")
     p.add_argument("--prompts", type=positive, default=20, help="prompts compared (default: 20)")
+    p.add_argument("--max-shard-size", default="5GB", help="of one file of weights (default: 5GB)")
+    p.add_argument("--adapter", action="store_true", help="write the PEFT adapter alone, with a card, as it is")
 
     p = add("compare", "tabulate runs side by side", "headtune compare runs")
     p.add_argument("folder", type=Path)
@@ -154,6 +163,9 @@ def model_quiet() -> None:
 
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed, once imported, would warn about having to guess
+    if os.environ.get("WANDB_MODE") == "offline":  # transformers prints so on import, into what --json prints
+        with contextlib.redirect_stdout(io.StringIO()):
+            importlib.import_module("transformers.integrations.integration_utils")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("headtune").setLevel(logging.INFO)
@@ -197,8 +209,10 @@ def _train(arguments: argparse.Namespace) -> int:
         return 0
     if arguments.json:
         _print_json(evaluation)
-    else:
+    elif evaluation:
         _print_evaluation(recipe.folder, evaluation)
+    else:
+        console.say(f"heads chosen: {recipe.folder / 'heads.json'}; tune them with heads.from={recipe.folder}")
     return 0
 
 
@@ -220,17 +234,20 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from ..analysis.tasks import load_task
 
     task = load_task(arguments.task).limited(arguments.max_examples)
+    if arguments.kind:
+        task = dataclasses.replace(task, kind=arguments.kind)
     chosen = knobs.parse(arguments.knob)
     model_quiet()
     from ..analysis.model import load_plain, view
     from . import console
     from .evaluate import evaluate
+    from .multiple_choice import truthfulqa_preamble
     from .run import load_run
 
     if (Path(arguments.target) / "recipe.yaml").is_file():
         model, tokenizer, _ = load_run(Path(arguments.target))
         if chosen:  # knobs need a view of the model's heads, which an adapter around the projection would hide
-            model = model.merge_and_unload()
+            model = model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
     else:
         model, tokenizer = load_plain(arguments.target)
     turned: Any = contextlib.nullcontext([])
@@ -238,9 +255,12 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         turned = knobs.turned(view(model, tokenizer, arguments.target), chosen, console.progress)
     with turned as notes:
         console.say(f"evaluating on {len(task.examples)} prompts")
-        metrics, lists = evaluate(model, tokenizer, task, arguments.items, arguments.batch_size)
+        preamble = truthfulqa_preamble() if arguments.preamble else ""
+        metrics, lists = evaluate(model, tokenizer, task, arguments.items, arguments.batch_size, preamble)
     if arguments.json:
-        generations = [{"prompt": s.example.prompt, "text": s.text, "kinds": s.kinds} for s in lists]
+        generations = [
+            {"prompt": s.example.prompt, "text": s.text, "kinds": s.kinds, "values": s.values} for s in lists
+        ]
         _print_json({"task": task.name, "knobs": notes, "metrics": metrics, "generations": generations})
     else:
         column = " ".join([arguments.target, *arguments.knob])
@@ -249,39 +269,29 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    from ..analysis.files import require_new_folder
-    from ..analysis.model import parse_dtype
+    model_quiet()
+    from . import export
+    from .console import console
 
-    parse_dtype(arguments.dtype)
-    require_new_folder(arguments.out, "choose another folder")
-    result = export_run(arguments.run, arguments.out, arguments.dtype, arguments.prompts)
+    if arguments.adapter:
+        result = export.export_adapter(arguments.run, arguments.out)
+        line = f"{arguments.out}: the {result['adapter']} adapter alone"
+        if result["import_first"]:
+            line += f"; import {result['import_first']} before loading it with PEFT"
+    else:
+        result = export.export_run(
+            arguments.run, arguments.out, arguments.dtype, arguments.prompts, arguments.max_shard_size
+        )
+        line = (
+            f"{arguments.out}: {result['dtype']}, largest logit difference {result['max_logit_difference']:.2g} on a "
+            f"scale of {result['logit_scale']:.3g}, {result['identical_generations']} of {result['prompts']} greedy "
+            "generations identical"
+        )
     if arguments.json:
         _print_json(result)
     else:
-        from .console import console
-
-        console.print(
-            f"{arguments.out}: {result['dtype']}, largest logit difference {result['max_logit_difference']:.2g} on a "
-            f"scale of {result['logit_scale']:.3g}, {result['identical_generations']} of {result['prompts']} greedy "
-            "generations identical",
-            markup=False,
-        )
+        console.print(line, markup=False)
     return 0
-
-
-def export_run(run: Path, out: Path, dtype: str = "float32", prompts: int = 20) -> dict[str, Any]:
-    """Export a finished run; see `headtune.train.export`."""
-    model_quiet()
-    from .export import export, model_card
-    from .run import load_run, tasks_of
-
-    model, tokenizer, recipe = load_run(run)
-    state = json.loads((run / "run.json").read_text(encoding="utf-8"))
-    evaluation = json.loads((run / "evaluation.json").read_text(encoding="utf-8"))
-    card = model_card(recipe.dump(), state.get("heads", []), evaluation)
-    # All held-out prompts to choose from, however few the run was evaluated on.
-    held_out = tasks_of(recipe.task.model_copy(update={"max_eval_examples": None}))[1]
-    return export(model, tokenizer, held_out, out, dtype, card, prompts)
 
 
 def _compare(arguments: argparse.Namespace) -> int:

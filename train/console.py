@@ -24,6 +24,11 @@ METRIC_NAMES = {
     "missing_rate": "missing rate",
     "p_previous": "p(previous)",
     "p_remaining": "p(remaining)",
+    "exact_match": "exact match",
+    "prefix_match": "begins with an answer",
+    "mc1": "MC1",
+    "mc2": "MC2",
+    "mc1_norm": "MC1, by length",
     "neutral_perplexity": "perplexity, neutral text",
 }
 

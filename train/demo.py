@@ -9,8 +9,8 @@ from typing import Any
 from ..analysis.files import require_new_folder
 from ..analysis.model import EMBEDDED
 from ..analysis.tasks import load_task
-from . import console
-from .cli import _print_evaluation, export_run
+from . import console, export
+from .cli import _print_evaluation
 from .cli_analysis import identify_into, print_heads
 from .recipe import load
 from .run import run
@@ -50,7 +50,7 @@ def demo(out: Path | None = None, quick: bool = False) -> dict[str, Any]:
     evaluation = run(recipe, progress=console.progress, say=console.say)
 
     console.say("3/3 export: folded into a stock checkpoint, reloaded by plain transformers and compared")
-    exported = export_run(folder / "run", folder / "export")
+    exported = export.export_run(folder / "run", folder / "export")
     _print_evaluation(folder / "run", evaluation)
     console.console.print(
         f"export: {folder / 'export'} (largest logit difference {exported['max_logit_difference']:.2g}, "

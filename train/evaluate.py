@@ -1,8 +1,13 @@
-"""Before and after: lists generated for held-out subjects, probabilities of the answers, and a guard against damage.
+"""Before and after: what a model writes or prefers on held-out prompts, and a guard against damage.
 
-Every list item asked for is one of: a **repeat** of an item given or generated earlier, a **correct new** answer, a
-**wrong** one, or **missing** (the model stopped). Rates are over all items asked for, so they sum to 1. Intervals are
-percentile bootstraps over subjects.
+What is measured goes by the task's kind:
+
+- `lists`: every list item asked for is one of: a **repeat** of an item given or generated earlier, a **correct new**
+  answer, a **wrong** one, or **missing** (the model stopped). Rates are over all items asked for, so they sum to 1.
+- `exact_match`: the answer that the model writes is one of the accepted ones (see `read_answer`).
+- `multiple_choice`: the model finds the right answers likelier than the wrong ones (see `multiple_choice`).
+
+Intervals are percentile bootstraps over subjects.
 """
 
 from __future__ import annotations
@@ -19,20 +24,32 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
 from ..analysis.encoding import EncodedTask, as_chat, encode
+from ..analysis.errors import InputError
 from ..analysis.scores import mean_interval
-from ..analysis.tasks import Example, Task, canonical
+from ..analysis.tasks import Example, Task, canonical, normalise
+from .multiple_choice import choice_log_likelihoods, choices, multiple_choice
 
 KINDS = ("repeat", "correct_new", "wrong", "missing")
 
 
 @dataclass(frozen=True)
-class ScoredList:
-    """One generated list: the example, what the model wrote, its items and each item's kind (see KINDS)."""
+class Scored:
+    """What a model did with one example.
+
+    Attributes:
+        example: the prompt.
+        text: what the model wrote, or the choice that it finds likeliest.
+        items: the list items, the one answer, or the choice, as read from `text`; empty where nothing was written.
+        kinds: of each item asked for: one of KINDS for lists; "correct", "wrong" or "missing" for an answer; "best",
+            "correct" or "incorrect" for a choice.
+        values: the example's own value of each metric of its kind, whose mean over examples is the metric.
+    """
 
     example: Example
     text: str
     items: tuple[str, ...]
     kinds: tuple[str, ...]
+    values: dict[str, float]
 
 
 def parse_items(text: str, n_items: int, example: Example | None = None) -> list[str]:
@@ -80,16 +97,16 @@ class _EnoughLines(StoppingCriteria):
 
 
 @torch.no_grad()
-def generate_lists(
+def _generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     task: Task,
-    n_items: int = 3,
-    batch_size: int = 16,
-    max_new_tokens: int | None = None,
+    lines: int,
+    batch_size: int,
+    max_new_tokens: int,
     sample_seed: int | None = None,
-) -> list[ScoredList]:
-    """Continue every prompt (greedily, or sampled with `sample_seed`) and score the next `n_items` items."""
+) -> list[str]:
+    """Continue every prompt, in the task's order, until `lines` line breaks after some text."""
     side, pad = tokenizer.padding_side, tokenizer.pad_token
     tokenizer.padding_side = "left"
     if pad is None:
@@ -99,7 +116,7 @@ def generate_lists(
     model.eval()
     prompts = [example.prompt for example in as_chat(task, tokenizer).examples]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    results: dict[int, ScoredList] = {}
+    texts: dict[int, str] = {}
     try:
         for start in range(0, len(order), batch_size):
             indices = order[start : start + batch_size]
@@ -119,19 +136,90 @@ def generate_lists(
                 top_k=0 if sample_seed is not None else None,
                 temperature=1.0 if sample_seed is not None else None,
                 top_p=None,
-                max_new_tokens=max_new_tokens or 12 * n_items,
+                max_new_tokens=max_new_tokens,
                 pad_token_id=tokenizer.pad_token_id,
-                stopping_criteria=StoppingCriteriaList([_EnoughLines(tokenizer, length, n_items)]),
+                stopping_criteria=StoppingCriteriaList([_EnoughLines(tokenizer, length, lines)]),
             )
-            for i, text in zip(
-                indices, tokenizer.batch_decode(output[:, length:], skip_special_tokens=True), strict=True
-            ):
-                example = task.examples[i]
-                items = parse_items(text, n_items, example)
-                results[i] = ScoredList(example, text, tuple(items), tuple(score_items(example, items, n_items)))
+            written = tokenizer.batch_decode(output[:, length:], skip_special_tokens=True)
+            texts |= dict(zip(indices, written, strict=True))
     finally:
         tokenizer.padding_side, tokenizer.pad_token = side, pad
-    return [results[i] for i in range(len(task.examples))]
+    return [texts[i] for i in range(len(prompts))]
+
+
+def generate_lists(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    n_items: int = 3,
+    batch_size: int = 16,
+    max_new_tokens: int | None = None,
+    sample_seed: int | None = None,
+) -> list[Scored]:
+    """Continue every prompt (greedily, or sampled with `sample_seed`) and score the next `n_items` items.
+
+    An example's `values` are its shares of the items asked for: `repeat_rate`, `correct_new_rate` and so on.
+    """
+    texts = _generate(model, tokenizer, task, n_items, batch_size, max_new_tokens or 12 * n_items, sample_seed)
+    results = []
+    for example, text in zip(task.examples, texts, strict=True):
+        items = parse_items(text, n_items, example)
+        kinds = score_items(example, items, n_items)
+        shares = {f"{kind}_rate": kinds.count(kind) / n_items for kind in KINDS}
+        results.append(Scored(example, text, tuple(items), tuple(kinds), shares))
+    return results
+
+
+def read_answer(text: str, example: Example) -> tuple[str, float, float]:
+    """The answer in a continuation, and whether it is right: `(answer, exact_match, prefix_match)`.
+
+    Of the first line that is not blank, the parts that begin it and stop at a sentence's end (`.`, `!`, `?` or `;`
+    before a space) or at the line's are what may be the answer: the first of them, unless a longer one is an accepted
+    answer ("St. Louis"). `exact_match` is 1 where that part equals an accepted answer, both after `normalise`.
+
+    `prefix_match` asks less: that the line begins with an accepted answer and a word ends there ("Rome, the capital").
+    A model that knows the answers but not where to stop has this one already.
+    """
+    line = text.strip().split("\n")[0].strip()
+    accepted = {normalise(answer) for answer in example.answers} - {""}
+    parts = [line[: match.start()] for match in re.finditer(r"[.!?;](?=\s)", line)] + [line]
+    longest = (part for part in reversed(parts) if normalise(part) in accepted)
+    answer = next(longest, parts[0])
+    begins = any(re.match(re.escape(name) + r"(?!\w)", normalise(line)) for name in accepted)
+    return answer, float(normalise(answer) in accepted), float(begins)
+
+
+def generate_answers(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, batch_size: int = 16
+) -> list[Scored]:
+    """Write one answer to every prompt, greedily, and read it with `read_answer`.
+
+    As many tokens are written as the task's longest accepted answer has, and 8 more: an answer that goes on beyond
+    them would not be one of the accepted.
+    """
+    answers = sorted({answer for example in task.examples for answer in example.answers})
+    longest = max(len(ids) for ids in tokenizer([" " + answer for answer in answers]).input_ids)
+    results = []
+    for example, text in zip(task.examples, _generate(model, tokenizer, task, 1, batch_size, longest + 8), strict=True):
+        answer, exact, begins = read_answer(text, example)
+        kind = "correct" if exact else "wrong" if answer else "missing"
+        values = {"exact_match": exact, "prefix_match": begins}
+        results.append(Scored(example, text, (answer,) if answer else (), (kind,), values))
+    return results
+
+
+def choose(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, batch_size: int = 16, preamble: str = ""
+) -> list[Scored]:
+    """Score every example's choices: `mc1`, `mc2` and `mc1_norm` (see `multiple_choice`)."""
+    results = []
+    scores = choice_log_likelihoods(model, tokenizer, task, batch_size, preamble)
+    for example, log_likelihoods in zip(task.examples, scores, strict=True):
+        top = max(range(len(log_likelihoods)), key=log_likelihoods.__getitem__)
+        kind = "best" if top == 0 else "correct" if top < len(example.answers) else "incorrect"
+        choice = choices(example)[top]
+        results.append(Scored(example, choice, (choice,), (kind,), multiple_choice(example, log_likelihoods)))
+    return results
 
 
 @torch.no_grad()
@@ -173,33 +261,54 @@ def evaluate(
     task: Task,
     n_items: int = 3,
     batch_size: int = 16,
-) -> tuple[dict[str, Any], list[ScoredList]]:
-    """All metrics of a model on a task.
+    preamble: str = "",
+) -> tuple[dict[str, Any], list[Scored]]:
+    """All metrics of a model on a task, by the task's kind.
+
+    Args:
+        n_items: list items scored per prompt; lists only.
+        batch_size: prompts generated, or choices scored, together.
+        preamble: text before every prompt; multiple choice only.
 
     Returns:
-        metrics: name -> `{"mean", "ci"}` for `repeat_rate`, `correct_new_rate`, `wrong_rate`, `missing_rate`,
-            `p_previous`, `p_remaining`; plus `neutral_perplexity` (a number) and the counts behind them.
-        lists: what was generated.
+        metrics: name -> `{"mean", "ci"}`: for lists `repeat_rate`, `correct_new_rate`, `wrong_rate`, `missing_rate`,
+            `p_previous`, `p_remaining`; for one answer `exact_match`, `prefix_match`; for multiple choice `mc1`, `mc2`,
+            `mc1_norm`. For all, `neutral_perplexity` (a number) and `n`, the counts behind them.
+        scored: what the model did with each example.
+
+    Raises:
+        InputError: a preamble for another kind of task; see `choice_log_likelihoods` for multiple choice.
     """
+    if preamble and task.kind != "multiple_choice":
+        raise InputError(f"task {task.name!r} is no multiple choice but {task.kind}; leave the preamble out")
     model.eval()
-    lists = generate_lists(model, tokenizer, task, n_items, batch_size)
-    subjects = [scored.example.subject for scored in lists]
+    if task.kind == "lists":
+        scored = generate_lists(model, tokenizer, task, n_items, batch_size)
+    elif task.kind == "exact_match":
+        scored = generate_answers(model, tokenizer, task, batch_size)
+    else:
+        scored = choose(model, tokenizer, task, batch_size, preamble)
+    subjects = [one.example.subject for one in scored]
     metrics: dict[str, Any] = {
-        f"{kind}_rate": mean_interval([s.kinds.count(kind) / n_items for s in lists], subjects) for kind in KINDS
+        name: mean_interval([one.values[name] for one in scored], subjects) for name in scored[0].values
     }
-    encoded = encode(task, tokenizer)
+    counts: dict[str, Any] = {"examples": len(scored), "subjects": len(set(subjects))}
+    if task.kind == "lists":
+        metrics |= _masses(model, encoded := encode(task, tokenizer))
+        counts["items"] = len(scored) * n_items
+        counts |= {"first_token_examples": len(encoded.examples), "dropped": dict(encoded.dropped)}
+    elif task.kind == "multiple_choice":
+        counts["choices"] = sum(len(choices(one.example)) for one in scored)
+    metrics["neutral_perplexity"] = perplexity(model, tokenizer)
+    metrics["n"] = counts
+    return metrics, scored
+
+
+def _masses(model: PreTrainedModel, encoded: EncodedTask) -> dict[str, Any]:
     remaining, previous = answer_mass(model, encoded)
-    of_mass = [example.example.subject for example in encoded.examples]
-    metrics["p_remaining"] = mean_interval(remaining, of_mass)
+    subjects = [example.example.subject for example in encoded.examples]
+    metrics = {"p_remaining": mean_interval(remaining, subjects)}
     given = [index for index, example in enumerate(encoded.examples) if example.previous_tokens]
     if given:  # examples without previous answers would only dilute it with zeros
-        metrics["p_previous"] = mean_interval([previous[i] for i in given], [of_mass[i] for i in given])
-    metrics["neutral_perplexity"] = perplexity(model, tokenizer)
-    metrics["n"] = {
-        "examples": len(lists),
-        "items": len(lists) * n_items,
-        "subjects": len(set(subjects)),
-        "first_token_examples": len(encoded.examples),
-        "dropped": dict(encoded.dropped),
-    }
-    return metrics, lists
+        metrics["p_previous"] = mean_interval([previous[i] for i in given], [subjects[i] for i in given])
+    return metrics

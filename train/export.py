@@ -1,29 +1,36 @@
 """A stock checkpoint from a run, proven equal before it appears.
 
-The adapter is folded into the weights: a scale into the columns of the output projection, an offset into its bias. The
-result is reloaded by plain transformers in a process that never imports headtune; logits and greedy generations are
-compared with those of the adapted model. Only then does the folder get its name.
+Adapters are folded into the weights (see `headtune.train.convert`): a scale into the columns of the output projection,
+an offset into its bias. The result is reloaded by plain transformers in a process that never imports headtune; logits
+and greedy generations are compared with those of the adapted model. Only then does the folder get its name. Where a
+family has no place for what was trained, the adapter alone can be written.
 """
 
 from __future__ import annotations
 
+import copy
 import json
+import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..analysis.architectures import Architecture, architecture_of
+from ..analysis.architectures import architecture_of
 from ..analysis.errors import CheckError, InputError
-from ..analysis.files import atomic_folder, require_new_folder, write_json, write_text
+from ..analysis.files import atomic_folder, require_new_folder, sha256_of, write_json, write_text
 from ..analysis.model import parse_dtype
 from ..analysis.tasks import Task
-from .adapter import HeadTuningLayer
+from .card import Origin, adapter_card, checkpoint_card, origin_of
+from .convert import conversion, fold
 
 FLOAT32_TOLERANCE = (
     1e-3  # largest logit difference; folding reorders float32 sums, which moves logits by about 1e-5..1e-4
@@ -33,93 +40,142 @@ HALF_TOLERANCE = 0.1
 
 # Runs under `python -I`: no PYTHONPATH, no current folder, so nothing but installed packages can be imported.
 _PROBE = """
-import json, sys
+import json, os, sys
 import torch
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM
-folder, request, answer = sys.argv[1:]
-rows = json.load(open(request))
-model, info = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True)
-assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
-assert not any(name.split(".")[0] == "headtune" for name in sys.modules)
-model.eval()
-result = {}
-with torch.no_grad():
-    for index, row in enumerate(rows["prompts"]):
-        tokens = torch.tensor([row])
-        result[f"logits.{index}"] = model(tokens).logits[0].float().contiguous()
-        result[f"greedy.{index}"] = model.generate(
-            tokens, attention_mask=torch.ones_like(tokens), do_sample=False,
-            max_new_tokens=rows["new_tokens"], pad_token_id=rows["pad"])[0]
-save_file(result, answer)
+from transformers import AutoModelForCausalLM, AutoTokenizer
+for job in json.load(open(sys.argv[1])):
+    folder = job["folder"]
+    model, info = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    config = json.load(open(os.path.join(folder, "config.json")))
+    assert config["architectures"] == [type(model).__name__], config["architectures"]
+    assert not {"auto_map", "quantization_config"} & config.keys(), sorted(config)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert "headtune" not in {name.split(".")[0] for name in sys.modules}
+    model.eval()
+    result = {}
+    with torch.no_grad():
+        for index, row in enumerate(job["prompts"]):
+            assert job["texts"] is None or tokenizer(job["texts"][index]).input_ids == row, "the tokenizer has changed"
+            tokens = torch.tensor([row])
+            result[f"logits.{index}"] = model(tokens).logits[0].float().contiguous()
+            result[f"greedy.{index}"] = model.generate(
+                tokens, attention_mask=torch.ones_like(tokens), do_sample=False,
+                max_new_tokens=job["new_tokens"], pad_token_id=job["pad"])[0]
+    save_file(result, job["answer"])
 """
 
 
-def fold(model: Any) -> PreTrainedModel:
-    """Merge a PeftModel's adapter into a stock model of the same family.
+@dataclass(frozen=True)
+class Prompts:
+    """What two models are compared on.
 
-    Raises:
-        InputError: an offset in a family that has no output bias to carry it.
+    Attributes:
+        rows: token ids of each prompt.
+        texts: the prompts, where the reloaded tokenizer has to give the same ids; None to leave it out.
+        new_tokens: generated greedily after each.
+        pad: the padding token's id.
     """
-    base = model.get_base_model()
-    architecture = architecture_of(base.config.get_text_config().model_type)
-    layers = [module for module in base.modules() if isinstance(module, HeadTuningLayer)]
-    has_offset = any(len(layer.head_tuning_offset) for layer in layers)
-    if has_offset and architecture.export == "none":
-        raise InputError(
-            f"family {base.config.model_type!r} has no output bias to carry an offset; train with method.offset=false, "
-            "or use the PEFT adapter in the run's adapter/ folder"
-        )
-    merged: PreTrainedModel = model.merge_and_unload(safe_merge=True)
-    if has_offset and architecture.export == "attention_bias":
-        return _with_attention_bias(merged, architecture)
-    return merged
+
+    rows: Sequence[list[int]]
+    texts: Sequence[str] | None
+    new_tokens: int
+    pad: int | None
 
 
-def _with_attention_bias(merged: PreTrainedModel, architecture: Architecture) -> PreTrainedModel:
-    """The same weights in a model whose config says `attention_bias: true`; biases that were not there are zero.
+@dataclass(frozen=True)
+class Answers:
+    """`logits[i]` float32 `[n_tokens, vocabulary]` and `greedy[i]` token ids (prompt and continuation) of prompt i."""
 
-    Without the flag a reload would drop the biases with no more than a log line.
-    """
-    config = merged.config.__class__.from_dict(merged.config.to_dict())
-    config.attention_bias = True
-    state = merged.state_dict()
-    with torch.device("meta"):
-        stock: Any = AutoModelForCausalLM.from_config(config, dtype=merged.dtype)
-    biases = [
-        f"{architecture.attention}.{name}.bias" for name in (*architecture.input_biases, architecture.output_projection)
-    ]
-    for name, parameter in stock.state_dict().items():
-        if name not in state:
-            if not any(name.endswith(bias) for bias in biases):
-                raise CheckError(f"folding does not know how to fill {name}")
-            state[name] = torch.zeros(parameter.shape, dtype=merged.dtype, device=merged.device)
-    stock.load_state_dict(state, strict=True, assign=True)
-    stock.tie_weights()
-    # Buffers that are computed, not stored (rotary frequencies), are on meta still; the merged model has them.
-    for name, buffer in merged.named_buffers():
-        owner, _, leaf = name.rpartition(".")
-        stock.get_submodule(owner)._buffers[leaf] = buffer
-    stock.generation_config = merged.generation_config
-    return stock.eval()
+    logits: Sequence[Tensor]
+    greedy: Sequence[Tensor]
+
+
+def prompts_of(tokenizer: PreTrainedTokenizerBase, task: Task, n: int = 20, new_tokens: int = 24) -> Prompts:
+    """The first prompts of a task's seeded order."""
+    texts = [example.prompt for example in task.limited(n).examples]
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    return Prompts([tokenizer(text).input_ids for text in texts], texts, new_tokens, pad)
 
 
 @torch.no_grad()
-def _reference(model: Any, prompts: Sequence[list[int]], new_tokens: int, pad: int) -> tuple[list[Any], list[Any]]:
+def answers_of(model: Any, prompts: Prompts) -> Answers:
+    """What a model in this process computes, on its own device."""
+    model.eval()
     logits, greedy = [], []
-    for row in prompts:
+    for row in prompts.rows:
         tokens = torch.tensor([row], device=model.device)
         logits.append(model(tokens).logits[0].float().cpu())
-        greedy.append(
-            model.generate(
-                input_ids=tokens,
-                attention_mask=torch.ones_like(tokens),
-                do_sample=False,
-                max_new_tokens=new_tokens,
-                pad_token_id=pad,
-            )[0].cpu()
-        )
-    return logits, greedy
+        settings = {"do_sample": False, "max_new_tokens": prompts.new_tokens, "pad_token_id": prompts.pad}
+        generated = model.generate(input_ids=tokens, attention_mask=torch.ones_like(tokens), **settings)
+        greedy.append(generated[0].cpu())
+    return Answers(logits, greedy)
+
+
+def answers_elsewhere(folders: Sequence[Path], prompts: Prompts) -> list[Answers]:
+    """What plain transformers computes from these folders, one after the other, in one process without headtune.
+
+    Raises:
+        CheckError: a folder does not load there as it stands: parameters too many or too few, another tokenizer.
+    """
+    with tempfile.TemporaryDirectory() as temporary:
+        answers = [Path(temporary) / f"{index}.safetensors" for index in range(len(folders))]
+        jobs = [
+            {
+                "folder": str(folder),
+                "answer": str(answer),
+                "prompts": prompts.rows,
+                "texts": prompts.texts,
+                "new_tokens": prompts.new_tokens,
+                "pad": prompts.pad,
+            }
+            for folder, answer in zip(folders, answers, strict=True)
+        ]
+        request = Path(temporary) / "request.json"
+        write_json(request, jobs)
+        command = [sys.executable, "-I", "-c", _PROBE, str(request)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            raise CheckError(f"the exported checkpoint does not load in plain transformers: {last}")
+        found = [load_file(answer) for answer in answers]
+    numbers = range(len(prompts.rows))
+    return [Answers([row[f"logits.{i}"] for i in numbers], [row[f"greedy.{i}"] for i in numbers]) for row in found]
+
+
+def compare(expected: Answers, found: Answers, dtype: str) -> dict[str, Any]:
+    """Largest and mean logit difference, the logits' scale, generations that agree, and the verdict.
+
+    The verdict is a largest difference within `FLOAT32_TOLERANCE` and all generations identical; for weights in half
+    precision within `HALF_TOLERANCE` of the scale, and generations are reported and not required: rounded weights may
+    flip a near-tie.
+    """
+    gaps = [(mine - other).abs() for mine, other in zip(expected.logits, found.logits, strict=True)]
+    # torch's max, unlike Python's, does not lose a NaN on the way.
+    scale = torch.stack([logits.abs().max() for logits in expected.logits]).max().item()
+    largest = torch.stack([gap.max() for gap in gaps]).max().item()
+    same = sum(torch.equal(mine, other) for mine, other in zip(expected.greedy, found.greedy, strict=True))
+    exact = dtype == "float32"
+    tolerance = FLOAT32_TOLERANCE if exact else HALF_TOLERANCE * scale
+    return {
+        "dtype": dtype,
+        "prompts": len(gaps),
+        "max_logit_difference": largest,
+        "mean_logit_difference": sum(gap.mean().item() for gap in gaps) / len(gaps),
+        "logit_scale": scale,
+        "tolerance": tolerance,
+        "identical_generations": same,
+        "passed": bool(largest <= tolerance and (same == len(gaps) or not exact)),
+    }
+
+
+def write_stock(
+    folded: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, max_shard_size: str = "5GB"
+) -> None:
+    """Safetensors shards, configuration, generation configuration and tokenizer."""
+    folded.save_pretrained(folder, max_shard_size=max_shard_size)
+    tokenizer.save_pretrained(folder)
 
 
 def export(
@@ -128,108 +184,127 @@ def export(
     task: Task,
     target: Path,
     dtype: str = "float32",
-    card: str = "",
+    origin: Origin | None = None,
     n_prompts: int = 20,
     new_tokens: int = 24,
+    max_shard_size: str = "5GB",
 ) -> dict[str, Any]:
     """Fold, save, reload elsewhere, compare, and only then give the folder its name.
 
     Args:
-        model: a PeftModel in float32.
+        model: a PeftModel or a fine-tuned model, in float32; it is used up.
         task: its prompts are those compared.
         target: a new folder.
         dtype: of the stored weights. The comparison is always with the adapted float32 model.
-        card: text of the model card.
+        origin: what the model card says of the run.
+        max_shard_size: of one file of weights, such as "5GB".
 
     Returns:
-        The content of `export.json`: largest and mean logit difference, logit scale, generations that agree, verdict.
+        The content of `export.json`: the comparison (see `compare`), the conversion of the family, the origin, and the
+        SHA-256 of every file written.
 
     Raises:
-        InputError: the folder exists or cannot be written, an unknown dtype, or a family without an output bias.
+        InputError: the folder exists or cannot be written, an unknown dtype or size, or a model that has no exact stock
+            form (see `fold`).
         CheckError: the reloaded model differs by more than the tolerance; nothing is left at `target`.
     """
     stored = parse_dtype(dtype)
+    _require_size(max_shard_size)
     require_new_folder(target, "choose another folder")
-    texts = [example.prompt for example in task.limited(n_prompts).examples]
-    prompts = [tokenizer(text).input_ids for text in texts]
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    model.eval()
-    logits, greedy = _reference(model, prompts, new_tokens, pad)
+    origin = origin or Origin()
+    prompts = prompts_of(tokenizer, task, n_prompts, new_tokens)
+    expected = answers_of(model, prompts)
+    source = copy.deepcopy(model.config)
     folded = fold(model).to(stored)  # type: ignore[arg-type]
+    converted = conversion(source, folded.config)
     if target.is_dir():
         target.rmdir()  # empty, as was checked; rename needs the name free
     with atomic_folder(target) as temporary:
-        folded.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-        request, answer = temporary / "request.json", temporary / "answer.safetensors"
-        write_json(request, {"prompts": prompts, "new_tokens": new_tokens, "pad": pad})
-        command = [sys.executable, "-I", "-c", _PROBE, str(temporary), str(request), str(answer)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode != 0:
-            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            raise CheckError(f"the exported checkpoint does not load in plain transformers: {last}")
-        reloaded = load_file(answer)
-        result = _compare(logits, greedy, reloaded, dtype)
-        request.unlink()
-        answer.unlink()
+        write_stock(folded, tokenizer, temporary, max_shard_size)
+        result = compare(expected, answers_elsewhere([temporary], prompts)[0], dtype)
         if not result["passed"]:
             raise CheckError(
                 f"the exported checkpoint differs: largest logit difference {result['max_logit_difference']:.3g} "
-                f"(allowed {result['tolerance']:.3g}), {result['identical_generations']} of {len(prompts)} generations "
-                "identical; nothing was written"
+                f"(allowed {result['tolerance']:.3g}), {result['identical_generations']} of {result['prompts']} "
+                "generations identical; nothing was written"
             )
-        write_text(temporary / "README.md", card or "# Exported by headtune\n")
-        write_json(temporary / "export.json", result)
+        result |= {"conversion": converted, **origin.summary()}
+        caveat = architecture_of(converted["written"]).bias_caveat if converted["flags"] else ""
+        write_text(temporary / "README.md", checkpoint_card(origin, result, caveat))
+        _finish(temporary, result)
     return result
 
 
-def _compare(logits: Sequence[Any], greedy: Sequence[Any], reloaded: dict[str, Any], dtype: str) -> dict[str, Any]:
-    gaps = [(reference - reloaded[f"logits.{index}"]).abs() for index, reference in enumerate(logits)]
-    # torch's max, unlike Python's, does not lose a NaN on the way.
-    scale = torch.stack([reference.abs().max() for reference in logits]).max().item()
-    largest = torch.stack([gap.max() for gap in gaps]).max().item()
-    same = sum(torch.equal(row, reloaded[f"greedy.{index}"]) for index, row in enumerate(greedy))
-    exact = dtype == "float32"
-    tolerance = FLOAT32_TOLERANCE if exact else HALF_TOLERANCE * scale
-    return {
-        "dtype": dtype,
-        "prompts": len(logits),
-        "max_logit_difference": largest,
-        "mean_logit_difference": sum(gap.mean().item() for gap in gaps) / len(gaps),
-        "logit_scale": scale,
-        "tolerance": tolerance,
-        "identical_generations": same,
-        # Rounded weights may flip a near-tie, so half-precision generations are reported and not required.
-        "passed": bool(largest <= tolerance and (same == len(greedy) or not exact)),
-    }
+def export_adapter(run: Path, target: Path) -> dict[str, Any]:
+    """Write a run's adapter alone, as PEFT loads it, with a model card that says how.
+
+    The base model is named as the recipe names it, not by where this machine keeps it.
+
+    Returns:
+        The content of `export.json`: the adapter's type, the origin, the SHA-256 of every file written.
+
+    Raises:
+        InputError: the folder is not a run, has no adapter (full fine-tuning), or `target` is not free.
+        CheckError: the adapter holds numbers that are not finite.
+    """
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    from . import recipe as recipes
+
+    if not (run / "recipe.yaml").is_file():
+        raise InputError(f"{str(run)!r} is not a run: it holds no recipe.yaml; give a folder that headtune train wrote")
+    if not (run / "adapter" / "adapter_config.json").is_file():
+        raise InputError(
+            f"run {str(run)!r} has no adapter: it is not finished, or trained the model itself; export the checkpoint "
+            "without --adapter"
+        )
+    require_new_folder(target, "choose another folder")
+    origin = origin_of(run, recipes.load(str(run / "recipe.yaml")).dump())
+    config = json.loads((run / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))
+    config |= {"base_model_name_or_path": origin.base, "revision": origin.revision}
+    weights = run / "adapter" / "adapter_model.safetensors"
+    for name, tensor in load_file(weights).items():
+        if not tensor.isfinite().all():
+            raise CheckError(f"the adapter's {name} holds numbers that are not finite")
+    module = PEFT_TYPE_TO_CONFIG_MAPPING[config["peft_type"]].__module__
+    own = "headtune.train" if module.startswith("headtune.train.") else None
+    result = {"adapter": config["peft_type"], "import_first": own, **origin.summary()}
+    if target.is_dir():
+        target.rmdir()
+    with atomic_folder(target) as temporary:
+        (temporary / weights.name).write_bytes(weights.read_bytes())
+        write_json(temporary / "adapter_config.json", config)
+        write_text(temporary / "README.md", adapter_card(origin, own))
+        _finish(temporary, result)
+    return result
 
 
-def model_card(recipe: dict[str, Any], heads: Sequence[Sequence[int]], evaluation: dict[str, Any]) -> str:
-    """A short model card: base, recipe, heads, before and after."""
-    lines = [
-        "# Exported by headtune",
-        "",
-        f"Base model: `{recipe['model']['name']}` (its licence applies). Recipe: `{recipe['recipe']}`, "
-        f"run `{recipe['name']}`, seed {recipe['seed']}.",
-        "",
-        "A stock checkpoint: loads in transformers without headtune. `export.json` holds the measured difference from "
-        "the adapted model.",
-        "",
-        "Heads changed: " + (", ".join(f"L{layer}H{head}" for layer, head in heads) or "see the recipe") + ".",
-        "",
-    ]
-    if evaluation:
-        lines += [f"Task: `{evaluation['task']}`.", "", "| | before | after |", "|---|---|---|"]
-        for name, before in evaluation["before"].items():
-            after = evaluation.get("after", {}).get(name)
-            if name == "n" or after is None:
-                continue
-            lines.append(f"| {name} | {_show(before)} | {_show(after)} |")
-        lines.append("")
-    return "\n".join([*lines, "```json", json.dumps(recipe, indent=1), "```", ""])
+def export_run(
+    run: Path, target: Path, dtype: str = "float32", n_prompts: int = 20, max_shard_size: str = "5GB"
+) -> dict[str, Any]:
+    """Export a finished run; see `export`. The prompts compared are of its held-out task.
+
+    Raises:
+        InputError, CheckError: as `export`, and where the folder is not a finished run.
+    """
+    from .run import load_run, tasks_of
+
+    parse_dtype(dtype)  # what is refused is refused before a model is loaded
+    _require_size(max_shard_size)
+    require_new_folder(target, "choose another folder")
+    model, tokenizer, recipe = load_run(run)
+    # All held-out prompts to choose from, however few the run was evaluated on.
+    held_out = tasks_of(recipe.task.model_copy(update={"max_eval_examples": None}))[1]
+    origin = origin_of(run, recipe.dump())
+    return export(model, tokenizer, held_out, target, dtype, origin, n_prompts, max_shard_size=max_shard_size)
 
 
-def _show(value: Any) -> str:
-    if isinstance(value, dict):
-        return f"{value['mean']:.3g} [{value['ci'][0]:.3g}, {value['ci'][1]:.3g}]"
-    return f"{value:.4g}"
+def _require_size(size: str) -> None:
+    if not re.fullmatch(r"[1-9]\d*[KMGT]B", size):
+        raise InputError(f"max shard size {size!r} is not a size; give a whole number of MB or GB, such as 5GB")
+
+
+def _finish(folder: Path, result: dict[str, Any]) -> None:
+    """Record the hash of every file and write export.json."""
+    result["files"] = {path.name: sha256_of(path) for path in sorted(folder.iterdir()) if path.is_file()}
+    write_json(folder / "export.json", result)

@@ -3,8 +3,8 @@
     recipe: lofit            which family; decides what `method` may hold
     model, heads, task, method, training, evaluation, tracking, name, output_dir, seed
 
-`training` takes the keys of TRL's `SFTConfig`, checked against the real dataclass. `key.sub=value` overrides any key;
-the value is YAML and giving a block replaces the block.
+`training` takes the keys of TRL's `SFTConfig` (`DPOConfig` where the objective is dpo), checked against the real
+dataclass. `key.sub=value` overrides any key; the value is YAML and giving a block replaces the block.
 """
 
 from __future__ import annotations
@@ -22,9 +22,23 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from ..analysis.errors import InputError, nearest
+from . import blocks
+from .blocks import (
+    METHODS,
+    STEERING,
+    WITHOUT_HEADS,
+    Block,
+    EvaluationBlock,
+    HeadsBlock,
+    ModelBlock,
+    SteerMethod,
+    TaskBlock,
+    TrackingBlock,
+    TrainedMethod,
+)
 
 # What a run sets itself; saying it in `training` as well could only contradict.
 _OWN_TRAINING_KEYS = {
@@ -40,183 +54,15 @@ _OWN_TRAINING_KEYS = {
 }
 
 
-class Block(BaseModel):
-    """A part of a recipe: no unknown keys, no conversion between types, no NaN or infinity, immutable."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, populate_by_name=True, allow_inf_nan=False)
-
-
-class ModelBlock(Block):
-    """Which model: a built-in name, a local folder or a hub id."""
-
-    name: str = "smollm2-135m"
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    revision: str | None = None
-    trust_remote_code: bool = False
-
-
-class IdentifyBlock(Block):
-    """Find the heads first, on the training task."""
-
-    method: str = "all"
-    max_examples: Annotated[int, Field(ge=1)] | None = None
-
-    @field_validator("method")
-    @classmethod
-    def _known(cls, value: str) -> str:
-        from ..analysis.methods import chosen
-
-        chosen(value)
-        return value
-
-
-class RandomBlock(Block):
-    """Random heads, as many in each layer as the heads chosen from `like` with this block's role and top."""
-
-    like: str
-    seed: int = 0
-
-
-class HeadsBlock(Block):
-    """Which heads: exactly one of `from`, `identify`, `random`, `all`, `list`.
-
-    `role` and `top` choose from a head set; `both` takes the top of each role.
-    """
-
-    source: str | None = Field(None, alias="from")
-    identify: IdentifyBlock | None = None
-    random: RandomBlock | None = None
-    every: Literal[True] | None = Field(None, alias="all")
-    pairs: Annotated[list[tuple[int, int]], Field(min_length=1)] | None = Field(None, alias="list")
-    role: Literal["recall", "suppression", "both"] = "both"
-    top: Annotated[int, Field(ge=1)] = 8
-
-    @model_validator(mode="before")
-    @classmethod
-    def _pairs(cls, data: Any) -> Any:
-        # YAML and JSON have no tuples; strict mode would refuse their lists.
-        if isinstance(data, dict) and isinstance(data.get("list"), list):
-            data = data | {"list": [tuple(pair) if isinstance(pair, list) else pair for pair in data["list"]]}
-        return data
-
-    @model_validator(mode="after")
-    def _one_source(self) -> HeadsBlock:
-        sources = {
-            "from": self.source,
-            "identify": self.identify,
-            "random": self.random,
-            "all": self.every,
-            "list": self.pairs,
-        }
-        given = [name for name, value in sources.items() if value is not None]
-        if len(given) != 1:
-            names = ", ".join(given) or "none"
-            raise ValueError(f"give exactly one of from, identify, random, all, list (found: {names})")
-        return self
-
-
-class SplitBlock(Block):
-    """How one task becomes train, validation and test; no subject is in two of them."""
-
-    by: Literal["subject"] = "subject"
-    seed: int = 0
-
-
-class TaskBlock(Block):
-    """What is learnt and what is measured. The same name twice is split by subject: train / test."""
-
-    train: str = "one_to_many"
-    eval: str | None = None
-    split: SplitBlock = SplitBlock()
-    max_train_examples: Annotated[int, Field(ge=1)] | None = None
-    max_eval_examples: Annotated[int, Field(ge=1)] | None = None
-
-
-class AnswerSetBlock(Block):
-    """The `answer_set` objective: see `headtune.train.objectives.answer_set`.
-
-    Attributes:
-        unlikelihood: weight of the term against previous answers.
-        own_lists: share of the training prompts whose previous answers are what the base model itself wrote; the rest
-            are the task's own prompts.
-        own_items: how many items the base model writes on a prompt.
-        retention: weight of the KL divergence to the base model at other positions of the same prompts; it is measured
-            on a quarter of each batch.
-        retention_positions: at how many positions, drawn anew at every step.
-    """
-
-    unlikelihood: Annotated[float, Field(ge=0)] = 1.0
-    own_lists: Annotated[float, Field(ge=0, le=1)] = 0.5
-    own_items: Annotated[int, Field(ge=1)] = 4
-    retention: Annotated[float, Field(ge=0)] = 1.0
-    retention_positions: Annotated[int, Field(ge=1)] = 8
-
-
-class ObjectiveBlock(Block):
-    """What the training minimises: `answer_set`, or `sft` (cross-entropy on the next gold answer)."""
-
-    objective: Literal["answer_set", "sft"] = "answer_set"
-    answer_set: AnswerSetBlock = AnswerSetBlock()
-
-
-class LofitMethod(ObjectiveBlock):
-    """The head adapter: scale and offset on chosen heads, everything else frozen."""
-
-    scale: Literal["none", "head", "vector"] = "vector"
-    offset: bool = True
-    init_std: Annotated[float, Field(ge=0)] = 0.0
-
-
-class LoraMethod(ObjectiveBlock):
-    """LoRA on all linear layers, the baseline; `heads` is ignored by it and may be left out."""
-
-    r: Annotated[int, Field(ge=1)] = 8
-    alpha: Annotated[int, Field(ge=1)] = 16
-    target_modules: str | list[str] = "all-linear"
-
-
-class SteerMethod(Block):
-    """No training: chosen heads multiplied by a factor, through the same adapter."""
-
-    factor: float = 1.25
-
-
-class EvaluationBlock(Block):
-    """How the generated lists are scored.
-
-    Attributes:
-        n_items: list items scored per prompt.
-        batch_size: prompts generated together.
-        before: evaluation.json of another run, whose measurement of the same base model on the same prompts is taken
-            over instead of being repeated.
-    """
-
-    n_items: Annotated[int, Field(ge=1)] = 3
-    batch_size: Annotated[int, Field(ge=1)] = 16
-    before: str | None = None
-
-
-class TrackingBlock(Block):
-    """Where the run is filed. `wandb`: online, offline, disabled, or null to use W&B where a key is present."""
-
-    project: str = "headtune"
-    group: str | None = None
-    tags: list[str] = []
-    wandb: Literal["online", "offline", "disabled"] | None = None
-
-
-METHODS: dict[str, type[Block]] = {"lofit": LofitMethod, "lora": LoraMethod, "steer": SteerMethod}
-
-
 class Recipe(Block):
     """A whole recipe. `method` is the block of the family named by `recipe`."""
 
-    recipe: Literal["lofit", "lora", "steer"]
+    recipe: Literal["lofit", "jola", "masked", "steer", "lora", "full", "ln"]
     model: ModelBlock = ModelBlock()
     heads: HeadsBlock | None = None
     task: TaskBlock = TaskBlock()
-    method: LofitMethod | LoraMethod | SteerMethod
-    training: dict[str, Any] = {}
+    method: TrainedMethod | SteerMethod
+    training: dict[str, Any] = Field(default_factory=dict)
     evaluation: EvaluationBlock = EvaluationBlock()
     tracking: TrackingBlock = TrackingBlock()
     name: str = ""
@@ -249,16 +95,55 @@ def parse(data: Any, where: str = "recipe") -> Recipe:
         hint = nearest(str(family), METHODS) if family else "known: " + ", ".join(METHODS)
         raise InputError(f"{where}: recipe {family!r} is unknown; {hint}")
     # Checked on its own, so that errors name method.x and not one alternative of a union.
-    method = _check(METHODS[family], {} if data.get("method") is None else data["method"], where, "method.")
+    settings = {} if data.get("method") is None else data["method"]
+    method = _check(_method_block(family, settings, where), settings, where, "method.")
     recipe: Recipe = _check(Recipe, {**data, "method": method}, where)
-    if recipe.heads is None and family != "lora":
-        raise InputError(f"{where}: heads is missing; give from, identify, random, all or list")
-    _check_training(recipe.training, where)
+    _check_method(recipe, where)
+    if isinstance(method, blocks.ObjectiveBlock):
+        _check_training(recipe.training, where, "DPOConfig" if method.objective == "dpo" else "SFTConfig")
+    elif recipe.training:
+        raise InputError(
+            f"{where}: training.{next(iter(recipe.training))}: recipe steer trains nothing; remove training"
+        )
     digest = hashlib.sha256(json.dumps(recipe.dump(), sort_keys=True).encode()).hexdigest()[:6]
     name = recipe.name or f"{family}-{_heads_label(recipe.heads)}-s{recipe.seed}-{digest}"
     if "/" in name or name in (".", ".."):
         raise InputError(f"{where}: name {name!r} must not hold a slash; use output_dir for the place")
     return recipe.model_copy(update={"name": name, "output_dir": recipe.output_dir or f"runs/{name}"})
+
+
+def _method_block(family: str, settings: Any, where: str) -> type[Block]:
+    if family != "steer" or not isinstance(settings, dict) or "kind" not in settings:
+        return METHODS[family]
+    kind = settings["kind"]
+    if kind not in STEERING:
+        raise InputError(f"{where}: method.kind {kind!r} is unknown; {nearest(str(kind), STEERING)}")
+    return STEERING[kind]
+
+
+def _check_method(recipe: Recipe, where: str) -> None:
+    """Refuse a method without the heads that it needs, and settings that contradict each other."""
+    method, heads = recipe.method, recipe.heads
+    finds_its_own = isinstance(method, blocks.SinkMethod | blocks.InterceptMethod)
+    if heads is None and not finds_its_own and recipe.recipe not in WITHOUT_HEADS:
+        raise InputError(f"{where}: heads is missing; give from, identify, lofit, probe, random, all or list")
+    if heads is not None and finds_its_own:
+        raise InputError(f"{where}: method.kind {method.kind!r} finds its own heads; remove heads")  # type: ignore[union-attr]
+    if heads is not None and heads.lofit is not None and recipe.recipe == "steer":
+        raise InputError(
+            f"{where}: heads.lofit needs an objective to train with, recipe steer has none; use heads.probe"
+        )
+    given = heads is None or not (heads.learnt or heads.identify)
+    if isinstance(method, blocks.LofitMethod) and method.select_only and given:
+        raise InputError(
+            f"{where}: method.select_only stops after choosing heads, and none are chosen; use heads.lofit, probe "
+            "or identify"
+        )
+    if isinstance(method, blocks.FullMethod) and method.objective == "answer_set" and method.answer_set.retention:
+        raise InputError(
+            f"{where}: method.answer_set.retention compares with the model without its adapter, and recipe full has "
+            "none; set it to 0"
+        )
 
 
 def _heads_label(heads: HeadsBlock | None) -> str:
@@ -268,6 +153,8 @@ def _heads_label(heads: HeadsBlock | None) -> str:
         return "all"
     if heads.pairs:
         return f"list{len(heads.pairs)}"
+    if heads.learnt:
+        return f"{'lofit' if heads.lofit else 'probe'}{heads.top}"
     return ("random-" if heads.random else "") + f"{heads.role}{heads.top}"
 
 
@@ -306,18 +193,19 @@ def _keys_at(kind: type[BaseModel], path: Sequence[Any]) -> list[str]:
     return [field.alias or name for name, field in current.model_fields.items()]
 
 
-def _check_training(values: Mapping[str, Any], where: str) -> None:
-    """Check `training` against TRL's SFTConfig: names and types (an int passes for a float)."""
-    from trl import SFTConfig
+def _check_training(values: Mapping[str, Any], where: str, config: str) -> None:
+    """Check `training` against TRL's config class: names and types (an int passes for a float)."""
+    import trl
 
-    fields = {field.name for field in dataclasses.fields(SFTConfig) if field.init}
-    hints = typing.get_type_hints(SFTConfig)
+    kind = getattr(trl, config)
+    fields = {field.name for field in dataclasses.fields(kind) if field.init}
+    hints = typing.get_type_hints(kind)
     for key, value in values.items():
         if key in _OWN_TRAINING_KEYS:
             use = _OWN_TRAINING_KEYS[key]
             raise InputError(f"{where}: training.{key} is set by the run; {f'use {use}' if use else 'remove it'}")
         if key not in fields:
-            raise InputError(f"{where}: unknown key 'training.{key}'; {_nearest_few(key, fields)}")
+            raise InputError(f"{where}: unknown key 'training.{key}'; {_nearest_few(key, fields, config)}")
         choices = _enum_values(hints[key])
         if isinstance(value, str) and choices:  # transformers takes its enums (schedulers, strategies) by value
             if value not in choices:
@@ -336,9 +224,9 @@ def _enum_values(hint: Any) -> list[str]:
     return [str(m.value) for kind in options if isinstance(kind, type) and issubclass(kind, enum.Enum) for m in kind]
 
 
-def _nearest_few(word: str, known: Iterable[str]) -> str:
+def _nearest_few(word: str, known: Iterable[str], config: str) -> str:
     close = difflib.get_close_matches(word, sorted(known), n=1, cutoff=0.4)
-    return f"did you mean 'training.{close[0]}'?" if close else "it is not a field of TRL's SFTConfig"
+    return f"did you mean 'training.{close[0]}'?" if close else f"it is not a field of TRL's {config}"
 
 
 # --- files and overrides ----------------------------------------------------------------------------------------------

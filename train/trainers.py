@@ -1,31 +1,32 @@
-"""TRL's SFTTrainer with our objective, and the rows it trains on."""
+"""TRL's trainers with our objectives and penalties, and the rows they train on."""
 
 from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import logging
 import random
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import datasets
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from trl import SFTTrainer
+from trl import DPOTrainer, SFTTrainer
 
 from ..analysis.encoding import EncodedTask, continuation
 from ..analysis.errors import InputError
 from ..analysis.files import write_text
 from ..analysis.model import cache_folder
 from ..analysis.tasks import Example, Task, to_jsonl
+from .blocks import AnswerSetBlock
 from .evaluate import generate_lists
 from .objectives import answer_set, retention
-from .recipe import AnswerSetBlock
 
 log = logging.getLogger(__name__)
 
@@ -132,12 +133,35 @@ def answer_set_rows(encoded: EncodedTask) -> datasets.Dataset:
 
 
 def sft_rows(task: Task, seed: int) -> datasets.Dataset:
-    """Columns `prompt`, `completion`: the next answer is drawn, seeded, from the remaining ones."""
+    """Columns `prompt`, `completion`: the best answer; of a list, one drawn, seeded, from those not given yet."""
     generator = random.Random(seed)
     rows = []
     for example in task.examples:
-        answer = generator.choice(example.remaining)
+        answer = generator.choice(example.remaining) if task.kind == "lists" else example.answers[0]
         rows.append({"prompt": example.prompt, "completion": continuation(example.prompt, answer) + "\n"})
+    return datasets.Dataset.from_list(rows)
+
+
+def dpo_rows(task: Task, pairs: Literal["one", "all"]) -> datasets.Dataset:
+    """Columns `prompt`, `chosen`, `rejected`: right and wrong answers to the same question.
+
+    Args:
+        pairs: `one` a question, its best answer and its first wrong one (Yin et al. 2024), or `all` combinations.
+
+    Raises:
+        InputError: an example without wrong answers.
+    """
+    rows = []
+    for example in task.examples:
+        if not example.incorrect:
+            raise InputError(
+                f"task {task.name!r} has no 'incorrect' answers for {example.prompt[:60]!r}; the dpo objective needs "
+                "them, or choose method.objective=sft"
+            )
+        right, wrong = example.remaining, example.incorrect
+        for chosen, rejected in itertools.product(*((right[:1], wrong[:1]) if pairs == "one" else (right, wrong))):
+            continued = [continuation(example.prompt, answer) for answer in (chosen, rejected)]
+            rows.append({"prompt": example.prompt, "chosen": continued[0], "rejected": continued[1]})
     return datasets.Dataset.from_list(rows)
 
 
@@ -164,7 +188,42 @@ class AnswerSetCollator:
         }
 
 
-class AnswerSetTrainer(SFTTrainer):
+# The model and the share of training done, to named terms that are added to the loss.
+Penalty = Callable[[Any, float], dict[str, Tensor]]
+
+
+class Penalised:
+    """A trainer whose loss has further terms that depend on the weights alone; each is logged by name."""
+
+    penalty: Penalty | None = None
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        this: Any = self
+        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[misc]
+        if self.penalty is None or not model.training:
+            return result
+        progress = this.state.global_step / max(1, this.state.max_steps)
+        terms = self.penalty(this.accelerator.unwrap_model(model), progress)
+        for name, term in terms.items():
+            this._metrics["train"][name].append(term.item())
+        added = torch.stack(list(terms.values())).sum()
+        if this.model_accepts_loss_kwargs and num_items_in_batch is not None:
+            # Such a loss is a share of the whole step's; the trainer adds it up over accumulated batches, undivided.
+            added = added / this.current_gradient_accumulation_steps
+        return (result[0] + added, result[1]) if return_outputs else result + added
+
+
+class SFT(Penalised, SFTTrainer):
+    """Cross-entropy on completions."""
+
+
+class DPO(Penalised, DPOTrainer):
+    """Direct preference optimisation (Rafailov et al. 2023); the reference is the model with its adapter off."""
+
+
+class _AnswerSet(SFTTrainer):
     """SFTTrainer whose loss is `objectives.answer_set` at END; its parts are logged by name."""
 
     def __init__(self, *args: Any, block: AnswerSetBlock, **kwargs: Any) -> None:
@@ -205,3 +264,7 @@ class AnswerSetTrainer(SFTTrainer):
             return []
         n = min(self.block.retention_positions, width - 2)
         return sorted((1 + torch.randperm(width - 2)[:n]).tolist())
+
+
+class AnswerSetTrainer(Penalised, _AnswerSet):
+    """Any answer not given yet, none of those given: `objectives.answer_set` at END."""

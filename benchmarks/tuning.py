@@ -1,0 +1,486 @@
+"""Head-targeted tuning against its controls and baselines: same data, same steps, three tasks.
+
+    python benchmarks/tuning.py --data DATA                the whole grid: every method, three seeds; resumable
+    python benchmarks/tuning.py --data DATA --small        for two cores: three seeds for the core rows, else one
+    python benchmarks/tuning.py --data DATA --tasks relations --only "recall heads" both
+    python benchmarks/tuning.py --data DATA --search       learning rates, on validation subjects of the relations
+    python benchmarks/tuning.py --table                    the table from the result files alone
+
+DATA holds `relations/` (LRE, Hernandez et al. 2024) and `truthfulqa/fold_0_{train,test}.csv` (split by LoFiT);
+one_to_many comes with headtune. Each run is a `headtune train` in a process of its own, forked from one that has
+imported what it needs; a finished run is not repeated. One result file a run in benchmarks/results/tuning/, the table
+of them all in benchmarks/results/tuning.json. Intervals are 95% percentile bootstraps over held-out subjects of the
+mean over seeds; differences are paired over the same subjects.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import platform
+import random
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+K = 16  # heads tuned, 6% of 270
+BATCH = 8
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One task: what is trained on, with which objective, and which metrics count (name -> more is better)."""
+
+    task: dict[str, Any]
+    objective: dict[str, Any]
+    metrics: dict[str, bool]
+    heads_from: str
+    steps: int = 40
+    rates: dict[str, float] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+
+
+# Relations whose objects are few and shared, so that what one subject teaches can serve another; of the 26 together the
+# model answers 6% and training on other subjects cannot tell it, say, somebody's father.
+RELATIONS = (
+    "landmark_in_country",
+    "landmark_on_continent",
+    "person_native_language",
+    "person_plays_instrument",
+    "person_plays_pro_sport",
+    "product_by_company",
+)
+
+
+def settings(data: Path, folder: Path) -> dict[str, Setting]:
+    relations = folder / "relations"
+    relations.mkdir(parents=True, exist_ok=True)
+    for name in RELATIONS:
+        if not (relations / f"{name}.json").exists():
+            (relations / f"{name}.json").symlink_to(data.resolve() / "relations" / f"{name}.json")
+    return {
+        "relations": Setting(
+            {"train": f"relation:{relations}", "max_train_examples": 160, "max_eval_examples": 150},
+            {"objective": "sft"},
+            {"exact_match": True, "prefix_match": True},
+            "relations",
+            rates={"lofit": 1e-1},
+        ),
+        "one_to_many": Setting(
+            {"train": "one_to_many", "max_train_examples": 160, "max_eval_examples": 60},
+            # No retention term, which needs a second pass and an adapter to switch off: full fine-tuning has none.
+            {"objective": "answer_set", "answer_set": {"unlikelihood": 4.0, "own_lists": 0.5, "retention": 0.0}},
+            {"repeat_rate": False, "correct_new_rate": True},
+            "one_to_many",
+        ),
+        "truthfulqa": Setting(
+            {
+                "train": f"truthfulqa:{data}/truthfulqa/fold_0_train.csv",
+                "eval": f"truthfulqa:{data}/truthfulqa/fold_0_test.csv",
+                "max_train_examples": 80,
+                "max_eval_examples": 60,
+            },
+            {"objective": "dpo"},
+            {"mc1": True, "mc2": True},
+            "one_to_many",  # its questions have no subject in many places: heads from another task
+            20,  # pairs of long answers: half the steps and examples of the other tasks
+            training={"beta": 0.5},
+        ),
+    }
+
+
+OFFSET = {"scale": "none", "offset": True, "init_std": 1e-3}
+# Learning rates: on validation subjects of the relations (--search) the one with the highest exact match; among rates
+# within 2 points of it, the one that damages neutral text least. LoFiT's on the other tasks: the published one.
+RATES = {"lofit": 1e-2, "jola": 3e-3, "masked": 1e-3, "lora": 5e-4, "full": 3e-5, "ln": 3e-3}
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row: the recipe family, its heads ({heads} is the head set's folder) and method block.
+
+    Attributes:
+        core: run with every seed in the small grid too.
+        seeded: False for what has no randomness.
+    """
+
+    recipe: str
+    heads: dict[str, Any] | None = None
+    method: dict[str, Any] = field(default_factory=dict)
+    core: bool = False
+    seeded: bool = True
+
+
+def from_set(role: str, top: int) -> dict[str, Any]:
+    return {"from": "{heads}", "role": role, "top": top}
+
+
+METHODS: dict[str, Method] = {
+    "base": Method("steer", {"list": [[0, 0]]}, {"kind": "scale", "factor": 1.0}, seeded=False),
+    "LoFiT's own heads": Method("lofit", {"lofit": {"learning_rate": 5e-3, "l1": 5e-4}, "top": K}, OFFSET, core=True),
+    "recall heads": Method("lofit", from_set("recall", K), OFFSET, core=True),
+    "suppression heads": Method("lofit", from_set("suppression", K), OFFSET, core=True),
+    "both": Method("lofit", from_set("both", K // 2), OFFSET, core=True),
+    "random heads, same layers": Method(
+        "lofit", {"random": {"like": "{heads}", "seed": "{seed}"}, "role": "both", "top": K // 2}, OFFSET, core=True
+    ),
+    "random heads, any layer": Method("lofit", {"list": "{anywhere}"}, OFFSET, core=True),
+    "LoRA r=8": Method("lora", core=True),
+    "all heads": Method("lofit", {"all": True}, OFFSET),
+    "JoLA, all heads": Method("jola", {"all": True}),
+    "masked fine-tuning, both": Method("masked", from_set("both", K // 2)),
+    "masked fine-tuning, random, same layers": Method(
+        "masked", {"random": {"like": "{heads}", "seed": "{seed}"}, "role": "both", "top": K // 2}
+    ),
+    "LN tuning": Method("ln"),
+    "full fine-tuning": Method("full", None, {"keep": False}),
+    "ITI alpha=5": Method("steer", {"probe": {}, "top": K}, {"kind": "iti", "alpha": 5.0}),
+    "ITI alpha=15": Method("steer", {"probe": {}, "top": K}, {"kind": "iti", "alpha": 15.0}),
+}
+SEARCH = {
+    "both": ("lofit", [1e-2, 3e-2, 1e-1]),
+    "JoLA, all heads": ("jola", [3e-3, 1e-2, 3e-2]),
+    "masked fine-tuning, both": ("masked", [3e-4, 1e-3]),
+    "LoRA r=8": ("lora", [5e-4, 2e-3]),
+    "full fine-tuning": ("full", [3e-5, 1e-4]),
+    "LN tuning": ("ln", [3e-3, 1e-2]),
+}
+
+
+def recipe_of(
+    setting: Setting, name: str, seed: int, folder: Path, out: Path, rate: float | None = None
+) -> dict[str, Any]:
+    """The whole recipe of one run."""
+    row = METHODS[name]
+    fill = {
+        "{heads}": str(folder / f"heads-{setting.heads_from}"),
+        "{seed}": seed,
+        "{anywhere}": [list(divmod(index, 9)) for index in sorted(random.Random(seed).sample(range(270), K))],
+    }
+    heads = None if row.heads is None else {key: _filled(value, fill) for key, value in row.heads.items()}
+    trained = row.recipe != "steer"
+    recipe: dict[str, Any] = {
+        "recipe": row.recipe,
+        "model": {"name": "smollm2-135m"},
+        "task": setting.task,
+        "method": {**(setting.objective if trained else {}), **row.method},
+        "evaluation": {"n_items": 3, "batch_size": 32},
+        "tracking": {"wandb": "disabled", "group": "tuning"},
+        "name": out.name,
+        "output_dir": str(out),
+        "seed": seed,
+    }
+    if heads is not None:
+        recipe["heads"] = heads
+    if trained:
+        recipe["training"] = {
+            "max_steps": setting.steps,
+            "per_device_train_batch_size": BATCH,
+            "learning_rate": rate or (RATES | setting.rates)[row.recipe],
+            "lr_scheduler_type": "linear",
+            "warmup_steps": 4,
+            "weight_decay": 0.0,
+            "save_strategy": "no",
+            "logging_steps": 10,
+            **setting.training,
+        }
+    if name != "base":
+        recipe["evaluation"]["before"] = str(folder / out.parent.name / "base" / "evaluation.json")
+    return recipe
+
+
+def _filled(value: Any, fill: dict[str, Any]) -> Any:
+    if isinstance(value, dict):
+        return {key: _filled(inner, fill) for key, inner in value.items()}
+    return fill.get(value, value) if isinstance(value, str) else value
+
+
+# --- running ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Run:
+    task: str
+    name: str
+    seed: int
+    recipe: dict[str, Any]
+
+    @property
+    def out(self) -> Path:
+        return Path(self.recipe["output_dir"])
+
+    def finished(self) -> bool:
+        path = self.out / "run.json"
+        return path.is_file() and json.loads(path.read_text())["state"] == "done"
+
+
+def place(folder: Path, task: str, name: str, seed: int) -> Path:
+    stem = "".join(c if c.isalnum() else "_" for c in name)
+    return folder / task / (f"{stem}-s{seed}" if METHODS[name].seeded else stem)
+
+
+def carry_out(recipe: Path, log: Path, threads: int, resume: bool) -> None:
+    """One run, in a process of its own, that talks to `log`."""
+    import torch
+
+    from headtune.train.cli import main
+
+    torch.set_num_threads(threads)
+    with log.open("a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+        sys.exit(main(["train", str(recipe), *(["--resume"] if resume else [])]))
+
+
+def run_all(runs: Iterable[Run], jobs: int, threads: int, keep: Callable[[Run], None]) -> None:
+    """Every run that is not finished, `jobs` at a time; `keep` is told of each that is."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["headtune.train.cli", "headtune.train.run"])
+    going: dict[Any, Run] = {}
+
+    def wait(at_most: int) -> None:
+        while len(going) > at_most:
+            for process in [p for p in going if not p.is_alive()]:
+                run = going.pop(process)
+                if process.exitcode:
+                    print(f"FAILED {run.task} {run.name} seed {run.seed}: see {run.out}.log", flush=True)
+                else:
+                    keep(run)
+            time.sleep(0.2)
+
+    for run in runs:
+        if run.finished():
+            keep(run)
+            continue
+        wait(jobs - 1)
+        run.out.parent.mkdir(parents=True, exist_ok=True)
+        path = run.out.with_suffix(".yaml")
+        path.write_text(yaml.safe_dump(run.recipe))
+        resume = (run.out / "recipe.yaml").is_file()
+        print(f"{datetime.now(UTC):%H:%M:%S} {run.task}: {run.name}, seed {run.seed}", flush=True)
+        process = context.Process(target=carry_out, args=(path, Path(f"{run.out}.log"), threads, resume))
+        process.start()
+        going[process] = run
+        if run.name == "base":
+            wait(0)  # the others take its measurement over
+    wait(0)
+
+
+def keep(run: Run) -> None:
+    """The run's result file."""
+    state = json.loads((run.out / "run.json").read_text())
+    evaluation = json.loads((run.out / "evaluation.json").read_text())
+    rows = evaluation["examples"]
+    training = state.get("training", {})
+    content = {
+        "task": run.task,
+        "method": run.name,
+        "seed": run.seed,
+        "recipe": {key: run.recipe[key] for key in ("recipe", "heads", "method", "training") if key in run.recipe},
+        "task_sha256": evaluation["task_sha256"],
+        "parameters": 0 if run.name == "base" else state["parameters"],
+        "heads": state.get("heads", []),
+        "seconds_per_step": training.get("seconds_per_step"),
+        "prefix_layers": training.get("prefix_cache", {}).get("layers", 0),
+        "peak_memory_gib": state["peak_memory_gib"],
+        "after": {k: v["mean"] if isinstance(v, dict) else v for k, v in evaluation["after"].items() if k != "n"},
+        "n": evaluation["after"]["n"],
+        "subjects": [row["subject"] for row in rows],
+        "values": {name: [row["after_values"][name] for row in rows] for name in rows[0]["after_values"]},
+        "created": state["created"],
+        "versions": state["versions"],
+        "machine": f"{os.cpu_count()} cores, {platform.machine()}",
+    }
+    path = result_file(run.task, run.name, run.seed)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(content, ensure_ascii=False) + "\n"
+    if not path.is_file() or path.read_text() != text:
+        path.write_text(text)
+
+
+def result_file(task: str, name: str, seed: int) -> Path:
+    return place(RESULTS / "tuning", task, name, seed).with_suffix(".json")
+
+
+# --- the table --------------------------------------------------------------------------------------------------------
+
+
+def collect() -> dict[str, dict[str, list[dict[str, Any]]]]:
+    """task -> method -> results by seed."""
+    found: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    for path in sorted((RESULTS / "tuning").glob("*/*.json")):
+        result = json.loads(path.read_text())
+        found.setdefault(result["task"], {}).setdefault(result["method"], []).append(result)
+    return found
+
+
+def interval(values: np.ndarray, subjects: list[str], n: int = 5000) -> dict[str, Any]:
+    names, index = np.unique(np.array(subjects), return_inverse=True)
+    draws = np.random.default_rng(0).multinomial(len(names), np.full(len(names), 1 / len(names)), size=n)[:, index]
+    means = draws @ values / draws.sum(1)
+    return {"mean": float(values.mean()), "ci": [float(x) for x in np.percentile(means, [2.5, 97.5])]}
+
+
+def summarise(found: dict[str, list[dict[str, Any]]], metrics: Iterable[str]) -> list[dict[str, Any]]:
+    """One line a method: metrics with intervals, and paired differences from the base and from random heads."""
+    metrics = list(metrics)
+    values = {
+        name: {m: np.mean([np.array(r["values"][m]) for r in of], axis=0) for m in metrics}
+        for name, of in found.items()
+    }
+    subjects = found["base"][0]["subjects"]
+    table = []
+    for name in METHODS:
+        if name not in found:
+            continue
+        of = found[name]
+        if any(r["subjects"] != subjects for r in of):
+            sys.exit(f"{name}: measured on other prompts than the base; remove its result files and run it again")
+        line: dict[str, Any] = {"method": name, "seeds": len(of) if METHODS[name].seeded else 0}
+        line["parameters"] = of[0]["parameters"]
+        seconds = [r["seconds_per_step"] for r in of if r["seconds_per_step"]]
+        line["seconds_per_step"] = float(np.median(seconds)) if seconds else None
+        line["prefix_layers"] = [r["prefix_layers"] for r in of]
+        line["peak_memory_gib"] = max(r["peak_memory_gib"] for r in of)
+        line["neutral_perplexity"] = float(np.mean([r["after"]["neutral_perplexity"] for r in of]))
+        for metric in metrics:
+            line[metric] = interval(values[name][metric], subjects)
+            line[metric]["by_seed"] = [float(np.mean(r["values"][metric])) for r in of]
+            for other, key in (("base", "minus_base"), ("random heads, same layers", "minus_random")):
+                if name not in (other, "base") and other in values:
+                    line[metric][key] = interval(values[name][metric] - values[other][metric], subjects)
+        table.append(line)
+    return table
+
+
+def markdown(table: list[dict[str, Any]], metrics: Iterable[str]) -> str:
+    def cell(value: dict[str, Any] | None, sign: str = "") -> str:
+        if value is None:
+            return ""
+        low, high = value["ci"]
+        return f"{100 * value['mean']:{sign}.1f} [{100 * low:{sign}.1f}, {100 * high:{sign}.1f}]"
+
+    metrics = list(metrics)
+    columns = ["method", "seeds", "parameters", "s/step", "GiB"]
+    columns += [text for m in metrics for text in (m.replace("_", " "), "minus random")] + ["perplexity"]
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    for row in table:
+        cells = [row["method"], str(row["seeds"] or ""), f"{row['parameters']:,}"]
+        cells += [
+            "" if row["seconds_per_step"] is None else f"{row['seconds_per_step']:.2f}",
+            f"{row['peak_memory_gib']:.1f}",
+        ]
+        for metric in metrics:
+            cells += [cell(row[metric]), cell(row[metric].get("minus_random"), "+")]
+        lines.append("| " + " | ".join([*cells, f"{row['neutral_perplexity']:.2f}"]) + " |")
+    return "\n".join(lines)
+
+
+def write_table(wanted: dict[str, Setting]) -> None:
+    found = collect()
+    content: dict[str, Any] = {"command": "python benchmarks/tuning.py", "model": "smollm2-135m", "heads": K}
+    content |= {"batch": BATCH}
+    content |= {"date": datetime.now(UTC).date().isoformat(), "tasks": {}}
+    for task, setting in wanted.items():
+        if "base" in found.get(task, {}):
+            table = summarise(found[task], setting.metrics)
+            content["tasks"][task] = {"steps": setting.steps, "train_examples": setting.task["max_train_examples"]}
+            content["tasks"][task] |= {"learning_rates": RATES | setting.rates}
+            content["tasks"][task] |= {"n": found[task]["base"][0]["n"], "table": table}
+            print(f"\n{task}\n\n{markdown(table, setting.metrics)}")
+    (RESULTS / "tuning.json").write_text(json.dumps(content, indent=1) + "\n")
+
+
+def search(setting: Setting, folder: Path, jobs: int, threads: int) -> None:
+    """Learning rates on validation subjects, one seed, one task; writes benchmarks/results/tuning_search.json."""
+    name = setting.task["train"]
+    held_out = Setting(
+        setting.task | {"train": f"{name}:train", "eval": f"{name}:validation"},
+        setting.objective,
+        setting.metrics,
+        "relations",
+    )
+    runs = [Run("search", "base", 0, recipe_of(held_out, "base", 0, folder, folder / "search" / "base"))]
+    for method, (_, rates) in SEARCH.items():
+        for rate in rates:
+            out = place(folder, "search", method, 0)
+            out = out.with_name(f"{out.name}-{rate:g}")
+            runs.append(Run("search", method, 0, recipe_of(held_out, method, 0, folder, out, rate)))
+    run_all(runs, jobs, threads, keep=lambda run: None)
+    rows = []
+    for run in runs:
+        after = json.loads((run.out / "evaluation.json").read_text())["after"]
+        rate = run.recipe.get("training", {}).get("learning_rate")
+        rows.append({"method": run.name, "learning_rate": rate, "exact_match": after["exact_match"]["mean"]})
+        rows[-1]["neutral_perplexity"] = after["neutral_perplexity"]
+        print(rows[-1])
+    (RESULTS / "tuning_search.json").write_text(json.dumps(rows, indent=1) + "\n")
+
+
+def identify(folder: Path, wanted: set[str]) -> None:
+    """Head sets, on training subjects, where they are not there yet."""
+    tasks = {"one_to_many": ("one_to_many:train", 96), "relations": (f"relation:{folder}/relations:train", 96)}
+    from headtune.train.cli import main
+
+    for name in sorted(wanted):
+        task, n = tasks[name]
+        out = folder / f"heads-{name}"
+        if not (out / "heads.json").is_file():
+            command = ["identify", "smollm2-135m", "--task", task, "--max-examples", str(n), "--top", str(K)]
+            if main([*command, "--out", str(out), "--wandb", "disabled"]):
+                sys.exit(f"identify failed on {task}")
+        found = json.loads((out / "heads.json").read_text())
+        heads = {role: [[h["layer"], h["head"], h["score"]] for h in ranked] for role, ranked in found["roles"].items()}
+        (RESULTS / "tuning").mkdir(parents=True, exist_ok=True)
+        note = {"task": found["task"], "method": found["method"]["name"], "heads": heads}
+        (RESULTS / "tuning" / f"heads-{name}.json").write_text(json.dumps(note) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
+    parser.add_argument("--tasks", nargs="+", choices=["relations", "one_to_many", "truthfulqa"])
+    parser.add_argument("--only", nargs="+", choices=METHODS)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--small", action="store_true")
+    parser.add_argument("--search", action="store_true")
+    parser.add_argument("--table", action="store_true")
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=max(1, (os.cpu_count() or 2) // 2))
+    parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "benchmark-tuning")
+    arguments = parser.parse_args()
+    known = settings(arguments.data, arguments.folder)
+    wanted = {name: known[name] for name in arguments.tasks or known}
+    if arguments.table:
+        return write_table(known)
+    identify(arguments.folder, {setting.heads_from for setting in wanted.values()})
+    if arguments.search:
+        return search(known["relations"], arguments.folder, arguments.jobs, arguments.threads)
+    runs = []
+    for seed in arguments.seeds:  # a whole table after the first seed, then its spread
+        for task, setting in wanted.items():
+            for name, method in METHODS.items():
+                later = seed != arguments.seeds[0]
+                if (arguments.only and name not in arguments.only) or (later and not method.seeded):
+                    continue
+                if later and arguments.small and not method.core:
+                    continue
+                out = place(arguments.folder, task, name, seed)
+                runs.append(Run(task, name, seed, recipe_of(setting, name, seed, arguments.folder, out)))
+    run_all(runs, arguments.jobs, arguments.threads, keep)
+    write_table(known)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,97 @@
+"""Which heads a run tunes: from a head set, identified now, learnt in a first stage, random, all, or listed."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..analysis import cards, headset, identify
+from ..analysis.errors import InputError
+from ..analysis.model import HeadModel
+from ..analysis.scores import load_means
+from ..analysis.tasks import Task
+from .blocks import HeadsBlock
+
+log = logging.getLogger(__name__)
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The heads of a run.
+
+    Attributes:
+        pairs: (layer, head), sorted.
+        found: the head set they come from, if any.
+        means: its scores, if any, `name -> [n_layers, n_heads]`.
+    """
+
+    pairs: list[tuple[int, int]]
+    found: headset.HeadSet | None = None
+    means: Mapping[str, Any] | None = None
+
+
+def choose_heads(
+    block: HeadsBlock,
+    model: HeadModel,
+    task: Task,
+    folder: Path | None = None,
+    progress: identify.Progress = identify.silent,
+    say: Say = log.info,
+) -> Chosen:
+    """Resolve a recipe's `heads` block on a model.
+
+    Args:
+        folder: where `identify` may write heads.json and scores.safetensors; None writes nothing.
+
+    Raises:
+        InputError: heads that do not exist on this model, a head set of another model, fewer heads than asked for.
+    """
+    from ..analysis.hooks import require_heads
+
+    if block.every:
+        return Chosen([(layer, head) for layer in range(model.n_layers) for head in range(model.n_heads)])
+    if block.pairs:
+        require_heads(model, block.pairs)
+        if len(set(block.pairs)) < len(block.pairs):
+            raise InputError(
+                f"heads.list {[list(pair) for pair in block.pairs]} names a head twice; remove the repeats"
+            )
+        return Chosen(sorted(block.pairs))
+    if block.identify is not None:
+        part = task.limited(block.identify.max_examples)
+        found = identify.identify(model, part, block.identify.method, top=block.top, progress=progress)
+        if folder is not None:
+            found.scores.save(folder / "scores.safetensors")
+            found.heads.write(folder / "heads.json")
+        return Chosen(_top(found.heads, block, say), found.heads, found.scores.means())
+    path = Path(block.source or (block.random.like if block.random else ""))
+    heads = headset.read(path / "heads.json" if path.is_dir() else path)
+    for warning in heads.require_fit(model.identity()):
+        log.warning(warning)
+    pairs = _top(heads, block, say)
+    if block.random is not None:
+        like = set(pairs)
+        pairs = sorted(headset.random_like(pairs, model.n_heads, block.random.seed, overlap=True))
+        if shared := [f"L{layer}H{head}" for layer, head in pairs if (layer, head) in like]:
+            say(f"{len(shared)} of {len(pairs)} random heads are chosen ones, for want of others: {', '.join(shared)}")
+    scores = path.parent / "scores.safetensors" if path.is_file() else path / "scores.safetensors"
+    if folder is not None:
+        heads.write(folder / "heads.json")
+        if (seen := scores.with_name("portraits.json")).is_file():
+            cards.write(cards.read(seen), folder / "portraits.json")
+    return Chosen(pairs, heads, load_means(scores) if scores.is_file() else None)
+
+
+def _top(heads: headset.HeadSet, block: HeadsBlock, say: Say) -> list[tuple[int, int]]:
+    roles = headset.ROLES if block.role == "both" else (block.role,)
+    pairs = {pair for role in roles for pair in heads.top(role, min(block.top, len(heads.roles.get(role, ()))))}
+    for role in roles:
+        if len(heads.roles.get(role, ())) < block.top:
+            say(f"only {len(heads.roles.get(role, ()))} {role} heads are confirmed, fewer than top={block.top}")
+    if not pairs:
+        raise InputError(f"the head set holds no {' or '.join(roles)} heads; run identify on more examples")
+    return sorted(pairs)

@@ -1,0 +1,305 @@
+"""From a recipe's method to a model that carries its adapter: configuration, rows, trainer, penalties, prefix cache."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+import os
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LNTuningConfig, LoraConfig, PeftConfig
+from torch import Tensor, nn
+from transformers import PrinterCallback, TrainerCallback, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from ..analysis.encoding import encode
+from ..analysis.errors import CheckError, InputError
+from ..analysis.model import HeadModel
+from ..analysis.tasks import Task
+from . import adapter, slices, trainers
+from .blocks import FullMethod, JolaMethod, LnMethod, LofitMethod, LoraMethod, MaskedMethod, TrainedMethod
+from .prefix_cache import PrefixCache, lowest_trained, refusal
+from .recipe import Recipe
+from .tracking import Tracker, trainer_callback
+
+Say = Callable[[str], None]
+Pairs = Sequence[tuple[int, int]]
+
+
+def peft_config(method: TrainedMethod, pairs: Pairs, model: nn.Module) -> PeftConfig | None:
+    """The PEFT configuration of a trained method; None for full fine-tuning, which has no adapter."""
+    heads = [list(pair) for pair in pairs]
+    common: dict[str, Any] = {"task_type": "CAUSAL_LM"}
+    match method:
+        case LofitMethod():
+            own: dict[str, Any] = {"scale": method.scale, "offset": method.offset, "init_std": method.init_std}
+            return adapter.HeadTuningConfig(heads=heads, **own, **common)
+        case JolaMethod():
+            return adapter.HeadTuningConfig(heads=heads, gates=True, init_std=method.init_std, **common)
+        case MaskedMethod():
+            return slices.HeadSlicesConfig(heads=heads, parts=list(method.parts), **common)
+        case LoraMethod():
+            return LoraConfig(r=method.r, lora_alpha=method.alpha, target_modules=method.target_modules, **common)
+        case LnMethod():
+            return LNTuningConfig(target_modules=norms(model), **common)
+        case FullMethod():
+            return None
+
+
+def norms(model: nn.Module) -> list[str]:
+    """Names of a model's norms: the modules without children all of whose parameters are vectors."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if not list(module.children())
+        and (own := list(module.parameters(recurse=False)))
+        and all(parameter.ndim == 1 for parameter in own)
+    ]
+
+
+def training_arguments(recipe: Recipe, **changes: Any) -> Any:
+    """TRL's configuration of a recipe's training.
+
+    Raises:
+        InputError: what only transformers can judge (a schedule, a precision).
+    """
+    import trl
+
+    method = recipe.method
+    kind = trl.DPOConfig if getattr(method, "objective", "sft") == "dpo" else trl.SFTConfig
+    on_gpu = torch.cuda.is_available() and not recipe.training.get("use_cpu", False)
+    defaults: dict[str, Any] = {
+        "bf16": recipe.model.dtype == "bfloat16",
+        "fp16": False,
+        "gradient_checkpointing": False,
+        "use_cpu": not on_gpu,
+        "dataloader_pin_memory": on_gpu,
+        "per_device_train_batch_size": 16,
+        "logging_steps": 5,
+        "save_strategy": "steps",
+        "save_steps": 50,
+        "save_total_limit": 2,
+        "logging_nan_inf_filter": False,
+        "ddp_find_unused_parameters": False,
+        "disable_tqdm": True,  # told through `say`
+        **({"beta": 0.5} if kind is trl.DPOConfig else {}),
+    }
+    own: dict[str, Any] = {
+        "output_dir": recipe.output_dir,
+        "seed": recipe.seed,
+        "run_name": recipe.name,
+        "report_to": "none",  # our tracker sends the logs
+        "remove_unused_columns": False,
+        "max_length": None,  # never a silent truncation
+    }
+    try:
+        return kind(**(defaults | recipe.training | own | changes))
+    except ValueError as error:
+        raise InputError(f"training: {str(error).splitlines()[0]}") from error
+
+
+@dataclass
+class Material:
+    """What a trainer trains on: its class, the keyword arguments of the objective, how many rows."""
+
+    kind: Any
+    arguments: dict[str, Any]
+    n_rows: int
+
+
+def material(recipe: Recipe, heads: HeadModel, train: Task, state: dict[str, Any], say: Say) -> Material:
+    """The rows of a recipe's objective; notes what they are in `state["training_data"]`."""
+    method: Any = recipe.method
+    tokenizer = heads.tokenizer
+    limit = recipe.task.max_train_examples
+    if method.objective == "answer_set":
+        say("writing the model's own lists" if method.answer_set.own_lists else "preparing prompts")
+        task = trainers.answer_set_task(
+            heads.model,
+            tokenizer,
+            train,
+            method.answer_set,
+            limit or len(train.examples),
+            recipe.seed,
+            recipe.evaluation.batch_size,
+            heads.weights_sha256,
+        )
+        encoded = encode(task, tokenizer)
+        state["training_data"] = encoded.summary()
+        rows = trainers.answer_set_rows(encoded)
+        collator = trainers.AnswerSetCollator(tokenizer.pad_token_id)
+        own = {"train_dataset": rows, "data_collator": collator, "block": method.answer_set}
+        return Material(trainers.AnswerSetTrainer, own, len(rows))
+    part = train.limited(limit, recipe.seed)
+    rows = (
+        trainers.sft_rows(part, recipe.seed) if method.objective == "sft" else trainers.dpo_rows(part, method.dpo.pairs)
+    )
+    state["training_data"] = {"name": part.name, "sha256": part.sha256, "n_examples": len(part.examples)}
+    kind = trainers.SFT if method.objective == "sft" else trainers.DPO
+    return Material(kind, {"train_dataset": rows}, len(rows))
+
+
+def train_with(
+    recipe: Recipe,
+    heads: HeadModel,
+    config: PeftConfig | None,
+    data: Material,
+    arguments: Any,
+    tracker: Tracker | None,
+    penalty: trainers.Penalty | None,
+    resume: bool,
+    say: Say,
+) -> Any:
+    """Train `heads.model` with an adapter of this configuration (None: the whole model); returns the finished trainer.
+
+    Raises:
+        InputError: keys that contradict each other or the data, or a launch that is not what was asked for.
+        CheckError: the loss is no number any more.
+    """
+    method: Any = recipe.method
+    timer = _Timer()
+    extra: dict[str, Any] = {}
+    if config is None:
+        heads.model.requires_grad_(True)
+        if method.objective == "dpo":
+            extra["ref_model"] = copy.deepcopy(heads.model).requires_grad_(False)
+    set_seed(recipe.seed)  # whatever was drawn before, an adapter starts from the seed alone
+    try:
+        trainer = data.kind(
+            heads.model,
+            args=arguments,
+            processing_class=heads.tokenizer,
+            callbacks=[*([trainer_callback(tracker)] if tracker else []), _told(say), timer],
+            peft_config=config,
+            **data.arguments,
+            **extra,
+        )
+    except InputError:
+        raise
+    except ValueError as error:  # such as packing with answer_set
+        raise InputError(f"training: {str(error).splitlines()[0]}") from error
+    trainer.penalty = penalty
+    _require_launch(trainer.accelerator)
+    trainer.remove_callback(PrinterCallback)
+    checkpoint = get_last_checkpoint(arguments.output_dir) if resume and Path(arguments.output_dir).is_dir() else None
+    cache = _prefix_cache(recipe, heads, trainer, say)
+    with cache.installed() if cache is not None else contextlib.nullcontext():
+        trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.timing = timer.summary() | ({} if cache is None else {"prefix_cache": cache.stats.summary()})
+    return trainer
+
+
+def _prefix_cache(recipe: Recipe, heads: HeadModel, trainer: Any, say: Say) -> PrefixCache | None:
+    method: Any = recipe.method
+    if not method.prefix_cache:
+        return None
+    model = trainer.model
+    reason = refusal(model, trainer)
+    if reason is not None:
+        if isinstance(method, LofitMethod | JolaMethod | MaskedMethod):
+            say(f"prefix cache off: {reason}")
+        return None
+    say(f"prefix cache: layers 0-{lowest_trained(model) - 1} run once per example")
+    return PrefixCache(model, method.prefix_memory_gb, Path(recipe.output_dir) / "prefix-cache")
+
+
+def fit(
+    recipe: Recipe,
+    heads: HeadModel,
+    pairs: Pairs,
+    train: Task,
+    tracker: Tracker,
+    state: dict[str, Any],
+    resume: bool,
+    say: Say,
+) -> Any:
+    """The model after a recipe's training: a PeftModel, or the whole model for full fine-tuning; in eval mode.
+
+    Writes into `state` what it trained on, how long a step took, and what the prefix cache did.
+    """
+    method: Any = recipe.method
+    config = peft_config(method, pairs, heads.model)
+    data = material(recipe, heads, train, state, say)
+    penalty = l0_penalty(method) if isinstance(method, JolaMethod) else None
+    say(f"training on {data.n_rows} {'pairs' if method.objective == 'dpo' else 'prompts'}")
+    trainer = train_with(recipe, heads, config, data, training_arguments(recipe), tracker, penalty, resume, say)
+    tracker.log({"train/steps": trainer.state.global_step})
+    state["training"] = {"steps": trainer.state.global_step, **trainer.timing}
+    return trainer.accelerator.unwrap_model(trainer.model).eval()
+
+
+def l0_penalty(method: JolaMethod) -> trainers.Penalty:
+    """`weight * mean P(gate > 0)`, the weight growing linearly over the first `l0_warmup` of the steps."""
+
+    def penalty(model: Any, progress: float) -> dict[str, Tensor]:
+        weight = method.l0 * (min(1.0, progress / method.l0_warmup) if method.l0_warmup else 1.0)
+        return {"l0": weight * adapter.l0(model)}
+
+    return penalty
+
+
+class _Timer(TrainerCallback):
+    """Seconds of every optimiser step."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self._start = 0.0
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        self._start = time.perf_counter()
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self.seconds.append(time.perf_counter() - self._start)
+
+    def summary(self) -> dict[str, float]:
+        if not self.seconds:
+            return {}
+        return {"seconds_per_step": statistics.median(self.seconds), "seconds": sum(self.seconds)}
+
+
+def _told(say: Say) -> TrainerCallback:
+    """Tells how the training goes, at every logging step, and stops it where the loss is no number any more."""
+
+    class Told(TrainerCallback):
+        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+            if logs and "loss" in logs:
+                if not math.isfinite(float(logs["loss"])):
+                    raise CheckError(
+                        f"the loss is {logs['loss']} at step {state.global_step}; lower training.learning_rate "
+                        f"(it was {logs.get('learning_rate')})"
+                    )
+                parts = [f"{name} {float(value):.4g}" for name, value in logs.items() if name not in _UNTOLD]
+                say(f"step {state.global_step}/{state.max_steps}: " + ", ".join(parts))
+
+    return Told()
+
+
+_UNTOLD = {"epoch", "grad_norm", "learning_rate", "num_tokens", "entropy", "mean_token_accuracy"}
+_UNTOLD |= {f"{part}/{which}" for part in ("logps", "logits") for which in ("chosen", "rejected")}
+
+
+def _require_launch(accelerator: Any) -> None:
+    """Refuse the launcher's silent traps: processes that each train alone, an engine that was asked for and dropped.
+
+    Raises:
+        InputError: what runs is not what was launched.
+    """
+    wanted = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != wanted:
+        raise InputError(
+            f"{wanted} processes were launched but the trainer sees {accelerator.num_processes}; on a CPU launch with "
+            "ACCELERATE_USE_CPU=true and accelerate_configs/ddp_cpu_2.yaml"
+        )
+    for engine in ("DEEPSPEED", "FSDP"):
+        if os.environ.get(f"ACCELERATE_USE_{engine}") == "true" and accelerator.distributed_type.value != engine:
+            raise InputError(
+                f"{engine} was launched but {accelerator.distributed_type.value} is what runs; see the head of the "
+                "file in accelerate_configs/ for its launch line"
+            )

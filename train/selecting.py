@@ -1,0 +1,169 @@
+"""Heads that a run chooses by training or probing, and adapters that it computes without training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..analysis import identify
+from ..analysis.errors import CheckError
+from ..analysis.headset import HeadSet, RankedHead, provenance
+from ..analysis.knobs import Intercept, Sink
+from ..analysis.model import HeadModel
+from ..analysis.tasks import Task
+from . import adapter, fit, probing, steering
+from .blocks import InterceptMethod, ItiMethod, ScaleMethod, SinkMethod
+from .choosing import Chosen
+from .recipe import Recipe
+from .tracking import Tracker
+
+Say = Callable[[str], None]
+NORM = "lofit.norm"
+GATE = "jola.gate"
+
+
+def lofit_heads(recipe: Recipe, heads: HeadModel, train: Task, tracker: Tracker, say: Say) -> Chosen:
+    """LoFiT's first stage: the heads whose scale grows most when all heads' scales are trained under an L1 penalty.
+
+        score[l, h] = ||A[l, h]||_2 after training   z <- (1 + A) z   on   loss + l1 * sum |A|
+
+    The adapter is thrown away: `heads.model` is the untouched base afterwards. (Yin et al. 2024, section 3.)
+    """
+    assert recipe.heads is not None and recipe.heads.lofit is not None
+    block, top = recipe.heads.lofit, recipe.heads.top
+    everyone = [(layer, head) for layer in range(heads.n_layers) for head in range(heads.n_heads)]
+    config = adapter.HeadTuningConfig(
+        heads=[list(pair) for pair in everyone],
+        scale="vector",
+        offset=False,
+        init_std=block.init_std,
+        task_type="CAUSAL_LM",
+    )
+    if heads.tokenizer.pad_token is None:
+        heads.tokenizer.pad_token = heads.tokenizer.eos_token
+    state: dict[str, Any] = {}
+    data = fit.material(recipe, heads, train, state, say)
+    changes: dict[str, Any] = {
+        "learning_rate": block.learning_rate,
+        "output_dir": str(recipe.folder / "select"),
+        "save_strategy": "no",
+    }
+    if block.max_steps is not None:
+        changes["max_steps"] = block.max_steps
+    say(f"choosing heads: scales on all {len(everyone)} heads, {data.n_rows} rows")
+    heads.record_attention(False)
+    arguments = fit.training_arguments(recipe, **changes)
+    trainer = fit.train_with(recipe, heads, config, data, arguments, None, l1_penalty(block.l1), False, say)
+    adapted = trainer.accelerator.unwrap_model(trainer.model)
+    norms = scale_norms(adapted, heads.n_layers, heads.n_heads)
+    heads.model = adapted.unload()
+    tracker.log({"select/steps": trainer.state.global_step})
+    method = {"parameters": block.model_dump() | {"objective": recipe.method.objective}, **trainer.timing}  # type: ignore[union-attr]
+    ranked = _ranked(norms, top, "heads.lofit.learning_rate")
+    return _chosen("lofit", {NORM: norms}, ranked, recipe, heads, state["training_data"], method)
+
+
+def l1_penalty(weight: float) -> Callable[[Any, float], dict[str, Tensor]]:
+    """`weight * sum |A|` over every trained scale."""
+
+    def penalty(model: Any, _progress: float) -> dict[str, Tensor]:
+        scales = [p for name, p in model.named_parameters() if "head_tuning_scale" in name and p.requires_grad]
+        return {"l1": weight * torch.stack([scale.abs().sum() for scale in scales]).sum()}
+
+    return penalty
+
+
+@torch.no_grad()
+def scale_norms(model: Any, n_layers: int, n_heads: int) -> Tensor:
+    """`[n_layers, n_heads]` ||a||_2 of an adapter's scales; 0 where a head has none."""
+    norms = torch.zeros(n_layers, n_heads)
+    for module in model.modules():
+        if isinstance(module, adapter.HeadTuningLayer):
+            for name, scale in module.head_tuning_scale.items():
+                norms[module.layer, module.chosen_heads[name]] = scale.float().norm(dim=-1).cpu()
+    return norms
+
+
+def probed_heads(recipe: Recipe, heads: HeadModel, train: Task, progress: identify.Progress) -> Chosen:
+    """The heads whose output a linear probe reads right from wrong answers best (Li et al. 2023)."""
+    assert recipe.heads is not None and recipe.heads.probe is not None
+    block = recipe.heads.probe
+    part = train.limited(block.max_examples)
+    found = probing.probe_heads(heads, part, recipe.seed, block.folds, block.per_prompt, progress)
+    note = {"name": part.name, "sha256": part.sha256, "n_examples": len(part.examples), "n_dropped": 0, "dropped": {}}
+    ranked = found.ranked(recipe.heads.top)
+    return _chosen("probe", {probing.ACCURACY: found.accuracy}, ranked, recipe, heads, note, {"parameters": found.note})
+
+
+def open_gates(recipe: Recipe, heads: HeadModel, model: Any, chosen: Chosen, data: dict[str, Any]) -> Chosen:
+    """The heads that JoLA's gates left open, most open first; `chosen` says which had gates."""
+    gates = torch.zeros(heads.n_layers, heads.n_heads)
+    for row in adapter.open_heads(model):
+        gates[row.layer, row.head] = max(row.gate_scale or 0.0, row.gate_offset or 0.0)
+    method = {"parameters": {"l0": recipe.method.l0, "gated": len(chosen.pairs)}}  # type: ignore[union-attr]
+    ranked = _ranked(gates, int((gates > 0).sum()), "training.learning_rate")
+    return _chosen("jola", {GATE: gates}, ranked, recipe, heads, data, method)
+
+
+def _ranked(scores: Tensor, top: int, rate: str) -> tuple[RankedHead, ...]:
+    """The `top` heads by score, best first; CheckError where training has left no numbers."""
+    if not torch.isfinite(scores).all():
+        raise CheckError(f"a head's score is not finite after training; lower {rate}")
+    order = scores.flatten().argsort(descending=True, stable=True)[:top].tolist()
+    pairs = (divmod(index, scores.shape[1]) for index in order)
+    return tuple(RankedHead(layer, head, float(scores[layer, head]), None) for layer, head in pairs)
+
+
+def _chosen(
+    name: str,
+    scores: dict[str, Tensor],
+    ranked: tuple[RankedHead, ...],
+    recipe: Recipe,
+    heads: HeadModel,
+    data: dict[str, Any],
+    method: dict[str, Any],
+) -> Chosen:
+    """Ranked heads as a head set with the one role `selected`."""
+    found = HeadSet(
+        model=heads.identity(),
+        task=data,
+        method={"name": name, "seed": recipe.seed, **method},
+        roles={"selected": ranked},
+        **provenance(),
+    )
+    means = {quantity: np.ascontiguousarray(values.float().numpy()) for quantity, values in scores.items()}
+    return Chosen(sorted((entry.layer, entry.head) for entry in ranked), found, means)
+
+
+def steered(
+    recipe: Recipe,
+    heads: HeadModel,
+    pairs: list[tuple[int, int]],
+    train: Task,
+    state: dict[str, Any],
+    progress: identify.Progress,
+    say: Say,
+) -> Any:
+    """The model with an adapter that is computed, not trained; notes in `state["steering"]` what was found."""
+    method: Any = recipe.method
+    part = train.limited(getattr(method, "max_examples", None), recipe.seed)
+    match method:
+        case ScaleMethod():
+            settings: steering.Settings = steering.Scale(method.factor)
+        case ItiMethod():
+            settings = steering.ITI(method.alpha, per_prompt=method.per_prompt)
+        case SinkMethod():
+            settings = Sink(method.tau, method.gamma)
+        case InterceptMethod():
+            settings = Intercept(method.beta, *([method.fit] if method.fit else []))
+    say(f"steering: {method.kind}")
+    heads.record_attention(True)
+    found = steering.steer(heads, settings, pairs or None, part, recipe.seed, progress)
+    heads.record_attention(False)
+    state["steering"] = found.note
+    state["heads"] = [list(pair) for pair in found.pairs]
+    return steering.apply(heads.model, found)
