@@ -205,13 +205,15 @@ class JolaMethod(ObjectiveBlock):
     """JoLA: scale and offset with a HardConcrete gate on each, `z <- (1 + g2 a) z + g1 v`; chooses while it tunes.
 
     Attributes:
-        l0: weight of the expected share of open gates.
+        l0: weight of the mean probability that a gate is open, in 0..1.
         l0_warmup: share of the steps over which that weight grows from 0.
+        gate_learning_rate: of the gates' log alpha, which travels 4.8 from open to closed; the rest has the run's.
     """
 
     init_std: Annotated[float, Field(ge=0)] = 1e-3
-    l0: Annotated[float, Field(ge=0)] = 1e-2
+    l0: Annotated[float, Field(ge=0)] = 1.0
     l0_warmup: Annotated[float, Field(ge=0, le=1)] = 0.2
+    gate_learning_rate: Annotated[float, Field(gt=0)] = 0.2
 
 
 class MaskedMethod(ObjectiveBlock):

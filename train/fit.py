@@ -186,6 +186,8 @@ def train_with(
     except ValueError as error:  # such as packing with answer_set
         raise InputError(f"training: {str(error).splitlines()[0]}") from error
     trainer.penalty = penalty
+    if isinstance(method, JolaMethod):
+        trainer.rates = {"head_tuning_gate": method.gate_learning_rate}
     _require_launch(trainer.accelerator)
     trainer.remove_callback(PrinterCallback)
     checkpoint = get_last_checkpoint(arguments.output_dir) if resume and Path(arguments.output_dir).is_dir() else None

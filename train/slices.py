@@ -15,7 +15,7 @@ With grouped-query attention a key or value head is shared by a group of query h
 trained per group. The chosen heads' groups are, once each, and that changes all heads of a group: `touched_heads`
 lists them.
 
-Importing this module makes the type known to PEFT, as `headtune.train.adapter` does for its own.
+Importing this module makes the type known to PEFT; so does `import headtune.train`.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ import json
 import logging
 import random
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -193,9 +193,28 @@ Penalty = Callable[[Any, float], dict[str, Tensor]]
 
 
 class Penalised:
-    """A trainer whose loss has further terms that depend on the weights alone; each is logged by name."""
+    """A trainer whose loss has further terms that depend on the weights alone; each is logged by name.
+
+    Attributes:
+        penalty: the terms.
+        rates: learning rates of parameters whose name holds a word, `{word: rate}`; the others have the run's.
+    """
 
     penalty: Penalty | None = None
+    rates: Mapping[str, float] = {}
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        optimizer = super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
+        this: Any = self
+        for word, rate in self.rates.items():
+            apart = {parameter for name, parameter in this.model.named_parameters() if word in name}
+            for group in list(optimizer.param_groups):
+                own = [parameter for parameter in group["params"] if parameter in apart]
+                if own:
+                    group["params"] = [parameter for parameter in group["params"] if parameter not in apart]
+                    # Without decay: pulled to 0, log alpha would half close a gate.
+                    optimizer.add_param_group({**group, "params": own, "lr": rate, "weight_decay": 0.0})
+        return optimizer
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
