@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from numpy.typing import ArrayLike
 
 from .cards import ANSWERS, GUIDE, HeadPortrait, anchor, card, gist
-from .headset import HeadSet
+from .headset import ROLES, HeadSet
 from .maps import MAPS as MAPS
 from .maps import Sheet, agreement, marked_heads, scale_note, sheet_png, sheets
 from .maps import heat_map as heat_map
@@ -194,8 +194,8 @@ def write_report(
         f"<h1>{escape(title)}</h1>",
         f"<p class='lead'>{escape(_lead(heads))}</p>",
         *(["<h2>Before and after</h2>", _metrics(evaluation)] if evaluation is not None else []),
-        "<h2>Does it hold?</h2>",
-        _dissociation(heads),
+        # Heads that a training chose have no role whose loss could be told apart.
+        *(["<h2>Does it hold?</h2>", _dissociation(heads)] if set(heads.roles) & set(ROLES) else []),
         "<h2>The heads</h2>",
         _stability(heads),
         f"<p class='note'>{GUIDE}</p>" if portraits else "",
@@ -291,7 +291,7 @@ def _ranked(heads: HeadSet, role: str, portraits: Mapping[tuple[int, int], HeadP
             values.append("" if portrait is None else f"<span class='reads'>{gist(portrait)}</span>")
         rows.append([str(rank), name, *values])
     header = ["#", "head", "score [95% interval]", *effects.values(), *(["reads"] if any(drawn) else [])]
-    note = "Scores are positive where a head raises the quantity."
+    note = "Scores are positive where a head raises the quantity." if role in ROLES else ""
     if rule:
         note = f"Ranked by {rule['rank']}, confirmed by {rule['confirm']}. {note}"
     if confirmed_by == "ablation" and effects:

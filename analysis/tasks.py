@@ -66,12 +66,14 @@ class Task:
         examples: the prompts.
         chat_template: give the prompts to the model as a chat, in its tokenizer's own template (see `as_chat`).
         kind: how it is evaluated: the next items of a list, one answer, or a choice among `answers` and `incorrect`.
+        split: which part of a larger task this is, if `take_split` made it.
     """
 
     name: str
     examples: tuple[Example, ...]
     chat_template: bool = False
     kind: Kind = "lists"
+    split: str | None = None
 
     @property
     def subjects(self) -> list[str]:
@@ -305,7 +307,7 @@ def take_split(task: Task, split: str, seed: int = 0) -> Task:
     kept = tuple(example for example in task.examples if example.subject in chosen)
     if not kept:
         raise InputError(f"split {split!r} of task {task.name!r} is empty: {len(task.subjects)} subjects are too few")
-    return replace(task, name=f"{task.name}:{split}", examples=kept)
+    return replace(task, name=f"{task.name}:{split}", examples=kept, split=split)
 
 
 def load_task(name: str, split_seed: int = 0) -> Task:

@@ -32,6 +32,8 @@ from typing import Any
 import numpy as np
 import yaml
 
+from headtune.train.recipe import parse
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 K = 16  # heads tuned, 6% of 270
@@ -114,6 +116,7 @@ class Method:
     Attributes:
         core: run with every seed in the small grid too.
         seeded: False for what has no randomness.
+        control: the row with the same method on random heads, as many in each of the same layers.
     """
 
     recipe: str
@@ -121,33 +124,44 @@ class Method:
     method: dict[str, Any] = field(default_factory=dict)
     core: bool = False
     seeded: bool = True
+    control: str | None = None
 
 
 def from_set(role: str, top: int) -> dict[str, Any]:
     return {"from": "{heads}", "role": role, "top": top}
 
 
+def random_like(role: str, top: int) -> dict[str, Any]:
+    return {"random": {"like": "{heads}", "seed": "{seed}"}, "role": role, "top": top}
+
+
 METHODS: dict[str, Method] = {
     "base": Method("steer", {"list": [[0, 0]]}, {"kind": "scale", "factor": 1.0}, seeded=False),
     "LoFiT's own heads": Method("lofit", {"lofit": {"learning_rate": 5e-3, "l1": 5e-4}, "top": K}, OFFSET, core=True),
-    "recall heads": Method("lofit", from_set("recall", K), OFFSET, core=True),
-    "suppression heads": Method("lofit", from_set("suppression", K), OFFSET, core=True),
-    "both": Method("lofit", from_set("both", K // 2), OFFSET, core=True),
-    "random heads, same layers": Method(
-        "lofit", {"random": {"like": "{heads}", "seed": "{seed}"}, "role": "both", "top": K // 2}, OFFSET, core=True
+    "recall heads": Method("lofit", from_set("recall", K), OFFSET, core=True, control="random, layers of recall"),
+    "random, layers of recall": Method("lofit", random_like("recall", K), OFFSET, core=True),
+    "suppression heads": Method(
+        "lofit", from_set("suppression", K), OFFSET, core=True, control="random, layers of suppression"
     ),
+    "random, layers of suppression": Method("lofit", random_like("suppression", K), OFFSET, core=True),
+    "both": Method("lofit", from_set("both", K // 2), OFFSET, core=True, control="random heads, same layers"),
+    "random heads, same layers": Method("lofit", random_like("both", K // 2), OFFSET, core=True),
     "random heads, any layer": Method("lofit", {"list": "{anywhere}"}, OFFSET, core=True),
     "LoRA r=8": Method("lora", core=True),
     "all heads": Method("lofit", {"all": True}, OFFSET),
     "JoLA, all heads": Method("jola", {"all": True}),
-    "masked fine-tuning, both": Method("masked", from_set("both", K // 2)),
-    "masked fine-tuning, random, same layers": Method(
-        "masked", {"random": {"like": "{heads}", "seed": "{seed}"}, "role": "both", "top": K // 2}
+    "masked fine-tuning, both": Method(
+        "masked", from_set("both", K // 2), control="masked fine-tuning, random, same layers"
     ),
+    "masked fine-tuning, random, same layers": Method("masked", random_like("both", K // 2)),
     "LN tuning": Method("ln"),
     "full fine-tuning": Method("full", None, {"keep": False}),
-    "ITI alpha=5": Method("steer", {"probe": {}, "top": K}, {"kind": "iti", "alpha": 5.0}),
-    "ITI alpha=15": Method("steer", {"probe": {}, "top": K}, {"kind": "iti", "alpha": 15.0}),
+    "ITI alpha=5": Method(
+        "steer", {"probe": {"max_examples": 160}, "top": K}, {"kind": "iti", "alpha": 5.0, "max_examples": 160}
+    ),
+    "ITI alpha=15": Method(
+        "steer", {"probe": {"max_examples": 160}, "top": K}, {"kind": "iti", "alpha": 15.0, "max_examples": 160}
+    ),
 }
 SEARCH = {
     "both": ("lofit", [1e-2, 3e-2, 1e-1]),
@@ -222,8 +236,15 @@ class Run:
         return Path(self.recipe["output_dir"])
 
     def finished(self) -> bool:
+        """Done, and with this very recipe; one with another is refused: its folder must go first."""
         path = self.out / "run.json"
-        return path.is_file() and json.loads(path.read_text())["state"] == "done"
+        if not path.is_file() or json.loads(path.read_text())["state"] != "done":
+            return False
+        done, wanted = yaml.safe_load((self.out / "recipe.yaml").read_text()), parse(self.recipe).dump()
+        different = sorted(key for key in done.keys() | wanted.keys() if done.get(key) != wanted.get(key))
+        if different:
+            sys.exit(f"{self.out} was run with another {', '.join(different)}; remove it to run it again")
+        return True
 
 
 def place(folder: Path, task: str, name: str, seed: int) -> Path:
@@ -282,13 +303,14 @@ def keep(run: Run) -> None:
     """The run's result file."""
     state = json.loads((run.out / "run.json").read_text())
     evaluation = json.loads((run.out / "evaluation.json").read_text())
+    recipe = yaml.safe_load((run.out / "recipe.yaml").read_text())
     rows = evaluation["examples"]
     training = state.get("training", {})
     content = {
         "task": run.task,
         "method": run.name,
         "seed": run.seed,
-        "recipe": {key: run.recipe[key] for key in ("recipe", "heads", "method", "training") if key in run.recipe},
+        "recipe": {key: value for key, value in recipe.items() if key in ("recipe", "heads", "method", "training")},
         "task_sha256": evaluation["task_sha256"],
         "parameters": 0 if run.name == "base" else state["parameters"],
         "heads": state.get("heads", []),
@@ -358,8 +380,8 @@ def summarise(found: dict[str, list[dict[str, Any]]], metrics: Iterable[str]) ->
         for metric in metrics:
             line[metric] = interval(values[name][metric], subjects)
             line[metric]["by_seed"] = [float(np.mean(r["values"][metric])) for r in of]
-            for other, key in (("base", "minus_base"), ("random heads, same layers", "minus_random")):
-                if name not in (other, "base") and other in values:
+            for other, key in (("base", "minus_base"), (METHODS[name].control, "minus_random")):
+                if name != "base" and other in values:
                     line[metric][key] = interval(values[name][metric] - values[other][metric], subjects)
         table.append(line)
     return table
@@ -423,7 +445,9 @@ def search(setting: Setting, folder: Path, jobs: int, threads: int) -> None:
     for run in runs:
         after = json.loads((run.out / "evaluation.json").read_text())["after"]
         rate = run.recipe.get("training", {}).get("learning_rate")
+        own = yaml.safe_load((run.out / "recipe.yaml").read_text())["method"]
         rows.append({"method": run.name, "learning_rate": rate, "exact_match": after["exact_match"]["mean"]})
+        rows[-1] |= {"settings": {key: value for key, value in own.items() if not isinstance(value, dict)}}
         rows[-1]["neutral_perplexity"] = after["neutral_perplexity"]
         print(rows[-1])
     (RESULTS / "tuning_search.json").write_text(json.dumps(rows, indent=1) + "\n")

@@ -202,12 +202,13 @@ def test_lofit_chooses_heads_and_tunes_them(llama: Path, tmp_path: Path) -> None
     best = scores.flatten().topk(4).indices.tolist()
     assert [divmod(i, 4) for i in best] == chosen.top("selected")
     assert state["parameters"] == 4 * 8
-    assert (run / "report.html").is_file()
+    page = (run / "report.html").read_text()
+    assert "<h3>Selected</h3>" in page and "dissociation" not in page.lower()
 
     # The head set serves another run, with the role named.
     other = tmp_path / "other"
     other.mkdir()
-    again = {"from": str(run), "role": "selected", "top": 2}
+    again = {"from": str(run), "top": 2}  # a set with the one role `selected` needs no role
     assert train(write_recipe(other, llama, heads=again, method=method)) == 0
     assert read(other / "run" / "run.json")["heads"] == sorted(list(pair) for pair in chosen.top("selected")[:2])
 
@@ -306,7 +307,11 @@ def test_jola_says_which_heads_stayed_open(llama: Path, tmp_path: Path) -> None:
     _, _, run = run_of(tmp_path)
     chosen = headset.read(run / "heads.json")
     assert chosen.method["name"] == "jola" and len(chosen.roles["selected"]) == 12
-    assert all(0 < entry.score <= 1 for entry in chosen.roles["selected"])
+    assert all(entry.score > 0 for entry in chosen.roles["selected"])
+    scores = load_file(run / "scores.safetensors")
+    assert ((scores["jola.gate"] > 0) & (scores["jola.gate"] <= 1)).all()
+    ranked = [divmod(i, 4) for i in scores["jola.norm"].flatten().argsort(descending=True).tolist()]
+    assert chosen.top("selected") == ranked
 
 
 def test_gates_close_under_a_strong_penalty_and_learn_at_their_own_rate(llama: Path, tmp_path: Path) -> None:
@@ -319,6 +324,104 @@ def test_gates_close_under_a_strong_penalty_and_learn_at_their_own_rate(llama: P
     adapted = load_file(run / "adapter" / "adapter_model.safetensors")
     gates = [value for name, value in adapted.items() if "gate" in name]
     assert gates and all((value < -2.4).all() for value in gates)
+
+
+# --- going on ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_that_stops_after_its_last_step_goes_on_without_another_one(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And without choosing its heads again."""
+    heads = {"lofit": {"learning_rate": 0.05, "max_steps": 2}, "top": 3}
+    folders = []
+    for name in ("unbroken", "broken"):
+        (tmp_path / name).mkdir()
+        folders.append(write_recipe(tmp_path / name, llama, heads=heads, method=SFT))
+    assert train(folders[0]) == 0
+    with monkeypatch.context() as patched:
+        calls = []
+
+        def measured_once(*arguments: Any) -> Any:
+            calls.append(arguments)
+            if len(calls) == 2:
+                raise RuntimeError("the machine went away")
+            return evaluate(*arguments)
+
+        from headtune.train.evaluate import evaluate
+
+        patched.setattr("headtune.train.run.evaluate", measured_once)
+        with pytest.raises(RuntimeError, match="went away"):
+            train(folders[1])
+    with monkeypatch.context() as patched:
+        patched.setattr("headtune.train.selecting.lofit_heads", lambda *_: pytest.fail("heads were chosen already"))
+        assert train(folders[1], "--resume") == 0
+        assert train(folders[1], "--resume") == 0, "a finished run is left as it is"
+    runs = [tmp_path / name / "run" for name in ("unbroken", "broken")]
+    first, second = (load_file(run / "adapter" / "adapter_model.safetensors") for run in runs)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert read(runs[0] / "evaluation.json") == read(runs[1] / "evaluation.json")
+    assert read(runs[1] / "run.json")["training"]["steps"] == 4 and not (runs[1] / "checkpoint-5").exists()
+
+
+def test_a_file_named_like_a_split_is_no_split(llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    whole = tmp_path / "train.jsonl"
+    write_text(whole, to_jsonl(tiny_task(subjects=8).examples))
+    assert train(write_recipe(tmp_path, llama, task={"train": str(whole)}, method=SFT)) == 0
+    shared = write_recipe(tmp_path, llama, task={"train": str(whole), "split": {"by": "file"}}, method=SFT)
+    assert train(shared, f"output_dir={tmp_path / 'other'}") == 2
+    assert "task.eval is missing" in capsys.readouterr().err
+
+
+def test_a_run_is_measured_on_its_own_split(llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from headtune.analysis.tasks import load_task
+    from headtune.train.cli import main
+
+    recipe = write_recipe(tmp_path, llama, method=SFT)
+    assert train(recipe, "task.split.seed=5") == 0
+    capsys.readouterr()
+    assert main(["evaluate", str(tmp_path / "run"), "--task", f"{tmp_path / 'cities.jsonl'}:test", "--json"]) == 0
+    prompts = [row["prompt"] for row in json.loads(capsys.readouterr().out)["generations"]]
+    own = load_task(f"{tmp_path / 'cities.jsonl'}:test", 5)
+    assert sorted(prompts) == sorted(example.prompt for example in own.examples)
+    assert own.subjects != load_task(f"{tmp_path / 'cities.jsonl'}:test", 0).subjects
+
+
+def test_runs_of_all_kinds_stand_side_by_side(
+    llama: Path, asked: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from headtune.train.cli import main
+
+    (tmp_path / "runs").mkdir()
+    for kind in ("multiple_choice", "exact_match", "lists"):
+        recipe = write_recipe(tmp_path, llama, task={"train": asked, "kind": kind}, method=SFT)
+        assert train(recipe, f"output_dir={tmp_path / 'runs' / kind}") == 0
+    chosen = write_recipe(tmp_path, llama, heads={"lofit": {"max_steps": 1}}, method=SFT | {"select_only": True})
+    assert train(chosen, f"output_dir={tmp_path / 'runs' / 'chosen'}") == 0
+    capsys.readouterr()
+    assert main(["compare", str(tmp_path / "runs")]) == 0
+    shown = capsys.readouterr()
+    assert "–" in shown.out
+    assert main(["export", str(tmp_path / "runs" / "chosen"), str(tmp_path / "out")]) == 2
+    assert "chose heads and trained nothing" in capsys.readouterr().err
+
+
+def test_what_a_model_writes_is_no_markup() -> None:
+    from rich.console import Console
+
+    from headtune.train.console import generations_table
+
+    row = {
+        "prompt": "A [red]list[/b]:",
+        "before": "[/b] one",
+        "after": "two [bold]",
+        "before_kinds": [],
+        "after_kinds": [],
+    }
+    console = Console(record=True, width=100)
+    console.print(generations_table([row]))
+    text = console.export_text()
+    assert "[red]list[/b]" in text and "[/b] one" in text and "two [bold]" in text
 
 
 # --- no training ------------------------------------------------------------------------------------------------------
@@ -441,6 +544,11 @@ def test_refused_in_one_line(
     for word in words:
         assert word in error
     assert not (tmp_path / "run").exists()
+
+
+def test_full_fine_tuning_in_half_precision(llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train(write_recipe(tmp_path, llama, recipe="full", heads=None, method=SFT), "model.dtype=bfloat16") == 2
+    assert "would round most steps" in capsys.readouterr().err
 
 
 def test_multiple_choice_has_no_first_tokens(

@@ -88,6 +88,8 @@ def choose_heads(
 
 def _top(heads: headset.HeadSet, block: HeadsBlock, say: Say) -> list[tuple[int, int]]:
     roles = headset.ROLES if block.role == "both" else (block.role,)
+    if block.role == "both" and set(heads.roles) == {"selected"}:
+        roles = ("selected",)  # there is no other role in such a set
     pairs = {pair for role in roles for pair in heads.top(role, min(block.top, len(heads.roles.get(role, ()))))}
     for role in roles:
         if len(heads.roles.get(role, ())) < block.top:

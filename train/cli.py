@@ -212,7 +212,7 @@ def _train(arguments: argparse.Namespace) -> int:
     elif evaluation:
         _print_evaluation(recipe.folder, evaluation)
     else:
-        console.say(f"heads chosen: {recipe.folder / 'heads.json'}; tune them with heads.from={recipe.folder}")
+        console.say(f"heads chosen: {recipe.folder / 'heads.json'}; tune them with heads='{{from: {recipe.folder}}}'")
     return 0
 
 
@@ -232,10 +232,16 @@ def _print_evaluation(folder: Path, evaluation: dict[str, Any]) -> None:
 def _evaluate(arguments: argparse.Namespace) -> int:
     from ..analysis import knobs
     from ..analysis.tasks import load_task
+    from .recipe import load
 
-    task = load_task(arguments.task).limited(arguments.max_examples)
-    if arguments.kind:
-        task = dataclasses.replace(task, kind=arguments.kind)
+    is_run = (Path(arguments.target) / "recipe.yaml").is_file()
+    seed, kind = 0, arguments.kind
+    if is_run:  # a split of the task is the one that the run was trained on
+        own = load(str(Path(arguments.target) / "recipe.yaml")).task
+        seed, kind = own.split.seed, kind or own.kind
+    task = load_task(arguments.task, seed).limited(arguments.max_examples)
+    if kind:
+        task = dataclasses.replace(task, kind=kind)
     chosen = knobs.parse(arguments.knob)
     model_quiet()
     from ..analysis.model import load_plain, view
@@ -244,7 +250,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from .multiple_choice import truthfulqa_preamble
     from .run import load_run
 
-    if (Path(arguments.target) / "recipe.yaml").is_file():
+    if is_run:
         model, tokenizer, _ = load_run(Path(arguments.target))
         if chosen:  # knobs need a view of the model's heads, which an adapter around the projection would hide
             model = model.merge_and_unload() if hasattr(model, "merge_and_unload") else model

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ from rich.table import Table
 
 from ..analysis.errors import InputError
 from .console import METRIC_NAMES, show
+
+log = logging.getLogger(__name__)
 
 
 def read_runs(folder: Path) -> list[dict[str, Any]]:
@@ -20,11 +23,14 @@ def read_runs(folder: Path) -> list[dict[str, Any]]:
     """
     if not folder.is_dir():
         raise InputError(f"runs folder {str(folder)!r} does not exist; give the folder that holds the runs")
-    runs = []
+    runs, others = [], []
     for path in sorted(folder.glob("*/run.json")):
         state = json.loads(path.read_text(encoding="utf-8"))
         file = path.parent / "evaluation.json"
         if state.get("state") != "done" or not file.is_file():
+            others.append(
+                f"{path.parent.name} ({'no evaluation' if state.get('state') == 'done' else state.get('state')})"
+            )
             continue
         evaluation = json.loads(file.read_text(encoding="utf-8"))
         runs.append(
@@ -33,6 +39,8 @@ def read_runs(folder: Path) -> list[dict[str, Any]]:
         )
     if not runs:
         raise InputError(f"{str(folder)!r} holds no finished run; headtune train writes one a folder")
+    if others:
+        log.warning("%d runs are left out: %s", len(others), ", ".join(others))
     return runs
 
 
@@ -46,6 +54,11 @@ def table(runs: list[dict[str, Any]]) -> Table:
     for run in runs:
         if run["task_sha256"] not in seen:
             seen.add(run["task_sha256"])
-            result.add_row("base", run["task"], "0", *(show(run["before"][key]) for key in keys))
-        result.add_row(run["name"], run["task"], str(run["parameters"]), *(show(run["after"][key]) for key in keys))
+            result.add_row("base", run["task"], "0", *_cells(run["before"], keys))
+        result.add_row(run["name"], run["task"], str(run["parameters"]), *_cells(run["after"], keys))
     return result
+
+
+def _cells(metrics: dict[str, Any], keys: list[str]) -> list[str]:
+    """A dash where a task of another kind has no such metric."""
+    return [show(metrics[key]) if key in metrics else "–" for key in keys]

@@ -93,7 +93,8 @@ def generations_table(examples: Sequence[Mapping[str, Any]]) -> Table:
     for name in ("prompt", "before", "after"):
         table.add_column(name, overflow="fold")
     for example in examples:
-        table.add_row(example["prompt"], *(_marked(example, when) for when in ("before", "after")))
+        # Text, not markup: what a model writes may hold brackets.
+        table.add_row(Text(example["prompt"]), *(Text(_marked(example, when)) for when in ("before", "after")))
     return table
 
 

@@ -181,7 +181,7 @@ def read_answer(text: str, example: Example) -> tuple[str, float, float]:
     A model that knows the answers but not where to stop has this one already.
     """
     line = text.strip().split("\n")[0].strip()
-    accepted = {normalise(answer) for answer in example.answers} - {""}
+    accepted = {normalise(answer) for answer in example.remaining} - {""}
     parts = [line[: match.start()] for match in re.finditer(r"[.!?;](?=\s)", line)] + [line]
     longest = (part for part in reversed(parts) if normalise(part) in accepted)
     answer = next(longest, parts[0])
@@ -216,7 +216,7 @@ def choose(
     scores = choice_log_likelihoods(model, tokenizer, task, batch_size, preamble)
     for example, log_likelihoods in zip(task.examples, scores, strict=True):
         top = max(range(len(log_likelihoods)), key=log_likelihoods.__getitem__)
-        kind = "best" if top == 0 else "correct" if top < len(example.answers) else "incorrect"
+        kind = "best" if top == 0 else "correct" if top < len(example.remaining) else "incorrect"
         choice = choices(example)[top]
         results.append(Scored(example, choice, (choice,), (kind,), multiple_choice(example, log_likelihoods)))
     return results

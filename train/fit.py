@@ -6,6 +6,7 @@ import contextlib
 import copy
 import math
 import os
+import shutil
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from peft import LNTuningConfig, LoraConfig, PeftConfig
 from torch import Tensor, nn
-from transformers import PrinterCallback, TrainerCallback, set_seed
+from transformers import PrinterCallback, TrainerCallback, TrainerState, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..analysis.encoding import encode
@@ -25,6 +26,7 @@ from ..analysis.model import HeadModel
 from ..analysis.tasks import Task
 from . import adapter, slices, trainers
 from .blocks import FullMethod, JolaMethod, LnMethod, LofitMethod, LoraMethod, MaskedMethod, TrainedMethod
+from .labelled import labelled_positions
 from .prefix_cache import PrefixCache, lowest_trained, refusal
 from .recipe import Recipe
 from .tracking import Tracker, trainer_callback
@@ -192,10 +194,24 @@ def train_with(
     trainer.remove_callback(PrinterCallback)
     checkpoint = get_last_checkpoint(arguments.output_dir) if resume and Path(arguments.output_dir).is_dir() else None
     cache = _prefix_cache(recipe, heads, trainer, say)
-    with cache.installed() if cache is not None else contextlib.nullcontext():
-        trainer.train(resume_from_checkpoint=checkpoint)
+    with contextlib.ExitStack() as during:
+        if cache is not None:
+            during.enter_context(cache.installed())
+        if method.objective == "sft":
+            during.enter_context(labelled_positions(trainer.model))
+        if checkpoint is not None and _complete(Path(checkpoint)):
+            trainer._load_from_checkpoint(checkpoint)  # train() would take one step more
+            trainer.state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
+        else:
+            trainer.train(resume_from_checkpoint=checkpoint)
     trainer.timing = timer.summary() | ({} if cache is None else {"prefix_cache": cache.stats.summary()})
     return trainer
+
+
+def _complete(checkpoint: Path) -> bool:
+    """Whether a checkpoint is that of the last step."""
+    state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    return state.global_step >= state.max_steps
 
 
 def _prefix_cache(recipe: Recipe, heads: HeadModel, trainer: Any, say: Say) -> PrefixCache | None:
@@ -209,7 +225,11 @@ def _prefix_cache(recipe: Recipe, heads: HeadModel, trainer: Any, say: Say) -> P
             say(f"prefix cache off: {reason}")
         return None
     say(f"prefix cache: layers 0-{lowest_trained(model) - 1} run once per example")
-    return PrefixCache(model, method.prefix_memory_gb, Path(recipe.output_dir) / "prefix-cache")
+    return PrefixCache(model, method.prefix_memory_gb, _cache_folder(recipe))
+
+
+def _cache_folder(recipe: Recipe) -> Path:
+    return recipe.folder / "prefix-cache"
 
 
 def fit(
@@ -232,6 +252,7 @@ def fit(
     penalty = l0_penalty(method) if isinstance(method, JolaMethod) else None
     say(f"training on {data.n_rows} {'pairs' if method.objective == 'dpo' else 'prompts'}")
     trainer = train_with(recipe, heads, config, data, training_arguments(recipe), tracker, penalty, resume, say)
+    shutil.rmtree(_cache_folder(recipe), ignore_errors=True)  # of use to a broken run only
     tracker.log({"train/steps": trainer.state.global_step})
     state["training"] = {"steps": trainer.state.global_step, **trainer.timing}
     return trainer.accelerator.unwrap_model(trainer.model).eval()

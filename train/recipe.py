@@ -139,6 +139,11 @@ def _check_method(recipe: Recipe, where: str) -> None:
             f"{where}: method.select_only stops after choosing heads, and none are chosen; use heads.lofit, probe "
             "or identify"
         )
+    if isinstance(method, blocks.FullMethod) and recipe.model.dtype != "float32":
+        raise InputError(
+            f"{where}: model.dtype {recipe.model.dtype!r} would round most steps of recipe full away; set it to "
+            "float32, and training.bf16=true to compute in bfloat16"
+        )
     if isinstance(method, blocks.FullMethod) and method.objective == "answer_set" and method.answer_set.retention:
         raise InputError(
             f"{where}: method.answer_set.retention compares with the model without its adapter, and recipe full has "

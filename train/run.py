@@ -6,12 +6,14 @@ A run is a folder: `recipe.yaml`, `heads.json`, `metrics.jsonl`, `evaluation.jso
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
 import logging
 import os
 import resource
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,10 +27,10 @@ from peft import PeftModel
 from ..analysis import cards, headset, identify, report
 from ..analysis.encoding import encode
 from ..analysis.errors import InputError
-from ..analysis.files import require_new_folder, write_json, write_text
+from ..analysis.files import atomic_folder, require_new_folder, write_json, write_text
 from ..analysis.model import HeadModel, load, load_plain
 from ..analysis.scores import Scores, load_means
-from ..analysis.tasks import SPLITS, Task, load_task, take_split
+from ..analysis.tasks import Task, load_task, take_split
 from . import fit, selecting, trainers
 from . import recipe as recipes
 from .blocks import EvaluationBlock, FullMethod, JolaMethod, LofitMethod, ObjectiveBlock, TaskBlock
@@ -51,7 +53,9 @@ def tasks_of(block: TaskBlock) -> tuple[Task, Task]:
     train, evaluation = load_task(block.train, block.split.seed), load_task(block.eval or block.train, block.split.seed)
     if block.kind is not None:
         train, evaluation = (dataclasses.replace(task, kind=block.kind) for task in (train, evaluation))
-    if (block.eval or block.train) == block.train and train.name.rpartition(":")[2] not in SPLITS:
+    if block.split.by == "file" and block.eval is None:
+        raise InputError("task.split.by=file takes train and eval as they are, and task.eval is missing; name its file")
+    if (block.eval or block.train) == block.train and train.split is None:
         train, evaluation = (take_split(train, part, block.split.seed) for part in ("train", "test"))
     shared = sorted(set(train.subjects) & set(evaluation.subjects))
     if shared and block.split.by == "subject":
@@ -101,8 +105,13 @@ def run(
     """
     folder = recipe.folder
     main = int(os.environ.get("RANK", "0")) == 0
+    saved = _saved(folder) if resume else {}  # before anybody writes run.json anew
     if resume:
         _require_same(recipe, folder)
+        if saved.get("state") == "done":
+            say(f"run {folder} is finished")
+            done = folder / "evaluation.json"
+            return json.loads(done.read_text(encoding="utf-8")) if done.is_file() else {}
     elif main:
         require_new_folder(folder, "choose another output_dir or name, or continue it with --resume")
     train, held_out = tasks_of(recipe.task)
@@ -116,6 +125,7 @@ def run(
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / "recipe.yaml", recipe.to_yaml())
     state = {"name": recipe.name, "recipe": recipe.recipe, "seed": recipe.seed, **headset.provenance()}
+    state |= {key: saved[key] for key in ("heads", "wandb_id", "training_data") if key in saved}
     tracker = Tracker(
         folder,
         recipe.name,
@@ -125,7 +135,7 @@ def run(
         job_type="train",
         tags=[recipe.recipe, *recipe.tracking.tags],
         wandb_mode=recipe.tracking.wandb,
-        resume_id=_saved(folder).get("wandb_id") if resume else None,
+        resume_id=saved.get("wandb_id"),
     )
     with tracker, _state_file(folder, state, main) as state:
         state["wandb_id"] = tracker.wandb_id
@@ -145,7 +155,7 @@ def _carry_out(
 ) -> dict[str, Any]:
     folder = recipe.folder
     main = int(os.environ.get("RANK", "0")) == 0
-    chosen = _resumed_heads(folder) if resume else None
+    chosen = _resumed_heads(folder, state) if resume else None
     if chosen is None:
         chosen = Chosen([])
         if recipe.heads is not None:
@@ -188,10 +198,12 @@ def _carry_out(
         PartialState().wait_for_everyone()
         return {}
     if isinstance(model, PeftModel):
-        model.save_pretrained(str(folder / "adapter"), save_embedding_layers=False)
+        with _new_folder(folder / "adapter") as temporary:
+            model.save_pretrained(str(temporary), save_embedding_layers=False)
     elif isinstance(recipe.method, FullMethod) and recipe.method.keep:
-        model.save_pretrained(str(folder / "model"))
-        heads.tokenizer.save_pretrained(str(folder / "model"))
+        with _new_folder(folder / "model") as temporary:
+            model.save_pretrained(str(temporary))
+            heads.tokenizer.save_pretrained(str(temporary))
     if isinstance(recipe.method, JolaMethod):
         chosen = selecting.open_gates(recipe, heads, model, chosen, state["training_data"])
         _keep_heads(chosen, folder)
@@ -286,6 +298,12 @@ def _adapted(
     return selecting.steered(recipe, heads, chosen.pairs, train, state, progress, say)
 
 
+def _new_folder(folder: Path) -> contextlib.AbstractContextManager[Path]:
+    """A folder that is there whole or not at all; one that a broken run left is replaced."""
+    shutil.rmtree(folder, ignore_errors=True)
+    return atomic_folder(folder)
+
+
 def _measure(
     tokenizer: Any, task: Task, settings: EvaluationBlock, model: Any
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -321,9 +339,9 @@ def _saved(folder: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
-def _resumed_heads(folder: Path) -> Chosen | None:
+def _resumed_heads(folder: Path, state: Mapping[str, Any]) -> Chosen | None:
     """The heads a broken run had already chosen, or None where it did not get that far."""
-    pairs = _saved(folder).get("heads")
+    pairs = state.get("heads")
     if pairs is None:
         return None
     path, scores = folder / "heads.json", folder / "scores.safetensors"
@@ -454,6 +472,10 @@ def load_run(folder: Path) -> tuple[Any, Any, Recipe]:
         )
     recipe = recipes.load(str(folder / "recipe.yaml"))
     block = recipe.model
+    if isinstance(recipe.method, LofitMethod) and recipe.method.select_only:
+        raise InputError(f"run {str(folder)!r} chose heads and trained nothing; tune them with heads.from={folder}")
+    if (state := _saved(folder).get("state")) != "done":
+        raise InputError(f"run {str(folder)!r} is {state}; finish it with: headtune train RECIPE --resume")
     if (folder / "model" / "config.json").is_file():
         model, tokenizer = load_plain(str(folder / "model"), "float32")
         return model.eval(), tokenizer, recipe

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -61,6 +62,7 @@ def lofit_heads(recipe: Recipe, heads: HeadModel, train: Task, tracker: Tracker,
     adapted = trainer.accelerator.unwrap_model(trainer.model)
     norms = scale_norms(adapted, heads.n_layers, heads.n_heads)
     heads.model = adapted.unload()
+    shutil.rmtree(changes["output_dir"], ignore_errors=True)
     tracker.log({"select/steps": trainer.state.global_step})
     method = {"parameters": block.model_dump() | {"objective": recipe.method.objective}, **trainer.timing}  # type: ignore[union-attr]
     ranked = _ranked(norms, top, "heads.lofit.learning_rate")
@@ -92,7 +94,7 @@ def probed_heads(recipe: Recipe, heads: HeadModel, train: Task, progress: identi
     """The heads whose output a linear probe reads right from wrong answers best (Li et al. 2023)."""
     assert recipe.heads is not None and recipe.heads.probe is not None
     block = recipe.heads.probe
-    part = train.limited(block.max_examples)
+    part = _part(recipe, train, block.max_examples)
     found = probing.probe_heads(heads, part, recipe.seed, block.folds, block.per_prompt, progress)
     note = {"name": part.name, "sha256": part.sha256, "n_examples": len(part.examples), "n_dropped": 0, "dropped": {}}
     ranked = found.ranked(recipe.heads.top)
@@ -100,13 +102,26 @@ def probed_heads(recipe: Recipe, heads: HeadModel, train: Task, progress: identi
 
 
 def open_gates(recipe: Recipe, heads: HeadModel, model: Any, chosen: Chosen, data: dict[str, Any]) -> Chosen:
-    """The heads that JoLA's gates left open, most open first; `chosen` says which had gates."""
-    gates = torch.zeros(heads.n_layers, heads.n_heads)
+    """The heads that JoLA's gates left open; `chosen` says which had gates.
+
+    Ranked by what their gates let through, `||g2 a||_2 + ||g1 v||_2`: many gates are open as far as they go.
+    """
+    gates, through = (torch.zeros(heads.n_layers, heads.n_heads) for _ in range(2))
     for row in adapter.open_heads(model):
         gates[row.layer, row.head] = max(row.gate_scale or 0.0, row.gate_offset or 0.0)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, adapter.HeadTuningLayer):
+                scale, offset = (None if f is None else f.float().cpu() for f in module.factors("default"))
+                changes = [part for part in (None if scale is None else scale - 1, offset) if part is not None]
+                through[module.layer] = sum(part.unflatten(0, (heads.n_heads, -1)).norm(dim=-1) for part in changes)
     method = {"parameters": {"l0": recipe.method.l0, "gated": len(chosen.pairs)}}  # type: ignore[union-attr]
-    ranked = _ranked(gates, int((gates > 0).sum()), "training.learning_rate")
-    return _chosen("jola", {GATE: gates}, ranked, recipe, heads, data, method)
+    ranked = _ranked(
+        through.masked_fill(gates <= 0, 0.0),
+        int((gates > 0).sum()),
+        "training.learning_rate or method.gate_learning_rate",
+    )
+    return _chosen("jola", {GATE: gates, "jola.norm": through}, ranked, recipe, heads, data, method)
 
 
 def _ranked(scores: Tensor, top: int, rate: str) -> tuple[RankedHead, ...]:
@@ -139,6 +154,11 @@ def _chosen(
     return Chosen(sorted((entry.layer, entry.head) for entry in ranked), found, means)
 
 
+def _part(recipe: Recipe, train: Task, max_examples: int | None) -> Task:
+    """The training prompts that a computation may see: those of a training, and of those at most `max_examples`."""
+    return train.limited(recipe.task.max_train_examples, recipe.seed).limited(max_examples, recipe.seed)
+
+
 def steered(
     recipe: Recipe,
     heads: HeadModel,
@@ -150,7 +170,7 @@ def steered(
 ) -> Any:
     """The model with an adapter that is computed, not trained; notes in `state["steering"]` what was found."""
     method: Any = recipe.method
-    part = train.limited(getattr(method, "max_examples", None), recipe.seed)
+    part = _part(recipe, train, getattr(method, "max_examples", None))
     match method:
         case ScaleMethod():
             settings: steering.Settings = steering.Scale(method.factor)

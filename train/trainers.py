@@ -137,7 +137,7 @@ def sft_rows(task: Task, seed: int) -> datasets.Dataset:
     generator = random.Random(seed)
     rows = []
     for example in task.examples:
-        answer = generator.choice(example.remaining) if task.kind == "lists" else example.answers[0]
+        answer = generator.choice(example.remaining) if task.kind == "lists" else example.remaining[0]
         rows.append({"prompt": example.prompt, "completion": continuation(example.prompt, answer) + "\n"})
     return datasets.Dataset.from_list(rows)
 
