@@ -171,6 +171,31 @@ def test_the_same_tokens_elsewhere_are_another_row() -> None:
                 assert_same(step(model, inputs), without)
 
 
+def test_given_and_implied_positions_are_told_apart() -> None:
+    """opt counts positions from the first present token, whatever its column."""
+    model = adapted("opt")
+    implied = batch([rows(1)[0], rows(2)[1]], "left")
+    given = implied | {"position_ids": torch.arange(implied["input_ids"].shape[1]).expand(2, -1)}
+    expected = [step(model, inputs) for inputs in (implied, given)]
+    assert expected[0][0] != pytest.approx(expected[1][0], rel=1e-3)
+    with installed(model):
+        for inputs, without in zip((implied, given), expected, strict=True):
+            assert_same(step(model, inputs), without)
+
+
+def test_a_row_keeps_no_more_memory_than_its_own() -> None:
+    model = adapted()
+    cache = PrefixCache(model)
+    with cache.installed() as stats:
+        step(model, batch(rows(), "right"))
+        assert cache._store is not None
+        kept = cache._store._memory.values()
+        assert (
+            stats.memory_bytes == sum(row.untyped_storage().nbytes() for row in kept) == 4 * 32 * sum(map(len, rows()))
+        )
+
+
+@pytest.mark.filterwarnings("error:None of the inputs have requires_grad")
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma3-sliding"])
 def test_gradient_checkpointing(kind: str, reentrant: bool) -> None:
@@ -274,8 +299,9 @@ def test_a_pass_that_fails_leaves_nothing_behind() -> None:
     model, inputs = adapted(), batch(rows(2), "right")
     expected = step(model, inputs)
     with installed(model), counted(model) as seen:
-        step(model, inputs)
-        handle = layers(model)[1].register_forward_pre_hook(lambda *_: 1 / 0)
+        for _ in range(3):  # the next pass is no one that checks a row
+            step(model, inputs)
+        handle = model.get_input_embeddings().register_forward_pre_hook(lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             model(**inputs, use_cache=False)
         handle.remove()
