@@ -4,6 +4,7 @@
     python benchmarks/tuning.py --data DATA --small        for two cores: three seeds for the core rows, else one
     python benchmarks/tuning.py --data DATA --tasks relations --only "recall heads" both
     python benchmarks/tuning.py --data DATA --search       learning rates, on validation subjects of the relations
+    python benchmarks/tuning.py --data DATA --prior        what always giving a relation's most frequent answer reaches
     python benchmarks/tuning.py --table                    the table from the result files alone
 
 DATA holds `relations/` (LRE, Hernandez et al. 2024) and `truthfulqa/fold_0_{train,test}.csv` (split by LoFiT);
@@ -23,6 +24,7 @@ import platform
 import random
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -32,7 +34,10 @@ from typing import Any
 import numpy as np
 import yaml
 
+from headtune.analysis.tasks import Example
+from headtune.train.blocks import TaskBlock
 from headtune.train.recipe import parse
+from headtune.train.run import tasks_of
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -376,6 +381,7 @@ def summarise(found: dict[str, list[dict[str, Any]]], metrics: Iterable[str]) ->
         line["seconds_per_step"] = float(np.median(seconds)) if seconds else None
         line["prefix_layers"] = [r["prefix_layers"] for r in of]
         line["peak_memory_gib"] = max(r["peak_memory_gib"] for r in of)
+        line["perplexity_by_seed"] = [r["after"]["neutral_perplexity"] for r in of]
         line["neutral_perplexity"] = float(np.mean([r["after"]["neutral_perplexity"] for r in of]))
         for metric in metrics:
             line[metric] = interval(values[name][metric], subjects)
@@ -453,6 +459,26 @@ def search(setting: Setting, folder: Path, jobs: int, threads: int) -> None:
     (RESULTS / "tuning_search.json").write_text(json.dumps(rows, indent=1) + "\n")
 
 
+def prior(setting: Setting, seeds: list[int]) -> None:
+    """Exact match of the answer that a relation's training prompts give most often; no model."""
+    train, held_out = tasks_of(TaskBlock(**setting.task))
+
+    def wording(example: Example) -> str:
+        return example.prompt.replace(example.subject, "{}")
+
+    found = []
+    for seed in seeds:
+        counts: dict[str, Counter[str]] = {}
+        for example in train.limited(setting.task["max_train_examples"], seed).examples:
+            counts.setdefault(wording(example), Counter())[example.answers[0]] += 1
+        given = [
+            (counts[wording(e)].most_common(1)[0][0] if wording(e) in counts else "", e) for e in held_out.examples
+        ]
+        found.append(sum(answer in example.answers for answer, example in given) / len(given))
+    print({"exact_match": found, "mean": sum(found) / len(found)})
+    (RESULTS / "tuning_prior.json").write_text(json.dumps({"seeds": seeds, "exact_match": found}) + "\n")
+
+
 def identify(folder: Path, wanted: set[str]) -> None:
     """Head sets, on training subjects, where they are not there yet."""
     tasks = {"one_to_many": ("one_to_many:train", 96), "relations": (f"relation:{folder}/data-relations:train", 96)}
@@ -480,6 +506,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--search", action="store_true")
+    parser.add_argument("--prior", action="store_true")
     parser.add_argument("--table", action="store_true")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--threads", type=int, default=max(1, (os.cpu_count() or 2) // 2))
@@ -489,6 +516,8 @@ def main() -> None:
     wanted = {name: known[name] for name in arguments.tasks or known}
     if arguments.table:
         return write_table(known)
+    if arguments.prior:
+        return prior(known["relations"], arguments.seeds)
     identify(arguments.folder, {setting.heads_from for setting in wanted.values()})
     if arguments.search:
         return search(known["relations"], arguments.folder, arguments.jobs, arguments.threads)

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from headtune.analysis import model as models
 from headtune.analysis.encoding import encode
-from headtune.train import recipe as recipes
 from headtune.train import fit as fit_module
+from headtune.train import recipe as recipes
 from headtune.train.cli import main
 from headtune.train.evaluate import answer_mass
 from headtune.train.run import load_run, tasks_of

@@ -16,9 +16,9 @@ from headtune.analysis.errors import InputError
 from headtune.analysis.tasks import Example, Task
 from headtune.train import trainers
 from headtune.train.adapter import HeadTuningConfig
+from headtune.train.blocks import AnswerSetBlock
 from headtune.train.evaluate import Scored, parse_items, score_items
 from headtune.train.objectives import answer_set, retention
-from headtune.train.blocks import AnswerSetBlock
 from headtune.train.trainers import (
     AnswerSetCollator,
     AnswerSetTrainer,
