@@ -19,10 +19,10 @@ train with `labelled_positions`, which leaves out the others: LoRA and full fine
 
 Each route is a process of its own that stops between measurements; within a round the routes take turns, so that all
 see the same machine. A measurement is `--steps` steps; the first epoch, in which the cache fills, and the nine steps
-after it, in which it comes to rest, are not measured. A
-ratio is that of two routes' seconds in the same round; medians, ranges and a bootstrap interval of the median over
-rounds are kept. Memory is the peak resident size: of the whole process, imports and first epoch included, and from the
-first measurement on, freed memory handed back to the system first. The allocator's settings are the system's for all.
+after it, in which it comes to rest, are not measured. A ratio is that of two routes' seconds in the same round;
+medians, ranges and a bootstrap interval of the median over rounds are kept. Memory is the peak resident size: of the
+whole process, imports and first epoch included, and from the first measurement on, freed memory handed back to the
+system first. The allocator's settings are the system's for all.
 Every process reads a copy of the checkpoint of its own: pages that processes share are never given back.
 
 A route with the cache whose losses differ from the same route's without it ends the benchmark.

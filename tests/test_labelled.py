@@ -130,3 +130,15 @@ def test_the_hooks_are_removed_after_an_error() -> None:
         assert hooks() == before + 2
         raise KeyboardInterrupt
     assert hooks() == before
+
+
+@torch.no_grad()
+def test_a_call_that_fails_leaves_nothing_behind() -> None:
+    model, inputs = model_and_batch("llama", True)
+    expected = model(input_ids=inputs["input_ids"]).logits
+    with labelled_positions(model):
+        handle = model.get_input_embeddings().register_forward_pre_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            model(**inputs, fused_lm_head=True)
+        handle.remove()
+        assert torch.equal(model(input_ids=inputs["input_ids"]).logits, expected)

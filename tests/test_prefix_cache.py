@@ -295,6 +295,17 @@ def test_other_passes_run_every_layer(changes: dict[str, Any], reason: str) -> N
             assert torch.equal(a, b)
 
 
+def test_outputs_asked_for_in_the_configuration_run_every_layer() -> None:
+    model, inputs = adapted(), batch(rows(2), "right")
+    backbone(model).config.output_hidden_states = True  # type: ignore[union-attr]
+    expected = model(**inputs, use_cache=False).hidden_states
+    with installed(model) as stats:
+        for _ in range(2):
+            found = model(**inputs, use_cache=False).hidden_states
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert stats.plain == {"the configuration asks for output_hidden_states": 2}
+
+
 def test_a_pass_that_fails_leaves_nothing_behind() -> None:
     model, inputs = adapted(), batch(rows(2), "right")
     expected = step(model, inputs)
@@ -325,7 +336,7 @@ def state(model: Any) -> dict[str, Any]:
 
 
 def test_everything_is_put_back() -> None:
-    model, inputs = adapted(), batch(rows(3), "right")
+    model, inputs = adapted(heads=[[2, 1]]), batch(rows(3), "right")
     layers(model)[1].eval()  # modes are mixed, and stay so
     given = layers(model)[0]
     given.forward = given.forward  # type: ignore[method-assign]  # as accelerate's device hooks leave it
