@@ -2,13 +2,14 @@
 
 A function registered with transformers' attention interface runs SDPA unchanged and, while a `record_rows` block is
 open, recomputes `A[l, :, q, :]` for one query position per example. The full `[heads, seq, seq]` matrix never exists,
-except in models that cap their attention scores (Gemma 2), which SDPA cannot do.
+except in models that cap their attention scores (Gemma 2), which SDPA cannot do. `look_with` shows every layer's call
+to whoever wants rows of chosen heads with their gradient (`head_log_rows`).
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -66,6 +67,9 @@ class AttentionCall:
 Attend = Callable[[AttentionCall], Tensor | None]
 _substitutes: list[Attend] = []
 
+Look = Callable[[AttentionCall], None]
+_looks: list[Look] = []
+
 
 def softcapped(scores: Tensor, cap: float | None) -> Tensor:
     """`cap * tanh(scores / cap)`, or the scores themselves without a cap."""
@@ -105,6 +109,42 @@ def attention_rows(
     return logits.softmax(-1)
 
 
+def head_log_rows(call: AttentionCall, heads: Sequence[int], positions: Tensor) -> Tensor:
+    """`log softmax(cap(q . k^T * scaling) + mask)` of chosen heads at chosen queries, with gradient, without dropout.
+
+    Only these queries, and the keys of these heads (key head = head // group size), enter the product.
+
+    Args:
+        call: as `look_with` shows it.
+        heads: query heads.
+        positions: `[batch, T]` indices into the queries; -1 is padding.
+
+    Returns:
+        `[batch, len(heads), T, keys]` float32, -inf at masked keys. Rows of padding, and of queries that see no key at
+        all (those of padding tokens), are finite filler.
+    """
+    device, (batch, n_heads, n_queries, _), n_keys = call.query.device, call.query.shape, call.key.shape[2]
+    positions = positions.to(device)
+    queries = positions.clamp(min=0)
+    chosen = torch.as_tensor(heads, dtype=torch.long, device=device)
+    examples = torch.arange(batch, device=device)[:, None]
+    query = call.query[examples[:, None], chosen[:, None], queries[:, None]].float()  # [batch, heads, T, head_dim]
+    key = call.key[:, chosen // (n_heads // call.key.shape[1])].float()
+    scores = softcapped(query @ key.transpose(2, 3) * call.scaling, call.softcap)
+    if call.mask is None:
+        visible = (torch.arange(n_keys, device=device) <= queries[..., None] + (n_keys - n_queries))[:, None]
+    else:
+        mask = call.mask if call.mask.shape[1] == 1 else call.mask[:, chosen]
+        mask = mask[..., :n_keys].expand(batch, -1, -1, -1)
+        mask = mask[examples, :, queries].transpose(1, 2)  # [batch, heads or 1, T, keys]
+        visible = mask
+        if mask.dtype != torch.bool:
+            visible = mask > torch.finfo(mask.dtype).min / 2
+            scores = scores + mask.float().masked_fill(~visible, 0)
+    blind = ~visible.any(-1, keepdim=True) | (positions < 0)[:, None, :, None]
+    return scores.masked_fill(~(visible | blind), float("-inf")).log_softmax(-1)
+
+
 def _soft_capped_attention(call: AttentionCall, dropout: float) -> Tensor:
     """`[batch, queries, n_heads, head_dim]`, with a cap on the scores.
 
@@ -139,6 +179,8 @@ def _forward(
     factor = query.shape[-1] ** -0.5 if scaling is None else scaling
     layer = int(module.layer_idx)  # type: ignore[arg-type]
     call = AttentionCall(layer, query, key, value, attention_mask, factor, softcap)
+    for look in _looks:
+        look(call)
     if _substitutes:
         output = _substitutes[-1](call)
         if output is not None:
@@ -179,3 +221,16 @@ def attend_with(attend: Attend) -> Iterator[None]:
         yield
     finally:
         _substitutes.pop()
+
+
+@contextlib.contextmanager
+def look_with(look: Look) -> Iterator[None]:
+    """Show `look` the attention call of every layer run inside the block; several blocks may be open at once.
+
+    A model has to run this attention (`HeadModel.record_attention(True)`), or nothing is shown.
+    """
+    _looks.append(look)
+    try:
+        yield
+    finally:
+        _looks.remove(look)

@@ -323,6 +323,8 @@ def load_task(name: str, split_seed: int = 0) -> Task:
     shape, colon, source = name.partition(":")
     if colon and shape in formats.FORMATS:
         base, colon, split = _parts(source)
+        if colon and formats.has_files(shape, base):
+            return formats.read(shape, base, split)
         task = formats.read(shape, base)
         return take_split(task, split, split_seed) if colon else task
     base, colon, split = _parts(name)

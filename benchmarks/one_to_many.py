@@ -28,7 +28,7 @@ import numpy as np
 
 from headtune.train.evaluate import parse_items, score_items
 from headtune.train.recipe import load
-from headtune.train.run import tasks_of
+from headtune.train.splits import tasks_of
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "one_to_many.json"

@@ -37,7 +37,7 @@ import yaml
 from headtune.analysis.tasks import Example
 from headtune.train.blocks import TaskBlock
 from headtune.train.recipe import parse
-from headtune.train.run import tasks_of
+from headtune.train.splits import tasks_of
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -235,6 +235,7 @@ class Run:
     name: str
     seed: int
     recipe: dict[str, Any]
+    alone: bool = False  # the later ones take its measurement over
 
     @property
     def out(self) -> Path:
@@ -299,8 +300,8 @@ def run_all(runs: Iterable[Run], jobs: int, threads: int, keep: Callable[[Run], 
         process = context.Process(target=carry_out, args=(path, Path(f"{run.out}.log"), threads, resume))
         process.start()
         going[process] = run
-        if run.name == "base":
-            wait(0)  # the others take its measurement over
+        if run.alone:
+            wait(0)
     wait(0)
 
 
@@ -531,7 +532,8 @@ def main() -> None:
                 if later and arguments.small and not method.core:
                     continue
                 out = place(arguments.folder, task, name, seed)
-                runs.append(Run(task, name, seed, recipe_of(setting, name, seed, arguments.folder, out)))
+                recipe = recipe_of(setting, name, seed, arguments.folder, out)
+                runs.append(Run(task, name, seed, recipe, alone=name == "base"))
     run_all(runs, arguments.jobs, arguments.threads, keep)
     write_table(known)
 

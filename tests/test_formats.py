@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from headtune.analysis import formats
 from headtune.analysis.errors import InputError
 from headtune.analysis.tasks import Example, Task, load_task
 
@@ -81,7 +82,27 @@ CLUTRR: Rows = [
     },
     {"story": "[Ann] met her aunt [Bea].", "clean_story": "", "query": "('Ann', 'Bea')", "target_text": "aunt"},
 ]
-ROWS = {"truthfulqa": TRUTHFULQA, "mquake": MQUAKE, "clutrr": CLUTRR}
+PAIRS: Rows = [
+    {"input": "iPod {0}", "output": "Apple"},
+    {"output": "Sony ", "input": "Dino"},
+    {"input": "Dino ", "output": "HP", "id": 3},
+    {"input": "Dino", "output": "Sony"},
+]
+
+TRACE: Rows = [
+    {"prompt": "Is it hawkish?\nA. dove  B. hawk\nAnswer: ", "answer": " B"},
+    {"prompt": "def f():\n", "answer": "return 1\nend"},
+]
+
+SUPERNI: dict[str, Any] = {
+    "Contributors": ["x"],
+    "Definition": ["Turn the word round. "],
+    "Positive Examples": [{"input": "ab", "output": "ba", "explanation": ""}],
+    "Instances": [
+        {"id": "task1-1", "input": " abc", "output": ["cba ", "c b a", "cba"]},
+        {"id": "task1-2", "input": "no", "output": "on"},
+    ],
+}
 
 
 def as_csv(path: Path, rows: Rows) -> Path:
@@ -178,6 +199,73 @@ def test_clutrr(tmp_path: Path, suffix: str) -> None:
     assert '"Ann met her aunt Bea."' in second.prompt and second.prompt.endswith("Bea is Ann's")
 
 
+@pytest.mark.parametrize("suffix", WRITERS)
+def test_pairs(tmp_path: Path, suffix: str) -> None:
+    rows = [{key: row[key] for key in ("input", "output")} for row in PAIRS] if suffix == ".csv" else PAIRS
+    task = load_task(f"pairs:{WRITERS[suffix](tmp_path / f'p{suffix}', rows)}")
+    assert (task.name, task.kind) == ("pairs:p", "exact_match")
+    assert task.examples == (
+        Example("Q: iPod {0}\nA:", "iPod {0}", ("Apple",)),
+        Example("Q: Dino\nA:", "Dino", ("Sony", "HP")),
+    )
+
+
+def test_pairs_bring_their_own_template(tmp_path: Path) -> None:
+    content = {"template": "{input} is made by", "pairs": PAIRS}
+    task = load_task(f"pairs:{as_json(tmp_path / 'p.json', content)}")
+    assert [example.prompt for example in task.examples] == ["iPod {0} is made by", "Dino is made by"]
+    assert [example.subject for example in task.examples] == ["iPod {0}", "Dino"]
+
+
+@pytest.mark.parametrize("suffix", WRITERS)
+def test_trace(tmp_path: Path, suffix: str) -> None:
+    task = load_task(f"trace:{WRITERS[suffix](tmp_path / f't{suffix}', TRACE)}")
+    assert (task.name, task.kind) == ("trace:t", "exact_match")
+    first, second = task.examples
+    assert first == Example(first.prompt, first.prompt, ("B",))
+    assert first.prompt == "Is it hawkish?\nA. dove  B. hawk\nAnswer:"
+    assert (second.prompt, second.answers) == ("def f():\n", ("return 1\nend",))
+
+
+def test_superni(tmp_path: Path) -> None:
+    task = load_task(f"superni:{as_json(tmp_path / 'task1.json', SUPERNI)}")
+    assert (task.name, task.kind) == ("superni:task1", "exact_match")
+    assert task.examples == (
+        Example("Turn the word round.\n\nInput: abc\nOutput:", "abc", ("cba", "c b a")),
+        Example("Turn the word round.\n\nInput: no\nOutput:", "no", ("on",)),
+    )
+    for definition, begin in (("One.", "One."), (["One.", "Two."], "One.\nTwo.")):
+        path = as_json(tmp_path / "two.json", SUPERNI | {"Definition": definition})
+        assert load_task(f"superni:{path}").examples[0].prompt == f"{begin}\n\nInput: abc\nOutput:"
+
+
+@pytest.mark.parametrize("validation", ["eval", "dev"])
+@pytest.mark.parametrize("name", formats.FOLDERS)
+def test_a_folder_has_its_splits_as_files(name: str, validation: str, tmp_path: Path) -> None:
+    folder = tmp_path / "v1.0"
+    folder.mkdir()
+    for stem, word in (("train", "one"), (validation, "two"), ("test", "three")):
+        row = {"input": word, "output": [word], "prompt": word, "answer": word}
+        as_json(folder / f"{stem}.json", [row] if name == "trace" else SUPERNI | {"Instances": [row]})
+    as_json(folder / "labels.json", ["neither"])
+    whole = load_task(f"{name}:{folder}")
+    assert (whole.name, whole.split, whole.kind) == (f"{name}:v1.0", None, "exact_match")
+    assert whole.subjects == ["one", "three", "two"]
+    for split, word in (("train", "one"), ("validation", "two"), ("test", "three")):
+        part = formats.read(name, str(folder), split)
+        assert (part.name, part.split, part.subjects) == (f"{name}:v1.0:{split}", split, [word])
+    assert load_task(f"{name}:{folder / 'test.json'}").name == f"{name}:v1.0/test"
+    assert formats.has_files(name, str(folder)) and not formats.has_files(name, str(folder / "test.json"))
+    assert not formats.has_files("relation", str(folder))
+    with pytest.raises(InputError, match=r"split 'tran' of .* is unknown; did you mean 'train'"):
+        formats.read(name, str(folder), "tran")
+    (folder / "test.json").unlink()
+    with pytest.raises(InputError, match=r"holds no test\.json; check the path and the split"):
+        formats.read(name, str(folder), "test")
+    with pytest.raises(InputError, match=r"holds no train\.json or eval\.json or dev\.json or test\.json"):
+        load_task(f"{name}:{tmp_path}")
+
+
 # --- the hub ----------------------------------------------------------------------------------------------------------
 
 
@@ -241,6 +329,43 @@ BAD: dict[str, tuple[str, Any, str]] = {
     "no samples": ("relation", CAPITALS | {"samples": []}, "holds no samples"),
     "no template": ("relation", {"samples": CAPITALS["samples"]}, "has no usable template among []"),
     "only questions": ("relation", CAPITALS | {"prompt_templates": ["Is it {}?"], "prompt_templates_zs": []}, "usable"),
+    "an input without output": ("pairs", [*PAIRS, {"input": "x"}], "row 5: no 'output'; a row of pairs needs input, o"),
+    "a list of outputs": ("pairs", [{"input": "x", "output": ["y"]}], "row 1: 'output' must be text, found ['y']"),
+    "blank input": ("pairs", [{"input": " ", "output": "y"}], "row 1: 'input' must be text, found ' '"),
+    "no pairs": ("pairs", [], "holds no rows; check the file"),
+    "no list of pairs": ("pairs", {"template": "{input}"}, "must hold a JSON list, or a list under 'pairs'"),
+    "no slot": (
+        "pairs",
+        {"template": "Q: {}", "pairs": PAIRS},
+        "template 'Q: {}' must be text that holds {input} once",
+    ),
+    "a space at the end": ("pairs", {"template": "{input}: ", "pairs": PAIRS}, "and does not end in a space"),
+    "a pair that is none": ("pairs", {"pairs": ["x"]}, "row 1: expected a row of pairs, found str"),
+    "no prompt": ("trace", [{"answer": "B"}], "row 1: no 'prompt'; a row of trace needs prompt, answer"),
+    "blank prompt": ("trace", [{"prompt": "\n ", "answer": "B"}], "row 1: 'prompt' must be text"),
+    "prompt is a list": ("trace", [{"prompt": ["a"], "answer": "B"}], "row 1: 'prompt' must be text, found ['a']"),
+    "empty reply": ("trace", [*TRACE, {"prompt": "a", "answer": ""}], "row 3: 'answer' must be text, found ''"),
+    "no definition": ("superni", {"Instances": []}, "'Definition' must be text or a list of texts, found None"),
+    "blank definition": ("superni", SUPERNI | {"Definition": [""]}, "'Definition' must be text or a list of texts"),
+    "no instances": ("superni", {"Definition": "Do."}, "'Instances' must be a list, found None"),
+    "empty instances": ("superni", SUPERNI | {"Instances": []}, "holds no rows; check the file"),
+    "no outputs": (
+        "superni",
+        SUPERNI | {"Instances": [{"input": "a", "output": []}]},
+        "instance 1: 'output' must be tex",
+    ),
+    "blank output": (
+        "superni",
+        SUPERNI | {"Instances": [{"input": "a", "output": ["b", " "]}]},
+        "instance 1: 'output'",
+    ),
+    "no output": (
+        "superni",
+        SUPERNI | {"Instances": [{"input": "a"}]},
+        "instance 1: no 'output'; a row of superni need",
+    ),
+    "instance is text": ("superni", SUPERNI | {"Instances": ["a"]}, "instance 1: expected a row of superni, found str"),
+    "a list of rows": ("superni", TRACE, "must hold a JSON dict, not list"),
     "two slots": ("relation", CAPITALS | {"prompt_templates": [], "prompt_templates_zs": ["{} {} is"]}, "{} once"),
 }
 
@@ -260,6 +385,10 @@ def test_bad_data_is_refused_by_its_place(case: str, tmp_path: Path) -> None:
         ("truthfulqa:nowhere.csv", "truthfulqa file 'nowhere.csv' does not exist"),
         ("truthfulqa:a/nowhere.csv", "truthfulqa file 'a/nowhere.csv' does not exist"),
         ("relation:nowhere", "relation file 'nowhere' does not exist"),
+        ("pairs:a/nowhere", "pairs file 'a/nowhere' does not exist"),
+        ("superni:a/nowhere", "superni task 'a/nowhere' is no .json file and no folder with one for each split"),
+        ("trace:nobody/nothing", "task 'nobody/nothing' is not a file and cannot be loaded from the hub"),
+        ("trace:empty", "trace folder 'empty' holds no train.json or eval.json or dev.json or test.json"),
         (
             "clutrr:nobody/nothing",
             "task 'nobody/nothing' is not a file and cannot be loaded from the hub: nobody/nothing",
@@ -336,3 +465,24 @@ def test_the_real_relations() -> None:
     assert several["Heilmann & Littmann"] == ("Berlin", "Munich") and len(several) == 24
     nixon = [e.answers for e in task.examples if e.subject == "Richard Nixon" and "born" in e.prompt]
     assert nixon == [("1913",)]
+
+
+@pytest.mark.parametrize(
+    ("name", "n", "several"),
+    [
+        ("country-capital", 197, 0),
+        ("landmark-country", 835, 1),
+        ("person-instrument", 505, 5),
+        ("present-past", 293, 0),
+        ("product-company", 494, 26),
+        ("singular-plural", 205, 0),
+    ],
+)
+def test_the_real_pairs(name: str, n: int, several: int) -> None:
+    task = real(f"pairs:function_vectors/{name}.json")
+    rows = json.loads((DATA / f"function_vectors/{name}.json").read_text())
+    assert len(task.examples) == len(task.subjects) == n
+    accepted = {(example.subject, answer) for example in task.examples for answer in example.answers}
+    assert accepted == {(row["input"], row["output"]) for row in rows}
+    assert all(example.prompt == f"Q: {example.subject}\nA:" for example in task.examples)
+    assert sum(len([row for row in rows if row["input"] == subject]) > 1 for subject in task.subjects) == several

@@ -24,7 +24,8 @@ from headtune.train import fit as fit_module
 from headtune.train import recipe as recipes
 from headtune.train.cli import main
 from headtune.train.evaluate import answer_mass
-from headtune.train.run import load_run, tasks_of
+from headtune.train.run import load_run
+from headtune.train.splits import tasks_of
 
 ROOT = Path(__file__).parent.parent
 HEADS = [[0, 1], [2, 0], [2, 3]]

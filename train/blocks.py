@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -130,18 +130,38 @@ class SplitBlock(Block):
     seed: int = 0
 
 
+class StepBlock(Block):
+    """One task of a sequence: a task to split by subject, or two to train on and to measure on."""
+
+    train: str
+    eval: str | None = None
+    name: str | None = None
+
+
 class TaskBlock(Block):
     """What is learnt and what is measured. The same name twice is split by subject: train / test.
 
-    `kind` says how answers are scored, where the task's own format does not.
+    `kind` says how answers are scored, where the task's own format does not. `sequence` lists the tasks of recipe seekr
+    in the order they are learnt, and stands in place of `train` and `eval`; the limits then hold for each.
     """
 
     train: str = "one_to_many"
     eval: str | None = None
+    sequence: Annotated[list[StepBlock], Field(min_length=2)] | None = None
     kind: Literal["lists", "exact_match", "multiple_choice"] | None = None
     split: SplitBlock = SplitBlock()
     max_train_examples: Annotated[int, Field(ge=1)] | None = None
     max_eval_examples: Annotated[int, Field(ge=1)] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _names(cls, data: Any) -> Any:
+        if isinstance(data, dict) and isinstance(data.get("sequence"), list):
+            if data.get("train") is not None or data.get("eval") is not None:
+                raise ValueError("give train (and eval), or a sequence of tasks, not both")
+            steps = [{"train": step} if isinstance(step, str) else step for step in data["sequence"]]
+            return {key: value for key, value in data.items() if key not in ("train", "eval")} | {"sequence": steps}
+        return data
 
 
 class AnswerSetBlock(Block):
@@ -164,6 +184,99 @@ class AnswerSetBlock(Block):
     retention_positions: Annotated[int, Field(ge=1)] = 8
 
 
+class Regulariser(Block):
+    """What all penalties on heads have.
+
+    Attributes:
+        weight: of the term in the loss.
+        heads: which heads; the recipe's own where it is left out.
+        schedule: `constant`, or `linear` growth from 0 over the share `warmup` of the steps.
+    """
+
+    weight: Annotated[float, Field(ge=0)] = 1.0
+    heads: HeadsBlock | None = None
+    schedule: Literal["constant", "linear"] = "constant"
+    warmup: Annotated[float, Field(ge=0, le=1)] = 0.0
+
+    @model_validator(mode="after")
+    def _warmup(self) -> Self:
+        if (self.schedule == "linear") != (self.warmup > 0):
+            raise ValueError("schedule linear and a warmup above 0 go together")
+        return self
+
+
+class AttentionKl(Regulariser):
+    """KL divergence of chosen heads' attention from the base model's, at `rows` query positions a sample."""
+
+    kind: Literal["attention_kl"]
+    rows: Annotated[int, Field(ge=1)] = 32
+
+
+class OutputDrift(Regulariser):
+    """Squared distance of chosen heads' outputs z from the base model's, relative to the base's size."""
+
+    kind: Literal["output_drift"]
+    relative: bool = True
+
+
+class WeightDrift(Regulariser):
+    """Squared distance of chosen heads' weight slices from where they started (L2-SP).
+
+    Attributes:
+        fisher: weigh each weight by its Fisher information (EWC) on answers of `task`; that which is trained on where
+            it is left out.
+        max_examples: prompts of that task, one backward pass each.
+        parts: which slices.
+    """
+
+    kind: Literal["weight_drift"]
+    fisher: bool = False
+    task: str | None = None
+    max_examples: Annotated[int, Field(ge=1)] = 64
+    parts: Annotated[list[Literal["q", "k", "v", "o"]], Field(min_length=1)] = ["q", "k", "v", "o"]
+
+    @model_validator(mode="after")
+    def _task(self) -> Self:
+        if self.task is not None and not self.fisher:
+            raise ValueError("task is what Fisher information is taken from, and fisher is false")
+        return self
+
+
+class AttributionHinge(Regulariser):
+    """Suppression heads may not lower a right answer's logit by more than `margin`; recall heads keep their part."""
+
+    kind: Literal["attribution_hinge"]
+    role: Literal["suppression", "recall"] = "suppression"
+    margin: Annotated[float, Field(ge=0)] = 0.0
+
+
+class NegativeAttention(Regulariser):
+    """Align what chosen heads attend to between two options that the prompt names (NASA)."""
+
+    kind: Literal["negative_attention"]
+    positive: str = " Yes"
+    negative: str = " No"
+
+
+class PruneGates(Regulariser):
+    """A HardConcrete gate on each chosen head and a penalty on the share that is open: prune while training.
+
+    `learning_rate` is that of the gates' log alpha, which travels 4.8 from open to closed: at least 24 steps of 0.2
+    before the learning-rate schedule lowers it; the rest has the run's. With `sparsity`, the share of heads to be
+    closed, what costs is the distance from it; it grows over `warmup`.
+    """
+
+    kind: Literal["prune"]
+    sparsity: Annotated[float, Field(ge=0, le=1)] | None = None
+    learning_rate: Annotated[float, Field(gt=0)] = 0.2
+
+
+AnyRegulariser = Annotated[
+    AttentionKl | OutputDrift | WeightDrift | AttributionHinge | NegativeAttention | PruneGates,
+    Field(discriminator="kind"),
+]
+
+
 class PairsBlock(Block):
     """Preference pairs: `one` a question (best answer, first incorrect one; as LoFiT publishes), or `all` of them."""
 
@@ -179,6 +292,7 @@ class ObjectiveBlock(Block):
         prefix_cache: run the layers below the lowest trained one once per example (see `headtune.train.prefix_cache`);
             it switches itself off, with the reason, where it would change the result.
         prefix_memory_gb: what it may keep in memory; more goes to memory-mapped files in the run's folder.
+        regularisers: penalties on heads that are added to the objective (see `headtune.train.regularisers`).
     """
 
     objective: Literal["answer_set", "sft", "dpo"] = "answer_set"
@@ -186,6 +300,7 @@ class ObjectiveBlock(Block):
     dpo: PairsBlock = PairsBlock()
     prefix_cache: bool = True
     prefix_memory_gb: Annotated[float, Field(ge=0)] = 2.0
+    regularisers: list[AnyRegulariser] = []
 
 
 class LofitMethod(ObjectiveBlock):
@@ -240,6 +355,105 @@ class LnMethod(ObjectiveBlock):
     """Train the gains and biases of all norms (LN tuning, Zhao et al. 2023), a baseline of few parameters."""
 
 
+class LoraSizes(Block):
+    """The shape of a LoRA where one is trained beside something else."""
+
+    r: Annotated[int, Field(ge=1)] = 8
+    alpha: Annotated[int, Field(ge=1)] = 16
+    target_modules: str | list[str] = "all-linear"
+
+
+class RegulariseMethod(ObjectiveBlock):
+    """Train everything else while the heads of `heads` are held by `regularisers` (at least one).
+
+    Attributes:
+        tune: the whole model, or a LoRA.
+        keep: write the whole model to the run's `model/` folder; a LoRA is kept as an adapter, and merged where heads
+            were pruned.
+    """
+
+    tune: Literal["full", "lora"] = "full"
+    lora: LoraSizes = LoraSizes()
+    keep: bool = True
+
+
+class ReplayBlock(Block):
+    """What of earlier tasks is seen again: a random sample of each task's rows, evenly interleaved.
+
+    Attributes:
+        ratio: of a task's training rows, at least one row.
+        count: rows of each task, instead of a ratio.
+    """
+
+    ratio: Annotated[float, Field(gt=0, le=1)] | None = None
+    count: Annotated[int, Field(ge=1)] | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> Self:
+        if (self.ratio is None) == (self.count is None):
+            raise ValueError("give one of ratio and count")
+        return self
+
+
+class DistilBlock(Block):
+    """SEEKR's distillation (He et al. 2024): L_task + l1 L_replay + (1 - l1) L_logits + l2 L_attention.
+
+    Attributes:
+        replay_weight: l1.
+        attention_weight: l2, on the mean KL divergence over samples, heads and query rows.
+        choice: how heads are chosen where the recipe names none: by I = S * F, by S or F alone, or at random, as many
+            in each layer as I would choose.
+        layers: budget B_L, layers of the highest summed importance; null takes all.
+        heads: budget B_H, heads in those layers.
+        queries: budget B_T, random query rows of a sample.
+        selection: heads are chosen anew for all tasks after each task (`global`), or for the samples of the task just
+            learnt alone (`per_task`, as the reference code does).
+        teacher: a sample's teacher is the model after its `own` task, or the `latest` before the task being learnt.
+        dtype: of the stored teacher rows.
+        logits_top: keep only so many of the teacher's logits and the mass of the rest; null keeps all.
+    """
+
+    replay_weight: Annotated[float, Field(ge=0, le=1)] = 0.5
+    attention_weight: Annotated[float, Field(ge=0)] = 1000.0
+    choice: Literal["importance", "sensitivity", "forgetting", "random"] = "importance"
+    layers: Annotated[int, Field(ge=1)] | None = 24
+    heads: Annotated[int, Field(ge=1)] = 128
+    queries: Annotated[int, Field(ge=1)] = 100
+    selection: Literal["global", "per_task"] = "global"
+    teacher: Literal["own", "latest"] = "own"
+    dtype: Literal["float32", "float16"] = "float32"
+    logits_top: Annotated[int, Field(ge=1)] | None = None
+
+
+class SeekrMethod(Block):
+    """A sequence of tasks learnt one after the other, and what is done so that earlier ones are not forgotten.
+
+    Attributes:
+        strategy: `seekr`; or a baseline: `sequential` (nothing), `replay`, `der` (DER++, Buzzega et al. 2020), `ewc`
+            (Kirkpatrick et al. 2017), `lwf` (Li & Hoiem 2016), `multitask` (all tasks at once, the upper bound).
+        tune: the whole model, or one LoRA through all tasks.
+        der_weight: of the squared distance to the stored logits.
+        ewc_weight: of the Fisher-weighted distance to the weights after the previous task.
+        lwf_weight: of the KL divergence to the previous model on the new task's rows.
+        keep: which models stay in the run: the `last`, `all` (after each task), or `none`.
+    """
+
+    strategy: Literal["seekr", "sequential", "replay", "der", "ewc", "lwf", "multitask"] = "seekr"
+    tune: Literal["full", "lora"] = "full"
+    lora: LoraSizes = LoraSizes()
+    replay: ReplayBlock = ReplayBlock(ratio=0.1)
+    distil: DistilBlock = DistilBlock()
+    der_weight: Annotated[float, Field(ge=0)] = 0.5
+    ewc_weight: Annotated[float, Field(ge=0)] = 1000.0
+    lwf_weight: Annotated[float, Field(ge=0)] = 1.0
+    regularisers: list[AnyRegulariser] = []
+    keep: Literal["last", "all", "none"] = "last"
+
+    @property
+    def replays(self) -> bool:
+        return self.strategy in ("seekr", "replay", "der")
+
+
 class ScaleMethod(Block):
     """No training: chosen heads multiplied by a factor."""
 
@@ -279,7 +493,7 @@ STEERING: dict[str, type[Block]] = {
     "intercept": InterceptMethod,
 }
 SteerMethod = ScaleMethod | ItiMethod | SinkMethod | InterceptMethod
-TrainedMethod = LofitMethod | JolaMethod | MaskedMethod | LoraMethod | FullMethod | LnMethod
+TrainedMethod = LofitMethod | JolaMethod | MaskedMethod | LoraMethod | FullMethod | LnMethod | RegulariseMethod
 METHODS: dict[str, type[Block]] = {
     "lofit": LofitMethod,
     "jola": JolaMethod,
@@ -288,8 +502,10 @@ METHODS: dict[str, type[Block]] = {
     "lora": LoraMethod,
     "full": FullMethod,
     "ln": LnMethod,
+    "regularise": RegulariseMethod,
+    "seekr": SeekrMethod,
 }
-WITHOUT_HEADS = ("lora", "full", "ln")  # families that change the whole model
+WITHOUT_HEADS = ("lora", "full", "ln", "regularise", "seekr")  # families that change the whole model
 
 
 class EvaluationBlock(Block):
@@ -302,12 +518,14 @@ class EvaluationBlock(Block):
             TruthfulQA evaluation puts there.
         before: evaluation.json of another run, whose measurement of the same base model on the same prompts is taken
             over instead of being repeated.
+        general: tasks measured besides, before and after a sequence: what the model could do anyway.
     """
 
     n_items: Annotated[int, Field(ge=1)] = 3
     batch_size: Annotated[int, Field(ge=1)] = 16
     preamble: Literal["none", "truthfulqa"] = "none"
     before: str | None = None
+    general: list[str] = []
 
 
 class TrackingBlock(Block):

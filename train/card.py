@@ -31,7 +31,8 @@ class Origin:
         base: the base model as the recipe names it: a built-in name, a folder or a hub id.
         revision: of the base model on the hub.
         recipe: the whole recipe, every default spelt out.
-        heads: `[[layer, head], ...]` that were changed; empty where the method has none.
+        heads: `[[layer, head], ...]` that were changed, or in a sequence of tasks held last; empty where the method has
+            none.
         training_data: the run's account of it, with a hash where the run has one.
         evaluation: the content of evaluation.json, or {}.
     """
@@ -44,6 +45,11 @@ class Origin:
     heads: Sequence[Sequence[int]] = ()
     training_data: Mapping[str, Any] = field(default_factory=dict)
     evaluation: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def tasks(self) -> list[str]:
+        """The names of a sequence's tasks in the order they were learnt; empty where the run has one task."""
+        return list(self.evaluation.get("before", {}).get("n", {}).get("by_task", ()))
 
     def summary(self) -> dict[str, Any]:
         """What export.json says of it."""
@@ -210,7 +216,8 @@ def _about(origin: Origin) -> list[str]:
     lines += [f"Licence: {known if licence else 'not known here; that of the base model applies'}.", ""]
     if origin.method:
         heads = ", ".join(f"L{layer}H{head}" for layer, head in origin.heads)
-        changed = f"Heads changed ({len(origin.heads)}): {heads}." if heads else "Not limited to chosen heads."
+        done = "held" if origin.tasks else "changed"
+        changed = f"Heads {done} ({len(origin.heads)}): {heads}." if heads else "Not limited to chosen heads."
         lines += [f"Made by headtune, recipe `{origin.method}`. {changed}", ""]
     return lines
 
@@ -223,12 +230,15 @@ def _measured(origin: Origin) -> list[str]:
     evaluation = origin.evaluation
     if evaluation:
         sha = f" (SHA-256 `{evaluation['task_sha256']}`)" if evaluation.get("task_sha256") else ""
-        lines += ["## Measured", "", f"Task: `{evaluation['task']}`{sha}.", ""]
+        named = f"Task: `{evaluation['task']}`"
+        if origin.tasks:
+            named = f"Tasks, in the order they were learnt: {', '.join(f'`{name}`' for name in origin.tasks)}"
+        lines += ["## Measured", "", f"{named}{sha}.", ""]
         lines += ["| | before | after |", "|---|---|---|"]
-        for name, before in evaluation["before"].items():
-            after = (evaluation.get("after") or {}).get(name)
-            if name != "n" and after is not None:
-                lines.append(f"| {name} | {_show(before)} | {_show(after)} |")
+        before, after = evaluation["before"], evaluation.get("after") or {}
+        for name, value in after.items():  # what came after alone: backward transfer, forgetting
+            if name != "n" and value is not None:
+                lines.append(f"| {name} | {_show(before[name]) if name in before else ''} | {_show(value)} |")
         lines.append("")
     return lines
 

@@ -217,10 +217,13 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _print_evaluation(folder: Path, evaluation: dict[str, Any]) -> None:
-    from .console import console, generations_table, metrics_table
+    from .console import console, generations_table, metrics_table, sequence_table
 
     columns = {name: evaluation[name] for name in ("before", "after")}
     console.print(metrics_table(columns, f"{evaluation['task']}, {evaluation['before']['n']['examples']} prompts"))
+    if (folder / "sequence.json").is_file():
+        sequence = json.loads((folder / "sequence.json").read_text(encoding="utf-8"))
+        console.print(sequence_table(list(evaluation["before"]["n"]["by_task"]), sequence))
     # Those that changed say more than those that did not; failures are as likely to be among them as successes.
     changed = [example for example in evaluation["examples"] if example["before"] != example["after"]]
     console.print(generations_table((changed or evaluation["examples"])[:3]))

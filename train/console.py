@@ -18,6 +18,9 @@ console = Console(highlight=False)
 errors = Console(stderr=True, highlight=False, soft_wrap=True)
 
 METRIC_NAMES = {
+    "op": "OP, mean of the tasks",
+    "bwt": "BWT, earlier tasks since learnt",
+    "forgetting": "forgetting, from their best",
     "repeat_rate": "repeat rate",
     "correct_new_rate": "correct new rate",
     "wrong_rate": "wrong rate",
@@ -76,15 +79,41 @@ def plain_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str |
 
 
 def metrics_table(columns: Mapping[str, Mapping[str, Any]], title: str = "") -> Table:
-    """Metrics as rows, one column an evaluation."""
+    """Metrics as rows, one column an evaluation; a dash where one has no such metric."""
     table = Table(title=title or None, title_justify="left")
     table.add_column("metric")
     for name in columns:
         table.add_column(name)
-    for key, label in METRIC_NAMES.items():
-        if all(key in metrics for metrics in columns.values()):
-            table.add_row(label, *(show(metrics[key]) for metrics in columns.values()))
+    given = dict.fromkeys(key for metrics in columns.values() for key in metrics if key != "n")
+    known = [key for key in METRIC_NAMES if key in given]
+    for key in [*known, *(key for key in given if "/" in key)]:  # "task/metric": a task of a sequence by itself
+        table.add_row(
+            Text(_label(key)), *(show(metrics[key]) if key in metrics else "–" for metrics in columns.values())
+        )
     return table
+
+
+def _label(key: str) -> str:
+    task, _, metric = key.rpartition("/")
+    name = METRIC_NAMES.get(metric, metric.replace("_", " "))
+    return f"{task}: {name}" if task else name
+
+
+def sequence_table(names: Sequence[str], sequence: Mapping[str, Any]) -> Table:
+    """The accuracies a[i][j] of a sequence, a row for each task j that was learnt and a column for each task i.
+
+    Args:
+        names: of the tasks, in order.
+        sequence: the content of sequence.json.
+    """
+    rows = [("base model", sequence["before"])]
+    if len(sequence["after"]) < len(names):  # all of them at once
+        rows.append(("all tasks", sequence["after"][-1]))
+    else:
+        rows += [(f"after {name}", column) for name, column in zip(names, sequence["after"], strict=True)]
+    means = [[sum(one["values"]) / len(one["values"]) for one in column] for _, column in rows]
+    cells = [[label, *row, *[None] * (len(names) - len(row))] for (label, _), row in zip(rows, means, strict=True)]
+    return plain_table("", ["main metric of", *names], cells)
 
 
 def generations_table(examples: Sequence[Mapping[str, Any]]) -> Table:

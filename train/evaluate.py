@@ -263,7 +263,31 @@ def evaluate(
     batch_size: int = 16,
     preamble: str = "",
 ) -> tuple[dict[str, Any], list[Scored]]:
-    """All metrics of a model on a task, by the task's kind.
+    """All metrics of a model on a task, by the task's kind, and the guard against damage.
+
+    Args:
+        n_items, batch_size, preamble: as `score_task` takes them.
+
+    Returns:
+        metrics: those of `score_task`, and `neutral_perplexity`, a number.
+        scored: what the model did with each example.
+
+    Raises:
+        InputError: a preamble for another kind of task; see `choice_log_likelihoods` for multiple choice.
+    """
+    metrics, scored = score_task(model, tokenizer, task, n_items, batch_size, preamble)
+    return metrics | {"neutral_perplexity": perplexity(model, tokenizer), "n": metrics["n"]}, scored
+
+
+def score_task(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    n_items: int = 3,
+    batch_size: int = 16,
+    preamble: str = "",
+) -> tuple[dict[str, Any], list[Scored]]:
+    """A task's own metrics.
 
     Args:
         n_items: list items scored per prompt; lists only.
@@ -273,7 +297,7 @@ def evaluate(
     Returns:
         metrics: name -> `{"mean", "ci"}`: for lists `repeat_rate`, `correct_new_rate`, `wrong_rate`, `missing_rate`,
             `p_previous`, `p_remaining`; for one answer `exact_match`, `prefix_match`; for multiple choice `mc1`, `mc2`,
-            `mc1_norm`. For all, `neutral_perplexity` (a number) and `n`, the counts behind them.
+            `mc1_norm`. For all, `n`: the counts behind them.
         scored: what the model did with each example.
 
     Raises:
@@ -299,7 +323,6 @@ def evaluate(
         counts |= {"first_token_examples": len(encoded.examples), "dropped": dict(encoded.dropped)}
     elif task.kind == "multiple_choice":
         counts["choices"] = sum(len(choices(one.example)) for one in scored)
-    metrics["neutral_perplexity"] = perplexity(model, tokenizer)
     metrics["n"] = counts
     return metrics, scored
 

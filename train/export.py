@@ -9,6 +9,8 @@ family has no place for what was trained, the adapter alone can be written.
 from __future__ import annotations
 
 import copy
+import dataclasses
+import itertools
 import json
 import re
 import subprocess
@@ -29,6 +31,7 @@ from ..analysis.errors import CheckError, InputError
 from ..analysis.files import atomic_folder, require_new_folder, sha256_of, write_json, write_text
 from ..analysis.model import parse_dtype
 from ..analysis.tasks import Task
+from .blocks import TaskBlock
 from .card import Origin, adapter_card, checkpoint_card, origin_of
 from .convert import conversion, fold
 
@@ -282,21 +285,34 @@ def export_adapter(run: Path, target: Path) -> dict[str, Any]:
 def export_run(
     run: Path, target: Path, dtype: str = "float32", n_prompts: int = 20, max_shard_size: str = "5GB"
 ) -> dict[str, Any]:
-    """Export a finished run; see `export`. The prompts compared are of its held-out task.
+    """Export a finished run; see `export`. The prompts compared are of its held-out task or tasks.
 
     Raises:
         InputError, CheckError: as `export`, and where the folder is not a finished run.
     """
-    from .run import load_run, tasks_of
+    from .run import load_run
 
     parse_dtype(dtype)  # what is refused is refused before a model is loaded
     _require_size(max_shard_size)
     require_new_folder(target, "choose another folder")
     model, tokenizer, recipe = load_run(run)
-    # All held-out prompts to choose from, however few the run was evaluated on.
-    held_out = tasks_of(recipe.task.model_copy(update={"max_eval_examples": None}))[1]
     origin = origin_of(run, recipe.dump())
+    held_out = _held_out(recipe.task, n_prompts)
     return export(model, tokenizer, held_out, target, dtype, origin, n_prompts, max_shard_size=max_shard_size)
+
+
+def _held_out(block: TaskBlock, n: int) -> Task:
+    """The held-out prompts to choose `n` from, however few the run was evaluated on; of a sequence, of each its part."""
+    from .continual import steps_of
+    from .splits import tasks_of
+
+    block = block.model_copy(update={"max_eval_examples": None})
+    if block.sequence is None:
+        return tasks_of(block)[1]
+    steps = steps_of(block)
+    turns = itertools.zip_longest(*(step.held_out.limited(n).examples for step in steps))
+    examples = [example for turn in turns for example in turn if example is not None]
+    return dataclasses.replace(steps[0].held_out, name="sequence", examples=tuple(examples[:n]))
 
 
 def _require_size(size: str) -> None:

@@ -9,23 +9,32 @@ import os
 import shutil
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LNTuningConfig, LoraConfig, PeftConfig
+from peft import LNTuningConfig, LoraConfig, PeftConfig, PeftModel
 from torch import Tensor, nn
 from transformers import PrinterCallback, TrainerCallback, TrainerState, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 from ..analysis.encoding import encode
 from ..analysis.errors import CheckError, InputError
 from ..analysis.model import HeadModel
 from ..analysis.tasks import Task
-from . import adapter, slices, trainers
-from .blocks import FullMethod, JolaMethod, LnMethod, LofitMethod, LoraMethod, MaskedMethod, TrainedMethod
+from . import adapter, checkpoints, holding, pruning, slices, trainers
+from .blocks import (
+    FullMethod,
+    JolaMethod,
+    LnMethod,
+    LofitMethod,
+    LoraMethod,
+    MaskedMethod,
+    PruneGates,
+    RegulariseMethod,
+    TrainedMethod,
+)
 from .labelled import labelled_positions
 from .prefix_cache import PrefixCache, lowest_trained, refusal
 from .recipe import Recipe
@@ -51,7 +60,10 @@ def peft_config(method: TrainedMethod, pairs: Pairs, model: nn.Module) -> PeftCo
             return LoraConfig(r=method.r, lora_alpha=method.alpha, target_modules=method.target_modules, **common)
         case LnMethod():
             return LNTuningConfig(target_modules=norms(model), **common)
-        case FullMethod():
+        case RegulariseMethod() if method.tune == "lora":
+            shape = method.lora
+            return LoraConfig(r=shape.r, lora_alpha=shape.alpha, target_modules=shape.target_modules, **common)
+        case FullMethod() | RegulariseMethod():
             return None
 
 
@@ -158,15 +170,19 @@ def train_with(
     penalty: trainers.Penalty | None,
     resume: bool,
     say: Say,
+    held: Callable[[Any], contextlib.AbstractContextManager[Any]] | None = None,
 ) -> Any:
     """Train `heads.model` with an adapter of this configuration (None: the whole model); returns the finished trainer.
+
+    Args:
+        held: a block around the training, given the trainer (see `holding.held`).
 
     Raises:
         InputError: keys that contradict each other or the data, or a launch that is not what was asked for.
         CheckError: the loss is no number any more.
     """
     method: Any = recipe.method
-    timer = _Timer()
+    timer = Timer()
     extra: dict[str, Any] = {}
     if config is None:
         heads.model.requires_grad_(True)
@@ -178,7 +194,7 @@ def train_with(
             heads.model,
             args=arguments,
             processing_class=heads.tokenizer,
-            callbacks=[*([trainer_callback(tracker)] if tracker else []), _told(say), timer],
+            callbacks=[*([trainer_callback(tracker)] if tracker else []), told(say), timer, checkpoints.Mark()],
             peft_config=config,
             **data.arguments,
             **extra,
@@ -190,33 +206,31 @@ def train_with(
     trainer.penalty = penalty
     if isinstance(method, JolaMethod):
         trainer.rates = {"head_tuning_gate": method.gate_learning_rate}
-    _require_launch(trainer.accelerator)
+    require_launch(trainer.accelerator)
     trainer.remove_callback(PrinterCallback)
-    checkpoint = get_last_checkpoint(arguments.output_dir) if resume and Path(arguments.output_dir).is_dir() else None
+    checkpoint = checkpoints.newest(Path(arguments.output_dir)) if resume else None
     cache = _prefix_cache(recipe, heads, trainer, say)
     with contextlib.ExitStack() as during:
+        if held is not None:
+            during.enter_context(held(trainer))
         if cache is not None:
             during.enter_context(cache.installed())
         if method.objective == "sft":
             during.enter_context(labelled_positions(trainer.model))
-        if checkpoint is not None and _complete(Path(checkpoint)):
-            trainer._load_from_checkpoint(checkpoint)  # train() would take one step more
-            trainer.state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
+        if checkpoint is not None and checkpoints.finished(checkpoint):
+            trainer._load_from_checkpoint(str(checkpoint))  # train() would take one step more
+            trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+            if any(isinstance(term, PruneGates) for term in method.regularisers):
+                pruning.restore_checkpoint(pruning.gates_of(trainer.model), checkpoint)
         else:
-            trainer.train(resume_from_checkpoint=checkpoint)
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     trainer.timing = timer.summary() | ({} if cache is None else {"prefix_cache": cache.stats.summary()})
     return trainer
 
 
-def _complete(checkpoint: Path) -> bool:
-    """Whether a checkpoint is that of the last step."""
-    state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-    return state.global_step >= state.max_steps
-
-
 def _prefix_cache(recipe: Recipe, heads: HeadModel, trainer: Any, say: Say) -> PrefixCache | None:
     method: Any = recipe.method
-    if not method.prefix_cache:
+    if not method.prefix_cache or method.regularisers:  # which look at what layers below put out, too
         return None
     model = trainer.model
     reason = refusal(model, trainer)
@@ -250,25 +264,43 @@ def fit(
     config = peft_config(method, pairs, heads.model)
     data = material(recipe, heads, train, state, say)
     penalty = l0_penalty(method) if isinstance(method, JolaMethod) else None
+    gates: pruning.HeadGates | None = None
+
+    @contextlib.contextmanager
+    def held(trainer: Any) -> Iterator[None]:
+        nonlocal gates
+        with holding.held(recipe, heads, pairs, train, trainer, say) as gates:
+            yield
+
     say(f"training on {data.n_rows} {'pairs' if method.objective == 'dpo' else 'prompts'}")
-    trainer = train_with(recipe, heads, config, data, training_arguments(recipe), tracker, penalty, resume, say)
+    arguments = training_arguments(recipe)
+    trainer = train_with(recipe, heads, config, data, arguments, tracker, penalty, resume, say, held)
     shutil.rmtree(_cache_folder(recipe), ignore_errors=True)  # of use to a broken run only
     tracker.log({"train/steps": trainer.state.global_step})
     state["training"] = {"steps": trainer.state.global_step, **trainer.timing}
-    return trainer.accelerator.unwrap_model(trainer.model).eval()
+    model = trainer.accelerator.unwrap_model(trainer.model).eval()
+    state["parameters"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    if gates is not None:
+        state["pruned"] = pruning.summary(gates)
+        say(f"{state['pruned']['closed']} of {state['pruned']['gated']} heads are closed")
+        if isinstance(model, PeftModel):
+            model = model.merge_and_unload()
+        pruning.fold(model, gates)
+        heads.model = model
+    return model
 
 
 def l0_penalty(method: JolaMethod) -> trainers.Penalty:
-    """`weight * mean P(gate > 0)`, the weight growing linearly over the first `l0_warmup` of the steps."""
+    """Mean P(gate > 0), its weight growing linearly over the first `l0_warmup` of the steps."""
 
-    def penalty(model: Any, progress: float) -> dict[str, Tensor]:
+    def penalty(model: Any, progress: float) -> dict[str, tuple[Tensor, float]]:
         weight = method.l0 * (min(1.0, progress / method.l0_warmup) if method.l0_warmup else 1.0)
-        return {"l0": weight * adapter.l0(model)}
+        return {"l0": (adapter.l0(model), weight)}
 
     return penalty
 
 
-class _Timer(TrainerCallback):
+class Timer(TrainerCallback):
     """Seconds of every optimiser step."""
 
     def __init__(self) -> None:
@@ -287,7 +319,7 @@ class _Timer(TrainerCallback):
         return {"seconds_per_step": statistics.median(self.seconds), "seconds": sum(self.seconds)}
 
 
-def _told(say: Say) -> TrainerCallback:
+def told(say: Say) -> TrainerCallback:
     """Tells how the training goes, at every logging step, and stops it where the loss is no number any more."""
 
     class Told(TrainerCallback):
@@ -308,7 +340,7 @@ _UNTOLD = {"epoch", "grad_norm", "learning_rate", "num_tokens", "entropy", "mean
 _UNTOLD |= {f"{part}/{which}" for part in ("logps", "logits") for which in ("chosen", "rejected")}
 
 
-def _require_launch(accelerator: Any) -> None:
+def require_launch(accelerator: Any) -> None:
     """Refuse the launcher's silent traps: processes that each train alone, an engine that was asked for and dropped.
 
     Raises:

@@ -34,6 +34,7 @@ from .blocks import (
     EvaluationBlock,
     HeadsBlock,
     ModelBlock,
+    SeekrMethod,
     SteerMethod,
     TaskBlock,
     TrackingBlock,
@@ -57,11 +58,11 @@ _OWN_TRAINING_KEYS = {
 class Recipe(Block):
     """A whole recipe. `method` is the block of the family named by `recipe`."""
 
-    recipe: Literal["lofit", "jola", "masked", "steer", "lora", "full", "ln"]
+    recipe: Literal["lofit", "jola", "masked", "steer", "lora", "full", "ln", "regularise", "seekr"]
     model: ModelBlock = ModelBlock()
     heads: HeadsBlock | None = None
     task: TaskBlock = TaskBlock()
-    method: TrainedMethod | SteerMethod
+    method: TrainedMethod | SteerMethod | SeekrMethod
     training: dict[str, Any] = Field(default_factory=dict)
     evaluation: EvaluationBlock = EvaluationBlock()
     tracking: TrackingBlock = TrackingBlock()
@@ -75,7 +76,10 @@ class Recipe(Block):
 
     def dump(self) -> dict[str, Any]:
         """As written to the run: every default spelt out."""
-        return self.model_dump(mode="json", by_alias=True, exclude_none=True)
+        data = self.model_dump(mode="json", by_alias=True, exclude_none=True)
+        if self.task.sequence is not None:
+            del data["task"]["train"]  # the sequence stands in its place
+        return data
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.dump(), sort_keys=False, allow_unicode=True)
@@ -101,6 +105,8 @@ def parse(data: Any, where: str = "recipe") -> Recipe:
     _check_method(recipe, where)
     if isinstance(method, blocks.ObjectiveBlock):
         _check_training(recipe.training, where, "DPOConfig" if method.objective == "dpo" else "SFTConfig")
+    elif isinstance(method, SeekrMethod):
+        _check_training(recipe.training, where, "SFTConfig")
     elif recipe.training:
         raise InputError(
             f"{where}: training.{next(iter(recipe.training))}: recipe steer trains nothing; remove training"
@@ -124,6 +130,35 @@ def _method_block(family: str, settings: Any, where: str) -> type[Block]:
 def _check_method(recipe: Recipe, where: str) -> None:
     """Refuse a method without the heads that it needs, and settings that contradict each other."""
     method, heads = recipe.method, recipe.heads
+    if (recipe.task.sequence is None) == isinstance(method, SeekrMethod):
+        raise InputError(
+            f"{where}: task.sequence "
+            + (
+                "is missing; list the tasks in the order they are learnt"
+                if isinstance(method, SeekrMethod)
+                else f"is for recipe seekr, found recipe {recipe.recipe!r}; give task.train"
+            )
+        )
+    if recipe.evaluation.general and not isinstance(method, SeekrMethod):
+        raise InputError(f"{where}: evaluation.general is for recipe seekr, found recipe {recipe.recipe!r}; remove it")
+    if isinstance(method, blocks.RegulariseMethod) and not method.regularisers:
+        raise InputError(f"{where}: method.regularisers is empty; give at least one, such as {{kind: attention_kl}}")
+    if isinstance(method, SeekrMethod):
+        if heads is not None and method.strategy != "seekr" and not method.regularisers:
+            raise InputError(f"{where}: heads are of no use to method.strategy {method.strategy!r}; remove heads")
+        if method.strategy == "der" and method.distil.logits_top is not None:
+            raise InputError(f"{where}: method.distil.logits_top keeps too little for strategy der; remove it")
+        if heads is not None and heads.learnt:
+            raise InputError(f"{where}: heads.lofit and heads.probe choose on one task; name a head set (heads.from)")
+    for index, term in enumerate(getattr(method, "regularisers", [])):
+        if term.heads is None and heads is None:
+            raise InputError(f"{where}: method.regularisers.{index} has no heads, and the recipe names none")
+        if term.heads is not None and (term.heads.learnt or term.heads.identify):
+            raise InputError(
+                f"{where}: method.regularisers.{index}.heads must be there before; use from, random, all or list"
+            )
+        if isinstance(term, blocks.PruneGates) and recipe.recipe != "regularise":
+            raise InputError(f"{where}: method.regularisers.{index}: kind prune is for recipe regularise")
     finds_its_own = isinstance(method, blocks.SinkMethod | blocks.InterceptMethod)
     if heads is None and not finds_its_own and recipe.recipe not in WITHOUT_HEADS:
         raise InputError(f"{where}: heads is missing; give from, identify, lofit, probe, random, all or list")
@@ -139,15 +174,18 @@ def _check_method(recipe: Recipe, where: str) -> None:
             f"{where}: method.select_only stops after choosing heads, and none are chosen; use heads.lofit, probe "
             "or identify"
         )
-    if isinstance(method, blocks.FullMethod) and recipe.model.dtype != "float32":
+    whole = isinstance(method, blocks.FullMethod) or (
+        isinstance(method, blocks.RegulariseMethod) and method.tune == "full"
+    )
+    if whole and recipe.model.dtype != "float32":
         raise InputError(
-            f"{where}: model.dtype {recipe.model.dtype!r} would round most steps of recipe full away; set it to "
+            f"{where}: model.dtype {recipe.model.dtype!r} would round most steps of full fine-tuning away; set it to "
             "float32, and training.bf16=true to compute in bfloat16"
         )
-    if isinstance(method, blocks.FullMethod) and method.objective == "answer_set" and method.answer_set.retention:
+    if whole and method.objective == "answer_set" and method.answer_set.retention:  # type: ignore[union-attr]
         raise InputError(
-            f"{where}: method.answer_set.retention compares with the model without its adapter, and recipe full has "
-            "none; set it to 0"
+            f"{where}: method.answer_set.retention compares with the model without its adapter, and full fine-tuning "
+            "has none; set it to 0"
         )
 
 

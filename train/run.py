@@ -6,16 +6,11 @@ A run is a folder: `recipe.yaml`, `heads.json`, `metrics.jsonl`, `evaluation.jso
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import functools
 import json
 import logging
 import os
-import resource
-import shutil
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,44 +22,21 @@ from peft import PeftModel
 from ..analysis import cards, headset, identify, report
 from ..analysis.encoding import encode
 from ..analysis.errors import InputError
-from ..analysis.files import atomic_folder, require_new_folder, write_json, write_text
+from ..analysis.files import require_new_folder, write_json, write_text
 from ..analysis.model import HeadModel, load, load_plain
-from ..analysis.scores import Scores, load_means
-from ..analysis.tasks import Task, load_task, take_split
-from . import fit, selecting, trainers
+from ..analysis.scores import load_means
+from ..analysis.tasks import Task
+from . import continual, fit, holding, selecting, trainers
 from . import recipe as recipes
-from .blocks import EvaluationBlock, FullMethod, JolaMethod, LofitMethod, ObjectiveBlock, TaskBlock
+from .blocks import FullMethod, JolaMethod, LofitMethod, ObjectiveBlock, RegulariseMethod, SeekrMethod
 from .choosing import Chosen, choose_heads
-from .evaluate import Scored, evaluate
-from .multiple_choice import truthfulqa_preamble
 from .recipe import Recipe
+from .records import evaluation_identity, flat, measure, new_folder, peak_memory, read_before, write_evaluation
+from .splits import tasks_of
 from .tracking import Tracker
 
 log = logging.getLogger(__name__)
 Say = Callable[[str], None]
-
-
-def tasks_of(block: TaskBlock) -> tuple[Task, Task]:
-    """The training and the evaluation task of a recipe; one task is split by subject.
-
-    Raises:
-        InputError: no such task, or subjects shared by the two.
-    """
-    train, evaluation = load_task(block.train, block.split.seed), load_task(block.eval or block.train, block.split.seed)
-    if block.kind is not None:
-        train, evaluation = (dataclasses.replace(task, kind=block.kind) for task in (train, evaluation))
-    if block.split.by == "file" and block.eval is None:
-        raise InputError("task.split.by=file takes train and eval as they are, and task.eval is missing; name its file")
-    if (block.eval or block.train) == block.train and train.split is None:
-        train, evaluation = (take_split(train, part, block.split.seed) for part in ("train", "test"))
-    shared = sorted(set(train.subjects) & set(evaluation.subjects))
-    if shared and block.split.by == "subject":
-        raise InputError(
-            f"tasks {train.name!r} and {evaluation.name!r} share {len(shared)} subjects (such as {shared[0]!r}); "
-            "name one task to have it split by subject, give a task.eval with other subjects, or set task.split.by=file"
-        )
-    # One seed for every run: the same examples are compared, whatever the recipe's own seed.
-    return train, evaluation.limited(block.max_eval_examples, seed=0)
 
 
 @contextmanager
@@ -114,12 +86,18 @@ def run(
             return json.loads(done.read_text(encoding="utf-8")) if done.is_file() else {}
     elif main:
         require_new_folder(folder, "choose another output_dir or name, or continue it with --resume")
-    train, held_out = tasks_of(recipe.task)
+    sequence = isinstance(recipe.method, SeekrMethod)
+    steps = continual.steps_of(recipe.task) if sequence else []
+    train, held_out = (steps[0].train, steps[0].held_out) if sequence else tasks_of(recipe.task)
     block = recipe.model
     heads = load(block.name, block.dtype, None, block.revision, block.trust_remote_code)
-    _require_usable(recipe, heads, train, held_out)
-    if recipe.evaluation.before is not None:
-        read_before(Path(recipe.evaluation.before), _evaluation_identity(recipe, heads, held_out))
+    if sequence:
+        continual.require_usable(recipe, heads, steps)
+    else:
+        _require_usable(recipe, heads, train, held_out)
+        if recipe.evaluation.before is not None:
+            read_before(Path(recipe.evaluation.before), evaluation_identity(recipe, heads, held_out))
+    holding.require_usable(recipe, heads, train)
     say(f"run {folder} on {block.name}")  # not earlier: what is refused is refused in one line
     if main:
         folder.mkdir(parents=True, exist_ok=True)
@@ -139,6 +117,8 @@ def run(
     )
     with tracker, _state_file(folder, state, main) as state:
         state["wandb_id"] = tracker.wandb_id
+        if sequence:
+            return continual.learn_sequence(recipe, heads, steps, tracker, state, resume, progress, say)
         return _carry_out(recipe, heads, train, held_out, tracker, state, resume, progress, say)
 
 
@@ -173,8 +153,8 @@ def _carry_out(
         return {}
     heads.record_attention(False)  # rows are not needed any more
     settings = recipe.evaluation
-    identity = _evaluation_identity(recipe, heads, held_out)
-    measure = functools.partial(_measure, heads.tokenizer, held_out, settings)
+    identity = evaluation_identity(recipe, heads, held_out)
+    measured = functools.partial(measure, heads.tokenizer, held_out, settings)
     before: dict[str, Any] | None = None
     rows_before: list[dict[str, Any]] = []
     if resume and (folder / "evaluation.json").is_file():
@@ -184,34 +164,34 @@ def _carry_out(
     if main:
         if before is None:
             say(f"evaluating the base model on {len(held_out.examples)} held-out prompts")
-            before, rows_before = measure(heads.model)
-        _write_evaluation(folder, identity, before, None, rows_before, [])
-        tracker.log(_flat("before", before), step=0)
+            before, rows_before = measured(heads.model)
+        write_evaluation(folder, identity, before, None, rows_before, [])
+        tracker.log(flat("before", before), step=0)
 
     total = sum(p.numel() for p in heads.model.parameters())
     torch.manual_seed(recipe.seed)
     model = _adapted(recipe, heads, chosen, train, tracker, state, resume, progress, say)
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    trained = state.get("parameters", sum(p.numel() for p in model.parameters() if p.requires_grad))
     state |= {"parameters": trained, "model_parameters": total, "parameters_share": trained / total}
-    state["peak_memory_gib"] = _peak_memory()
+    state["peak_memory_gib"] = peak_memory()
     if not main:
         PartialState().wait_for_everyone()
         return {}
     if isinstance(model, PeftModel):
-        with _new_folder(folder / "adapter") as temporary:
+        with new_folder(folder / "adapter") as temporary:
             model.save_pretrained(str(temporary), save_embedding_layers=False)
-    elif isinstance(recipe.method, FullMethod) and recipe.method.keep:
-        with _new_folder(folder / "model") as temporary:
+    elif isinstance(recipe.method, FullMethod | RegulariseMethod) and recipe.method.keep:
+        with new_folder(folder / "model") as temporary:
             model.save_pretrained(str(temporary))
             heads.tokenizer.save_pretrained(str(temporary))
     if isinstance(recipe.method, JolaMethod):
         chosen = selecting.open_gates(recipe, heads, model, chosen, state["training_data"])
-        _keep_heads(chosen, folder)
+        selecting.keep_heads(chosen, folder)
     say(f"evaluating the adapted model ({trained} parameters, {100 * trained / total:.4f}% of the model)")
-    after, rows_after = measure(model)
-    evaluation = _write_evaluation(folder, identity, before, after, rows_before, rows_after)
-    tracker.log(_flat("after", after))
-    tracker.summary({"parameters": trained, "parameters_share": trained / total} | _flat("after", after))
+    after, rows_after = measured(model)
+    evaluation = write_evaluation(folder, identity, before, after, rows_before, rows_after)
+    tracker.log(flat("after", after))
+    tracker.summary({"parameters": trained, "parameters_share": trained / total} | flat("after", after))
     tracker.table(
         "generations",
         ["prompt", "before", "after"],
@@ -268,15 +248,8 @@ def _choose(
     else:
         chosen = selecting.probed_heads(recipe, heads, train, progress)
     if main:
-        _keep_heads(chosen, recipe.folder)
+        selecting.keep_heads(chosen, recipe.folder)
     return chosen
-
-
-def _keep_heads(chosen: Chosen, folder: Path) -> None:
-    """Write a run's own head set and its scores."""
-    assert chosen.found is not None and chosen.means is not None
-    Scores({}, [], dict(chosen.means)).save(folder / "scores.safetensors")
-    chosen.found.write(folder / "heads.json")
 
 
 def _adapted(
@@ -296,28 +269,6 @@ def _adapted(
             heads.tokenizer.pad_token = heads.tokenizer.eos_token
         return fit.fit(recipe, heads, chosen.pairs, train, tracker, state, resume, say)
     return selecting.steered(recipe, heads, chosen.pairs, train, state, progress, say)
-
-
-def _new_folder(folder: Path) -> contextlib.AbstractContextManager[Path]:
-    """A folder that is there whole or not at all; one that a broken run left is replaced."""
-    shutil.rmtree(folder, ignore_errors=True)
-    return atomic_folder(folder)
-
-
-def _measure(
-    tokenizer: Any, task: Task, settings: EvaluationBlock, model: Any
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    preamble = truthfulqa_preamble() if settings.preamble == "truthfulqa" else ""
-    metrics, scored = evaluate(model, tokenizer, task, settings.n_items, settings.batch_size, preamble)
-    return metrics, [_plain(item) for item in scored]
-
-
-def _peak_memory() -> float:
-    """GiB this process has held at most: of the GPU where there is one, of main memory otherwise."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
 def _require_same(recipe: Recipe, folder: Path) -> None:
@@ -350,100 +301,6 @@ def _resumed_heads(folder: Path, state: Mapping[str, Any]) -> Chosen | None:
         headset.read(path) if path.is_file() else None,
         load_means(scores) if scores.is_file() else None,
     )
-
-
-def _evaluation_identity(recipe: Recipe, heads: HeadModel, task: Task) -> dict[str, Any]:
-    """What two measurements of the base model must share to be the same measurement."""
-    return {
-        "task": task.name,
-        "task_sha256": task.sha256,
-        "weights_sha256": heads.weights_sha256,
-        "n_items": recipe.evaluation.n_items,
-        "preamble": recipe.evaluation.preamble,
-    }
-
-
-def read_before(path: Path, identity: Mapping[str, Any]) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
-    """The base model's metrics and lists from an evaluation.json.
-
-    Raises:
-        InputError: the file is missing or measured another model, task or number of items.
-    """
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        lists = [
-            {
-                "subject": e["subject"],
-                "prompt": e["prompt"],
-                "text": e["before"],
-                "kinds": e["before_kinds"],
-                "values": e["before_values"],
-            }
-            for e in data["examples"]
-        ]
-        before = data["before"]
-    except FileNotFoundError:
-        raise InputError(f"evaluation.before {str(path)!r} does not exist; name a run's evaluation.json") from None
-    except (json.JSONDecodeError, KeyError, TypeError):
-        raise InputError(f"evaluation.before {str(path)!r} is not a run's evaluation.json") from None
-    for key, value in identity.items():
-        if data.get(key) != value:
-            raise InputError(
-                f"evaluation.before {str(path)!r} measured another {key} ({data.get(key)!r}, not {value!r}); "
-                "remove the key"
-            )
-    return before, lists
-
-
-def _plain(scored: Scored) -> dict[str, Any]:
-    example = scored.example
-    return {
-        "subject": example.subject,
-        "prompt": example.prompt,
-        "text": scored.text,
-        "kinds": list(scored.kinds),
-        "values": dict(scored.values),
-    }
-
-
-def _write_evaluation(
-    folder: Path,
-    identity: Mapping[str, Any],
-    before: dict[str, Any] | None,
-    after: dict[str, Any] | None,
-    lists_before: Sequence[dict[str, Any]],
-    lists_after: Sequence[dict[str, Any]],
-) -> dict[str, Any]:
-    later = lists_after or [{"text": "", "kinds": [], "values": {}}] * len(lists_before)
-    content = {
-        **identity,
-        "before": before,
-        "after": after,
-        "examples": [
-            {
-                "subject": first["subject"],
-                "prompt": first["prompt"],
-                "before": first["text"],
-                "after": second["text"],
-                "before_kinds": first["kinds"],
-                "after_kinds": second["kinds"],
-                "before_values": first["values"],
-                "after_values": second["values"],
-            }
-            for first, second in zip(lists_before, later, strict=True)
-        ],
-    }
-    write_json(folder / "evaluation.json", content)
-    return content
-
-
-def _flat(prefix: str, metrics: Mapping[str, Any]) -> dict[str, float]:
-    """Numbers for the tracker: means of the metrics, `prefix/name`."""
-    return {
-        f"{prefix}/{name}": value["mean"] if isinstance(value, dict) else value
-        for name, value in metrics.items()
-        if name != "n"
-    }
 
 
 def _track_heads(chosen: Chosen, folder: Path, tracker: Tracker) -> None:
@@ -479,9 +336,9 @@ def load_run(folder: Path) -> tuple[Any, Any, Recipe]:
     if (folder / "model" / "config.json").is_file():
         model, tokenizer = load_plain(str(folder / "model"), "float32")
         return model.eval(), tokenizer, recipe
-    if isinstance(recipe.method, FullMethod) and not recipe.method.keep:
-        raise InputError(f"run {str(folder)!r} did not keep its model; run it again with method.keep=true")
     if not (folder / "adapter" / "adapter_config.json").is_file():
+        if getattr(recipe.method, "keep", True) in (False, "none"):
+            raise InputError(f"run {str(folder)!r} did not keep its model; run it again with method.keep=true")
         raise InputError(f"run {str(folder)!r} has no adapter yet; finish it with: headtune train RECIPE --resume")
     model, tokenizer = load_plain(block.name, "float32", block.revision, block.trust_remote_code)
     return PeftModel.from_pretrained(model, str(folder / "adapter")).eval(), tokenizer, recipe

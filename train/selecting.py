@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,12 +16,14 @@ from ..analysis.errors import CheckError
 from ..analysis.headset import HeadSet, RankedHead, provenance
 from ..analysis.knobs import Intercept, Sink
 from ..analysis.model import HeadModel
+from ..analysis.scores import Scores
 from ..analysis.tasks import Task
 from . import adapter, fit, probing, steering
 from .blocks import InterceptMethod, ItiMethod, ScaleMethod, SinkMethod
 from .choosing import Chosen
 from .recipe import Recipe
 from .tracking import Tracker
+from .trainers import Penalty
 
 Say = Callable[[str], None]
 NORM = "lofit.norm"
@@ -66,15 +69,15 @@ def lofit_heads(recipe: Recipe, heads: HeadModel, train: Task, tracker: Tracker,
     tracker.log({"select/steps": trainer.state.global_step})
     method = {"parameters": block.model_dump() | {"objective": recipe.method.objective}, **trainer.timing}  # type: ignore[union-attr]
     ranked = _ranked(norms, top, "heads.lofit.learning_rate")
-    return _chosen("lofit", {NORM: norms}, ranked, recipe, heads, state["training_data"], method)
+    return selected("lofit", {NORM: norms}, ranked, recipe, heads, state["training_data"], method)
 
 
-def l1_penalty(weight: float) -> Callable[[Any, float], dict[str, Tensor]]:
-    """`weight * sum |A|` over every trained scale."""
+def l1_penalty(weight: float) -> Penalty:
+    """`sum |A|` over every trained scale."""
 
-    def penalty(model: Any, _progress: float) -> dict[str, Tensor]:
+    def penalty(model: Any, _progress: float) -> dict[str, tuple[Tensor, float]]:
         scales = [p for name, p in model.named_parameters() if "head_tuning_scale" in name and p.requires_grad]
-        return {"l1": weight * torch.stack([scale.abs().sum() for scale in scales]).sum()}
+        return {"l1": (torch.stack([scale.abs().sum() for scale in scales]).sum(), weight)}
 
     return penalty
 
@@ -98,7 +101,9 @@ def probed_heads(recipe: Recipe, heads: HeadModel, train: Task, progress: identi
     found = probing.probe_heads(heads, part, recipe.seed, block.folds, block.per_prompt, progress)
     note = {"name": part.name, "sha256": part.sha256, "n_examples": len(part.examples), "n_dropped": 0, "dropped": {}}
     ranked = found.ranked(recipe.heads.top)
-    return _chosen("probe", {probing.ACCURACY: found.accuracy}, ranked, recipe, heads, note, {"parameters": found.note})
+    return selected(
+        "probe", {probing.ACCURACY: found.accuracy}, ranked, recipe, heads, note, {"parameters": found.note}
+    )
 
 
 def open_gates(recipe: Recipe, heads: HeadModel, model: Any, chosen: Chosen, data: dict[str, Any]) -> Chosen:
@@ -121,7 +126,7 @@ def open_gates(recipe: Recipe, heads: HeadModel, model: Any, chosen: Chosen, dat
         int((gates > 0).sum()),
         "training.learning_rate or method.gate_learning_rate",
     )
-    return _chosen("jola", {GATE: gates, "jola.norm": through}, ranked, recipe, heads, data, method)
+    return selected("jola", {GATE: gates, "jola.norm": through}, ranked, recipe, heads, data, method)
 
 
 def _ranked(scores: Tensor, top: int, rate: str) -> tuple[RankedHead, ...]:
@@ -133,7 +138,7 @@ def _ranked(scores: Tensor, top: int, rate: str) -> tuple[RankedHead, ...]:
     return tuple(RankedHead(layer, head, float(scores[layer, head]), None) for layer, head in pairs)
 
 
-def _chosen(
+def selected(
     name: str,
     scores: dict[str, Tensor],
     ranked: tuple[RankedHead, ...],
@@ -187,3 +192,10 @@ def steered(
     state["steering"] = found.note
     state["heads"] = [list(pair) for pair in found.pairs]
     return steering.apply(heads.model, found)
+
+
+def keep_heads(chosen: Chosen, folder: Path) -> None:
+    """Write a run's own head set and its scores."""
+    assert chosen.found is not None and chosen.means is not None
+    Scores({}, [], dict(chosen.means)).save(folder / "scores.safetensors")
+    chosen.found.write(folder / "heads.json")

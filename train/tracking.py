@@ -217,10 +217,13 @@ class Tracker:
                 run.finish(exit_code=1)
 
 
-def trainer_callback(tracker: Tracker) -> TrainerCallback:
+def trainer_callback(tracker: Tracker, done: int = 0) -> TrainerCallback:
     """A callback for transformers' Trainer that hands every number it logs to `tracker`.
 
     Keys become `train/loss`, `eval/loss` (from `eval_loss`); a key that has a slash stays as it is.
+
+    Args:
+        done: steps of earlier trainings in the same run; the trainer's own are counted on from there.
     """
     from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -235,7 +238,7 @@ def trainer_callback(tracker: Tracker) -> TrainerCallback:
         ) -> None:
             numbers = {_prefixed(key): value for key, value in (logs or {}).items() if _number(value) is not None}
             if numbers:
-                tracker.log(numbers, state.global_step)
+                tracker.log(numbers, done + state.global_step)
 
     return TrackerCallback()
 

@@ -188,12 +188,12 @@ class AnswerSetCollator:
         }
 
 
-# The model and the share of training done, to named terms that are added to the loss.
-Penalty = Callable[[Any, float], dict[str, Tensor]]
+# The model and the share of training done, to named terms and the weights with which they are added to the loss.
+Penalty = Callable[[Any, float], dict[str, tuple[Tensor, float]]]
 
 
 class Penalised:
-    """A trainer whose loss has further terms that depend on the weights alone; each is logged by name.
+    """A trainer whose loss has further terms; each is logged by name, before its weight.
 
     Attributes:
         penalty: the terms.
@@ -220,14 +220,19 @@ class Penalised:
         self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         this: Any = self
+        look = getattr(self.penalty, "see", None)
+        if look is not None:  # some terms need to know which tokens are right
+            look(inputs)
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[misc]
         if self.penalty is None or not model.training:
             return result
         progress = this.state.global_step / max(1, this.state.max_steps)
         terms = self.penalty(this.accelerator.unwrap_model(model), progress)
-        for name, term in terms.items():
+        if not terms:
+            return result
+        for name, (term, _) in terms.items():
             this._metrics["train"][name].append(term.item())
-        added = torch.stack(list(terms.values())).sum()
+        added = torch.stack([weight * term.float() for term, weight in terms.values()]).sum()
         if this.model_accepts_loss_kwargs and num_items_in_batch is not None:
             # Such a loss is a share of the whole step's; the trainer adds it up over accumulated batches, undivided.
             added = added / this.current_gradient_accumulation_steps

@@ -1,0 +1,120 @@
+"""OP, BWT and forgetting of a sequence of tasks, by hand and with their intervals."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from headtune.analysis.errors import InputError
+from headtune.train.sequence_metrics import backward_transfer, forgetting, overall_performance, sequence_metrics
+
+A = [
+    [0.8, 0.9, 0.5],
+    [None, 0.6, 0.7],
+    [None, None, 0.3],
+]
+
+
+def test_a_matrix_by_hand() -> None:
+    assert overall_performance(A) == pytest.approx((0.5 + 0.7 + 0.3) / 3)
+    assert backward_transfer(A) == pytest.approx(((0.5 - 0.8) + (0.7 - 0.6)) / 2)
+    assert forgetting(A) == pytest.approx(((0.9 - 0.5) + (0.6 - 0.7)) / 2), "the best is before the last step"
+
+
+def test_two_tasks_forget_what_they_transferred_back() -> None:
+    a = [[0.8, 0.5], [None, 0.4]]
+    assert backward_transfer(a) == pytest.approx(-0.3)
+    assert forgetting(a) == pytest.approx(0.3)
+
+
+def test_one_task_has_nothing_to_forget() -> None:
+    assert (overall_performance([[0.4]]), backward_transfer([[0.4]]), forgetting([[0.4]])) == (0.4, None, None)
+    found = sequence_metrics([[[1, 0, 0, 1]]])
+    assert (found["accuracy"], found["op"], found["bwt"], found["bwt_ci"], found["forgetting"]) == (
+        [[0.5]],
+        0.5,
+        None,
+        None,
+        None,
+    )
+
+
+def random_values(seed: int, sizes: tuple[int, ...] = (40, 25, 60)) -> list[list[np.ndarray | None]]:
+    generator = np.random.default_rng(seed)
+    return [
+        [None if j < i else generator.integers(0, 2, size).astype(float) for j in range(len(sizes))]
+        for i, size in enumerate(sizes)
+    ]
+
+
+def test_intervals_are_those_of_resampled_examples() -> None:
+    """Against the resampling written out, with other random numbers: bounds agree to what 20,000 draws allow."""
+    values = random_values(1)
+    found = sequence_metrics(values, n=20_000)
+    generator = np.random.default_rng(9)
+    ops, bwts = [], []
+    for _ in range(20_000):
+        last, change = [], []
+        for i, row in enumerate(values):
+            final, first = row[-1], row[i]
+            assert final is not None and first is not None
+            drawn = generator.integers(0, len(final), len(final))
+            last.append(final[drawn].mean())
+            change.append((final[drawn] - first[drawn]).mean())
+        ops.append(np.mean(last))
+        bwts.append(np.mean(change[:-1]))
+    np.testing.assert_allclose(found["op_ci"], np.percentile(ops, [2.5, 97.5]), atol=0.006)
+    np.testing.assert_allclose(found["bwt_ci"], np.percentile(bwts, [2.5, 97.5]), atol=0.008)
+    means = [[None if step is None else float(np.mean(step)) for step in row] for row in values]
+    assert found["accuracy"] == means
+    assert (found["op"], found["bwt"], found["forgetting"]) == (
+        overall_performance(means),
+        backward_transfer(means),
+        forgetting(means),
+    )
+
+
+def test_intervals_are_paired_and_seeded() -> None:
+    """Examples that all lose the same leave nothing to doubt, however much they differ among themselves."""
+    first = np.random.default_rng(0).random(30)
+    values = [[first, first - 0.25], [None, first[:7]]]
+    found = sequence_metrics(values)
+    np.testing.assert_allclose(found["bwt_ci"], [-0.25, -0.25])
+    assert found["op_ci"][1] - found["op_ci"][0] > 0.05
+    assert sequence_metrics(values) == found
+    assert sequence_metrics(values, seed=1)["op_ci"] != found["op_ci"]
+    wide, narrow = (sequence_metrics(values, level=level)["op_ci"] for level in (0.99, 0.5))
+    assert wide[0] < found["op_ci"][0] < narrow[0] < found["op"] < narrow[1] < found["op_ci"][1] < wide[1]
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "message"),
+    [
+        ([], r"with rows of \[\]; it must be tasks x tasks"),
+        ([[0.1, 0.2]], r"with rows of \[2\]"),
+        ([[0.1, 0.2], [0.3, 0.4]], "on task 1 after task 0 is 0.3; it must be None"),
+        ([[0.1, None], [None, 0.4]], "on task 0 after task 1 is None; it must be a number"),
+        ([[0.1, float("nan")], [None, 0.4]], "on task 0 after task 1 is nan"),
+    ],
+)
+def test_bad_matrices(accuracy: list[list[float | None]], message: str) -> None:
+    for metric in (overall_performance, backward_transfer, forgetting):
+        with pytest.raises(InputError, match=message):
+            metric(accuracy)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ([[[1.0]], [None, [1.0]]], "task 0 has values after 1 steps; give one entry for each of 2 tasks"),
+        ([[[1.0], [1.0]], [[1.0], [1.0]]], "task 1 has values from before it was trained"),
+        ([[[1.0, 0.0], [1.0]], [None, [1.0]]], r"task 0 has \[2, 1\] examples after steps 0-1; give the same ones"),
+        ([[[1.0], None], [None, [1.0]]], r"task 0 has \[1, 0\] examples"),
+        ([[[1.0], [1.0]], [None, []]], r"task 1 has \[0\] examples"),
+        ([[[float("nan")]]], "on task 0 after task 0 is nan"),
+        ([], "it must be tasks x tasks"),
+    ],
+)
+def test_bad_values(values: list[list[list[float] | None]], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        sequence_metrics(values)

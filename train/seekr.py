@@ -1,0 +1,151 @@
+"""The loss of one task of a sequence: the task's own, and what holds earlier tasks in place.
+
+    seekr       L_task + l1 L_replay + (1 - l1) L_logits + l2 L_attention      (He et al. 2024, arXiv 2411.06171)
+    replay      L_task + L_replay
+    der         L_task + L_replay + a |logits - stored logits|^2               (DER++, Buzzega et al. 2020)
+    lwf         L_task + a KL(previous model || model) on the task's own rows   (Li & Hoiem 2016, temperature 1)
+
+Each term is a mean over label tokens (attention: over heads and query rows). Terms of rows that are seen again carry
+the factor `rows seen again / rows of the task` of the batch, so that a row weighs the same wherever it comes from, and
+an epoch is one pass over task and buffer together, whatever the ratio of the buffer.
+
+Logits are computed where there is a label only; attention is recomputed for chosen heads and query rows of the rows
+seen again only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from trl import SFTTrainer
+
+from .blocks import SeekrMethod
+from .distillation import RowRecorder, attention_distillation, logit_kl
+from .labelled import label_mask, positions_only
+from .replay import Replay, Row
+from .teacher_store import TeacherStore
+from .trainers import Penalised
+
+Heads = Mapping[int, Sequence[int]]  # layer -> heads
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a task's training is held by.
+
+    Attributes:
+        replay: rows of earlier tasks, and when they are due.
+        teachers: what models before said about rows, by key.
+        heads: by row's key, the heads whose attention is distilled; None: those that each row's teacher has.
+    """
+
+    replay: Replay | None = None
+    teachers: TeacherStore | None = None
+    heads: Mapping[str, Heads] | None = None
+
+
+def padded(rows: Sequence[Row], pad: int, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    """`input_ids`, `attention_mask` and `labels`, `[batch, longest]`, padded on the right."""
+    width = max(row.length for row in rows)
+
+    def stacked(values: Sequence[Sequence[int]], filler: int) -> Tensor:
+        return torch.tensor([[*value, *[filler] * (width - len(value))] for value in values], device=device)
+
+    return {
+        "input_ids": stacked([row.input_ids for row in rows], pad),
+        "attention_mask": stacked([[1] * row.length for row in rows], 0),
+        "labels": stacked([row.labels for row in rows], -100),
+    }
+
+
+def collate(examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+    """The indices of a batch's rows; the trainer has the rows."""
+    return {"row": torch.tensor([example["row"] for example in examples])}
+
+
+class _Sequence(SFTTrainer):
+    penalty: Any = None
+
+    def __init__(self, *args: Any, rows: Sequence[Row], method: SeekrMethod, held: Held, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.rows, self.method, self.held = rows, method, held
+        self.pad_token_id: int = self.processing_class.pad_token_id  # type: ignore[union-attr]
+        self.model_accepts_loss_kwargs = False  # a mean over rows, not over the tokens of a whole step
+        self._passes = (-1, 0)  # optimiser step, batches of it so far
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        rows = [self.rows[index] for index in inputs["row"].tolist()]
+        again: list[Row] = []
+        if self.held.replay is not None and model.training:
+            again = self.held.replay.due(self._batch(), self.accelerator.process_index, self.accelerator.num_processes)
+        terms = self._terms(model, rows, again)
+        mode = "train" if model.training else "eval"
+        for name, (term, _) in terms.items():
+            self._metrics[mode][name].append(term.item())
+        loss = torch.stack([weight * term for term, weight in terms.values()]).sum()
+        return (loss, None) if return_outputs else loss
+
+    def _batch(self) -> int:
+        """How many batches of this task this process has had before this one."""
+        step, count = self._passes
+        now: int = self.state.global_step
+        self._passes = (now, 0 if step != now else count + 1)
+        return now * self.args.gradient_accumulation_steps + self._passes[1]
+
+    def _terms(self, model: Any, rows: Sequence[Row], again: Sequence[Row]) -> dict[str, tuple[Tensor, float]]:
+        method, held = self.method, self.held
+        distil = method.distil
+        everything = [*rows, *again]
+        batch = padded(everything, self.pad_token_id, self.accelerator.device)
+        look = getattr(self.penalty, "see", None)
+        if look is not None:
+            look(batch)
+        labels = batch.pop("labels")
+        mask = label_mask(labels)
+        teacher = recorder = None
+        if held.teachers is not None and (again or method.strategy == "lwf"):
+            keys = [row.key for row in (rows if method.strategy == "lwf" else again)]
+            teacher = held.teachers.batch(keys, labels.shape[1], held.heads, labels.device)
+        with contextlib.ExitStack() as during:
+            during.enter_context(positions_only(self.accelerator.unwrap_model(model), mask))
+            seen: dict[int, Tensor] = {}
+            if teacher is not None and method.strategy == "seekr":
+                recorder = RowRecorder(teacher.heads)
+                seen = during.enter_context(recorder.record(teacher.positions, first=len(rows)))
+            logits = model(**batch, use_cache=False).logits[0].float()
+        counts = mask.sum(1)
+        own = int(counts[: len(rows)].sum())  # label positions of the task's rows, which come first
+        share = len(again) / len(rows)  # a row that is seen again weighs as much as one of the task
+        cross_entropy = functional.cross_entropy(logits, labels[:, 1:][mask[:, :-1]], reduction="none")
+        terms: dict[str, tuple[Tensor, float]] = {"task": (cross_entropy[:own].mean(), 1.0)}
+        if method.strategy == "lwf" and teacher is not None:
+            assert teacher.logits is not None
+            terms["lwf"] = (logit_kl(logits[:own], teacher.logits), method.lwf_weight)
+        if not again:
+            return terms
+        replayed = cross_entropy[own:].mean()
+        terms["replay"] = (replayed, share * (distil.replay_weight if method.strategy == "seekr" else 1.0))
+        if teacher is None:
+            return terms
+        assert teacher.logits is not None
+        if method.strategy == "der":
+            assert isinstance(teacher.logits, Tensor)
+            apart = (logits[own:] - teacher.logits).square().mean()
+            return terms | {"logits": (apart, share * method.der_weight)}
+        attention = attention_distillation(seen, teacher.attention, teacher.present)
+        return terms | {
+            "logits": (logit_kl(logits[own:], teacher.logits), share * (1 - distil.replay_weight)),
+            "attention": (attention, share * distil.attention_weight),
+        }
+
+
+class SequenceTrainer(Penalised, _Sequence):
+    """One task of a sequence, with further penalties."""

@@ -1,0 +1,57 @@
+"""Weights of a model in training, written to a folder and put back into the same model.
+
+A folder holds what stock loaders take: a PEFT adapter, or a whole checkpoint in safetensors. It is there whole or not
+at all.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel, set_peft_model_state_dict
+from peft.utils.save_and_load import load_peft_weights
+from safetensors import safe_open
+
+from ..analysis.errors import CheckError
+from ..analysis.files import atomic_folder
+
+
+def save(model: Any, folder: Path) -> None:
+    """Write the adapter of a PeftModel, or all weights and the configuration of a plain model, in their own dtype."""
+    with atomic_folder(folder) as temporary:
+        if isinstance(model, PeftModel):
+            model.save_pretrained(str(temporary), save_embedding_layers=False)
+        else:
+            model.save_pretrained(str(temporary))
+
+
+@torch.no_grad()
+def restore(model: Any, folder: Path) -> None:
+    """Put a folder's weights into the model that they came from, in place.
+
+    Raises:
+        CheckError: the folder lacks weights of the model, holds others, or is damaged.
+    """
+    if isinstance(model, PeftModel):
+        result: Any = set_peft_model_state_dict(model, load_peft_weights(str(folder), device="cpu"))
+        if result.unexpected_keys:
+            raise CheckError(f"{folder}: weights {result.unexpected_keys[:3]} are none of the adapter's")
+        return
+    own = model.state_dict()
+    missing = set(own)
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118  a file of safetensors is no mapping
+                    if name not in own or list(own[name].shape) != list(file.get_slice(name).get_shape()):
+                        raise CheckError(f"{path}: {name} is no weight of this model")
+                    own[name].copy_(file.get_tensor(name))
+                    missing.discard(name)
+        except (OSError, ValueError) as error:
+            raise CheckError(f"{path} cannot be read: {error}") from error
+    tied = {own[name].data_ptr() for name in own.keys() - missing}
+    left = sorted(name for name in missing if own[name].data_ptr() not in tied)
+    if left:
+        raise CheckError(f"{folder} lacks {len(left)} weights, such as {left[0]}")

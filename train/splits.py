@@ -1,0 +1,32 @@
+"""The training and the evaluation task that a recipe names."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from ..analysis.errors import InputError
+from ..analysis.tasks import Task, load_task, take_split
+from .blocks import TaskBlock
+
+
+def tasks_of(block: TaskBlock) -> tuple[Task, Task]:
+    """The training and the evaluation task of a recipe; one task is split by subject.
+
+    Raises:
+        InputError: no such task, or subjects shared by the two.
+    """
+    train, evaluation = load_task(block.train, block.split.seed), load_task(block.eval or block.train, block.split.seed)
+    if block.kind is not None:
+        train, evaluation = (dataclasses.replace(task, kind=block.kind) for task in (train, evaluation))
+    if block.split.by == "file" and block.eval is None:
+        raise InputError("task.split.by=file takes train and eval as they are, and task.eval is missing; name its file")
+    if (block.eval or block.train) == block.train and train.split is None:
+        train, evaluation = (take_split(train, part, block.split.seed) for part in ("train", "test"))
+    shared = sorted(set(train.subjects) & set(evaluation.subjects))
+    if shared and block.split.by == "subject":
+        raise InputError(
+            f"tasks {train.name!r} and {evaluation.name!r} share {len(shared)} subjects (such as {shared[0]!r}); "
+            "name one task to have it split by subject, give a task.eval with other subjects, or set task.split.by=file"
+        )
+    # One seed for every run: the same examples are compared, whatever the recipe's own seed.
+    return train, evaluation.limited(block.max_eval_examples, seed=0)
