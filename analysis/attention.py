@@ -130,7 +130,8 @@ def head_log_rows(call: AttentionCall, heads: Sequence[int], positions: Tensor) 
     examples = torch.arange(batch, device=device)[:, None]
     query = call.query[examples[:, None], chosen[:, None], queries[:, None]].float()  # [batch, heads, T, head_dim]
     key = call.key[:, chosen // (n_heads // call.key.shape[1])].float()
-    scores = softcapped(query @ key.transpose(2, 3) * call.scaling, call.softcap)
+    with torch.autocast(device.type, enabled=False):  # which would round the scores to the training's half precision
+        scores = softcapped(query @ key.transpose(2, 3) * call.scaling, call.softcap)
     if call.mask is None:
         visible = (torch.arange(n_keys, device=device) <= queries[..., None] + (n_keys - n_queries))[:, None]
     else:
@@ -142,7 +143,8 @@ def head_log_rows(call: AttentionCall, heads: Sequence[int], positions: Tensor) 
             visible = mask > torch.finfo(mask.dtype).min / 2
             scores = scores + mask.float().masked_fill(~visible, 0)
     blind = ~visible.any(-1, keepdim=True) | (positions < 0)[:, None, :, None]
-    return scores.masked_fill(~(visible | blind), float("-inf")).log_softmax(-1)
+    with torch.autocast(device.type, enabled=False):
+        return scores.masked_fill(~(visible | blind), float("-inf")).log_softmax(-1)
 
 
 def _soft_capped_attention(call: AttentionCall, dropout: float) -> Tensor:

@@ -6,9 +6,11 @@ The per-head point is the *input* of the attention output projection, `z[l, h]`,
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -59,6 +61,20 @@ class HeadModel:
     def record_attention(self, on: bool) -> None:
         """Switch between the attention whose rows can be recorded and the model's own, which training uses."""
         self.model.set_attn_implementation(IMPLEMENTATION if on else self.plain_attention)
+
+    @contextlib.contextmanager
+    def measuring(self) -> Iterator[None]:
+        """In eval mode, with the attention whose rows can be recorded; afterwards as before."""
+        training = [module for module in self.model.modules() if module.training]
+        own = self.model.config._attn_implementation
+        self.model.eval()
+        self.record_attention(True)
+        try:
+            yield
+        finally:
+            self.model.set_attn_implementation(own)
+            for module in training:
+                module.training = True
 
     @property
     def device(self) -> torch.device:

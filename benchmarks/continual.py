@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 import yaml
+from readme import cell, put, rows
 from tuning import Run, run_all
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -194,7 +195,7 @@ def summarise(found: dict[str, list[dict[str, Any]]], n: int = 4000) -> list[dic
     draws = [np.vstack([np.ones(s), generator.multinomial(s, np.full(s, 1 / s), size=n)]) for s in sizes]
     by_seed = {name: {r["seed"]: numbers(r, draws) for r in of} for name, of in found.items()}
 
-    def cell(values: Sequence[np.ndarray]) -> dict[str, Any]:
+    def over_seeds(values: Sequence[np.ndarray]) -> dict[str, Any]:
         mean = np.mean(values, axis=0)
         ci = [float(x) for x in np.percentile(mean[1:], [2.5, 97.5])]
         return {"mean": float(mean[0]), "ci": ci, "by_seed": [float(value[0]) for value in values]}
@@ -208,11 +209,11 @@ def summarise(found: dict[str, list[dict[str, Any]]], n: int = 4000) -> list[dic
         for metric in ("op", "bwt"):
             if metric not in next(iter(own.values())):
                 continue
-            line[metric] = cell([values[metric] for values in own.values()])
+            line[metric] = over_seeds([values[metric] for values in own.values()])
             other = by_seed.get(METHODS[name].control or "", {})
             shared = sorted(set(own) & set(other))
             if shared:
-                line[metric]["minus_control"] = cell([own[s][metric] - other[s][metric] for s in shared])
+                line[metric]["minus_control"] = over_seeds([own[s][metric] - other[s][metric] for s in shared])
         line["control"] = METHODS[name].control
         line["perplexity"] = float(np.mean([r["perplexity"][1] for r in of]))
         line["perplexity_before"] = of[0]["perplexity"][0]
@@ -228,32 +229,18 @@ def summarise(found: dict[str, list[dict[str, Any]]], n: int = 4000) -> list[dic
 
 
 def markdown(table: Sequence[Mapping[str, Any]]) -> str:
-    def shown(value: Mapping[str, Any] | None, sign: str = "") -> str:
-        if value is None:
-            return ""
-        low, high = value["ci"]
-        return f"{100 * value['mean']:{sign}.1f} [{100 * low:{sign}.1f}, {100 * high:{sign}.1f}]"
-
-    columns = [
-        "method",
-        "seeds",
-        "OP",
-        "BWT",
-        "control",
-        "OP minus control",
-        "BWT minus control",
-        "perplexity",
-        "s/step",
-        "GiB",
-    ]
-    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    columns = ["method", "seeds", "OP, %", "BWT", "control", "OP minus control", "BWT minus control"]
+    columns += ["perplexity", "lists: repeats, %", "lists: correct new, %", "s/step", "GiB"]
+    lines = []
     for row in table:
         op, bwt = row["op"], row.get("bwt")
-        cells = [row["method"], str(len(row["seeds"])), shown(op), shown(bwt, "+"), row["control"] or ""]
-        cells += [shown(op.get("minus_control"), "+"), shown((bwt or {}).get("minus_control"), "+")]
-        cells += [f"{row['perplexity']:.1f}", f"{row['seconds_per_step']:.2f}", f"{row['peak_memory_gib']:.1f}"]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        line = [row["method"], str(len(row["seeds"])), cell(op), cell(bwt, "+"), row["control"] or ""]
+        line += [cell(op.get("minus_control"), "+"), cell((bwt or {}).get("minus_control"), "+")]
+        general = next(iter(row["general"].values()))
+        line += [f"{row['perplexity']:.1f}"]
+        line += [f"{100 * general[metric]:.1f}" for metric in ("repeat_rate", "correct_new_rate")]
+        lines.append([*line, f"{row['seconds_per_step']:.2f}", f"{row['peak_memory_gib']:.1f}"])
+    return rows(columns, lines)
 
 
 def write_table() -> None:
@@ -266,6 +253,14 @@ def write_table() -> None:
         (RESULTS / "continual.json").write_text(json.dumps(tables, indent=1) + "\n")
     for order, table in tables.items():
         print(f"\n{order} order: {', '.join(ORDERS[order])}\n\n{markdown(table)}")
+    fill()
+
+
+def fill(check: bool = False) -> list[str]:
+    """Put the tables of continual.json into the README of recipes/seekr; the names of those that were others."""
+    tables = json.loads((RESULTS / "continual.json").read_text())
+    texts = {f"{order} order": markdown(of) for order, of in tables.items()}
+    return [name for name, text in texts.items() if not put("recipes/seekr/README.md", name, text, check)]
 
 
 def search(data: Path, folder: Path, jobs: int, threads: int) -> None:

@@ -33,6 +33,7 @@ from typing import Any
 
 import numpy as np
 import yaml
+from readme import cell, put, rows
 
 from headtune.analysis.tasks import Example
 from headtune.train.blocks import TaskBlock
@@ -70,12 +71,17 @@ RELATIONS = (
 )
 
 
-def settings(data: Path, folder: Path) -> dict[str, Setting]:
+def link_relations(data: Path, folder: Path) -> None:
+    """A folder that holds `RELATIONS` alone."""
     relations = folder / "data-relations"
     relations.mkdir(parents=True, exist_ok=True)
     for name in RELATIONS:
         if not (relations / f"{name}.json").exists():
             (relations / f"{name}.json").symlink_to(data.resolve() / "relations" / f"{name}.json")
+
+
+def settings(data: Path, folder: Path) -> dict[str, Setting]:
+    relations = folder / "data-relations"
     return {
         "relations": Setting(
             {"train": f"relation:{relations}", "max_train_examples": 160, "max_eval_examples": 150},
@@ -394,27 +400,32 @@ def summarise(found: dict[str, list[dict[str, Any]]], metrics: Iterable[str]) ->
     return table
 
 
-def markdown(table: list[dict[str, Any]], metrics: Iterable[str]) -> str:
-    def cell(value: dict[str, Any] | None, sign: str = "") -> str:
-        if value is None:
-            return ""
-        low, high = value["ci"]
-        return f"{100 * value['mean']:{sign}.1f} [{100 * low:{sign}.1f}, {100 * high:{sign}.1f}]"
+NAMES = {
+    "exact_match": "exact match, %",
+    "mc1": "MC1, %",
+    "mc2": "MC2, %",
+    "repeat_rate": "repeats, %",
+    "correct_new_rate": "correct new, %",
+}
 
-    metrics = list(metrics)
-    columns = ["method", "seeds", "parameters", "s/step", "GiB"]
-    columns += [text for m in metrics for text in (m.replace("_", " "), "minus random")] + ["perplexity"]
-    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+
+def markdown(table: list[dict[str, Any]], metrics: Iterable[str]) -> str:
+    """The table of one task; of the relations' two metrics, which hardly differ, the stricter one."""
+    shown = [metric for metric in metrics if metric in NAMES]
+    columns = ["method", "seeds", "parameters"]
+    columns += [text for metric in shown for text in (NAMES[metric], "minus random")]
+    columns += ["perplexity, neutral text (by seed)", "s/step", "GiB"]
+    lines = []
     for row in table:
-        cells = [row["method"], str(row["seeds"] or ""), f"{row['parameters']:,}"]
-        cells += [
-            "" if row["seconds_per_step"] is None else f"{row['seconds_per_step']:.2f}",
-            f"{row['peak_memory_gib']:.1f}",
-        ]
-        for metric in metrics:
-            cells += [cell(row[metric]), cell(row[metric].get("minus_random"), "+")]
-        lines.append("| " + " | ".join([*cells, f"{row['neutral_perplexity']:.2f}"]) + " |")
-    return "\n".join(lines)
+        by_seed = row["perplexity_by_seed"]
+        several = f" ({', '.join(f'{value:.0f}' for value in by_seed)})" if len(by_seed) > 1 else ""
+        line = [row["method"], str(row["seeds"] or ""), f"{row['parameters']:,}"]
+        for metric in shown:
+            line += [cell(row[metric]), cell(row[metric].get("minus_random"), "+")]
+        line += [f"{row['neutral_perplexity']:.1f}{several}"]
+        line += ["" if row["seconds_per_step"] is None else f"{row['seconds_per_step']:.1f}"]
+        lines.append([*line, f"{row['peak_memory_gib']:.1f}"])
+    return rows(columns, lines)
 
 
 def write_table(wanted: dict[str, Setting]) -> None:
@@ -430,6 +441,15 @@ def write_table(wanted: dict[str, Setting]) -> None:
             content["tasks"][task] |= {"n": found[task]["base"][0]["n"], "table": table}
             print(f"\n{task}\n\n{markdown(table, setting.metrics)}")
     (RESULTS / "tuning.json").write_text(json.dumps(content, indent=1) + "\n")
+    fill()
+
+
+def fill(check: bool = False) -> list[str]:
+    """Put the tables of tuning.json into the README of recipes/lofit; the names of those that were others."""
+    known = settings(Path("data"), ROOT / "runs" / "benchmark-tuning")
+    tables = json.loads((RESULTS / "tuning.json").read_text())["tasks"]
+    texts = {task: markdown(of["table"], known[task].metrics) for task, of in tables.items()}
+    return [task for task, text in texts.items() if not put("recipes/lofit/README.md", task, text, check)]
 
 
 def search(setting: Setting, folder: Path, jobs: int, threads: int) -> None:
@@ -517,6 +537,7 @@ def main() -> None:
     wanted = {name: known[name] for name in arguments.tasks or known}
     if arguments.table:
         return write_table(known)
+    link_relations(arguments.data, arguments.folder)
     if arguments.prior:
         return prior(known["relations"], arguments.seeds)
     identify(arguments.folder, {setting.heads_from for setting in wanted.values()})

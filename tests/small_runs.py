@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from tiny import tiny_task
+from tiny import FACTS, tiny_task
 
 from headtune.analysis.files import write_text
 from headtune.analysis.headset import HeadSet, RankedHead
-from headtune.analysis.tasks import to_jsonl
+from headtune.analysis.tasks import Example, to_jsonl
 from headtune.train.cli import main
 
 STEPS = 4
@@ -69,3 +69,38 @@ def head_set(identity: dict[str, Any], **changes: Any) -> HeadSet:
         roles={"recall": ranked((0, 0), (1, 2)), "suppression": ranked((2, 1))},
         stability={"recall": 1.0, "suppression": 1.0, "bootstrap": 0},
     )
+
+
+DISTIL = {"layers": 2, "heads": 3, "queries": 4, "attention_weight": 10.0}
+SENTENCES = ("Some city in {}:", "List cities in {}. 1.", "Here is a city I know in {}:")
+
+
+def write_sequence(folder: Path) -> list[dict[str, str]]:
+    """Three tasks of eight answers each, measured on what is trained on: some is learnt, and some forgotten."""
+    steps = []
+    for index, sentence in enumerate(SENTENCES):
+        examples = [Example(sentence.format(name), name, (cities[index],)) for name, cities in FACTS.items()]
+        for part in ("train", "test"):
+            write_text(folder / f"{part}{index}.jsonl", to_jsonl(examples))
+        names = {part: str(folder / f"{part}{index}.jsonl") for part in ("train", "test")}
+        steps.append({"train": names["train"], "eval": names["test"], "name": f"cities{index}"})
+    return steps
+
+
+def write_sequence_recipe(folder: Path, model: Path, method: dict[str, Any], **changes: Any) -> Path:
+    """Recipe seekr on `write_sequence` in `folder`; see `write_recipe`."""
+    settings = {
+        "recipe": "seekr",
+        "heads": None,
+        "task": {"sequence": write_sequence(folder), "kind": "exact_match", "split": {"by": "file"}},
+        "method": {"replay": {"count": 2}, "distil": dict(DISTIL), **method},
+        "training": {
+            "max_steps": 20,
+            "per_device_train_batch_size": 8,
+            "learning_rate": 0.01,
+            "logging_steps": 1,
+            "save_steps": 2,
+            "use_cpu": True,
+        },
+    }
+    return write_recipe(folder, model, **(settings | changes))

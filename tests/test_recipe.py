@@ -10,6 +10,7 @@ import yaml
 
 from headtune.analysis.errors import InputError
 from headtune.train import recipe as recipes
+from headtune.train.blocks import SeekrMethod
 from headtune.train.recipe import Recipe, load, parse, recipe_names
 
 ROOT = Path(__file__).parent.parent
@@ -17,12 +18,14 @@ PUBLISHED = [
     f"lofit/{model}_{task}"
     for model in ("llama2_7b", "llama2_13b", "gemma_7b")
     for task in ("truthfulqa", "mquake", "clutrr")
-]
+] + ["seekr/llama2_7b_trace_1pct", "seekr/llama2_7b_trace_10pct"]
 SHIPPED = [
     *PUBLISHED,
     *("lofit/one_to_many", "lofit/truthfulqa", "lofit/mquake", "lofit/relations"),
     *("jola/relations", "masked/relations", "lora/one_to_many", "lora/relations", "full/relations", "ln/relations"),
     *("steer/one_to_many", "steer/iti", "steer/sink", "steer/intercept"),
+    *("regularise/protect_recall", "regularise/reduce_suppression", "regularise/prune"),
+    *("seekr/function_vectors", "seekr/relations", "seekr/trace", "seekr/superni", "seekr/own_tasks"),
 ]
 
 
@@ -95,6 +98,20 @@ def test_published_hyperparameters(name: str, top: int, select: float, l1: float
     assert (recipe.training["num_train_epochs"], recipe.training["per_device_train_batch_size"]) == (5, 8)
     assert recipe.method.objective == ("dpo" if "truthfulqa" in name else "sft")  # type: ignore[union-attr]
     assert recipe.training.get("beta") == (0.5 if "truthfulqa" in name else None)
+
+
+@pytest.mark.parametrize(("name", "ratio", "weight"), [("1pct", 0.01, 1e3), ("10pct", 0.1, 1e2)])
+def test_published_hyperparameters_of_seekr(name: str, ratio: float, weight: float) -> None:
+    """He et al. 2024: l1, l2 by the ratio, budgets of layers, heads and query rows, learning rate, 128 rows a step."""
+    recipe = load(f"seekr/llama2_7b_trace_{name}")
+    method, training = recipe.method, recipe.training
+    assert isinstance(method, SeekrMethod) and method.tune == "full" and method.replay.ratio == ratio
+    distil = method.distil
+    assert (distil.replay_weight, distil.attention_weight) == (0.5, weight)
+    assert (distil.layers, distil.heads, distil.queries) == (24, 128, 100)
+    assert (distil.choice, distil.selection, distil.teacher) == ("importance", "global", "own")
+    assert training["learning_rate"] == 1e-5
+    assert training["per_device_train_batch_size"] * training["gradient_accumulation_steps"] * 8 == 128
 
 
 # --- round trip and name ----------------------------------------------------------------------------------------------

@@ -401,8 +401,9 @@ class DistilBlock(Block):
     Attributes:
         replay_weight: l1.
         attention_weight: l2, on the mean KL divergence over samples, heads and query rows.
-        choice: how heads are chosen where the recipe names none: by I = S * F, by S or F alone, or at random, as many
-            in each layer as I would choose.
+        choice: how heads are chosen where the recipe names none: by I = S * F, by S or F alone; or, as controls, drawn
+            once from all heads (`random`), or after each task from those that I does not choose, as many in each layer
+            (`random_matched`).
         layers: budget B_L, layers of the highest summed importance; null takes all.
         heads: budget B_H, heads in those layers.
         queries: budget B_T, random query rows of a sample.
@@ -415,7 +416,7 @@ class DistilBlock(Block):
 
     replay_weight: Annotated[float, Field(ge=0, le=1)] = 0.5
     attention_weight: Annotated[float, Field(ge=0)] = 1000.0
-    choice: Literal["importance", "sensitivity", "forgetting", "random"] = "importance"
+    choice: Literal["importance", "sensitivity", "forgetting", "random", "random_matched"] = "importance"
     layers: Annotated[int, Field(ge=1)] | None = 24
     heads: Annotated[int, Field(ge=1)] = 128
     queries: Annotated[int, Field(ge=1)] = 100

@@ -34,12 +34,12 @@ from accelerate import PartialState
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PrinterCallback, TrainerState, set_seed
 
-from ..analysis import identify
+from ..analysis import headset, identify, report
 from ..analysis.errors import InputError
 from ..analysis.files import write_json
 from ..analysis.headset import RankedHead, random_like
 from ..analysis.model import HeadModel
-from ..analysis.scores import mean_interval
+from ..analysis.scores import load_means, mean_interval
 from ..analysis.tasks import Task, load_task
 from . import checkpoints, fit, holding, importance, replay, snapshots
 from .blocks import EvaluationBlock, SeekrMethod, TaskBlock
@@ -453,6 +453,10 @@ def learn_sequence(
         return {}
     if learner.chosen and learner.fixed is None:
         _keep_heads(recipe, heads, learner, state)
+    if (folder / "heads.json").is_file():
+        kept, scores = headset.read(folder / "heads.json"), folder / "scores.safetensors"
+        means = load_means(scores) if scores.is_file() else {}
+        report.write_report(folder / "report.html", kept, means, evaluation, title=recipe.name)
     tracker.log(flat("after", evaluation["after"]))
     tracker.summary(flat("after", evaluation["after"]) | {"parameters": trained})
     tracker.table("sequence", ["learnt", *(step.name for step in steps)], _matrix_rows(learnt, saved["after"]))
@@ -462,13 +466,20 @@ def learn_sequence(
             learner.model.save_pretrained(str(temporary), **({"save_embedding_layers": False} if lora else {}))
             if not lora:
                 tokenizer.save_pretrained(str(temporary))
-    for index in range(len(learnt)):
-        if method.keep != "all":
-            shutil.rmtree(learner.weights(index), ignore_errors=True)
-        shutil.rmtree(learner.place(index) / "teachers", ignore_errors=True)
-    shutil.rmtree(folder / "teachers", ignore_errors=True)
     PartialState().wait_for_everyone()
     return evaluation
+
+
+def clear(recipe: Recipe) -> None:
+    """Remove what only a run that is not done needs: teachers, checkpoints, the models that `keep` does not name.
+
+    And what a killed process left half written (see `atomic_folder`).
+    """
+    assert isinstance(recipe.method, SeekrMethod)
+    names = ["teachers", "checkpoints", ".*", *([] if recipe.method.keep == "all" else ["model", "adapter"])]
+    for pattern in ["teachers", ".model.*", ".adapter.*", *(f"tasks/*/{name}" for name in names)]:
+        for path in recipe.folder.glob(pattern):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def merged(steps: Sequence[Step], limit: int | None, seed: int) -> Step:

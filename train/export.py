@@ -302,7 +302,7 @@ def export_run(
 
 
 def _held_out(block: TaskBlock, n: int) -> Task:
-    """The held-out prompts to choose `n` from, however few the run was evaluated on; of a sequence, of each its part."""
+    """The held-out prompts to choose `n` from, however few the run was evaluated on; `n` of a sequence's by turns."""
     from .continual import steps_of
     from .splits import tasks_of
 

@@ -61,8 +61,8 @@ def require_usable(recipe: Recipe, heads: HeadModel, train: Task) -> None:
             "method.regularisers takes Fisher information from two tasks or numbers of examples; give one task and one "
             "max_examples"
         )
-    for term in stiff[:1]:
-        replay.rows_of(_fisher_task(recipe, train, term), heads.tokenizer, 0, recipe.seed)
+    if stiff:
+        replay.rows_of(_fisher_task(recipe, train, stiff[0]), heads.tokenizer, 0, recipe.seed)
     for term in terms:
         own = choose_heads(term.heads, heads, train, say=lambda _line: None).pairs if term.heads else [(0, 0)]
         if not isinstance(term, blocks.PruneGates):

@@ -92,7 +92,7 @@ def _gradient_squares(model: HeadModel, batch: Sequence[TokenRow]) -> Tensor:
     def look(call: AttentionCall) -> None:
         calls[call.layer] = call
 
-    with _measuring(model), _graph_from_embeddings(model) as leaves, torch.enable_grad():
+    with model.measuring(), _graph_from_embeddings(model) as leaves, torch.enable_grad():
         with look_with(look), hooks.at_projections(model, {layer: measured(layer) for layer in range(model.n_layers)}):
             loss = _losses(model, batch).sum()
         torch.autograd.grad(loss, leaves)
@@ -370,23 +370,8 @@ def _padded(model: HeadModel, batch: Sequence[TokenRow]) -> tuple[Tensor, Tensor
 
 def _run(model: HeadModel, batch: Sequence[TokenRow], look: Callable[[AttentionCall], None]) -> None:
     ids, mask = _padded(model, batch)
-    with _measuring(model), look_with(look):
+    with model.measuring(), look_with(look):
         model.model(ids, attention_mask=mask, use_cache=False, logits_to_keep=1)
-
-
-@contextlib.contextmanager
-def _measuring(model: HeadModel) -> Iterator[None]:
-    """Without dropout and with the attention function that can be looked at; then everything as it was."""
-    training = [module for module in model.model.modules() if module.training]
-    own = model.model.config._attn_implementation
-    model.model.eval()
-    model.record_attention(True)
-    try:
-        yield
-    finally:
-        model.model.set_attn_implementation(own)
-        for module in training:
-            module.training = True
 
 
 def _blocks(queries: int, n_heads: int) -> Iterator[tuple[int, int]]:

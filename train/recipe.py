@@ -55,6 +55,24 @@ _OWN_TRAINING_KEYS = {
 }
 
 
+# Which strategies of recipe seekr read a key. A recipe may hold others, so that one file serves all strategies; the
+# resolved recipe of a run holds what it read.
+_UNREAD = {
+    "distil": ("seekr", "der", "lwf"),
+    "replay": ("seekr", "replay", "der"),
+    "der_weight": ("der",),
+    "ewc_weight": ("ewc",),
+    "lwf_weight": ("lwf",),
+}
+
+
+_CHOOSING = ("choice", "heads", "layers", "selection")  # of method.distil, where the recipe names no heads
+
+
+def _unread(method: SeekrMethod) -> list[str]:
+    return sorted(key for key, strategies in _UNREAD.items() if method.strategy not in strategies)
+
+
 class Recipe(Block):
     """A whole recipe. `method` is the block of the family named by `recipe`."""
 
@@ -79,6 +97,12 @@ class Recipe(Block):
         data = self.model_dump(mode="json", by_alias=True, exclude_none=True)
         if self.task.sequence is not None:
             del data["task"]["train"]  # the sequence stands in its place
+        if isinstance(self.method, SeekrMethod):
+            for key in _unread(self.method):
+                data["method"].pop(key)
+            if self.heads is not None and "distil" in data["method"]:
+                for key in _CHOOSING:
+                    data["method"]["distil"].pop(key, None)
         return data
 
     def to_yaml(self) -> str:
@@ -148,6 +172,8 @@ def _check_method(recipe: Recipe, where: str) -> None:
             raise InputError(f"{where}: heads are of no use to method.strategy {method.strategy!r}; remove heads")
         if method.strategy == "der" and method.distil.logits_top is not None:
             raise InputError(f"{where}: method.distil.logits_top keeps too little for strategy der; remove it")
+        if method.strategy == "der" and method.distil.teacher == "latest":
+            raise InputError(f"{where}: method.distil.teacher=latest is for strategy seekr; remove it")
         if heads is not None and heads.learnt:
             raise InputError(f"{where}: heads.lofit and heads.probe choose on one task; name a head set (heads.from)")
     for index, term in enumerate(getattr(method, "regularisers", [])):
@@ -175,14 +201,14 @@ def _check_method(recipe: Recipe, where: str) -> None:
             "or identify"
         )
     whole = isinstance(method, blocks.FullMethod) or (
-        isinstance(method, blocks.RegulariseMethod) and method.tune == "full"
+        isinstance(method, blocks.RegulariseMethod | SeekrMethod) and method.tune == "full"
     )
     if whole and recipe.model.dtype != "float32":
         raise InputError(
             f"{where}: model.dtype {recipe.model.dtype!r} would round most steps of full fine-tuning away; set it to "
             "float32, and training.bf16=true to compute in bfloat16"
         )
-    if whole and method.objective == "answer_set" and method.answer_set.retention:  # type: ignore[union-attr]
+    if whole and getattr(method, "objective", None) == "answer_set" and method.answer_set.retention:  # type: ignore[union-attr]
         raise InputError(
             f"{where}: method.answer_set.retention compares with the model without its adapter, and full fine-tuning "
             "has none; set it to 0"
@@ -224,16 +250,31 @@ def _one_line(error: ValidationError, kind: type[BaseModel], prefix: str) -> str
 
 
 def _keys_at(kind: type[BaseModel], path: Sequence[Any]) -> list[str]:
-    """The keys known at a path of nested blocks."""
-    current = kind
+    """The keys known at a path of nested blocks; where a list takes blocks of several kinds, the path names which."""
+    current = [kind]
     for part in path:
-        field = next((f for n, f in current.model_fields.items() if part in (n, f.alias)), None)
-        options = [] if field is None else [field.annotation, *typing.get_args(field.annotation)]
-        blocks = [option for option in options if isinstance(option, type) and issubclass(option, BaseModel)]
-        if not blocks:
+        if isinstance(part, int):
+            continue
+        named = [block for block in current if block.model_fields.keys() & {"kind"} and part in _kinds(block)]
+        if len(current) > 1 and named:
+            current = named
+            continue
+        fields = [f for block in current for n, f in block.model_fields.items() if part in (n, f.alias)]
+        current = [inner for field in fields for inner in _blocks_in(field.annotation)]
+        if not current:
             return []
-        current = blocks[0]
-    return [field.alias or name for name, field in current.model_fields.items()]
+    return [field.alias or name for name, field in current[0].model_fields.items()]
+
+
+def _kinds(block: type[BaseModel]) -> tuple[Any, ...]:
+    return typing.get_args(block.model_fields["kind"].annotation)
+
+
+def _blocks_in(annotation: Any) -> list[type[BaseModel]]:
+    """The blocks that a field's type is made of."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [block for inner in typing.get_args(annotation) for block in _blocks_in(inner)]
 
 
 def _check_training(values: Mapping[str, Any], where: str, config: str) -> None:

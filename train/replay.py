@@ -1,9 +1,9 @@
 """Rows of earlier tasks, which are seen again while later ones are learnt.
 
 A task's share of the buffer is a random sample of its training rows, drawn once. While a later task trains, the buffer
-is gone through in shuffled rounds, spread evenly over the steps: after s batches of B rows of a task of N rows,
-floor(s * B * |buffer| / N) rows were seen again, so that an epoch goes once through the task and once through the
-buffer, whatever the ratio. What comes when depends on the seed and the step alone, so a resumed run sees the same.
+is gone through in shuffled rounds, spread evenly over the batches: after s of the S batches of an epoch
+floor(s * |buffer| / S) rows were seen again, so that an epoch goes once through the task and once through the buffer,
+whatever the ratio. What comes when depends on the seed and the batch's number alone, so a resumed run sees the same.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def rows_of(task: Task, tokenizer: PreTrainedTokenizerBase, index: int, seed: in
     Raises:
         InputError: a prompt whose tokens are not a beginning of those of prompt and answer.
     """
-    generator = random.Random(seed)
+    generator = random.Random(f"{seed}/{index}")
     rows = []
     for place, example in enumerate(task.examples):
         answer = generator.choice(example.remaining) if task.kind == "lists" else example.remaining[0]
@@ -67,7 +67,7 @@ def rows_of(task: Task, tokenizer: PreTrainedTokenizerBase, index: int, seed: in
     return rows
 
 
-def sample(rows: Sequence[Row], block: ReplayBlock, seed: int) -> list[Row]:
+def sample(rows: Sequence[Row], block: ReplayBlock, seed: str) -> list[Row]:
     """A task's share of the buffer, in the order of the task: at least one row, at most all."""
     wanted = block.count if block.count is not None else max(1, round((block.ratio or 0) * len(rows)))
     chosen = random.Random(seed).sample(range(len(rows)), min(wanted, len(rows)))
@@ -80,13 +80,13 @@ class Replay:
 
     Attributes:
         rows: the buffer.
-        per_batch: how many of them belong to one batch of the task, on average.
+        per_batch: how many of them belong to one batch of a process, on average.
         seed: of the order.
     """
 
     rows: Sequence[Row]
     per_batch: float
-    seed: int
+    seed: str
 
     def due(self, batch: int, process: int = 0, processes: int = 1) -> list[Row]:
         """The rows that go with the `batch`-th batch (from 0) of a process; every process gets as many."""
@@ -96,5 +96,5 @@ class Replay:
     def _visit(self, index: int) -> Row:
         turn, place = divmod(index, len(self.rows))
         order = list(range(len(self.rows)))
-        random.Random(f"{self.seed}-{turn}").shuffle(order)
+        random.Random(f"{self.seed}/{turn}").shuffle(order)
         return self.rows[order[place]]

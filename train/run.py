@@ -82,6 +82,8 @@ def run(
         _require_same(recipe, folder)
         if saved.get("state") == "done":
             say(f"run {folder} is finished")
+            if isinstance(recipe.method, SeekrMethod) and main:
+                continual.clear(recipe)
             done = folder / "evaluation.json"
             return json.loads(done.read_text(encoding="utf-8")) if done.is_file() else {}
     elif main:
@@ -117,9 +119,12 @@ def run(
     )
     with tracker, _state_file(folder, state, main) as state:
         state["wandb_id"] = tracker.wandb_id
-        if sequence:
-            return continual.learn_sequence(recipe, heads, steps, tracker, state, resume, progress, say)
-        return _carry_out(recipe, heads, train, held_out, tracker, state, resume, progress, say)
+        if not sequence:
+            return _carry_out(recipe, heads, train, held_out, tracker, state, resume, progress, say)
+        evaluation = continual.learn_sequence(recipe, heads, steps, tracker, state, resume, progress, say)
+    if main:
+        continual.clear(recipe)  # not earlier: a run that is not done can be taken up
+    return evaluation
 
 
 def _carry_out(
@@ -337,8 +342,9 @@ def load_run(folder: Path) -> tuple[Any, Any, Recipe]:
         model, tokenizer = load_plain(str(folder / "model"), "float32")
         return model.eval(), tokenizer, recipe
     if not (folder / "adapter" / "adapter_config.json").is_file():
-        if getattr(recipe.method, "keep", True) in (False, "none"):
-            raise InputError(f"run {str(folder)!r} did not keep its model; run it again with method.keep=true")
+        if (keep := getattr(recipe.method, "keep", True)) in (False, "none"):
+            wanted = "last" if keep == "none" else "true"
+            raise InputError(f"run {str(folder)!r} did not keep its model; run it again with method.keep={wanted}")
         raise InputError(f"run {str(folder)!r} has no adapter yet; finish it with: headtune train RECIPE --resume")
     model, tokenizer = load_plain(block.name, "float32", block.revision, block.trust_remote_code)
     return PeftModel.from_pretrained(model, str(folder / "adapter")).eval(), tokenizer, recipe

@@ -6,8 +6,8 @@
     lwf         L_task + a KL(previous model || model) on the task's own rows   (Li & Hoiem 2016, temperature 1)
 
 Each term is a mean over label tokens (attention: over heads and query rows). Terms of rows that are seen again carry
-the factor `rows seen again / rows of the task` of the batch, so that a row weighs the same wherever it comes from, and
-an epoch is one pass over task and buffer together, whatever the ratio of the buffer.
+the factor `rows seen again / rows of the task in a full batch`, so that a row weighs the same wherever it comes from,
+and an epoch is one pass over task and buffer together, whatever the ratio of the buffer.
 
 Logits are computed where there is a label only; attention is recomputed for chosen heads and query rows of the rows
 seen again only.
@@ -40,12 +40,14 @@ class Held:
     """What a task's training is held by.
 
     Attributes:
-        replay: rows of earlier tasks, and when they are due.
+        buffer: rows of earlier tasks that are seen again.
+        seed: of their order.
         teachers: what models before said about rows, by key.
         heads: by row's key, the heads whose attention is distilled; None: those that each row's teacher has.
     """
 
-    replay: Replay | None = None
+    buffer: Sequence[Row] = ()
+    seed: str = ""
     teachers: TeacherStore | None = None
     heads: Mapping[str, Heads] | None = None
 
@@ -84,8 +86,8 @@ class _Sequence(SFTTrainer):
     ) -> Any:
         rows = [self.rows[index] for index in inputs["row"].tolist()]
         again: list[Row] = []
-        if self.held.replay is not None and model.training:
-            again = self.held.replay.due(self._batch(), self.accelerator.process_index, self.accelerator.num_processes)
+        if self.held.buffer and model.training:
+            again = self._due()
         terms = self._terms(model, rows, again)
         mode = "train" if model.training else "eval"
         for name, (term, _) in terms.items():
@@ -93,12 +95,18 @@ class _Sequence(SFTTrainer):
         loss = torch.stack([weight * term for term, weight in terms.values()]).sum()
         return (loss, None) if return_outputs else loss
 
-    def _batch(self) -> int:
-        """How many batches of this task this process has had before this one."""
+    def _due(self) -> list[Row]:
+        """The rows that are seen again with the batch that is next."""
+        processes = self.accelerator.num_processes
+        in_epoch = len(self.callback_handler.train_dataloader)  # batches of this process
         step, count = self._passes
         now: int = self.state.global_step
         self._passes = (now, 0 if step != now else count + 1)
-        return now * self.args.gradient_accumulation_steps + self._passes[1]
+        # As the trainer counts: an epoch's last step may have fewer batches than are accumulated.
+        epoch, step = divmod(now, -(-in_epoch // self.args.gradient_accumulation_steps))
+        batch = epoch * in_epoch + step * self.args.gradient_accumulation_steps + self._passes[1]
+        replay = Replay(self.held.buffer, len(self.held.buffer) / (in_epoch * processes), self.held.seed)
+        return replay.due(batch, self.accelerator.process_index, processes)
 
     def _terms(self, model: Any, rows: Sequence[Row], again: Sequence[Row]) -> dict[str, tuple[Tensor, float]]:
         method, held = self.method, self.held
@@ -123,7 +131,8 @@ class _Sequence(SFTTrainer):
             logits = model(**batch, use_cache=False).logits[0].float()
         counts = mask.sum(1)
         own = int(counts[: len(rows)].sum())  # label positions of the task's rows, which come first
-        share = len(again) / len(rows)  # a row that is seen again weighs as much as one of the task
+        # A row that is seen again weighs as much as one of the task in a batch that is full.
+        share = len(again) / min(self.args.per_device_train_batch_size, len(self.rows))
         cross_entropy = functional.cross_entropy(logits, labels[:, 1:][mask[:, :-1]], reduction="none")
         terms: dict[str, tuple[Tensor, float]] = {"task": (cross_entropy[:own].mean(), 1.0)}
         if method.strategy == "lwf" and teacher is not None:

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, set_peft_model_state_dict
-from peft.utils.save_and_load import load_peft_weights
-from safetensors import safe_open
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 
 from ..analysis.errors import CheckError
 from ..analysis.files import atomic_folder
@@ -35,9 +35,16 @@ def restore(model: Any, folder: Path) -> None:
         CheckError: the folder lacks weights of the model, holds others, or is damaged.
     """
     if isinstance(model, PeftModel):
-        result: Any = set_peft_model_state_dict(model, load_peft_weights(str(folder), device="cpu"))
-        if result.unexpected_keys:
-            raise CheckError(f"{folder}: weights {result.unexpected_keys[:3]} are none of the adapter's")
+        path = folder / "adapter_model.safetensors"
+        try:
+            weights = load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise CheckError(f"{path} cannot be read: {error}") from error
+        if other := weights.keys() ^ get_peft_model_state_dict(model, save_embedding_layers=False).keys():
+            raise CheckError(
+                f"{path}: {len(other)} weights, such as {min(other)}, are there or in the adapter, not both"
+            )
+        set_peft_model_state_dict(model, weights)
         return
     own = model.state_dict()
     missing = set(own)
@@ -49,7 +56,7 @@ def restore(model: Any, folder: Path) -> None:
                         raise CheckError(f"{path}: {name} is no weight of this model")
                     own[name].copy_(file.get_tensor(name))
                     missing.discard(name)
-        except (OSError, ValueError) as error:
+        except (OSError, SafetensorError) as error:
             raise CheckError(f"{path} cannot be read: {error}") from error
     tied = {own[name].data_ptr() for name in own.keys() - missing}
     left = sorted(name for name in missing if own[name].data_ptr() not in tied)

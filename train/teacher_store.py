@@ -14,9 +14,8 @@ all, read memory-mapped, and checked against their SHA-256 when they are first o
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -380,11 +379,15 @@ def compute_teacher(
         if wanted and row.key in store and store.positions(row.key) != own:
             raise InputError(f"row {row.key!r}: the store has other query positions; give those, or another store")
         lacking[row.key] = by_layer(wanted - set(store.heads(row.key) if row.key in store else []))
-    # Rows of about one length share a batch, so that little of it is padding.
-    todo = sorted((row for row in rows if row.key not in store or lacking[row.key]), key=lambda row: row.length)
-    with _as_teacher(model):
-        for start in range(0, len(todo), batch_size):
-            _teach(model, todo[start : start + batch_size], lacking, positions, store)
+    todo = {row.key for row in rows if row.key not in store or lacking[row.key]}
+    # Rows of about one length share a batch, so that little of it is padding. Batches are those of all rows, whatever
+    # is there already: the last bits of a row depend on its batch, and a broken run is to end as an unbroken one.
+    ordered = sorted(rows, key=lambda row: row.length)
+    with model.measuring():
+        for start in range(0, len(ordered), batch_size):
+            batch = ordered[start : start + batch_size]
+            if any(row.key in todo for row in batch):
+                _teach(model, batch, todo, lacking, positions, store)
     store.flush()
     return len(todo)
 
@@ -392,11 +395,12 @@ def compute_teacher(
 def _teach(
     model: HeadModel,
     rows: Sequence[Row],
+    todo: set[str],
     lacking: Mapping[str, dict[int, list[int]]],
     positions: Mapping[str, Sequence[int]],
     store: TeacherStore,
 ) -> None:
-    """One batch."""
+    """One batch; what is kept is that of the rows of `todo`."""
     recorder = RowRecorder(by_layer({pair for row in rows for pair in _pairs(lacking[row.key])}))
     queries = [list(positions.get(row.key, [])) for row in rows]
     mask = label_mask(_padded([row.labels for row in rows], -100))
@@ -407,6 +411,8 @@ def _teach(
     with recorder.record(_padded(queries, -1)) as recorded, positions_only(model.model, mask):
         logits = model.model(**inputs, use_cache=False).logits[0].float()
     for at, (row, own, of_row) in enumerate(zip(rows, queries, logits.split(mask.sum(1).tolist()), strict=True)):
+        if row.key not in todo:
+            continue
         attention = {}
         for layer, chosen in lacking[row.key].items():
             places = [recorder.heads[layer].index(head) for head in chosen]
@@ -420,18 +426,3 @@ def _teach(
 def _padded(rows: Sequence[Sequence[int]], filler: int) -> Tensor:
     tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
     return nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=filler)
-
-
-@contextlib.contextmanager
-def _as_teacher(model: HeadModel) -> Iterator[None]:
-    """In eval mode, with attention whose rows can be recorded; afterwards as before."""
-    training = [module for module in model.model.modules() if module.training]
-    attention = model.model.config._attn_implementation
-    model.model.eval()
-    model.record_attention(True)
-    try:
-        yield
-    finally:
-        model.model.set_attn_implementation(attention)
-        for module in training:
-            module.training = True

@@ -1,0 +1,399 @@
+"""Learning new facts while heads are protected: what is learnt, and what is kept of facts the model knew.
+
+    python benchmarks/protecting.py --data DATA                    every row, three seeds; resumable
+    python benchmarks/protecting.py --data DATA --only none "recall heads" --seeds 0
+    python benchmarks/protecting.py --data DATA --search           the weight of the terms, other facts and another seed
+    python benchmarks/protecting.py --table                        the table from the result files alone
+
+DATA holds `relations/` (LRE, Hernandez et al. 2024). New facts: fathers of `person_father`, dealt out anew among the
+persons, so that the model cannot know them; learnt is the share that it writes after training on these very prompts.
+Kept is the share of facts of other relations that it still writes, among those that it wrote before; each prompt stands
+behind two facts of its relation, without which this model answers 7% of them. Recall heads are those of `identify` on
+facts of the same relations that it wrote before, of subjects that are not measured. Everything that is not random is
+made once in FOLDER/data, and the prompts are part of every result file.
+
+Each run is a `headtune train` in a process of its own; a finished one is not repeated, a broken one goes on. One result
+file a run in benchmarks/results/protecting/, the table of them all in benchmarks/results/protecting.json. Intervals are
+95% percentile bootstraps over prompts of the mean over seeds; differences are paired over prompts and seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import random
+import sys
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from tuning import Run, run_all
+
+from headtune.analysis.tasks import Example, Task, load_task, to_jsonl
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+NEW = "person_father"
+KNOWN = {  # how many of each are tried
+    "country_capital_city": 24,
+    "country_language": 24,
+    "country_largest_city": 24,
+    "country_currency": 30,
+    "city_in_country": 27,
+    "food_from_country": 30,
+    "landmark_in_country": 90,
+    "landmark_on_continent": 30,
+    "person_native_language": 40,
+    "person_plays_pro_sport": 30,
+    "product_by_company": 80,
+}
+N_NEW, N_KEPT, N_IDENTIFY = 40, 60, 64
+STEPS, BATCH, HEADS = 60, 8, 16
+RATES = {"full": 1e-4, "regularise": 1e-4, "lora": 1e-3}
+WEIGHT = 1.0  # of the relative drifts; see --search
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row: the recipe family, its heads and method block, and the rows it is compared with."""
+
+    recipe: str
+    heads: dict[str, Any] | None = None
+    method: Mapping[str, Any] | None = None
+    controls: tuple[str, ...] = ("none",)
+
+
+def drifts(weight: float = WEIGHT) -> dict[str, Any]:
+    """What the heads attend to and what they put out may not drift."""
+    return {"regularisers": [{"kind": kind, "weight": weight} for kind in ("attention_kl", "output_drift")]}
+
+
+RECALL = {"from": "{heads}", "role": "recall", "top": HEADS}
+RANDOM = {"random": {"like": "{heads}", "seed": "{seed}"}, "role": "recall", "top": HEADS}
+WEIGHTS = {"regularisers": [{"kind": "weight_drift", "weight": 10.0}]}
+METHODS: dict[str, Method] = {
+    "none": Method("full", controls=()),
+    "random heads": Method("regularise", RANDOM, drifts()),
+    "recall heads": Method("regularise", RECALL, drifts(), ("none", "random heads")),
+    "all heads": Method("regularise", {"all": True}, drifts(), ("none", "random heads")),
+    "LoRA r=8": Method("lora"),
+    "weights of random heads": Method("regularise", RANDOM, WEIGHTS),
+    "weights of recall heads": Method("regularise", RECALL, WEIGHTS, ("none", "weights of random heads")),
+}
+SEARCH = ("recall heads", (1.0, 10.0))
+
+
+def recipe_of(folder: Path, name: str, seed: int, out: Path, facts: str = "new") -> dict[str, Any]:
+    """The whole recipe of one run."""
+    row = METHODS[name]
+    recipe: dict[str, Any] = {
+        "recipe": row.recipe,
+        "model": {"name": "smollm2-135m"},
+        "task": {
+            "train": str(folder / "data" / f"{facts}.jsonl"),
+            "eval": str(folder / "data" / f"{facts}-and-kept.jsonl"),
+            "kind": "exact_match",
+            "split": {"by": "file"},  # the new facts are to be memorised: trained on and measured
+        },
+        "method": {"objective": "sft", **({} if row.recipe == "lora" else {"keep": False}), **(row.method or {})},
+        "training": {
+            "max_steps": STEPS,
+            "per_device_train_batch_size": BATCH,
+            "learning_rate": RATES[row.recipe],
+            "lr_scheduler_type": "linear",
+            "warmup_steps": 4,
+            "weight_decay": 0.0,
+            "save_strategy": "no",
+            "logging_steps": 10,
+        },
+        "evaluation": {"batch_size": 50},
+        "tracking": {"wandb": "disabled", "group": "protecting"},
+        "name": out.name,
+        "output_dir": str(out),
+        "seed": seed,
+    }
+    if row.heads is not None:
+        fill = {"{heads}": str(folder / "heads"), "{seed}": seed}
+        recipe["heads"] = {
+            key: {inner: fill.get(str(v), v) for inner, v in value.items()}
+            if isinstance(value, dict)
+            else fill.get(str(value), value)
+            for key, value in row.heads.items()
+        }
+    return recipe
+
+
+def place(folder: Path, name: str, seed: int) -> Path:
+    return folder / f"{''.join(c if c.isalnum() else '_' for c in name)}-s{seed}"
+
+
+# --- facts and heads --------------------------------------------------------------------------------------------------
+
+
+def dealt_anew(task: Task, n: int, seed: int) -> list[Example]:
+    """`n` subjects of a relation, each with the object of another one and with none of its own."""
+    chosen = random.Random(seed).sample(task.examples, n)
+    answers = [example.answers[0] for example in chosen]
+    order, generator = list(range(n)), random.Random(seed)
+    while any(answers[place] in example.answers for place, example in zip(order, chosen, strict=True)):
+        generator.shuffle(order)
+    return [replace(example, answers=(answers[place],)) for place, example in zip(order, chosen, strict=True)]
+
+
+def after_others(examples: Sequence[Example]) -> list[Example]:
+    """Facts of a relation, each prompt behind two others of it, with which the model writes answers and nothing else.
+
+    Those whose answer the two give away are left out.
+    """
+    first = examples[0]
+    second = next(example for example in examples if not set(example.answers) & set(first.answers))
+    shown = "".join(f"{one.prompt} {one.answers[0]}\n" for one in (first, second))
+    given = {*first.answers, *second.answers}
+    return [replace(e, prompt=shown + e.prompt) for e in examples if not given & set(e.answers)]
+
+
+def is_measured(example: Example) -> bool:
+    """A subject is either measured or what heads are found with, in all relations alike."""
+    return zlib.crc32(example.subject.encode()) % 2 == 0
+
+
+def prepare(data: Path, folder: Path) -> None:
+    """The facts, and the recall heads, where they are not there yet."""
+    from headtune.analysis.model import load_plain
+    from headtune.train.cli import main
+    from headtune.train.evaluate import evaluate
+
+    target = folder / "data"
+    target.mkdir(parents=True, exist_ok=True)
+    new, other = (dealt_anew(load_task(f"relation:{data}/relations/{NEW}.json"), N_NEW, seed) for seed in (0, 100))
+    if not (target / "known.json").is_file():
+        pool = [
+            example
+            for name, n in KNOWN.items()
+            for example in after_others(load_task(f"relation:{data}/relations/{name}.json").limited(n, 0).examples)
+        ]
+        model, tokenizer = load_plain("smollm2-135m", "float32")
+        _, scored = evaluate(model, tokenizer, Task("known", tuple(pool), kind="exact_match"), batch_size=50)
+        right = [pool.index(one.example) for one in scored if one.values["exact_match"] == 1]
+        print(f"the model writes {len(right)} of {len(pool)} facts", flush=True)
+        chosen = [pool[index] for index in random.Random(0).sample(sorted(right), len(right))]
+        kept = [example for example in chosen if is_measured(example)][:N_KEPT]
+        (target / "identify.jsonl").write_text(to_jsonl([e for e in chosen if not is_measured(e)][:N_IDENTIFY]))
+        for name, facts in {"new": new, "other": other}.items():
+            (target / f"{name}.jsonl").write_text(to_jsonl(facts))
+            (target / f"{name}-and-kept.jsonl").write_text(to_jsonl([*facts, *kept]))
+        (target / "known.json").write_text(json.dumps({"tried": len(pool), "right": len(right), "kept": len(kept)}))
+    if not (folder / "heads" / "heads.json").is_file():
+        command = ["identify", "smollm2-135m", "--task", str(target / "identify.jsonl"), "--top", str(HEADS)]
+        if main([*command, "--out", str(folder / "heads"), "--wandb", "disabled"]):
+            sys.exit("identify failed on the facts that the model knows")
+
+
+# --- results ----------------------------------------------------------------------------------------------------------
+
+
+def measured(out: Path) -> dict[str, Any]:
+    """Of a finished run: 0 or 1 by prompt, learnt and kept, after and before."""
+    evaluation = json.loads((out / "evaluation.json").read_text())
+    recipe = yaml.safe_load((out / "recipe.yaml").read_text())
+    taught = {json.loads(line)["prompt"] for line in Path(recipe["task"]["train"]).read_text().splitlines()}
+    found: dict[str, Any] = {"perplexity": evaluation["after"]["neutral_perplexity"]}
+    found["perplexity_before"] = evaluation["before"]["neutral_perplexity"]
+    for name, own in (("learnt", True), ("kept", False)):
+        rows = [row for row in evaluation["examples"] if (row["prompt"] in taught) == own]
+        found[name] = [row["after_values"]["exact_match"] for row in rows]
+        found[f"{name}_before"] = [row["before_values"]["exact_match"] for row in rows]
+        found[f"{name}_begins"] = [row["after_values"]["prefix_match"] for row in rows]
+        found[f"{name}_prompts"] = [row["prompt"] for row in rows]
+    return found
+
+
+def last_logged(out: Path) -> dict[str, float]:
+    """The terms of the loss at the last step that was logged."""
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return {k: v for row in rows if "train/loss" in row for k, v in row.items() if k in TERMS}
+
+
+TERMS = ("train/loss", "train/attention_kl", "train/output_drift", "train/weight_drift")
+
+
+def keep(run: Run) -> None:
+    """The run's result file."""
+    state = json.loads((run.out / "run.json").read_text())
+    recipe = yaml.safe_load((run.out / "recipe.yaml").read_text())
+    content = {
+        "method": run.name,
+        "seed": run.seed,
+        "recipe": {key: recipe[key] for key in ("recipe", "heads", "method", "training") if key in recipe},
+        "known": json.loads((run.out.parent / "data" / "known.json").read_text()),
+        **measured(run.out),
+        "logged": last_logged(run.out),
+        "heads": state["heads"],
+        "parameters": state["parameters"],
+        "training": state["training"],
+        "peak_memory_gib": state["peak_memory_gib"],
+        "created": state["created"],
+        "versions": state["versions"],
+        "machine": f"{os.cpu_count()} cores, {platform.machine()}",
+    }
+    path = place(RESULTS / "protecting", run.name, run.seed).with_suffix(".json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(content, ensure_ascii=False) + "\n"
+    if not path.is_file() or path.read_text() != text:
+        path.write_text(text)
+
+
+def interval(values: np.ndarray, n: int = 5000) -> dict[str, Any]:
+    """Mean and 95% interval over prompts of `[n_seeds, n_prompts]`."""
+    each = values.mean(0)
+    draws = np.random.default_rng(0).multinomial(len(each), np.full(len(each), 1 / len(each)), size=n)
+    low, high = np.percentile(draws @ each / len(each), [2.5, 97.5])
+    by_seed = [float(value) for value in values.mean(1)]
+    return {"mean": float(each.mean()), "ci": [float(low), float(high)], "by_seed": by_seed}
+
+
+def summarise(found: dict[str, dict[int, dict[str, Any]]]) -> list[dict[str, Any]]:
+    """One line a row of the table; differences over the seeds that both have."""
+    table = []
+    for name in METHODS:
+        of = found.get(name)
+        if not of:
+            continue
+        line: dict[str, Any] = {
+            "method": name,
+            "seeds": sorted(of),
+            "parameters": next(iter(of.values()))["parameters"],
+        }
+        for metric in ("learnt", "kept"):
+            line[metric] = interval(np.array([of[seed][metric] for seed in sorted(of)]))
+            line[metric]["before"] = float(np.mean(next(iter(of.values()))[f"{metric}_before"]))
+            for control in METHODS[name].controls:
+                other = found.get(control, {})
+                shared = sorted(set(of) & set(other))
+                if not shared:
+                    continue
+                if any(of[s][f"{metric}_prompts"] != other[s][f"{metric}_prompts"] for s in shared):
+                    sys.exit(f"{name} and {control} were measured on different prompts; remove one's result files")
+                gaps = np.array([np.subtract(of[s][metric], other[s][metric]) for s in shared])
+                line[metric].setdefault("minus", {})[control] = interval(gaps)
+        line["perplexity_by_seed"] = [of[seed]["perplexity"] for seed in sorted(of)]
+        line["perplexity"] = float(np.mean(line["perplexity_by_seed"]))
+        line["perplexity_before"] = next(iter(of.values()))["perplexity_before"]
+        line["logged"] = {
+            term: float(np.mean([r["logged"][term] for r in of.values()])) for term in next(iter(of.values()))["logged"]
+        }
+        line["seconds_per_step"] = float(np.median([r["training"]["seconds_per_step"] for r in of.values()]))
+        line["peak_memory_gib"] = max(r["peak_memory_gib"] for r in of.values())
+        table.append(line)
+    return table
+
+
+def markdown(table: Sequence[Mapping[str, Any]]) -> str:
+    def cell(value: Mapping[str, Any] | None, sign: str = "") -> str:
+        if value is None:
+            return ""
+        low, high = value["ci"]
+        return f"{100 * value['mean']:{sign}.1f} [{100 * low:{sign}.1f}, {100 * high:{sign}.1f}]"
+
+    columns = ["protected", "seeds", "learnt, %", "kept, %", "kept minus none", "control", "learnt minus control"]
+    columns += ["kept minus control", "perplexity", "s/step", "GiB"]
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    for row in table:
+        learnt, kept = row["learnt"].get("minus", {}), row["kept"].get("minus", {})
+        control = next((name for name in reversed(METHODS[row["method"]].controls) if name in kept), "")
+        cells = [
+            row["method"],
+            str(len(row["seeds"])),
+            cell(row["learnt"]),
+            cell(row["kept"]),
+            cell(kept.get("none"), "+"),
+        ]
+        cells += [control, cell(learnt.get(control), "+"), cell(kept.get(control), "+")]
+        cells += [f"{row['perplexity']:.1f}", f"{row['seconds_per_step']:.2f}", f"{row['peak_memory_gib']:.1f}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def write_table() -> None:
+    found: dict[str, dict[int, dict[str, Any]]] = {}
+    for path in sorted((RESULTS / "protecting").glob("*.json")):
+        result = json.loads(path.read_text())
+        found.setdefault(result["method"], {})[result["seed"]] = result
+    table = summarise(found)
+    if not table:
+        return
+    content = {
+        "command": "python benchmarks/protecting.py",
+        "model": "smollm2-135m",
+        "date": datetime.now(UTC).date().isoformat(),
+        "steps": STEPS,
+        "batch": BATCH,
+        "heads": HEADS,
+        "known": next(iter(found[table[0]["method"]].values()))["known"],
+        "table": table,
+    }
+    (RESULTS / "protecting.json").write_text(json.dumps(content, indent=1) + "\n")
+    print(f"\nperplexity before: {table[0]['perplexity_before']:.1f}\n\n{markdown(table)}")
+
+
+def search(folder: Path, jobs: int, threads: int) -> None:
+    """Two weights of the terms, and none, with other facts to learn and a seed that the table does not use."""
+    name, weights = SEARCH
+    first = place(folder / "search", "none", 100)
+    runs = [Run("search", "none", 100, recipe_of(folder, "none", 100, first, "other"), alone=True)]
+    for weight in weights:
+        out = place(folder / "search", f"{name} {weight:g}", 100)
+        recipe = recipe_of(folder, name, 100, out, "other")
+        recipe["method"] |= drifts(weight)
+        recipe["evaluation"]["before"] = str(first / "evaluation.json")
+        runs.append(Run("search", f"{name}, weight {weight:g}", 100, recipe))
+    run_all(runs, jobs, threads, lambda _run: None)
+    rows = []
+    for run in runs:
+        found = measured(run.out)
+        rows.append({"run": run.name, **{m: float(np.mean(found[m])) for m in ("learnt", "kept")}})
+        rows[-1] |= {"perplexity": found["perplexity"], "logged": last_logged(run.out)}
+        print(rows[-1])
+    (RESULTS / "protecting_search.json").write_text(json.dumps(rows, indent=1) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
+    parser.add_argument("--only", nargs="+", choices=METHODS)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--search", action="store_true")
+    parser.add_argument("--table", action="store_true")
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=max(1, (os.cpu_count() or 2) // 2))
+    parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "benchmark-protecting")
+    arguments = parser.parse_args()
+    if arguments.table:
+        return write_table()
+    prepare(arguments.data, arguments.folder)
+    if arguments.search:
+        return search(arguments.folder, arguments.jobs, arguments.threads)
+    first = place(arguments.folder, "none", 0)
+    runs = []
+    for seed in arguments.seeds:  # a whole table after the first seed, then its spread
+        for name in METHODS:
+            if arguments.only and name not in arguments.only:
+                continue
+            out = place(arguments.folder, name, seed)
+            recipe = recipe_of(arguments.folder, name, seed, out)
+            if out != first:  # the base model is measured once
+                recipe["evaluation"]["before"] = str(first / "evaluation.json")
+            runs.append(Run("protecting", name, seed, recipe, alone=out == first))
+    run_all(runs, arguments.jobs, arguments.threads, keep)
+    write_table()
+
+
+if __name__ == "__main__":
+    main()

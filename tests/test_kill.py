@@ -1,0 +1,197 @@
+"""A run of a sequence that is killed, whenever that is, ends as the one that was left alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from small_runs import train, write_sequence_recipe
+from tiny import tiny_model
+
+from headtune.analysis.errors import CheckError
+from headtune.train import checkpoints, continual, snapshots
+
+
+def read(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def require_same(run: Path, whole: Path) -> None:
+    """Matrix, heads, metrics and every weight of two runs are equal."""
+    ours, theirs = read(run / "sequence.json"), read(whole / "sequence.json")
+    for key in ("before", "after", "heads", "n_steps"):
+        assert ours[key] == theirs[key], key
+    assert read(run / "evaluation.json") == read(whole / "evaluation.json")
+    first, second = (load_file(folder / "model" / "model.safetensors") for folder in (run, whole))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+# --- kill -9 ----------------------------------------------------------------------------------------------------------
+
+
+def start(recipe: Path, log: Path) -> subprocess.Popen[bytes]:
+    """`headtune train` in a process of its own, resuming where there is something to resume."""
+    words = ["--resume"] if (recipe.parent / "run" / "recipe.yaml").is_file() else []
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}
+    with log.open("ab") as file:
+        command = [sys.executable, "-m", "headtune.train", str(recipe), *words]
+        return subprocess.Popen(command, stdout=file, stderr=file, env=environment)
+
+
+def begun(run: Path) -> Callable[[], bool]:
+    """Whether a process has got so far as to say that it runs (imports take longer than the training)."""
+    state = run / "run.json"
+    before = state.stat().st_mtime_ns if state.is_file() else 0
+    return lambda: state.is_file() and state.stat().st_mtime_ns != before
+
+
+def writing(run: Path, pattern: str) -> Callable[[], bool]:
+    """Whether something new is half written: a checkpoint without its mark, a folder or file without its name."""
+
+    def half_written() -> set[Path]:
+        return {path for path in run.glob(pattern) if not (path / checkpoints.MARK).is_file()}
+
+    old = half_written()
+    return lambda: bool(half_written() - old)
+
+
+def wait(process: subprocess.Popen[bytes], event: Callable[[], bool]) -> bool:
+    """Wait for an event; False where the process ended first."""
+    while process.poll() is None:
+        if event():
+            return True
+        time.sleep(0.0002)
+    return False
+
+
+@pytest.mark.slow
+def test_killed_over_and_over_it_ends_as_the_unbroken_run(tiny_llama: Path, tmp_path: Path) -> None:
+    """SIGKILL at random moments and in the middle of writing; each start goes on from what was whole."""
+    recipes, log = {}, tmp_path / "log"
+    for name in ("whole", "killed"):
+        (tmp_path / name).mkdir()
+        recipes[name] = write_sequence_recipe(tmp_path / name, tiny_llama, {})
+    whole, run = (tmp_path / name / "run" for name in ("whole", "killed"))
+    process = start(recipes["whole"], log)
+    assert wait(process, begun(whole)), log.read_text()
+    clock = time.monotonic()
+    assert wait(process, (whole / "evaluation.json").is_file), log.read_text()
+    length = time.monotonic() - clock
+    assert process.wait() == 0, log.read_text()
+
+    generator = random.Random(0)
+    patterns = [  # what is caught half written, if it is there long enough to be seen
+        "tasks/*/checkpoints/checkpoint-*",
+        "tasks/*/.model.*",
+        "teachers/**/.*",
+        "tasks/*/checkpoints/checkpoint-*",
+        "tasks/*/.model.*",
+        ".model.*",
+    ]
+    kills = 0
+    for pattern in [*patterns, *patterns]:
+        process = start(recipes["killed"], log)
+        caught, late = writing(run, pattern), generator.uniform(0.1, 0.4) * length
+        if wait(process, begun(run)):
+            end = time.monotonic() + late
+            if wait(process, lambda: caught() or time.monotonic() >= end):  # noqa: B023  used at once
+                process.kill()
+                kills += 1
+        if process.wait() == 0:
+            break
+    assert kills >= 4, f"only {kills} came before the end: {log.read_text()}"
+    if read(run / "run.json")["state"] != "done":
+        process = start(recipes["killed"], log)
+        assert process.wait() == 0, log.read_text()
+    require_same(run, whole)
+    for pattern in ("teachers", ".model.*", "tasks/*/model", "tasks/*/checkpoints", "tasks/*/.model.*"):
+        assert not list(run.glob(pattern)), pattern
+
+
+# --- what is left half done -------------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_without_its_mark_is_passed_over(tmp_path: Path) -> None:
+    assert checkpoints.newest(tmp_path) is None
+    for step, marked in ((2, True), (4, True), (10, False)):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        (folder / "model.safetensors").write_bytes(b"")
+        if marked:
+            (folder / checkpoints.MARK).write_text("{}")
+    assert checkpoints.newest(tmp_path) == tmp_path / "checkpoint-4"
+    (tmp_path / "checkpoint-10" / checkpoints.MARK).write_text("{}")
+    assert checkpoints.newest(tmp_path) == tmp_path / "checkpoint-10"
+
+
+class Broken(BaseException):
+    """The process dies."""
+
+
+def break_in(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, times: int = 1) -> None:
+    """From its `times`-th call on, a function does not come back."""
+    real, calls = getattr(owner, name), iter(range(1, 10_000))
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if next(calls) >= times:
+            raise Broken
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, call)
+
+
+def test_broken_while_tidying_up_the_run_is_done(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a resumed run needs is there until nothing is left to resume."""
+    recipe, run = write_sequence_recipe(tmp_path, tiny_llama, {}), tmp_path / "run"
+    with monkeypatch.context() as patch, pytest.raises(Broken):
+        break_in(patch, continual, "clear")
+        train(recipe)
+    assert read(run / "run.json")["state"] == "done" and len(list(run.glob("tasks/*/model"))) == 3
+    assert train(recipe, "--resume") == 0
+    assert not list(run.glob("tasks/*/model")) and not (run / "teachers").exists()
+
+
+@pytest.mark.parametrize("tune", ["full", "lora"])
+def test_a_damaged_model_of_an_earlier_task_is_one_clear_line(
+    tune: str, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = write_sequence_recipe(tmp_path, tiny_llama, {"tune": tune, "lora": {"r": 2, "alpha": 4}})
+    with monkeypatch.context() as patch, pytest.raises(Broken):
+        break_in(patch, continual.SequenceTrainer, "training_step", times=22)  # in the second task
+        train(recipe)
+    (path,) = (tmp_path / "run" / "tasks").glob("01-*/*/*.safetensors")
+    path.write_bytes(path.read_bytes()[:-100])
+    capsys.readouterr()
+    assert train(recipe, "--resume") == 1
+    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("headtune: ")]
+    assert len(error) == 1 and f"{path} cannot be read" in error[0]
+
+
+@pytest.mark.parametrize("tune", ["full", "lora"])
+def test_weights_of_another_model_are_refused(tune: str, tmp_path: Path) -> None:
+    def made(**shape: Any) -> Any:
+        model = tiny_model("llama", **({} if tune == "lora" else shape))
+        if tune == "full":
+            return model
+        targets = ["q_proj"] if shape else ["q_proj", "v_proj"]
+        return get_peft_model(model, LoraConfig(r=2, target_modules=targets, task_type="CAUSAL_LM"))
+
+    snapshots.save(made(num_hidden_layers=2), tmp_path / "weights")
+    with pytest.raises(CheckError, match=r"lacks \d+ weights|are there or in the adapter"):
+        snapshots.restore(made(), tmp_path / "weights")
+    with pytest.raises(CheckError):
+        snapshots.restore(made(), tmp_path / "nothing")
