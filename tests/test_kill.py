@@ -20,7 +20,7 @@ from small_runs import train, write_sequence_recipe
 from tiny import tiny_model
 
 from headtune.analysis.errors import CheckError
-from headtune.train import checkpoints, continual, snapshots
+from headtune.train import checkpoints, continual, sequence, snapshots
 
 
 def read(path: Path) -> Any:
@@ -158,7 +158,7 @@ def test_broken_while_tidying_up_the_run_is_done(
     """What a resumed run needs is there until nothing is left to resume."""
     recipe, run = write_sequence_recipe(tmp_path, tiny_llama, {}), tmp_path / "run"
     with monkeypatch.context() as patch, pytest.raises(Broken):
-        break_in(patch, continual, "clear")
+        break_in(patch, sequence, "clear")
         train(recipe)
     assert read(run / "run.json")["state"] == "done" and len(list(run.glob("tasks/*/model"))) == 3
     assert train(recipe, "--resume") == 0

@@ -303,7 +303,7 @@ def export_run(
 
 def _held_out(block: TaskBlock, n: int) -> Task:
     """The held-out prompts to choose `n` from, however few the run was evaluated on; `n` of a sequence's by turns."""
-    from .continual import steps_of
+    from .sequence import steps_of
     from .splits import tasks_of
 
     block = block.model_copy(update={"max_eval_examples": None})

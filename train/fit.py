@@ -278,7 +278,7 @@ def fit(
     shutil.rmtree(_cache_folder(recipe), ignore_errors=True)  # of use to a broken run only
     tracker.log({"train/steps": trainer.state.global_step})
     state["training"] = {"steps": trainer.state.global_step, **trainer.timing}
-    model = trainer.accelerator.unwrap_model(trainer.model).eval()
+    model = unwrapped(trainer).eval()
     state["parameters"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
     if gates is not None:
         state["pruned"] = pruning.summary(gates)
@@ -338,6 +338,29 @@ def told(say: Say) -> TrainerCallback:
 
 _UNTOLD = {"epoch", "grad_norm", "learning_rate", "num_tokens", "entropy", "mean_token_accuracy"}
 _UNTOLD |= {f"{part}/{which}" for part in ("logps", "logits") for which in ("chosen", "rejected")}
+
+
+def unwrapped(trainer: Any) -> Any:
+    """A trainer's model without what mixed precision wraps around its forward pass: the base was measured without.
+
+    accelerate's own undoing takes off the decorators of transformers as well when a model was prepared twice.
+    """
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if model.__dict__.pop("_original_forward", None) is not None:
+        model.__dict__.pop("forward", None)
+        model.__dict__.pop("_is_accelerate_prepared", None)
+    return model
+
+
+def require_whole(accelerator: Any, what: str) -> None:
+    """Refuse engines that leave each process a part of the weights.
+
+    Raises:
+        InputError: FSDP, or DeepSpeed ZeRO-3.
+    """
+    plugin = getattr(accelerator.state, "deepspeed_plugin", None)
+    if accelerator.distributed_type.value == "FSDP" or (plugin is not None and plugin.zero_stage == 3):
+        raise InputError(f"{what} needs every process to hold the weights whole; launch it with DDP or ZeRO-1/2")
 
 
 def require_launch(accelerator: Any) -> None:

@@ -26,7 +26,7 @@ from ..analysis.files import require_new_folder, write_json, write_text
 from ..analysis.model import HeadModel, load, load_plain
 from ..analysis.scores import load_means
 from ..analysis.tasks import Task
-from . import continual, fit, holding, selecting, trainers
+from . import fit, holding, selecting, sequence, trainers
 from . import recipe as recipes
 from .blocks import FullMethod, JolaMethod, LofitMethod, ObjectiveBlock, RegulariseMethod, SeekrMethod
 from .choosing import Chosen, choose_heads
@@ -83,18 +83,18 @@ def run(
         if saved.get("state") == "done":
             say(f"run {folder} is finished")
             if isinstance(recipe.method, SeekrMethod) and main:
-                continual.clear(recipe)
+                sequence.clear(recipe)
             done = folder / "evaluation.json"
             return json.loads(done.read_text(encoding="utf-8")) if done.is_file() else {}
     elif main:
         require_new_folder(folder, "choose another output_dir or name, or continue it with --resume")
-    sequence = isinstance(recipe.method, SeekrMethod)
-    steps = continual.steps_of(recipe.task) if sequence else []
-    train, held_out = (steps[0].train, steps[0].held_out) if sequence else tasks_of(recipe.task)
+    in_order = isinstance(recipe.method, SeekrMethod)
+    steps = sequence.steps_of(recipe.task) if in_order else []
+    train, held_out = (steps[0].train, steps[0].held_out) if in_order else tasks_of(recipe.task)
     block = recipe.model
     heads = load(block.name, block.dtype, None, block.revision, block.trust_remote_code)
-    if sequence:
-        continual.require_usable(recipe, heads, steps)
+    if in_order:
+        sequence.require_usable(recipe, heads, steps)
     else:
         _require_usable(recipe, heads, train, held_out)
         if recipe.evaluation.before is not None:
@@ -119,11 +119,11 @@ def run(
     )
     with tracker, _state_file(folder, state, main) as state:
         state["wandb_id"] = tracker.wandb_id
-        if not sequence:
+        if not in_order:
             return _carry_out(recipe, heads, train, held_out, tracker, state, resume, progress, say)
-        evaluation = continual.learn_sequence(recipe, heads, steps, tracker, state, resume, progress, say)
+        evaluation = sequence.learn_sequence(recipe, heads, steps, tracker, state, resume, progress, say)
     if main:
-        continual.clear(recipe)  # not earlier: a run that is not done can be taken up
+        sequence.clear(recipe)  # not earlier: a run that is not done can be taken up
     return evaluation
 
 

@@ -98,7 +98,8 @@ class _Sequence(SFTTrainer):
     def _due(self) -> list[Row]:
         """The rows that are seen again with the batch that is next."""
         processes = self.accelerator.num_processes
-        in_epoch = len(self.callback_handler.train_dataloader)  # batches of this process
+        loader: Any = self.callback_handler.train_dataloader
+        in_epoch = len(loader)  # batches of this process
         step, count = self._passes
         now: int = self.state.global_step
         self._passes = (now, 0 if step != now else count + 1)
