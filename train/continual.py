@@ -136,7 +136,7 @@ class Learner:
         self.model.eval()
         place, last = self.place(index), index + 1 == len(self.units)
         scored = self.method.strategy == "seekr" and self.fixed is None
-        if scored and not (place / "remembered").is_dir():
+        if scored:
             self._on_main(lambda: self._remember(index))
         held = self._held(index)
         note = place / "training.json"
@@ -173,13 +173,17 @@ class Learner:
             (self.place(index - 1) / "anchor.safetensors").unlink(missing_ok=True)
 
     def _on_main(self, work: Callable[[], None]) -> None:
+        """Rank 0 works, the others wait. It alone looks whether there is work: others may see what it just wrote."""
         if self.tracker.is_main:
             work()
         PartialState().wait_for_everyone()
 
     def _remember(self, index: int) -> None:
-        rows = [row.plain for row in self.buffer[index]]
-        importance.remember(self.heads, rows, self.place(index) / "remembered", progress=self.progress)
+        """The attention of the model as it is now, unless a broken run has kept it already."""
+        folder = self.place(index) / "remembered"
+        if not folder.is_dir():
+            rows = [row.plain for row in self.buffer[index]]
+            importance.remember(self.heads, rows, folder, progress=self.progress)
 
     def _keep(self, index: int, trained: dict[str, Any]) -> None:
         write_json(self.place(index) / "training.json", trained)
