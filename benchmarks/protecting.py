@@ -34,6 +34,7 @@ from typing import Any
 
 import numpy as np
 import yaml
+from readme import cell, put, rows
 from tuning import Run, run_all
 
 from headtune.analysis.tasks import Example, Task, load_task, to_jsonl
@@ -296,29 +297,17 @@ def summarise(found: dict[str, dict[int, dict[str, Any]]]) -> list[dict[str, Any
 
 
 def markdown(table: Sequence[Mapping[str, Any]]) -> str:
-    def cell(value: Mapping[str, Any] | None, sign: str = "") -> str:
-        if value is None:
-            return ""
-        low, high = value["ci"]
-        return f"{100 * value['mean']:{sign}.1f} [{100 * low:{sign}.1f}, {100 * high:{sign}.1f}]"
-
     columns = ["protected", "seeds", "learnt, %", "kept, %", "kept minus none", "control", "learnt minus control"]
     columns += ["kept minus control", "perplexity", "s/step", "GiB"]
-    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    lines = []
     for row in table:
         learnt, kept = row["learnt"].get("minus", {}), row["kept"].get("minus", {})
         control = next((name for name in reversed(METHODS[row["method"]].controls) if name in kept), "")
-        cells = [
-            row["method"],
-            str(len(row["seeds"])),
-            cell(row["learnt"]),
-            cell(row["kept"]),
-            cell(kept.get("none"), "+"),
-        ]
-        cells += [control, cell(learnt.get(control), "+"), cell(kept.get(control), "+")]
-        cells += [f"{row['perplexity']:.1f}", f"{row['seconds_per_step']:.2f}", f"{row['peak_memory_gib']:.1f}"]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        line = [row["method"], str(len(row["seeds"])), cell(row["learnt"]), cell(row["kept"])]
+        line += [cell(kept.get("none"), "+"), control, cell(learnt.get(control), "+"), cell(kept.get(control), "+")]
+        line += [f"{row['perplexity']:.1f}", f"{row['seconds_per_step']:.2f}", f"{row['peak_memory_gib']:.1f}"]
+        lines.append(line)
+    return rows(columns, lines)
 
 
 def write_table() -> None:
@@ -341,6 +330,13 @@ def write_table() -> None:
     }
     (RESULTS / "protecting.json").write_text(json.dumps(content, indent=1) + "\n")
     print(f"\nperplexity before: {table[0]['perplexity_before']:.1f}\n\n{markdown(table)}")
+    fill()
+
+
+def fill(check: bool = False) -> list[str]:
+    """Put the table of protecting.json into the README of recipes/regularise; its name if it was another."""
+    table = json.loads((RESULTS / "protecting.json").read_text())["table"]
+    return [] if put("recipes/regularise/README.md", "protecting", markdown(table), check) else ["protecting"]
 
 
 def search(folder: Path, jobs: int, threads: int) -> None:

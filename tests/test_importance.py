@@ -273,4 +273,5 @@ def test_on_a_real_model() -> None:
         pattern.retain_grad()
     output.loss.backward()
     slow = torch.stack([p.grad[0].tril().flatten(1).norm(dim=1) for p in output.attentions])
-    torch.testing.assert_close(fast, slow, rtol=1e-5, atol=0)
+    # Thirty layers of two attention implementations, forward and backward: 1.1e-5 was seen with two threads.
+    torch.testing.assert_close(fast, slow, rtol=1e-4, atol=0)

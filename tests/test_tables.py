@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@pytest.mark.parametrize("name", ["tuning", "continual"])
+@pytest.mark.parametrize("name", ["tuning", "continual", "protecting"])
 def test_the_readme_shows_the_result_file(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     for module in ("tuning", "readme", name):
