@@ -2,6 +2,7 @@
 
     python benchmarks/continual.py --data DATA             every method, three seeds, two orders; resumable
     python benchmarks/continual.py --data DATA --small     for two cores: three seeds for the core rows, else one
+    python benchmarks/continual.py --data DATA --missing   runs without a result file alone
     python benchmarks/continual.py --data DATA --search    weights of the penalties, on the first three tasks
     python benchmarks/continual.py --table                 the table from the result files alone
 
@@ -13,23 +14,18 @@ over held-out examples within each task, of the mean over seeds. Differences are
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
-import platform
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import grid
 import numpy as np
-import yaml
+from grid import RESULTS
 from readme import cell, put, rows
-from tuning import Run, run_all
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
 ORDERS = {
     "first": (
         "country-capital",
@@ -133,16 +129,12 @@ def of_metrics(one: Mapping[str, Any]) -> list[str]:
     return list(one["rows"][0]["values"])
 
 
-def place(folder: Path, order: str, name: str, seed: int) -> Path:
-    stem = "".join(c if c.isalnum() else "_" for c in name)
-    return folder / order / f"{stem}-s{seed}"
-
-
-def keep(run: Run) -> None:
+def keep(run: grid.Run) -> None:
     """The run's result file."""
+    assert run.result is not None
     state = json.loads((run.out / "run.json").read_text())
     sequence = json.loads((run.out / "sequence.json").read_text())
-    recipe = yaml.safe_load((run.out / "recipe.yaml").read_text())
+    recipe = grid.of_recipe(run, run.out.parents[1], ("heads", "method", "training", "task"))
     general = {
         name: {
             metric: float(np.mean([row["values"][metric] for row in one["rows"]]))
@@ -154,7 +146,7 @@ def keep(run: Run) -> None:
         "order": run.task,
         "method": run.name,
         "seed": run.seed,
-        "recipe": {key: recipe[key] for key in ("heads", "method", "training") if key in recipe},
+        "recipe": {key: value for key, value in recipe.items() if key != "task"},
         "tasks": [spec["train"].rsplit("/", 1)[-1].removesuffix(".json") for spec in recipe["task"]["sequence"]],
         "before": [one["values"] for one in sequence["before"]],
         "after": [[one["values"] for one in column] for column in sequence["after"]],
@@ -164,16 +156,9 @@ def keep(run: Run) -> None:
         "buffer": state["buffer"],
         "parameters": state["parameters"],
         "training": state["training"],
-        "peak_memory_gib": state["peak_memory_gib"],
-        "created": state["created"],
-        "versions": state["versions"],
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}",
+        **grid.of_state(state),
     }
-    path = place(RESULTS / "continual", run.task, run.name, run.seed).with_suffix(".json")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(content, ensure_ascii=False) + "\n"
-    if not path.is_file() or path.read_text() != text:
-        path.write_text(text)
+    grid.write(run.result, content)
 
 
 # --- the table --------------------------------------------------------------------------------------------------------
@@ -276,9 +261,9 @@ def search(data: Path, folder: Path, jobs: int, threads: int) -> None:
             for part in path:
                 block = block[part]
             block[last] = value
-            runs.append(Run("search", f"{name} {key}={value:g}", 100, recipe))
+            runs.append(grid.Run("search", f"{name} {key}={value:g}", 100, recipe))
             settings[runs[-1].name] = out
-    run_all(runs, jobs, threads, lambda _run: None)
+    grid.run_all(runs, jobs, threads, lambda _run: None)
     rows = []
     for name, out in settings.items():
         after = json.loads((out / "evaluation.json").read_text())["after"]
@@ -301,17 +286,9 @@ def identify(data: Path, folder: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
-    parser.add_argument("--only", nargs="+", choices=METHODS)
+    parser = grid.parser(__doc__, METHODS, "benchmark-continual")
     parser.add_argument("--orders", nargs="+", choices=ORDERS, default=list(ORDERS))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--small", action="store_true")
-    parser.add_argument("--search", action="store_true")
-    parser.add_argument("--table", action="store_true")
-    parser.add_argument("--jobs", type=int, default=1)
-    parser.add_argument("--threads", type=int, default=max(1, (os.cpu_count() or 2) // 2))
-    parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "benchmark-continual")
     arguments = parser.parse_args()
     if arguments.table:
         return write_table()
@@ -329,13 +306,16 @@ def main() -> None:
                 twice = seed != arguments.seeds[0] and order != arguments.orders[0]
                 if arguments.small and ((extra and not method.core) or twice):
                     continue
-                out = place(arguments.folder, order, name, seed)
+                out = arguments.folder / order / grid.stem(name, seed)
                 recipe = recipe_of(arguments.data, arguments.folder, name, seed, order, out)
-                first = place(arguments.folder, order, next(iter(METHODS)), arguments.seeds[0])
+                first = arguments.folder / order / grid.stem(next(iter(METHODS)), arguments.seeds[0])
                 if out != first:  # the base model is measured once an order
                     recipe["evaluation"]["before"] = str(first / "evaluation.json")
-                runs.append(Run(order, name, seed, recipe, alone=out == first))
-    run_all(runs, arguments.jobs, arguments.threads, keep)
+                result = RESULTS / "continual" / order / f"{grid.stem(name, seed)}.json"
+                runs.append(grid.Run(order, name, seed, recipe, result, alone=out == first))
+    if arguments.missing:
+        runs = grid.without_kept(runs)
+    grid.run_all(runs, arguments.jobs, arguments.threads, keep)
     write_table()
 
 

@@ -1,6 +1,7 @@
 """Learning new facts while heads are protected: what is learnt, and what is kept of facts the model knew.
 
     python benchmarks/protecting.py --data DATA                    every row, three seeds; resumable
+    python benchmarks/protecting.py --data DATA --missing          runs without a result file alone
     python benchmarks/protecting.py --data DATA --only none "recall heads" --seeds 0
     python benchmarks/protecting.py --data DATA --search           the weight of the terms, other facts and another seed
     python benchmarks/protecting.py --table                        the table from the result files alone
@@ -19,10 +20,7 @@ file a run in benchmarks/results/protecting/, the table of them all in benchmark
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
-import platform
 import random
 import sys
 import zlib
@@ -32,15 +30,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import grid
 import numpy as np
 import yaml
+from grid import RESULTS
 from readme import cell, put, rows
-from tuning import Run, run_all
 
 from headtune.analysis.tasks import Example, Task, load_task, to_jsonl
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
 NEW = "person_father"
 KNOWN = {  # how many of each are tried
     "country_capital_city": 24,
@@ -129,10 +126,6 @@ def recipe_of(folder: Path, name: str, seed: int, out: Path, facts: str = "new")
             for key, value in row.heads.items()
         }
     return recipe
-
-
-def place(folder: Path, name: str, seed: int) -> Path:
-    return folder / f"{''.join(c if c.isalnum() else '_' for c in name)}-s{seed}"
 
 
 # --- facts and heads --------------------------------------------------------------------------------------------------
@@ -225,30 +218,23 @@ def last_logged(out: Path) -> dict[str, float]:
 TERMS = ("train/loss", "train/attention_kl", "train/output_drift", "train/weight_drift")
 
 
-def keep(run: Run) -> None:
+def keep(run: grid.Run) -> None:
     """The run's result file."""
+    assert run.result is not None
     state = json.loads((run.out / "run.json").read_text())
-    recipe = yaml.safe_load((run.out / "recipe.yaml").read_text())
     content = {
         "method": run.name,
         "seed": run.seed,
-        "recipe": {key: recipe[key] for key in ("recipe", "heads", "method", "training") if key in recipe},
+        "recipe": grid.of_recipe(run, run.out.parent, ("recipe", "heads", "method", "training")),
         "known": json.loads((run.out.parent / "data" / "known.json").read_text()),
         **measured(run.out),
         "logged": last_logged(run.out),
         "heads": state["heads"],
         "parameters": state["parameters"],
         "training": state["training"],
-        "peak_memory_gib": state["peak_memory_gib"],
-        "created": state["created"],
-        "versions": state["versions"],
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}",
+        **grid.of_state(state),
     }
-    path = place(RESULTS / "protecting", run.name, run.seed).with_suffix(".json")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(content, ensure_ascii=False) + "\n"
-    if not path.is_file() or path.read_text() != text:
-        path.write_text(text)
+    grid.write(run.result, content)
 
 
 def interval(values: np.ndarray, n: int = 5000) -> dict[str, Any]:
@@ -342,15 +328,15 @@ def fill(check: bool = False) -> list[str]:
 def search(folder: Path, jobs: int, threads: int) -> None:
     """Two weights of the terms, and none, with other facts to learn and a seed that the table does not use."""
     name, weights = SEARCH
-    first = place(folder / "search", "none", 100)
-    runs = [Run("search", "none", 100, recipe_of(folder, "none", 100, first, "other"), alone=True)]
+    first = folder / "search" / grid.stem("none", 100)
+    runs = [grid.Run("search", "none", 100, recipe_of(folder, "none", 100, first, "other"), alone=True)]
     for weight in weights:
-        out = place(folder / "search", f"{name} {weight:g}", 100)
+        out = folder / "search" / grid.stem(f"{name} {weight:g}", 100)
         recipe = recipe_of(folder, name, 100, out, "other")
         recipe["method"] |= drifts(weight)
         recipe["evaluation"]["before"] = str(first / "evaluation.json")
-        runs.append(Run("search", f"{name}, weight {weight:g}", 100, recipe))
-    run_all(runs, jobs, threads, lambda _run: None)
+        runs.append(grid.Run("search", f"{name}, weight {weight:g}", 100, recipe))
+    grid.run_all(runs, jobs, threads, lambda _run: None)
     rows = []
     for run in runs:
         found = measured(run.out)
@@ -361,33 +347,27 @@ def search(folder: Path, jobs: int, threads: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
-    parser.add_argument("--only", nargs="+", choices=METHODS)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--search", action="store_true")
-    parser.add_argument("--table", action="store_true")
-    parser.add_argument("--jobs", type=int, default=1)
-    parser.add_argument("--threads", type=int, default=max(1, (os.cpu_count() or 2) // 2))
-    parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "benchmark-protecting")
-    arguments = parser.parse_args()
+    arguments = grid.parser(__doc__, METHODS, "benchmark-protecting").parse_args()
     if arguments.table:
         return write_table()
     prepare(arguments.data, arguments.folder)
     if arguments.search:
         return search(arguments.folder, arguments.jobs, arguments.threads)
-    first = place(arguments.folder, "none", 0)
+    first = arguments.folder / grid.stem("none", 0)
     runs = []
     for seed in arguments.seeds:  # a whole table after the first seed, then its spread
         for name in METHODS:
             if arguments.only and name not in arguments.only:
                 continue
-            out = place(arguments.folder, name, seed)
+            out = arguments.folder / grid.stem(name, seed)
             recipe = recipe_of(arguments.folder, name, seed, out)
             if out != first:  # the base model is measured once
                 recipe["evaluation"]["before"] = str(first / "evaluation.json")
-            runs.append(Run("protecting", name, seed, recipe, alone=out == first))
-    run_all(runs, arguments.jobs, arguments.threads, keep)
+            result = RESULTS / "protecting" / f"{grid.stem(name, seed)}.json"
+            runs.append(grid.Run("protecting", name, seed, recipe, result, alone=out == first))
+    if arguments.missing:
+        runs = grid.without_kept(runs)
+    grid.run_all(runs, arguments.jobs, arguments.threads, keep)
     write_table()
 
 

@@ -2,6 +2,7 @@
 
     python benchmarks/tuning.py --data DATA                the whole grid: every method, three seeds; resumable
     python benchmarks/tuning.py --data DATA --small        for two cores: three seeds for the core rows, else one
+    python benchmarks/tuning.py --data DATA --missing      runs without a result file alone
     python benchmarks/tuning.py --data DATA --tasks relations --only "recall heads" both
     python benchmarks/tuning.py --data DATA --search       learning rates, on validation subjects of the relations
     python benchmarks/tuning.py --data DATA --prior        what always giving a relation's most frequent answer reaches
@@ -16,32 +17,26 @@ mean over seeds; differences are paired over the same subjects.
 
 from __future__ import annotations
 
-import argparse
 import json
-import multiprocessing
-import os
-import platform
 import random
 import sys
-import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import grid
 import numpy as np
 import yaml
+from grid import RESULTS, ROOT
 from readme import cell, put, rows
 
 from headtune.analysis.tasks import Example
 from headtune.train.blocks import TaskBlock
-from headtune.train.recipe import parse
 from headtune.train.splits import tasks_of
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
 K = 16  # heads tuned, 6% of 270
 BATCH = 8
 
@@ -232,120 +227,35 @@ def _filled(value: Any, fill: dict[str, Any]) -> Any:
     return fill.get(value, value) if isinstance(value, str) else value
 
 
-# --- running ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Run:
-    task: str
-    name: str
-    seed: int
-    recipe: dict[str, Any]
-    alone: bool = False  # the later ones take its measurement over
-
-    @property
-    def out(self) -> Path:
-        return Path(self.recipe["output_dir"])
-
-    def finished(self) -> bool:
-        """Done, and with this very recipe; one with another is refused: its folder must go first."""
-        path = self.out / "run.json"
-        if not path.is_file() or json.loads(path.read_text())["state"] != "done":
-            return False
-        done, wanted = yaml.safe_load((self.out / "recipe.yaml").read_text()), parse(self.recipe).dump()
-        different = sorted(key for key in done.keys() | wanted.keys() if done.get(key) != wanted.get(key))
-        if different:
-            sys.exit(f"{self.out} was run with another {', '.join(different)}; remove it to run it again")
-        return True
-
-
 def place(folder: Path, task: str, name: str, seed: int) -> Path:
-    stem = "".join(c if c.isalnum() else "_" for c in name)
-    return folder / task / (f"{stem}-s{seed}" if METHODS[name].seeded else stem)
+    own = grid.stem(name, seed)
+    return folder / task / (own if METHODS[name].seeded else own.removesuffix(f"-s{seed}"))
 
 
-def carry_out(recipe: Path, log: Path, threads: int, resume: bool) -> None:
-    """One run, in a process of its own, that talks to `log`."""
-    import torch
-
-    from headtune.train.cli import main
-
-    torch.set_num_threads(threads)
-    with log.open("a") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-        sys.exit(main(["train", str(recipe), *(["--resume"] if resume else [])]))
-
-
-def run_all(runs: Iterable[Run], jobs: int, threads: int, keep: Callable[[Run], None]) -> None:
-    """Every run that is not finished, `jobs` at a time; `keep` is told of each that is."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["headtune.train.cli", "headtune.train.run"])
-    going: dict[Any, Run] = {}
-
-    def wait(at_most: int) -> None:
-        while len(going) > at_most:
-            for process in [p for p in going if not p.is_alive()]:
-                run = going.pop(process)
-                if process.exitcode:
-                    print(f"FAILED {run.task} {run.name} seed {run.seed}: see {run.out}.log", flush=True)
-                else:
-                    keep(run)
-            time.sleep(0.2)
-
-    for run in runs:
-        if run.finished():
-            keep(run)
-            continue
-        wait(jobs - 1)
-        run.out.parent.mkdir(parents=True, exist_ok=True)
-        path = run.out.with_suffix(".yaml")
-        path.write_text(yaml.safe_dump(run.recipe))
-        resume = (run.out / "recipe.yaml").is_file()
-        print(f"{datetime.now(UTC):%H:%M:%S} {run.task}: {run.name}, seed {run.seed}", flush=True)
-        process = context.Process(target=carry_out, args=(path, Path(f"{run.out}.log"), threads, resume))
-        process.start()
-        going[process] = run
-        if run.alone:
-            wait(0)
-    wait(0)
-
-
-def keep(run: Run) -> None:
+def keep(run: grid.Run) -> None:
     """The run's result file."""
+    assert run.result is not None
     state = json.loads((run.out / "run.json").read_text())
     evaluation = json.loads((run.out / "evaluation.json").read_text())
-    recipe = yaml.safe_load((run.out / "recipe.yaml").read_text())
     rows = evaluation["examples"]
     training = state.get("training", {})
     content = {
         "task": run.task,
         "method": run.name,
         "seed": run.seed,
-        "recipe": {key: value for key, value in recipe.items() if key in ("recipe", "heads", "method", "training")},
+        "recipe": grid.of_recipe(run, run.out.parents[1], ("recipe", "heads", "method", "training")),
         "task_sha256": evaluation["task_sha256"],
         "parameters": 0 if run.name == "base" else state["parameters"],
         "heads": state.get("heads", []),
         "seconds_per_step": training.get("seconds_per_step"),
         "prefix_layers": training.get("prefix_cache", {}).get("layers", 0),
-        "peak_memory_gib": state["peak_memory_gib"],
         "after": {k: v["mean"] if isinstance(v, dict) else v for k, v in evaluation["after"].items() if k != "n"},
         "n": evaluation["after"]["n"],
         "subjects": [row["subject"] for row in rows],
         "values": {name: [row["after_values"][name] for row in rows] for name in rows[0]["after_values"]},
-        "created": state["created"],
-        "versions": state["versions"],
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}",
+        **grid.of_state(state),
     }
-    path = result_file(run.task, run.name, run.seed)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(content, ensure_ascii=False) + "\n"
-    if not path.is_file() or path.read_text() != text:
-        path.write_text(text)
-
-
-def result_file(task: str, name: str, seed: int) -> Path:
-    return place(RESULTS / "tuning", task, name, seed).with_suffix(".json")
+    grid.write(run.result, content)
 
 
 # --- the table --------------------------------------------------------------------------------------------------------
@@ -461,13 +371,13 @@ def search(setting: Setting, folder: Path, jobs: int, threads: int) -> None:
         setting.metrics,
         "relations",
     )
-    runs = [Run("search", "base", 0, recipe_of(held_out, "base", 0, folder, folder / "search" / "base"))]
+    runs = [grid.Run("search", "base", 0, recipe_of(held_out, "base", 0, folder, folder / "search" / "base"))]
     for method, (_, rates) in SEARCH.items():
         for rate in rates:
             out = place(folder, "search", method, 0)
             out = out.with_name(f"{out.name}-{rate:g}")
-            runs.append(Run("search", method, 0, recipe_of(held_out, method, 0, folder, out, rate)))
-    run_all(runs, jobs, threads, keep=lambda run: None)
+            runs.append(grid.Run("search", method, 0, recipe_of(held_out, method, 0, folder, out, rate)))
+    grid.run_all(runs, jobs, threads, keep=lambda run: None)
     rows = []
     for run in runs:
         after = json.loads((run.out / "evaluation.json").read_text())["after"]
@@ -520,18 +430,10 @@ def identify(folder: Path, wanted: set[str]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
+    parser = grid.parser(__doc__, METHODS, "benchmark-tuning")
     parser.add_argument("--tasks", nargs="+", choices=["relations", "one_to_many", "truthfulqa"])
-    parser.add_argument("--only", nargs="+", choices=METHODS)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--small", action="store_true")
-    parser.add_argument("--search", action="store_true")
     parser.add_argument("--prior", action="store_true")
-    parser.add_argument("--table", action="store_true")
-    parser.add_argument("--jobs", type=int, default=1)
-    parser.add_argument("--threads", type=int, default=max(1, (os.cpu_count() or 2) // 2))
-    parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "benchmark-tuning")
     arguments = parser.parse_args()
     known = settings(arguments.data, arguments.folder)
     wanted = {name: known[name] for name in arguments.tasks or known}
@@ -554,8 +456,11 @@ def main() -> None:
                     continue
                 out = place(arguments.folder, task, name, seed)
                 recipe = recipe_of(setting, name, seed, arguments.folder, out)
-                runs.append(Run(task, name, seed, recipe, alone=name == "base"))
-    run_all(runs, arguments.jobs, arguments.threads, keep)
+                result = place(RESULTS / "tuning", task, name, seed).with_suffix(".json")
+                runs.append(grid.Run(task, name, seed, recipe, result, alone=name == "base"))
+    if arguments.missing:
+        runs = grid.without_kept(runs)
+    grid.run_all(runs, arguments.jobs, arguments.threads, keep)
     write_table(known)
 
 
