@@ -18,6 +18,7 @@ from typing import Any
 
 from .errors import InputError, nearest
 from .files import write_json
+from .redaction import redact
 
 SCHEMA = 1
 ROLES = ("recall", "suppression")
@@ -97,7 +98,7 @@ class HeadSet:
 
 
 def provenance() -> dict[str, Any]:
-    """`created`, `versions`, `command` of a file written now."""
+    """`created`, `versions`, `command` of a file written now; secrets in the command are struck out."""
     packages = ("headtune", "torch", "transformers", "peft", "trl")
     versions = {}
     for package in packages:
@@ -105,7 +106,7 @@ def provenance() -> dict[str, Any]:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             versions[package] = "not installed"
-    command = " ".join(["headtune", *sys.argv[1:]])
+    command = redact(" ".join(["headtune", *sys.argv[1:]]))
     return {"created": datetime.now(UTC).isoformat(timespec="seconds"), "versions": versions, "command": command}
 
 

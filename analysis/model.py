@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -25,6 +26,7 @@ from .architectures import Architecture, architecture_of
 from .attention import IMPLEMENTATION
 from .checks import check, probe, probe_logits
 from .errors import InputError, nearest
+from .inside import require_safe_weights
 
 EMBEDDED = "smollm2-135m"  # the built-in model that the demo and the recipes use
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -324,19 +326,23 @@ def load_plain(
         device_map: as transformers takes it; None loads on the CPU.
 
     Raises:
-        InputError: there is no such model, or its folder cannot be read.
+        InputError: there is no such model, its folder cannot be read, or its weights are no safetensors of its own.
     """
     source = resolve(name)
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-    if not Path(source).is_dir():
+    if Path(source).is_dir():
+        require_safe_weights(Path(source))
+    else:
         _require_on_hub(name, revision)
     try:
         architecture_of(AutoConfig.from_pretrained(source, **options).get_text_config().model_type)
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=parse_dtype(dtype), device_map=device_map, **options)
+        model = AutoModelForCausalLM.from_pretrained(
+            source, dtype=parse_dtype(dtype), device_map=device_map, use_safetensors=True, **options
+        )
     except InputError:
         raise
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(
             f"model {name!r} cannot be loaded: {builtin.EXPECTED}, a model folder or a hub id you can reach ({reason})"

@@ -3,7 +3,7 @@
     python benchmarks/protecting.py --data DATA                    every row, three seeds; resumable
     python benchmarks/protecting.py --data DATA --missing          runs without a result file alone
     python benchmarks/protecting.py --data DATA --only none "recall heads" --seeds 0
-    python benchmarks/protecting.py --data DATA --search           the weight of the terms, other facts and another seed
+    python benchmarks/protecting.py --data DATA --search           weights and rates, with other facts and another seed
     python benchmarks/protecting.py --table                        the table from the result files alone
 
 DATA holds `relations/` (LRE, Hernandez et al. 2024). New facts: fathers of `person_father`, dealt out anew among the
@@ -86,6 +86,7 @@ METHODS: dict[str, Method] = {
     "weights of recall heads": Method("regularise", RECALL, WEIGHTS, ("none", "weights of random heads")),
 }
 SEARCH = ("recall heads", (1.0, 10.0))
+LORA_RATES = (5e-4, 1e-3, 2e-3)
 
 
 def recipe_of(folder: Path, name: str, seed: int, out: Path, facts: str = "new") -> dict[str, Any]:
@@ -326,7 +327,7 @@ def fill(check: bool = False) -> list[str]:
 
 
 def search(folder: Path, jobs: int, threads: int) -> None:
-    """Two weights of the terms, and none, with other facts to learn and a seed that the table does not use."""
+    """Weights of the terms, none, and rates of LoRA; other facts to learn, and a seed that the table does not use."""
     name, weights = SEARCH
     first = folder / "search" / grid.stem("none", 100)
     runs = [grid.Run("search", "none", 100, recipe_of(folder, "none", 100, first, "other"), alone=True)]
@@ -336,6 +337,12 @@ def search(folder: Path, jobs: int, threads: int) -> None:
         recipe["method"] |= drifts(weight)
         recipe["evaluation"]["before"] = str(first / "evaluation.json")
         runs.append(grid.Run("search", f"{name}, weight {weight:g}", 100, recipe))
+    for rate in LORA_RATES:
+        out = folder / "search" / grid.stem(f"LoRA {rate:g}", 100)
+        recipe = recipe_of(folder, "LoRA r=8", 100, out, "other")
+        recipe["training"]["learning_rate"] = rate
+        recipe["evaluation"]["before"] = str(first / "evaluation.json")
+        runs.append(grid.Run("search", f"LoRA r=8, rate {rate:g}", 100, recipe))
     grid.run_all(runs, jobs, threads, lambda _run: None)
     rows = []
     for run in runs:

@@ -511,6 +511,7 @@ def test_every_command_has_help(capsys: pytest.CaptureFixture[str]) -> None:
         "identify",
         "analyse",
         "train",
+        "plan",
         "evaluate",
         "export",
         "compare",

@@ -14,14 +14,17 @@ from safetensors.torch import load_file
 from tiny import FACTS, save_tiny, tiny_model, tiny_tokenizer
 
 from headtune.analysis.files import write_text
+from headtune.analysis.identify import silent
 from headtune.analysis.model import HeadModel, view
-from headtune.analysis.tasks import Example, Task, to_jsonl
+from headtune.analysis.tasks import Example, Task, load_task, to_jsonl
 from headtune.train import continual, sequence, snapshots
 from headtune.train.blocks import ReplayBlock, SeekrMethod
 from headtune.train.cli import main
-from headtune.train.replay import Replay, Row, rows_of, sample
+from headtune.train.recipe import load
+from headtune.train.replay import Replay, Row, drawn, padded, rows_of, sample
 from headtune.train.run import load_run
-from headtune.train.seekr import padded
+from headtune.train.tracking import Tracker
+from headtune.train.weight_drift import WeightAnchor, fisher_diagonal
 
 TEMPLATES = ("Some city in {}:", "List cities in {}. 1.", "Here is a city I know in {}:")
 TRAINING = {
@@ -246,7 +249,7 @@ METHODS: dict[str, dict[str, Any]] = {
             "teacher": "latest",
             "dtype": "float16",
             "logits_top": 5,
-            "layers": None,
+            "layers": "all",
             "heads": 12,
         }
     },
@@ -254,7 +257,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "seekr, random among the others": {"distil": {"choice": "random_matched", "layers": 2, "heads": 3}},
     "sequential": {"strategy": "sequential"},
     "der, lora": {"strategy": "der", "tune": "lora"},
-    "ewc": {"strategy": "ewc"},
+    "ewc": {"strategy": "ewc", "ewc_rows": 3},
     "multitask": {"strategy": "multitask", "keep": "all"},
 }
 
@@ -277,7 +280,10 @@ def test_a_strategy_learns_a_sequence(name: str, llama: Path, tasks: list[str], 
     )
     assert ("bwt" in after) != together and "task1/exact_match" in after
     assert any("repeat_rate" in key for key in after) == (name == "seekr")  # the general task is made of lists
-    model, _, _ = load_run(run)
+    model, _, kept_recipe = load_run(run)
+    assert kept_recipe.dump() == load(str(path)).dump()
+    assert train(path, "--resume") == 0  # it is the same run, and done
+    assert state.get("fisher_rows") == ({"task0": 3, "task1": 3} if name == "ewc" else None)
     weights = "adapter/adapter_model.safetensors" if "lora" in name else "model/model.safetensors"
     assert model is not None and load_file(run / weights)
     n_chosen = 0 if not name.startswith("seekr") else 12 if "half" in name else 3
@@ -286,6 +292,49 @@ def test_a_strategy_learns_a_sequence(name: str, llama: Path, tasks: list[str], 
     assert not (run / "teachers").exists()
     kept = sorted(path.name for path in (run / "tasks").glob("*/model"))
     assert bool(kept) == together  # keep: all
+
+
+def test_fisher_information_is_of_the_rows_drawn(heads: HeadModel, tasks: list[str], tmp_path: Path) -> None:
+    """Three rows of a task, the same whenever it is asked; `all` takes all."""
+    found: dict[Any, dict[str, torch.Tensor]] = {}
+    for n in (3, "all"):
+        method = {"strategy": "ewc", "ewc_rows": n}
+        made = load(str(recipe(tmp_path, tmp_path, tasks, method)), [f"output_dir={tmp_path}/{n}"])
+        task = load_task(tasks[0])
+        own = rows_of(task, heads.tokenizer, 0, made.seed)
+        units = [continual.Unit(name, task, own) for name in ("first", "second")]
+        with Tracker(made.folder, "x", {}, wandb_mode="disabled") as tracker:
+            learner = continual.Learner(made, heads, units, tracker, silent, lambda _line: None)
+            heads.model.requires_grad_(True)
+            learner._inform(0)
+        kept = drawn(own, n, "0/0")  # type: ignore[arg-type]
+        assert learner.informing[0] == kept and len(kept) == (len(own) if n == "all" else n)
+        assert learner.informing[1] == drawn(own, n, "0/1")  # type: ignore[arg-type]
+        found[n] = WeightAnchor.load(learner.place(0) / "anchor.safetensors").fisher
+        for row in kept:
+            one = fisher_diagonal(heads.model, [row.plain])
+            found[n] = {name: value - one[name] / len(kept) for name, value in found[n].items()}
+        assert max(rest.abs().max().item() for rest in found[n].values()) < 1e-6  # the mean over these rows
+
+
+def test_a_run_that_is_done_keeps_no_anchor(llama: Path, tasks: list[str], tmp_path: Path) -> None:
+    """Killed after the last task was measured, when its predecessor's anchor was still there; then taken up."""
+    path = recipe(tmp_path, llama, tasks, {"strategy": "ewc", "ewc_rows": 2}, training=TRAINING | {"max_steps": 1})
+    real = continual.Learner.forget
+
+    def broken(learner: continual.Learner, index: int) -> None:
+        if index == 2:
+            raise Broken
+        real(learner, index)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(continual.Learner, "forget", broken)
+        with pytest.raises(Broken):
+            train(path)
+    run = tmp_path / "run"
+    assert [found.parent.name for found in run.glob("tasks/*/anchor.safetensors")] == ["02-task1"]
+    assert train(path, "--resume") == 0
+    assert read(run / "run.json")["state"] == "done" and not list(run.glob("tasks/*/anchor.safetensors"))
 
 
 def test_only_what_is_seen_again_is_kept_of_tasks_done(llama: Path, tasks: list[str], tmp_path: Path) -> None:
@@ -458,6 +507,10 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "two ratios": ({"method": {"replay": {"ratio": 0.1, "count": 3}}}, "one of ratio and count"),
     "too many heads": ({"method": {"distil": {"layers": 2, "heads": 9}}}, "2 layers have 8"),
     "too many layers": ({"method": {"distil": {"layers": 9, "heads": 1}}}, "the model has 3"),
+    "too many heads in all layers": ({"method": {"distil": {"layers": "all", "heads": 13}}}, "the model has 12"),
+    "no layers": ({"method": {"distil": {"layers": None}}}, "from 1 up, or 'all', found None"),
+    "a word for layers": ({"method": {"distil": {"layers": "every"}}}, "method.distil.layers: expected a whole number"),
+    "no rows for EWC": ({"method": {"strategy": "ewc", "ewc_rows": 0}}, "method.ewc_rows: expected a whole number"),
     "latest of der": ({"method": {"strategy": "der", "distil": {"teacher": "latest"}}}, "teacher=latest is for"),
     "half precision": ({"dtype": "bfloat16"}, "round most steps"),
     "packing": ({"training": {"packing": True}}, "training.packing is not read"),

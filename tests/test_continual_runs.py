@@ -26,6 +26,7 @@ from headtune.train import compare, continual
 from headtune.train.cli import main
 from headtune.train.console import metrics_table, sequence_table
 from headtune.train.export import _held_out
+from headtune.train.finished import read_runs
 from headtune.train.recipe import load
 from headtune.train.run import load_run
 
@@ -147,15 +148,16 @@ def test_evaluate_measures_a_task_as_the_run_did(name: str, runs: Path, capsys: 
 
 def test_compare_puts_sequences_beside_other_runs(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["compare", str(runs), "--json"]) == 0
-    found = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
+    groups = json.loads(capsys.readouterr().out)["groups"]
+    found = {run["name"]: run for group in groups for run in group["runs"]}
     assert set(found) == {"full", "lora", "sequential", "lofit"}
     for name in ("full", "lora", "sequential"):
         assert found[name]["after"] == read(runs / name / "evaluation.json")["after"]
         assert found[name]["after"]["forgetting"] >= 0 >= found[name]["after"]["bwt"]["mean"]
     assert "op" not in found["lofit"]["after"]
-    table = compare.table(compare.read_runs(runs))
-    assert [str(column.header) for column in table.columns][3:7] == [*METRICS, "repeat rate"]
-    rows = {(row[0], row[1]): row[3:7] for row in shown(table)}
+    table = compare.table(compare.compare(read_runs(runs)))
+    assert [str(column.header) for column in table.columns][4:8] == [*METRICS, "repeat rate"]
+    rows = {(row[0], row[2]): row[4:8] for row in shown(table)}
     assert len(rows) == 6  # the base model once for each of two measurements
     assert rows["base", "sequence"][1:] == rows["lofit", "cities:test"][:3] == ["–"] * 3
     assert rows["full", "sequence"][0].startswith(f"{found['full']['after']['op']['mean']:.3g} [")

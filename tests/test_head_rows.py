@@ -67,6 +67,46 @@ def test_rows_and_gradients_are_those_of_eager_attention(kind: Kind, side: str) 
         torch.testing.assert_close(found, slow.get(name, torch.zeros_like(parameter)), atol=1e-5 * largest, rtol=1e-5)
 
 
+def test_mixed_precision_rounds_queries_and_keys_and_nothing_after() -> None:
+    """Under autocast to bfloat16 the rows are the float32 rows of the queries and keys that it gives, to the bit.
+
+    Against float32 all along: bfloat16 has 8 bits, so a number loses up to 2^-9 of itself whenever it is rounded. What
+    goes into a layer, its weights, q and k are: a score of size s is off by up to 4 * 2^-9 s, its log-probability, with
+    the row's sum in it, by twice that, 2^-6 s. Each layer below hands on as much again.
+    """
+    inputs, positions = padded("right"), POSITIONS["right"]
+    present = (positions >= 0)[:, None, :, None]
+    model = tiny_model("llama", attn_implementation=IMPLEMENTATION, num_key_value_heads=2)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.q_proj.weight *= 5.0  # scores of the size that trained models have
+    mixed: dict[int, Tensor] = {}
+    plain: dict[int, Tensor] = {}
+    calls: dict[int, AttentionCall] = {}
+
+    def look_mixed(call: AttentionCall) -> None:
+        mixed[call.layer], calls[call.layer] = head_log_rows(call, HEADS, positions), call
+
+    def look_plain(call: AttentionCall) -> None:
+        plain[call.layer] = head_log_rows(call, HEADS, positions)
+
+    with torch.no_grad():
+        with torch.autocast("cpu", torch.bfloat16), look_with(look_mixed):
+            model(**inputs)
+        with look_with(look_plain):
+            model(**inputs)
+    for layer in range(N_LAYERS):
+        call = calls[layer]
+        assert mixed[layer].dtype == torch.float32
+        exact = AttentionCall(layer, call.query.float(), call.key.float(), call.value, call.mask, call.scaling)
+        assert torch.equal(mixed[layer], head_log_rows(exact, HEADS, positions))
+        seen = present & torch.isfinite(plain[layer])
+        scores = call.query.float() @ call.key.float().repeat_interleave(2, 1).transpose(2, 3) * call.scaling
+        size = scores.abs().max().item()
+        difference = (mixed[layer] - plain[layer])[seen].abs().max().item()
+        assert size > 1 and 0 < difference <= 2**-6 * (layer + 1) * size
+
+
 @pytest.mark.parametrize("kind", ["additive", "additive by head", "bool", "none"])
 def test_masks_of_every_kind(kind: str) -> None:
     generator = torch.Generator().manual_seed(0)

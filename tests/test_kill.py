@@ -124,16 +124,19 @@ def test_killed_over_and_over_it_ends_as_the_unbroken_run(tiny_llama: Path, tmp_
 
 
 def test_a_checkpoint_without_its_mark_is_passed_over(tmp_path: Path) -> None:
-    assert checkpoints.newest(tmp_path) is None
+    said: list[str] = []
+    assert checkpoints.newest(tmp_path, said.append) is None
     for step, marked in ((2, True), (4, True), (10, False)):
         folder = tmp_path / f"checkpoint-{step}"
         folder.mkdir()
-        (folder / "model.safetensors").write_bytes(b"")
+        (folder / "model.safetensors").write_bytes(b"weights")
         if marked:
-            (folder / checkpoints.MARK).write_text("{}")
-    assert checkpoints.newest(tmp_path) == tmp_path / "checkpoint-4"
-    (tmp_path / "checkpoint-10" / checkpoints.MARK).write_text("{}")
-    assert checkpoints.newest(tmp_path) == tmp_path / "checkpoint-10"
+            checkpoints.mark(folder, step)
+    assert checkpoints.newest(tmp_path, said.append) == tmp_path / "checkpoint-4"
+    (line,) = said
+    assert "checkpoint-10 is passed over" in line and checkpoints.MARK in line
+    checkpoints.mark(tmp_path / "checkpoint-10", 10)
+    assert checkpoints.newest(tmp_path, said.append) == tmp_path / "checkpoint-10" and len(said) == 1
 
 
 class Broken(BaseException):

@@ -594,12 +594,13 @@ def test_what_is_refused() -> None:
     ],
 )
 def test_what_is_refused_of_a_trainer(change: dict[str, Any], reason: str | None) -> None:
-    engine, zero = change.pop("engine", "NO"), change.pop("zero", None)
-    plugin = None if zero is None else SimpleNamespace(zero_stage=zero)
+    zero = change.pop("zero", None)
+    engine = change.pop("engine", "NO" if zero is None else "DEEPSPEED")
+    plugins = {"deepspeed_plugin": SimpleNamespace(zero_stage=zero), "fsdp_plugin": SimpleNamespace(fsdp_version=2)}
     trainer = SimpleNamespace(
         args=SimpleNamespace(**({"n_gpu": 0} | change)),
         accelerator=SimpleNamespace(
-            distributed_type=SimpleNamespace(value=engine), state=SimpleNamespace(deepspeed_plugin=plugin)
+            distributed_type=SimpleNamespace(value=engine), num_processes=1, state=SimpleNamespace(**plugins)
         ),
     )
     found = refusal(adapted(), trainer)

@@ -125,6 +125,8 @@ VARIANTS = {
     "training": lofit(training={"max_steps": 3, "learning_rate": 1, "save_strategy": "steps", "eval_steps": None}),
     "lora": {"recipe": "lora", "method": {"r": 4, "target_modules": ["q_proj", "v_proj"]}},
     "steer": {"recipe": "steer", "heads": {"all": True}, "method": {"factor": 0.5}},
+    "seekr": {"recipe": "seekr", "task": {"sequence": ["a", "b"]}, "method": {"distil": {"layers": "all"}}},
+    "ewc": {"recipe": "seekr", "task": {"sequence": ["a", "b"]}, "method": {"strategy": "ewc", "ewc_rows": "all"}},
     "words": lofit(name="é-Ünï", task={"train": "a.jsonl", "eval": "b.jsonl"}, tracking={"tags": ["a", "b"]}),
 }
 

@@ -400,8 +400,8 @@ def test_evaluate_and_compare_read_a_run(first: Path, capsys: pytest.CaptureFixt
         read(first / "evaluation.json")["after"]["p_remaining"]["mean"], rel=1e-4
     )
     assert main(["compare", str(first.parent), "--json"]) == 0
-    (row,) = json.loads(capsys.readouterr().out)
-    assert row["after"] == read(first / "evaluation.json")["after"]
+    base, group = json.loads(capsys.readouterr().out)["groups"]
+    assert base["name"] == "base" and group["runs"][0]["after"] == read(first / "evaluation.json")["after"]
 
 
 # --- through accelerate -----------------------------------------------------------------------------------------------

@@ -324,6 +324,25 @@ def test_probed_scores_are_those_of_the_slow_route() -> None:
 # --- adapters ---------------------------------------------------------------------------------------------------------
 
 
+def test_what_probes_have_read_is_not_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    heads, task, pairs = _heads("llama"), _listed(), [(1, 0), (1, 3)]
+    probed = probe_heads(heads, task, seed=3, folds=2)
+    anew = steer(heads, ITI(), pairs, task, seed=3)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("the model was run again")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("headtune.train.probing.read_ends", refuse)
+        taken_over = steer(heads, ITI(), pairs, task, seed=3, probed=probed)
+        for other in ({"seed": 4}, {"task": task.limited(4, 0)}):
+            with pytest.raises(AssertionError, match="run again"):
+                steer(heads, ITI(), pairs, **({"task": task, "seed": 3} | other), probed=probed)  # type: ignore[arg-type]
+    assert taken_over.values.keys() == anew.values.keys()
+    for name, value in taken_over.values.items():
+        torch.testing.assert_close(value, anew.values[name], rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "gpt_neox"])
 def test_an_offset_reaches_the_residual_stream_through_w_o(family: str) -> None:
     heads, task, pairs = _heads(family), _listed(), [(1, 3), (1, 0)]

@@ -273,6 +273,46 @@ def test_only_what_is_lacking_is_computed(tmp_path: Path) -> None:
         compute_teacher(later, rows, {0: [2]}, {"task/0": positions["task/0"]}, store, 4)
 
 
+class Broken(Exception):
+    pass
+
+
+@pytest.mark.parametrize(("adding", "shard_bytes"), [("put", 6000), ("add_heads", 200)])  # about two rows a shard
+def test_a_broken_computation_ends_as_the_unbroken_one(
+    adding: str, shard_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Broken within a batch, some rows on disk and one lost with the memory: taken up, the same to the bit."""
+    rows = rows_of(7, 11, 5, 9, 6, 10)
+    first, later = a_view(KINDS["llama"]), view(tiny_model("llama", 1), tiny_tokenizer())
+    further = {0: [0, 1, 3], 1: [2], 2: [1]}
+    model, heads, n_heads = (first, HEADS, 3) if adding == "put" else (later, further, 5)
+    real, calls = getattr(TeacherStore, adding), 0
+
+    def breaking(store: TeacherStore, *args: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 4:
+            raise Broken
+        real(store, *args)
+
+    for name in ("whole", "broken"):
+        if adding == "add_heads":
+            compute_teacher(first, rows, HEADS, positions_of(rows), TeacherStore(tmp_path / name), 4)
+        if name == "broken":
+            with monkeypatch.context() as patch:
+                patch.setattr(teacher_store, "_SHARD_BYTES", shard_bytes)
+                patch.setattr(TeacherStore, adding, breaking)
+                with pytest.raises(Broken):
+                    compute_teacher(model, rows, heads, positions_of(rows), TeacherStore(tmp_path / name), 4)
+            store = TeacherStore(tmp_path / name)
+            done = [row for row in rows if row.key in store and len(store.heads(row.key)) == n_heads]
+            assert len(done) == 2, "three were made, one of them was not on disk yet"
+        compute_teacher(model, rows, heads, positions_of(rows), TeacherStore(tmp_path / name), 4)
+    whole, again = (TeacherStore(tmp_path / name) for name in ("whole", "broken"))
+    for row in rows:
+        same(again.get(row.key), whole.get(row.key))
+
+
 def test_logits_alone(tmp_path: Path) -> None:
     rows, store = rows_of(6, 8), TeacherStore(tmp_path)
     compute_teacher(a_view(KINDS["llama"]), rows, {}, {}, store, 4)

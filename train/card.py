@@ -1,7 +1,7 @@
 """The model card (README.md) of what a run exported: where it comes from, what was changed, what was measured.
 
 The front matter is that of the Hugging Face hub. Nothing in it is guessed: a licence or a base model that is not known
-is left out, and the text says so.
+is left out, and the text says so. Secrets that are seen in it are struck out: a card is made to be published.
 """
 
 from __future__ import annotations
@@ -16,7 +16,10 @@ from typing import Any
 import yaml
 
 from ..analysis import builtin
+from ..analysis.inside import require_no_way_out
+from ..analysis.redaction import redact
 
+OWN = ("recipe.yaml", "run.json", "evaluation.json", "adapter", "model")  # what is read of a run that is done
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _LICENCE_KEYS = ("license", "license_name", "license_link")
 
@@ -72,7 +75,11 @@ def origin_of(run: Path, recipe: Mapping[str, Any]) -> Origin:
 
     Args:
         recipe: the run's recipe, as `Recipe.dump()` gives it.
+
+    Raises:
+        InputError: a link in the run that leads out of it: what is exported is what the run wrote.
     """
+    require_no_way_out(run, "run", OWN)
 
     def read(name: str) -> dict[str, Any]:
         path = run / name
@@ -156,7 +163,7 @@ def checkpoint_card(origin: Origin, result: Mapping[str, Any], caveat: str = "")
         *_measured(origin),
         *_recipe(origin),
     ]
-    return "\n".join(lines)
+    return redact("\n".join(lines))
 
 
 def adapter_card(origin: Origin, registered_by: str | None) -> str:
@@ -191,7 +198,7 @@ def adapter_card(origin: Origin, registered_by: str | None) -> str:
         *_measured(origin),
         *_recipe(origin),
     ]
-    return "\n".join(lines)
+    return redact("\n".join(lines))
 
 
 def _front_matter(origin: Origin, library: str, relation: str, *tags: str) -> list[str]:

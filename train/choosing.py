@@ -14,6 +14,7 @@ from ..analysis.model import HeadModel
 from ..analysis.scores import load_means
 from ..analysis.tasks import Task
 from .blocks import HeadsBlock
+from .probing import ProbeResult
 
 log = logging.getLogger(__name__)
 Say = Callable[[str], None]
@@ -27,11 +28,13 @@ class Chosen:
         pairs: (layer, head), sorted.
         found: the head set they come from, if any.
         means: its scores, if any, `name -> [n_layers, n_heads]`.
+        probed: what probes read from the heads to choose them, of use to steering along the same directions.
     """
 
     pairs: list[tuple[int, int]]
     found: headset.HeadSet | None = None
     means: Mapping[str, Any] | None = None
+    probed: ProbeResult | None = None
 
 
 def choose_heads(

@@ -19,15 +19,16 @@ import io
 import json
 import logging
 import os
-import subprocess
 import sys
-import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from .cli_analysis import add_parsers, analyse_command, identify_command, positive, report_command
+from .cli_plan import add_parser as add_plan_parser
+from .cli_plan import plan_command
+from .ending import fail, fail_with_another, lost_another
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -58,6 +59,8 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--resume", action="store_true", help="continue the run in the recipe's output folder")
     p.add_argument("--config_file", type=Path, help="start it through accelerate launch with this configuration")
 
+    add_plan_parser(add)
+
     p = add("evaluate", "measure a run or a model", "headtune evaluate runs/NAME --task one_to_many:test")
     p.add_argument("target", help="run folder, model folder, built-in name or hub id")
     p.add_argument(
@@ -85,8 +88,30 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--max-shard-size", default="5GB", help="of one file of weights (default: 5GB)")
     p.add_argument("--adapter", action="store_true", help="write the PEFT adapter alone, with a card, as it is")
 
-    p = add("compare", "tabulate runs side by side", "headtune compare runs")
+    p = add(
+        "sweep",
+        "run or resume a grid of recipes and compare them",
+        "headtune sweep lofit/relations --grid heads.top=4,8,16 --seeds 3 --out runs/top",
+    )
+    p.add_argument("recipe", help="path, or name without the ending (see: headtune recipes)")
+    p.add_argument("overrides", nargs="*", metavar="key.sub=value", help="of every run")
+    p.add_argument("--grid", action="append", default=[], metavar="KEY=V,V,...", help="an axis; may be given again")
+    p.add_argument("--seeds", type=positive, default=1, help="seeds 0 to N-1 of every combination (default: 1)")
+    p.add_argument("--out", type=Path, default=Path("runs/sweep"), help="folder of the runs (default: runs/sweep)")
+    p.add_argument("--print", dest="printed", choices=("wandb", "slurm"), help="print the grid for others to run")
+
+    p = add(
+        "compare",
+        "runs side by side: seeds grouped, intervals, differences, what was changed",
+        "headtune compare runs --group study --against lofit-random --html study.html",
+    )
     p.add_argument("folder", type=Path)
+    p.add_argument("--group", help="only runs of this tracking.group")
+    p.add_argument("--tag", action="append", default=[], help="only runs with this tag; may be given again")
+    p.add_argument("--recipe", help="only runs of this recipe family, such as lofit")
+    p.add_argument("--against", help="the run or group that differences are from (default: the model before training)")
+    p.add_argument("--html", type=Path, help="write one self-contained page")
+    p.add_argument("--csv", type=Path, help="write one line a group and metric")
 
     p = add("recipes", "list, show and check recipes", "headtune recipes show lofit/one_to_many")
     p.add_argument("action", nargs="?", choices=("list", "show", "validate", "schema"), default="list")
@@ -115,7 +140,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments, rest = parser.parse_known_args(argv)
     if rest:
         # argparse takes a list of words in one piece only: `train R --resume seed=1` leaves the override over.
-        if arguments.command != "train" or any(word.startswith("-") for word in rest):
+        if arguments.command not in ("train", "plan") or any(word.startswith("-") for word in rest):
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
         arguments.overrides += rest
     _quiet()
@@ -124,25 +149,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _COMMANDS[arguments.command](arguments) or 0
     except (InputError, CheckError) as error:
-        return _fail(str(error), error.exit_code)
+        return fail(str(error), error.exit_code)
     except OSError as error:
         if error.filename is None and error.errno is None:
             raise
         where = f" {error.filename!r}" if error.filename else ""
-        return _fail(f"cannot use{where}: {error.strerror}; check the path and its permissions", 2)
-    except KeyboardInterrupt:
-        return _fail("interrupted", 130)
-
-
-def _fail(message: str, code: int) -> int:
-    """Say it once, not once per rank: the others wait to be ended with the first, and speak only if they are not."""
-    from . import console
-
-    rank = int(os.environ.get("RANK", "0"))
-    if rank:
-        time.sleep(10)
-        message = f"rank {rank}: {message}"
-    return console.fail(message, code)
+        return fail(f"cannot use{where}: {error.strerror}; check the path and its permissions", 2)
+    except RuntimeError as error:
+        if not lost_another(error):
+            raise
+        return fail_with_another(error)
+    except KeyboardInterrupt as stop:  # a run's says by what and how to go on (see interruption)
+        code = getattr(stop, "exit_code", 130)
+        if code == 0 and os.environ.get("RANK", "0") != "0":
+            return code
+        return fail(str(stop) or "interrupted", code)
 
 
 def _quiet() -> None:
@@ -177,16 +198,10 @@ def _print_json(result: Any) -> None:
 
 def _train(arguments: argparse.Namespace) -> int:
     if arguments.config_file is not None:
-        from ..analysis.errors import InputError
+        from . import launch
 
-        if not arguments.config_file.is_file():
-            raise InputError(
-                f"launch configuration {str(arguments.config_file)!r} does not exist; see accelerate_configs/"
-            )
-        launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(arguments.config_file)]
-        rest = [arguments.recipe, *arguments.overrides, *(["--resume"] if arguments.resume else [])]
-        rest += ["--json"] if arguments.json else []
-        return subprocess.run([*launch, "-m", "headtune.train", *rest], check=False).returncode
+        words = [*(["--resume"] if arguments.resume else []), *(["--json"] if arguments.json else [])]
+        return launch.launch(arguments.config_file, arguments.recipe, arguments.overrides, words)
     from .recipe import load
 
     recipe = load(arguments.recipe, arguments.overrides)
@@ -303,16 +318,46 @@ def _export(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _sweep(arguments: argparse.Namespace) -> int:
+    from . import compare, console, sweep
+    from .finished import read_runs
+
+    grid = sweep.cells(arguments.recipe, arguments.grid, arguments.seeds, arguments.out, arguments.overrides)
+    if arguments.printed == "wandb":
+        print(sweep.wandb_sweep(arguments.recipe, arguments.grid, arguments.seeds, arguments.overrides), end="")
+        return 0
+    if arguments.printed == "slurm":
+        print(sweep.slurm_array(arguments.recipe, grid), end="")
+        return 0
+    failed = sweep.carry_out(arguments.recipe, grid, console.say)
+    if len(failed) < len(grid):
+        found = compare.compare(read_runs(arguments.out, group=arguments.out.name))
+        if arguments.json:
+            _print_json(compare.as_json(found))
+        else:
+            console.console.print(compare.table(found))
+    return 1 if failed else 0
+
+
 def _compare(arguments: argparse.Namespace) -> int:
-    from .compare import read_runs, table
+    from ..analysis.files import write_text
+    from . import compare, compare_page
+    from .console import console
+    from .finished import read_runs
 
-    runs = read_runs(arguments.folder)
+    written = [path for path in (arguments.html, arguments.csv) if path is not None]
+    runs = read_runs(arguments.folder, arguments.group, arguments.tag, arguments.recipe)
+    found = compare.compare(runs, arguments.against)
+    if arguments.html:
+        compare_page.write(found, arguments.html)
+    if arguments.csv:
+        write_text(arguments.csv, compare.as_csv(found))
     if arguments.json:
-        _print_json(runs)
+        _print_json(compare.as_json(found))
     else:
-        from .console import console
-
-        console.print(table(runs))
+        console.print(compare.table(found))
+        for path in written:
+            console.print(str(path), markup=False)
     return 0
 
 
@@ -386,9 +431,11 @@ _COMMANDS = {
     "identify": identify_command,
     "analyse": analyse_command,
     "train": _train,
+    "plan": plan_command,
     "evaluate": _evaluate,
     "export": _export,
     "compare": _compare,
+    "sweep": _sweep,
     "report": report_command,
     "recipes": _recipes,
     "task": _task,

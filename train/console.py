@@ -135,5 +135,7 @@ def _marked(example: Mapping[str, Any], when: str) -> str:
 
 def fail(message: str, code: int) -> int:
     """Print an error as one line and return the exit code."""
-    print("headtune: " + " ".join(message.split()), file=sys.stderr)
+    from ..analysis.redaction import redact
+
+    print("headtune: " + redact(" ".join(message.split())), file=sys.stderr)
     return code

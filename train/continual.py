@@ -14,7 +14,6 @@ follows from the recipe's seed and the place in the sequence, so on one machine 
 
 from __future__ import annotations
 
-import json
 import random
 import shutil
 import zlib
@@ -26,7 +25,7 @@ from typing import Any
 import datasets
 import torch
 from accelerate import PartialState
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model
 from transformers import PrinterCallback, TrainerState, set_seed
 
 from ..analysis import identify
@@ -35,7 +34,7 @@ from ..analysis.files import write_json
 from ..analysis.headset import random_like
 from ..analysis.model import HeadModel
 from ..analysis.tasks import Task
-from . import checkpoints, fit, holding, importance, replay, snapshots
+from . import checkpoints, engines, faults, fit, holding, importance, interruption, replay, snapshots
 from .blocks import SeekrMethod
 from .choosing import choose_heads
 from .distillation import query_positions
@@ -68,6 +67,7 @@ class Learner:
         model: what is trained: `heads.model`, or the PeftModel around it.
         units: what is learnt, one after the other; one of all tasks' rows for `multitask`.
         buffer: each one's share of rows that is seen again later.
+        informing: each one's rows that Fisher information is taken from.
         chosen: after each task, the heads that are distilled from then on.
     """
 
@@ -87,6 +87,12 @@ class Learner:
         self.model: Any = heads.model
         self.buffer = [
             replay.sample(unit.rows, self.method.replay, f"{recipe.seed}/{index}") if self.method.replays else []
+            for index, unit in enumerate(units)
+        ]
+        self.informing = [
+            replay.drawn(unit.rows, self.method.ewc_rows, f"{recipe.seed}/{index}")
+            if self.method.strategy == "ewc"
+            else []
             for index, unit in enumerate(units)
         ]
         self.importance = importance.Importance.none(heads.n_layers, heads.n_heads)
@@ -118,11 +124,7 @@ class Learner:
         set_seed(self.recipe.seed)
         self.heads.record_attention(True)
         if method.tune == "lora":
-            shape = method.lora
-            config = LoraConfig(
-                r=shape.r, lora_alpha=shape.alpha, target_modules=shape.target_modules, task_type="CAUSAL_LM"
-            )
-            self.model = get_peft_model(self.heads.model, config)
+            self.model = get_peft_model(self.heads.model, fit.lora_config(method.lora))
         else:
             self.model.requires_grad_(True)
         if self.recipe.heads is not None:
@@ -143,9 +145,9 @@ class Learner:
         if not self.weights(index).is_dir():
             trained = self._train(index, held, resume)
             self._on_main(lambda: self._keep(index, trained))
-        elif resume:  # broken off after the training
+        else:  # broken off after the training
             snapshots.restore(self.model, self.weights(index))
-        noted = json.loads(note.read_text(encoding="utf-8"))
+        noted = faults.read_state(note)
         self.n_steps += noted["steps"]
         self.timing.append(noted["timing"])
         self.model.eval()
@@ -201,8 +203,9 @@ class Learner:
 
     def _inform(self, index: int) -> None:
         """Fisher information of unit `index`."""
-        self.say(f"Fisher information of {self.units[index].name}")
-        fisher = fisher_diagonal(self.model, [row.plain for row in self.units[index].rows])
+        rows = self.informing[index]
+        self.say(f"Fisher information of {self.units[index].name} on {len(rows)} rows")
+        fisher = fisher_diagonal(self.model, [row.plain for row in rows])
         self.anchor.with_task(self.model, fisher).save(self.place(index) / "anchor.safetensors")
 
     def recall(self, done: int, chosen: Sequence[Pairs], timing: Sequence[dict[str, float]], n_steps: int) -> None:
@@ -252,14 +255,14 @@ class Learner:
         rows, name = self.units[index].rows, self.units[index].name
         self.say(f"task {index + 1} of {len(self.units)}, {name}: {len(rows)} rows")
         arguments = self.arguments(index)
-        timer = fit.Timer()
+        timer, marking = fit.Timer(), checkpoints.Mark(arguments)
         table = [{"row": at, **row.plain} for at, row in enumerate(rows)]
         try:
             trainer = SequenceTrainer(
                 self.model,
                 args=arguments,
                 processing_class=self.heads.tokenizer,
-                callbacks=[trainer_callback(self.tracker, self.n_steps), fit.told(self.say), timer, checkpoints.Mark()],
+                callbacks=[trainer_callback(self.tracker, self.n_steps), fit.told(self.say), timer, marking],
                 train_dataset=datasets.Dataset.from_list(table),
                 data_collator=collate,
                 rows=rows,
@@ -268,21 +271,20 @@ class Learner:
             )
         except ValueError as error:
             raise InputError(f"training: {str(error).splitlines()[0]}") from error
-        fit.require_whole(trainer.accelerator, "recipe seekr")
-        fit.require_launch(trainer.accelerator)
+        engines.require_whole(trainer.accelerator, "recipe seekr")
+        engines.require_launch(trainer.accelerator)
         trainer.remove_callback(PrinterCallback)
         if self.anchor.tasks:
             trainer.penalty = lambda model, _progress: {"ewc": (self.anchor.penalty(model), self.method.ewc_weight)}
-        checkpoint = checkpoints.newest(Path(arguments.output_dir)) if resume else None
-        if checkpoint is None:
-            self._on_main(lambda: shutil.rmtree(arguments.output_dir, ignore_errors=True))
+        checkpoint = checkpoints.newest(Path(arguments.output_dir), self.say) if resume else None
         pairs = self.fixed or (self.chosen[-1] if self.chosen else [])
         with holding.held(self.recipe, self.heads, pairs, self.units[index].task, trainer, self.say):
             if checkpoint is not None and checkpoints.finished(checkpoint):
                 trainer._load_from_checkpoint(str(checkpoint))
                 trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
             else:
-                trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+                with interruption.between_steps(trainer):
+                    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         fit.unwrapped(trainer)
         self.heads.record_attention(True)
         return {"steps": trainer.state.max_steps, "timing": timer.summary()}
@@ -299,7 +301,7 @@ class Learner:
         if block.choice == "random":
             drawn = random.Random(f"{self.recipe.seed}/heads").sample(range(n_layers * n_heads), block.heads)
             return sorted(divmod(index, n_heads) for index in drawn)
-        pairs = importance.choose(values, block.layers or n_layers, block.heads)
+        pairs = importance.choose(values, n_layers if block.layers == "all" else block.layers, block.heads)
         if block.choice == "random_matched":
             return sorted(random_like(pairs, n_heads, self.recipe.seed, overlap=True))
         return sorted(pairs)

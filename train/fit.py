@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-import os
 import shutil
 import statistics
 import time
@@ -23,13 +22,14 @@ from ..analysis.encoding import encode
 from ..analysis.errors import CheckError, InputError
 from ..analysis.model import HeadModel
 from ..analysis.tasks import Task
-from . import adapter, checkpoints, holding, pruning, slices, trainers
+from . import adapter, checkpoints, engines, holding, interruption, pruning, slices, trainers
 from .blocks import (
     FullMethod,
     JolaMethod,
     LnMethod,
     LofitMethod,
     LoraMethod,
+    LoraSizes,
     MaskedMethod,
     PruneGates,
     RegulariseMethod,
@@ -57,14 +57,19 @@ def peft_config(method: TrainedMethod, pairs: Pairs, model: nn.Module) -> PeftCo
         case MaskedMethod():
             return slices.HeadSlicesConfig(heads=heads, parts=list(method.parts), **common)
         case LoraMethod():
-            return LoraConfig(r=method.r, lora_alpha=method.alpha, target_modules=method.target_modules, **common)
+            return lora_config(method)
         case LnMethod():
             return LNTuningConfig(target_modules=norms(model), **common)
         case RegulariseMethod() if method.tune == "lora":
-            shape = method.lora
-            return LoraConfig(r=shape.r, lora_alpha=shape.alpha, target_modules=shape.target_modules, **common)
+            return lora_config(method.lora)
         case FullMethod() | RegulariseMethod():
             return None
+
+
+def lora_config(shape: LoraSizes) -> LoraConfig:
+    """PEFT's configuration of a LoRA."""
+    sizes: dict[str, Any] = {"r": shape.r, "lora_alpha": shape.alpha, "target_modules": shape.target_modules}
+    return LoraConfig(task_type="CAUSAL_LM", **sizes)
 
 
 def norms(model: nn.Module) -> list[str]:
@@ -171,18 +176,20 @@ def train_with(
     resume: bool,
     say: Say,
     held: Callable[[Any], contextlib.AbstractContextManager[Any]] | None = None,
+    everywhere: bool = False,
 ) -> Any:
     """Train `heads.model` with an adapter of this configuration (None: the whole model); returns the finished trainer.
 
     Args:
         held: a block around the training, given the trainer (see `holding.held`).
+        everywhere: every process needs the trained model; otherwise rank 0 (see `engines.consolidated`).
 
     Raises:
         InputError: keys that contradict each other or the data, or a launch that is not what was asked for.
         CheckError: the loss is no number any more.
     """
     method: Any = recipe.method
-    timer = Timer()
+    timer, marking = Timer(), checkpoints.Mark(arguments)
     extra: dict[str, Any] = {}
     if config is None:
         heads.model.requires_grad_(True)
@@ -194,7 +201,7 @@ def train_with(
             heads.model,
             args=arguments,
             processing_class=heads.tokenizer,
-            callbacks=[*([trainer_callback(tracker)] if tracker else []), told(say), timer, checkpoints.Mark()],
+            callbacks=[*([trainer_callback(tracker)] if tracker else []), told(say), timer, marking],
             peft_config=config,
             **data.arguments,
             **extra,
@@ -206,10 +213,15 @@ def train_with(
     trainer.penalty = penalty
     if isinstance(method, JolaMethod):
         trainer.rates = {"head_tuning_gate": method.gate_learning_rate}
-    require_launch(trainer.accelerator)
+    engines.require_launch(trainer.accelerator)
+    engines.require_full_state(trainer.accelerator)
+    if any(not isinstance(term, PruneGates) for term in method.regularisers):
+        _require_visible_pass(trainer.args)
     trainer.remove_callback(PrinterCallback)
-    checkpoint = checkpoints.newest(Path(arguments.output_dir)) if resume else None
+    checkpoint = checkpoints.newest(Path(arguments.output_dir), say) if resume else None
     cache = _prefix_cache(recipe, heads, trainer, say)
+    split = engines.partitioned(trainer.accelerator)
+    frame = engines.frame_of(trainer.model) if split else None
     with contextlib.ExitStack() as during:
         if held is not None:
             during.enter_context(held(trainer))
@@ -223,9 +235,26 @@ def train_with(
             if any(isinstance(term, PruneGates) for term in method.regularisers):
                 pruning.restore_checkpoint(pruning.gates_of(trainer.model), checkpoint)
         else:
-            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+            with interruption.between_steps(trainer):
+                trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    if frame is not None:
+        heads.model = engines.base_of(engines.consolidated(trainer, frame, everywhere))
+        heads.__dict__.pop("layers", None)  # of the model that was split
     trainer.timing = timer.summary() | ({} if cache is None else {"prefix_cache": cache.stats.summary()})
     return trainer
+
+
+def _require_visible_pass(args: Any) -> None:
+    """Refuse checkpointing that hides from penalties what a training pass computed.
+
+    Raises:
+        InputError: re-entrant checkpointing, which adapters under ZeRO-3 are given by TRL.
+    """
+    if args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+        raise InputError(
+            "method.regularisers read the training pass, which re-entrant checkpointing hides (adapters under ZeRO-3 "
+            "have no other); set training.gradient_checkpointing to false, or launch with ZeRO-2 or FSDP2"
+        )
 
 
 def _prefix_cache(recipe: Recipe, heads: HeadModel, trainer: Any, say: Say) -> PrefixCache | None:
@@ -295,7 +324,8 @@ def l0_penalty(method: JolaMethod) -> trainers.Penalty:
 
     def penalty(model: Any, progress: float) -> dict[str, tuple[Tensor, float]]:
         weight = method.l0 * (min(1.0, progress / method.l0_warmup) if method.l0_warmup else 1.0)
-        return {"l0": (adapter.l0(model), weight)}
+        with engines.whole(engines.trained(model)):
+            return {"l0": (adapter.l0(model), weight)}
 
     return penalty
 
@@ -325,11 +355,13 @@ def told(say: Say) -> TrainerCallback:
     class Told(TrainerCallback):
         def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
             if logs and "loss" in logs:
-                if not math.isfinite(float(logs["loss"])):
-                    raise CheckError(
-                        f"the loss is {logs['loss']} at step {state.global_step}; lower training.learning_rate "
-                        f"(it was {logs.get('learning_rate')})"
-                    )
+                # In fp16 a gradient beyond the numbers is skipped by the scaler, and no sign of anything.
+                for what, key in (("loss", "loss"), *(() if args.fp16 else (("norm of the gradient", "grad_norm"),))):
+                    if not math.isfinite(float(logs.get(key, 0.0))):
+                        raise CheckError(
+                            f"the {what} is {logs[key]} at step {state.global_step}; lower training.learning_rate "
+                            f"(it was {logs.get('learning_rate')})"
+                        )
                 parts = [f"{name} {float(value):.4g}" for name, value in logs.items() if name not in _UNTOLD]
                 say(f"step {state.global_step}/{state.max_steps}: " + ", ".join(parts))
 
@@ -350,34 +382,3 @@ def unwrapped(trainer: Any) -> Any:
         model.__dict__.pop("forward", None)
         model.__dict__.pop("_is_accelerate_prepared", None)
     return model
-
-
-def require_whole(accelerator: Any, what: str) -> None:
-    """Refuse engines that leave each process a part of the weights.
-
-    Raises:
-        InputError: FSDP, or DeepSpeed ZeRO-3.
-    """
-    plugin = getattr(accelerator.state, "deepspeed_plugin", None)
-    if accelerator.distributed_type.value == "FSDP" or (plugin is not None and plugin.zero_stage == 3):
-        raise InputError(f"{what} needs every process to hold the weights whole; launch it with DDP or ZeRO-1/2")
-
-
-def require_launch(accelerator: Any) -> None:
-    """Refuse the launcher's silent traps: processes that each train alone, an engine that was asked for and dropped.
-
-    Raises:
-        InputError: what runs is not what was launched.
-    """
-    wanted = int(os.environ.get("WORLD_SIZE", "1"))
-    if accelerator.num_processes != wanted:
-        raise InputError(
-            f"{wanted} processes were launched but the trainer sees {accelerator.num_processes}; on a CPU launch with "
-            "ACCELERATE_USE_CPU=true and accelerate_configs/ddp_cpu_2.yaml"
-        )
-    for engine in ("DEEPSPEED", "FSDP"):
-        if os.environ.get(f"ACCELERATE_USE_{engine}") == "true" and accelerator.distributed_type.value != engine:
-            raise InputError(
-                f"{engine} was launched but {accelerator.distributed_type.value} is what runs; see the head of the "
-                "file in accelerate_configs/ for its launch line"
-            )

@@ -41,6 +41,12 @@ def choices(example: Example) -> tuple[str, ...]:
     return (*example.remaining, *example.incorrect)
 
 
+def require_choices(task: Task) -> None:
+    """Refuse a multiple-choice task that has nothing to choose against (InputError)."""
+    if task.kind == "multiple_choice" and not all(example.incorrect for example in task.examples):
+        raise InputError(f"task {task.name!r} is multiple choice, but an example has no 'incorrect' answers")
+
+
 def multiple_choice(example: Example, log_likelihoods: Sequence[float]) -> dict[str, float]:
     """`mc1`, `mc2` and `mc1_norm` from the log-likelihoods of `choices(example)`; the best answer wins a tie."""
     true = len(example.remaining)

@@ -6,7 +6,7 @@ without a label count nowhere.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -94,12 +94,19 @@ def option_queries(tokens: Tensor, end: Tensor, positive: int, negative: int) ->
 # --- terms ------------------------------------------------------------------------------------------------------------
 
 
-def output_drift(z: Sequence[Tensor], base: Sequence[Tensor], present: Tensor, relative: bool) -> Tensor:
+def output_drift(
+    z: Sequence[Tensor],
+    base: Sequence[Tensor],
+    present: Tensor,
+    relative: bool,
+    pooled: Callable[[Tensor], Tensor] = lambda size: size,
+) -> Tensor:
     """`mean ||z - z_base||^2` over present tokens and heads; `relative`: divided by `mean ||z_base||^2`.
 
     Args:
         z, base: head outputs of the model and of the reference, one tensor a layer: `[batch, seq, heads, head_dim]`.
         present: `[batch, seq]` bool.
+        pooled: what is divided by, from this process's own (see `engines.pooled`).
     """
     device = z[0].device
     moved, size, count = [], [], 0
@@ -110,8 +117,9 @@ def output_drift(z: Sequence[Tensor], base: Sequence[Tensor], present: Tensor, r
         size.append(other.pow(2).sum((-1, -2))[here].sum().to(device))
         count += own.shape[2] * int(here.sum())
     drift = torch.stack(moved).sum()
-    scale = torch.stack(size).sum().clamp(min=torch.finfo(torch.float32).tiny) if relative else max(1, count)
-    return drift / scale
+    if relative:
+        return drift / pooled(torch.stack(size).sum()).clamp(min=torch.finfo(torch.float32).tiny)
+    return drift / pooled(drift.new_tensor(float(count))).clamp(min=1)
 
 
 def contributions(z: Tensor, weight: Tensor, directions: Tensor) -> Tensor:

@@ -48,6 +48,7 @@ from torch import Tensor, nn
 
 from ..analysis.architectures import architecture_of
 from ..analysis.errors import CheckError, InputError
+from . import engines
 from .paging import page_out
 from .row_store import RowStore
 
@@ -132,11 +133,8 @@ def refusal(model: Any, trainer: Any = None, rows_change: bool = False) -> str |
 
 def _trainer_refusal(trainer: Any) -> str | None:
     arguments, accelerator = trainer.args, trainer.accelerator
-    if accelerator.distributed_type.value == "FSDP" or getattr(trainer, "is_fsdp_enabled", False):
-        return "FSDP keeps only a part of each layer in a process"
-    plugin = getattr(accelerator.state, "deepspeed_plugin", None)
-    if plugin is not None and plugin.zero_stage == 3:
-        return "DeepSpeed ZeRO-3 keeps only a part of each layer in a process"
+    if engines.partitioned(accelerator):
+        return f"{engines.engine(accelerator)} keeps only a part of each layer in a process"
     if getattr(arguments, "packing", False):
         return "packing puts several examples into one row"
     if getattr(arguments, "padding_free", False) or getattr(trainer, "padding_free", False):

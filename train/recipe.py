@@ -25,6 +25,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from ..analysis.errors import InputError, nearest
+from ..analysis.inside import require_plain_name
+from ..analysis.redaction import require_no_secrets
 from . import blocks
 from .blocks import (
     METHODS,
@@ -57,11 +59,12 @@ _OWN_TRAINING_KEYS = {
 
 # Which strategies of recipe seekr read a key. A recipe may hold others, so that one file serves all strategies; the
 # resolved recipe of a run holds what it read.
-_UNREAD = {
+_READ_BY = {
     "distil": ("seekr", "der", "lwf"),
     "replay": ("seekr", "replay", "der"),
     "der_weight": ("der",),
     "ewc_weight": ("ewc",),
+    "ewc_rows": ("ewc",),
     "lwf_weight": ("lwf",),
 }
 
@@ -70,7 +73,7 @@ _CHOOSING = ("choice", "heads", "layers", "selection")  # of method.distil, wher
 
 
 def _unread(method: SeekrMethod) -> list[str]:
-    return sorted(key for key, strategies in _UNREAD.items() if method.strategy not in strategies)
+    return sorted(key for key, strategies in _READ_BY.items() if method.strategy not in strategies)
 
 
 class Recipe(Block):
@@ -113,11 +116,12 @@ def parse(data: Any, where: str = "recipe") -> Recipe:
     """Check a recipe and fill in name and output folder.
 
     Raises:
-        InputError: the first thing that is wrong: an unknown key (with the nearest known one), a wrong type, a value
-            out of range.
+        InputError: the first thing that is wrong: a secret, an unknown key (with the nearest known one), a wrong type,
+            a value out of range.
     """
     if not isinstance(data, dict):
         raise InputError(f"{where}: a recipe is a mapping of keys, found {type(data).__name__}")
+    require_no_secrets(data, where)  # first of all: what else is refused is refused by its value
     family = data.get("recipe")
     if not isinstance(family, str) or family not in METHODS:
         hint = nearest(str(family), METHODS) if family else "known: " + ", ".join(METHODS)
@@ -137,8 +141,7 @@ def parse(data: Any, where: str = "recipe") -> Recipe:
         )
     digest = hashlib.sha256(json.dumps(recipe.dump(), sort_keys=True).encode()).hexdigest()[:6]
     name = recipe.name or f"{family}-{_heads_label(recipe.heads)}-s{recipe.seed}-{digest}"
-    if "/" in name or name in (".", ".."):
-        raise InputError(f"{where}: name {name!r} must not hold a slash; use output_dir for the place")
+    require_plain_name(name, f"{where}: name")
     return recipe.model_copy(update={"name": name, "output_dir": recipe.output_dir or f"runs/{name}"})
 
 

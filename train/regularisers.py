@@ -33,12 +33,14 @@ from typing import Any, ClassVar, Literal
 import torch
 from peft import PeftModel
 from torch import Tensor
+from torch.nn import Module
 from transformers import PreTrainedModel
 
 from ..analysis.attention import head_log_rows
 from ..analysis.errors import CheckError, InputError
 from ..analysis.hooks import require_heads
 from ..analysis.model import HeadModel
+from . import engines
 from . import penalty_terms as terms
 from .distillation import attention_distillation
 from .head_passes import (
@@ -54,6 +56,7 @@ from .head_passes import (
     option_tokens,
     rows_read,
 )
+from .held_slices import held_slices
 from .slices import PARTS
 from .weight_drift import SliceAnchor, slice_anchor
 
@@ -231,6 +234,7 @@ class Regularisers:
         self._calls = (-1.0, 0)  # the share of the training done, and how many calls came before at the same
         self._own, self._compared = _wanted(heads, self.specs.values())
         self._watcher = PassWatcher(heads, self._own)
+        self._read: list[Module] = []
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
@@ -248,13 +252,14 @@ class Regularisers:
                 anchor.term(self.heads)  # refuses what cannot move
                 self._anchors[name] = anchor
         self._base = given
+        self._read = self._modules_read()
         if self._compared is not None and given is None and not adapted:
             self._base = alike(self.heads, copy.deepcopy(self.heads.model).requires_grad_(False))
         try:
             with self._watcher.installed(self._base):
                 yield
         finally:
-            self._anchors, self._base, self._shown = {}, None, None
+            self._anchors, self._base, self._shown, self._read = {}, None, None, []
             if self.counts:
                 log.info("regularisers: %s", ", ".join(f"{name} {count}" for name, count in self.counts.items()))
 
@@ -281,7 +286,7 @@ class Regularisers:
         batch = _Batch(made, None, shown, self._seed(progress))
         if self._compared is not None:
             self._run_base(model, batch, self._compared)
-        with torch.autocast(made.present.device.type, enabled=False):
+        with torch.autocast(made.present.device.type, enabled=False), engines.whole(self._read):
             return {
                 name: (self._term(name, spec, batch), spec.weight_at(progress)) for name, spec in self.specs.items()
             }
@@ -305,7 +310,23 @@ class Regularisers:
                 for name, spec in self.specs.items():
                     if isinstance(spec, AttributionHinge) and spec.role == "recall":
                         ends, tokens = batch.predicting(spec.kind)
-                        batch.floors[name] = head_contributions(view, batch.base, spec.by_layer, ends, tokens)
+                        with engines.whole(self._read):
+                            batch.floors[name] = head_contributions(view, batch.base, spec.by_layer, ends, tokens)
+
+    def _modules_read(self) -> list[Module]:
+        """The modules whose weights the terms look at."""
+        view = self.heads
+        found: list[Module] = []
+        for spec in self.specs.values():
+            if isinstance(spec, WeightDrift):
+                for held in held_slices(view, spec.heads, spec.parts):
+                    found += held.module(view).modules()
+            elif isinstance(spec, AttributionHinge):
+                found += [of for layer in spec.by_layer for of in view.projection(layer).modules()]
+                norms = [view.final_norm, *(view.post_attention_norm(layer) for layer in spec.by_layer)]
+                tops = [view.model.get_output_embeddings(), *norms]
+                found += [of for top in tops if top is not None for of in top.modules()]
+        return found
 
     def _term(self, name: str, spec: Spec, batch: _Batch) -> Tensor:
         match spec:
@@ -375,14 +396,16 @@ def _attention_kl(spec: AttentionKl, batch: _Batch) -> Tensor:
         rows[layer] = head_log_rows(batch.made.attention[layer], heads, queries)
         with torch.no_grad():
             base[layer] = head_log_rows(batch.base.attention[layer], heads, queries).exp()
-    return attention_distillation(rows, base, queries >= 0)
+    own = (queries >= 0).sum().float()
+    share = own / engines.pooled(own).clamp(min=1)  # of the rows that a process reads
+    return share * attention_distillation(rows, base, queries >= 0)
 
 
 def _output_drift(view: HeadModel, spec: OutputDrift, batch: _Batch) -> Tensor:
     assert batch.base is not None
     made = [of_heads(view, batch.made.z[layer], heads) for layer, heads in spec.by_layer.items()]
     base = [of_heads(view, batch.base.z[layer], heads) for layer, heads in spec.by_layer.items()]
-    return terms.output_drift(made, base, batch.made.present, spec.relative)
+    return terms.output_drift(made, base, batch.made.present, spec.relative, engines.pooled)
 
 
 def _attribution_hinge(

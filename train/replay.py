@@ -11,7 +11,10 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
+import torch
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from ..analysis.encoding import continuation
@@ -69,9 +72,28 @@ def rows_of(task: Task, tokenizer: PreTrainedTokenizerBase, index: int, seed: in
 
 def sample(rows: Sequence[Row], block: ReplayBlock, seed: str) -> list[Row]:
     """A task's share of the buffer, in the order of the task: at least one row, at most all."""
-    wanted = block.count if block.count is not None else max(1, round((block.ratio or 0) * len(rows)))
-    chosen = random.Random(seed).sample(range(len(rows)), min(wanted, len(rows)))
-    return [rows[index] for index in sorted(chosen)]
+    return drawn(rows, block.count if block.count is not None else max(1, round((block.ratio or 0) * len(rows))), seed)
+
+
+def drawn(rows: Sequence[Row], wanted: int | Literal["all"], seed: str) -> list[Row]:
+    """A random sample of rows, in their order: `wanted` of them, or all where there are no more."""
+    n = len(rows) if wanted == "all" else min(wanted, len(rows))
+    return [rows[index] for index in sorted(random.Random(seed).sample(range(len(rows)), n))]
+
+
+def padded(rows: Sequence[Row], pad: int, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    """`input_ids`, `attention_mask` and `labels`, `[batch, longest]`, padded on the right."""
+    return {
+        "input_ids": filled([row.input_ids for row in rows], pad, device),
+        "attention_mask": filled([[1] * row.length for row in rows], 0, device),
+        "labels": filled([row.labels for row in rows], -100, device),
+    }
+
+
+def filled(rows: Sequence[Sequence[int]], filler: int, device: torch.device | str = "cpu") -> Tensor:
+    """`[rows, longest]`, each filled up on the right."""
+    tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
+    return nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=filler).to(device)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..analysis.files import atomic_path, sha256_of, write_json
+from ..analysis.inside import inside
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +50,8 @@ class RowStore:
     def _read_index(self, path: Path) -> None:
         try:
             shards = json.loads(path.read_text(encoding="utf-8"))["shards"]
+            for name in shards:
+                inside(path.parent, name, f"index {str(path)!r}")
             self._where = {row: name for name, shard in shards.items() for row in shard["rows"]}
             self.disk_bytes = sum(shard["bytes"] for shard in shards.values())
             self._shards = shards

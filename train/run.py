@@ -6,6 +6,7 @@ A run is a folder: `recipe.yaml`, `heads.json`, `metrics.jsonl`, `evaluation.jso
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import logging
@@ -23,17 +24,20 @@ from ..analysis import cards, headset, identify, report
 from ..analysis.encoding import encode
 from ..analysis.errors import InputError
 from ..analysis.files import require_new_folder, write_json, write_text
+from ..analysis.inside import require_no_way_out
 from ..analysis.model import HeadModel, load, load_plain
 from ..analysis.scores import load_means
 from ..analysis.tasks import Task
-from . import fit, holding, selecting, sequence, trainers
+from . import faults, fit, holding, interruption, selecting, sequence, trainers
 from . import recipe as recipes
-from .blocks import FullMethod, JolaMethod, LofitMethod, ObjectiveBlock, RegulariseMethod, SeekrMethod
+from .blocks import FullMethod, JolaMethod, LofitMethod, ModelBlock, ObjectiveBlock, RegulariseMethod, SeekrMethod
+from .card import OWN
 from .choosing import Chosen, choose_heads
+from .multiple_choice import require_choices
 from .recipe import Recipe
 from .records import evaluation_identity, flat, measure, new_folder, peak_memory, read_before, write_evaluation
 from .splits import tasks_of
-from .tracking import Tracker
+from .tracking import METRICS, Tracker
 
 log = logging.getLogger(__name__)
 Say = Callable[[str], None]
@@ -41,7 +45,7 @@ Say = Callable[[str], None]
 
 @contextmanager
 def _state_file(folder: Path, content: dict[str, Any], main: bool) -> Iterator[dict[str, Any]]:
-    """run.json: `running` from the start, `done` or `failed` at the end."""
+    """run.json: `running` from the start, `done`, `interrupted` or `failed` at the end."""
 
     def write(state: str) -> None:
         if main:
@@ -50,8 +54,9 @@ def _state_file(folder: Path, content: dict[str, Any], main: bool) -> Iterator[d
     write("running")
     try:
         yield content
-    except BaseException:
-        write("failed")
+    except BaseException as error:
+        with contextlib.suppress(OSError):  # a full disk is what may have failed it
+            write("interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
         raise
     write("done")
 
@@ -74,7 +79,14 @@ def run(
 
     Raises:
         InputError: before anything is written, where the recipe does not fit the model, the task or the folder.
+        CheckError: training diverged, the disk is full, memory does not suffice, a file of the run is damaged.
+        Interrupted: SIGTERM or SIGINT came (see `interruption`).
     """
+    with interruption.watched(recipe.folder), faults.in_one_line(recipe.folder):
+        return _run(recipe, resume, progress, say)
+
+
+def _run(recipe: Recipe, resume: bool, progress: identify.Progress, say: Say) -> dict[str, Any]:
     folder = recipe.folder
     main = int(os.environ.get("RANK", "0")) == 0
     saved = _saved(folder) if resume else {}  # before anybody writes run.json anew
@@ -92,6 +104,7 @@ def run(
     steps = sequence.steps_of(recipe.task) if in_order else []
     train, held_out = (steps[0].train, steps[0].held_out) if in_order else tasks_of(recipe.task)
     block = recipe.model
+    _warn_of_code(block)
     heads = load(block.name, block.dtype, None, block.revision, block.trust_remote_code)
     if in_order:
         sequence.require_usable(recipe, heads, steps)
@@ -100,12 +113,19 @@ def run(
         if recipe.evaluation.before is not None:
             read_before(Path(recipe.evaluation.before), evaluation_identity(recipe, heads, held_out))
     holding.require_usable(recipe, heads, train)
+    data = None if in_order else _data(heads, train, held_out)  # a sequence keeps its own account
+    if data is not None and "data" in saved:
+        _require_same_data(data, saved["data"], folder)
     say(f"run {folder} on {block.name}")  # not earlier: what is refused is refused in one line
     if main:
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / "recipe.yaml", recipe.to_yaml())
     state = {"name": recipe.name, "recipe": recipe.recipe, "seed": recipe.seed, **headset.provenance()}
     state |= {key: saved[key] for key in ("heads", "wandb_id", "training_data") if key in saved}
+    if data is not None:
+        state["data"] = data
+    if main:
+        faults.mend_lines(folder / METRICS)
     tracker = Tracker(
         folder,
         recipe.name,
@@ -117,8 +137,8 @@ def run(
         wandb_mode=recipe.tracking.wandb,
         resume_id=saved.get("wandb_id"),
     )
+    state["wandb_id"] = tracker.wandb_id or saved.get("wandb_id")
     with tracker, _state_file(folder, state, main) as state:
-        state["wandb_id"] = tracker.wandb_id
         if not in_order:
             return _carry_out(recipe, heads, train, held_out, tracker, state, resume, progress, say)
         evaluation = sequence.learn_sequence(recipe, heads, steps, tracker, state, resume, progress, say)
@@ -163,7 +183,8 @@ def _carry_out(
     before: dict[str, Any] | None = None
     rows_before: list[dict[str, Any]] = []
     if resume and (folder / "evaluation.json").is_file():
-        before, rows_before = read_before(folder / "evaluation.json", identity)
+        with contextlib.suppress(InputError):  # damaged: measured once more
+            before, rows_before = read_before(folder / "evaluation.json", identity)
     if before is None and settings.before is not None:
         before, rows_before = read_before(Path(settings.before), identity)
     if main:
@@ -227,8 +248,7 @@ def _require_usable(recipe: Recipe, heads: HeadModel, train: Task, held_out: Tas
         encode(train, heads.tokenizer)
     if objective == "dpo":
         trainers.dpo_rows(train.limited(recipe.task.max_train_examples, recipe.seed), "one")
-    if held_out.kind == "multiple_choice" and not all(example.incorrect for example in held_out.examples):
-        raise InputError(f"task {held_out.name!r} is multiple choice, but an example has no 'incorrect' answers")
+    require_choices(held_out)
     if block is not None and block.identify is None and not block.learnt:
         choose_heads(block, heads, train, say=lambda _line: None)
     if objective is not None:
@@ -273,7 +293,13 @@ def _adapted(
         if heads.tokenizer.pad_token is None:
             heads.tokenizer.pad_token = heads.tokenizer.eos_token
         return fit.fit(recipe, heads, chosen.pairs, train, tracker, state, resume, say)
-    return selecting.steered(recipe, heads, chosen.pairs, train, state, progress, say)
+    return selecting.steered(recipe, heads, chosen, train, state, progress, say)
+
+
+def _warn_of_code(block: ModelBlock) -> None:
+    """Tell that a model's own code is going to run."""
+    if block.trust_remote_code:
+        log.warning("model.trust_remote_code: code that comes with %s runs with your rights", block.name)
 
 
 def _require_same(recipe: Recipe, folder: Path) -> None:
@@ -292,7 +318,27 @@ def _require_same(recipe: Recipe, folder: Path) -> None:
 
 def _saved(folder: Path) -> dict[str, Any]:
     path = folder / "run.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return faults.read_state(path) if path.is_file() else {}
+
+
+def _data(heads: HeadModel, train: Task, held_out: Task) -> dict[str, Any]:
+    """What a run that is taken up again must find as it was: the task's examples, the model's weights."""
+    return {
+        "train_sha256": train.sha256,
+        "eval_sha256": held_out.sha256,
+        "weights_sha256": heads.weights_sha256,
+    }
+
+
+def _require_same_data(now: Mapping[str, Any], then: Mapping[str, Any], folder: Path) -> None:
+    """Refuse to go on with other data than a run began with."""
+    names = {"train_sha256": "examples to train on", "eval_sha256": "held-out examples", "weights_sha256": "weights"}
+    changed = [name for key, name in names.items() if then.get(key) != now[key]]
+    if changed:
+        raise InputError(
+            f"the run in {str(folder)!r} was started with other {' and '.join(changed)}; put the files back as they "
+            "were, or choose another output_dir"
+        )
 
 
 def _resumed_heads(folder: Path, state: Mapping[str, Any]) -> Chosen | None:
@@ -326,12 +372,13 @@ def load_run(folder: Path) -> tuple[Any, Any, Recipe]:
     """The adapted model in float32 (a PeftModel; after full fine-tuning a plain one), its tokenizer, its recipe.
 
     Raises:
-        InputError: the folder is not a run, or holds no trained model.
+        InputError: the folder is not a run, holds no trained model, or links that lead out of it.
     """
     if not (folder / "recipe.yaml").is_file():
         raise InputError(
             f"{str(folder)!r} is not a run: it holds no recipe.yaml; give a folder that headtune train wrote"
         )
+    require_no_way_out(folder, "run", OWN)
     recipe = recipes.load(str(folder / "recipe.yaml"))
     block = recipe.model
     if isinstance(recipe.method, LofitMethod) and recipe.method.select_only:
@@ -346,5 +393,8 @@ def load_run(folder: Path) -> tuple[Any, Any, Recipe]:
             wanted = "last" if keep == "none" else "true"
             raise InputError(f"run {str(folder)!r} did not keep its model; run it again with method.keep={wanted}")
         raise InputError(f"run {str(folder)!r} has no adapter yet; finish it with: headtune train RECIPE --resume")
+    if not (folder / "adapter" / "adapter_model.safetensors").is_file():  # else PEFT would take a pickle
+        raise InputError(f"run {str(folder)!r} has an adapter without adapter_model.safetensors; train it anew")
+    _warn_of_code(block)
     model, tokenizer = load_plain(block.name, "float32", block.revision, block.trust_remote_code)
     return PeftModel.from_pretrained(model, str(folder / "adapter")).eval(), tokenizer, recipe

@@ -28,7 +28,7 @@ from trl import SFTTrainer
 from .blocks import SeekrMethod
 from .distillation import RowRecorder, attention_distillation, logit_kl
 from .labelled import label_mask, positions_only
-from .replay import Replay, Row
+from .replay import Replay, Row, padded
 from .teacher_store import TeacherStore
 from .trainers import Penalised
 
@@ -50,20 +50,6 @@ class Held:
     seed: str = ""
     teachers: TeacherStore | None = None
     heads: Mapping[str, Heads] | None = None
-
-
-def padded(rows: Sequence[Row], pad: int, device: torch.device | str = "cpu") -> dict[str, Tensor]:
-    """`input_ids`, `attention_mask` and `labels`, `[batch, longest]`, padded on the right."""
-    width = max(row.length for row in rows)
-
-    def stacked(values: Sequence[Sequence[int]], filler: int) -> Tensor:
-        return torch.tensor([[*value, *[filler] * (width - len(value))] for value in values], device=device)
-
-    return {
-        "input_ids": stacked([row.input_ids for row in rows], pad),
-        "attention_mask": stacked([[1] * row.length for row in rows], 0),
-        "labels": stacked([row.labels for row in rows], -100),
-    }
 
 
 def collate(examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
@@ -159,3 +145,7 @@ class _Sequence(SFTTrainer):
 
 class SequenceTrainer(Penalised, _Sequence):
     """One task of a sequence, with further penalties."""
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """Each row once an epoch: one process trains, and its last batch may be short."""
+        return SFTTrainer._get_train_sampler(self, train_dataset)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from ..analysis.knobs import Intercept, Sink
 from ..analysis.model import HeadModel
 from ..analysis.scores import Scores
 from ..analysis.tasks import Task
-from . import adapter, fit, probing, steering
+from . import adapter, engines, fit, probing, steering
 from .blocks import InterceptMethod, ItiMethod, ScaleMethod, SinkMethod
 from .choosing import Chosen
 from .recipe import Recipe
@@ -61,7 +62,8 @@ def lofit_heads(recipe: Recipe, heads: HeadModel, train: Task, tracker: Tracker,
     say(f"choosing heads: scales on all {len(everyone)} heads, {data.n_rows} rows")
     heads.record_attention(False)
     arguments = fit.training_arguments(recipe, **changes)
-    trainer = fit.train_with(recipe, heads, config, data, arguments, None, l1_penalty(block.l1), False, say)
+    penalty = l1_penalty(block.l1)
+    trainer = fit.train_with(recipe, heads, config, data, arguments, None, penalty, False, say, everywhere=True)
     adapted = trainer.accelerator.unwrap_model(trainer.model)
     norms = scale_norms(adapted, heads.n_layers, heads.n_heads)
     heads.model = adapted.unload()
@@ -76,8 +78,9 @@ def l1_penalty(weight: float) -> Penalty:
     """`sum |A|` over every trained scale."""
 
     def penalty(model: Any, _progress: float) -> dict[str, tuple[Tensor, float]]:
-        scales = [p for name, p in model.named_parameters() if "head_tuning_scale" in name and p.requires_grad]
-        return {"l1": (torch.stack([scale.abs().sum() for scale in scales]).sum(), weight)}
+        with engines.whole(engines.trained(model)):
+            scales = [p for name, p in model.named_parameters() if "head_tuning_scale" in name and p.requires_grad]
+            return {"l1": (torch.stack([scale.abs().sum() for scale in scales]).sum(), weight)}
 
     return penalty
 
@@ -101,9 +104,10 @@ def probed_heads(recipe: Recipe, heads: HeadModel, train: Task, progress: identi
     found = probing.probe_heads(heads, part, recipe.seed, block.folds, block.per_prompt, progress)
     note = {"name": part.name, "sha256": part.sha256, "n_examples": len(part.examples), "n_dropped": 0, "dropped": {}}
     ranked = found.ranked(recipe.heads.top)
-    return selected(
+    chosen = selected(
         "probe", {probing.ACCURACY: found.accuracy}, ranked, recipe, heads, note, {"parameters": found.note}
     )
+    return replace(chosen, probed=found)
 
 
 def open_gates(recipe: Recipe, heads: HeadModel, model: Any, chosen: Chosen, data: dict[str, Any]) -> Chosen:
@@ -167,7 +171,7 @@ def _part(recipe: Recipe, train: Task, max_examples: int | None) -> Task:
 def steered(
     recipe: Recipe,
     heads: HeadModel,
-    pairs: list[tuple[int, int]],
+    chosen: Chosen,
     train: Task,
     state: dict[str, Any],
     progress: identify.Progress,
@@ -187,7 +191,7 @@ def steered(
             settings = Intercept(method.beta, *([method.fit] if method.fit else []))
     say(f"steering: {method.kind}")
     heads.record_attention(True)
-    found = steering.steer(heads, settings, pairs or None, part, recipe.seed, progress)
+    found = steering.steer(heads, settings, chosen.pairs or None, part, recipe.seed, progress, chosen.probed)
     heads.record_attention(False)
     state["steering"] = found.note
     state["heads"] = [list(pair) for pair in found.pairs]

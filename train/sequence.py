@@ -35,7 +35,8 @@ from .blocks import EvaluationBlock, SeekrMethod, TaskBlock
 from .choosing import choose_heads
 from .continual import Learner, Unit
 from .evaluate import perplexity, score_task
-from .multiple_choice import truthfulqa_preamble
+from .faults import read_state
+from .multiple_choice import require_choices, truthfulqa_preamble
 from .recipe import Recipe
 from .records import flat, new_folder, peak_memory, plain, read_before, write_evaluation
 from .selecting import keep_heads, selected
@@ -98,26 +99,25 @@ def require_usable(recipe: Recipe, heads: HeadModel, steps: Sequence[Step]) -> N
     if twice := [name for name in names if names.count(name) > 1]:
         raise InputError(f"two of the tasks measured are called {twice[0]!r}; rename a file, or name the step")
     for task in [step.held_out for step in steps] + general:
-        if task.kind == "multiple_choice" and not all(example.incorrect for example in task.examples):
-            raise InputError(f"task {task.name!r} is multiple choice, but an example has no 'incorrect' answers")
+        require_choices(task)
     if recipe.heads is not None and recipe.heads.identify is None:
         choose_heads(recipe.heads, heads, steps[0].train, say=lambda _line: None)
     elif recipe.heads is not None:
         if steps[0].train.kind == "multiple_choice":
             raise InputError(
-                f"task {steps[0].name!r} is multiple choice, on which heads cannot be identified; use from"
+                f"task {steps[0].name!r} is multiple choice, on which heads cannot be identified; use heads.from"
             )
         encode(steps[0].train, heads.tokenizer)
     distil = method.distil
     everywhere = heads.n_layers * heads.n_heads
     if method.strategy == "seekr" and recipe.heads is None:
-        for key, value, most in (("layers", distil.layers, heads.n_layers), ("heads", distil.heads, everywhere)):
-            if value is not None and value > most:
+        layers = heads.n_layers if distil.layers == "all" else distil.layers
+        for key, value, most in (("layers", layers, heads.n_layers), ("heads", distil.heads, everywhere)):
+            if value > most:
                 raise InputError(f"method.distil.{key} is {value}, and the model has {most}; lower it")
-        if distil.layers is not None and distil.heads > distil.layers * heads.n_heads:
+        if distil.heads > layers * heads.n_heads:
             raise InputError(
-                f"method.distil.heads is {distil.heads}, and {distil.layers} layers have "
-                f"{distil.layers * heads.n_heads}; lower it"
+                f"method.distil.heads is {distil.heads}, and {layers} layers have {layers * heads.n_heads}; lower it"
             )
     vocabulary = heads.model.get_output_embeddings().weight.shape[0]
     if distil.logits_top is not None and distil.logits_top >= vocabulary:
@@ -165,7 +165,7 @@ def learn_sequence(
         heads.tokenizer.pad_token = heads.tokenizer.eos_token
     align_special_tokens(heads.model, heads.tokenizer)
     measured = functools.partial(scores_of, heads.tokenizer, recipe.evaluation)
-    saved = json.loads(path.read_text(encoding="utf-8")) if resume and path.is_file() else {}
+    saved = read_state(path) if resume and path.is_file() else {}
     rows = rows_of(recipe, heads, steps)
     learnt = {"train_sha256": hashlib.sha256(repr(rows).encode()).hexdigest()}
     if saved and (odd := sorted(key for key, value in (identity | learnt).items() if saved["identity"][key] != value)):
@@ -250,6 +250,9 @@ def _note_run(recipe: Recipe, learner: Learner, steps: Sequence[Step], state: di
     state["training"] = {"steps": learner.n_steps, "seconds": sum(part["seconds"] for part in timed)}
     if timed:
         state["training"]["seconds_per_step"] = sum(part["seconds_per_step"] for part in timed) / len(timed)
+    if recipe.method.strategy == "ewc":  # type: ignore[union-attr]
+        of = zip(learner.units, learner.informing, strict=True)
+        state["fisher_rows"] = {unit.name: len(rows) for unit, rows in list(of)[:-1]}  # nothing comes after the last
     state["buffer"] = {unit.name: len(share) for unit, share in zip(learner.units, learner.buffer, strict=True)}
     limited = [(step.name, step.train.limited(recipe.task.max_train_examples, recipe.seed)) for step in steps]
     state["training_data"] = {
@@ -258,7 +261,7 @@ def _note_run(recipe: Recipe, learner: Learner, steps: Sequence[Step], state: di
 
 
 def clear(recipe: Recipe) -> None:
-    """Remove what only a run that is not done needs: teachers, checkpoints, the models that `keep` does not name.
+    """Remove what only a run that is not done needs: teachers, checkpoints, anchors, models that `keep` does not name.
 
     And what a killed process left half written (see `atomic_folder`).
     """
@@ -267,12 +270,16 @@ def clear(recipe: Recipe) -> None:
         "teachers",
         "checkpoints",
         "remembered",
+        "anchor.safetensors",
         ".*",
         *([] if recipe.method.keep == "all" else ["model", "adapter"]),
     ]
     for pattern in ["teachers", ".model.*", ".adapter.*", *(f"tasks/*/{name}" for name in names)]:
         for path in recipe.folder.glob(pattern):
-            shutil.rmtree(path, ignore_errors=True)
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
 
 
 def scores_of(tokenizer: Any, settings: EvaluationBlock, model: Any, task: Task) -> dict[str, Any]:

@@ -42,6 +42,7 @@ from .adapter import HeadTuningConfig
 from .probing import (
     ACCURACY,
     FOLDS,
+    ProbeResult,
     end_batches,
     mass_mean,
     probe_heads,
@@ -137,7 +138,13 @@ class Steered:
 
 
 def steer(
-    heads: HeadModel, settings: Settings, pairs: Pairs | None, task: Task, seed: int = 0, progress: Progress = silent
+    heads: HeadModel,
+    settings: Settings,
+    pairs: Pairs | None,
+    task: Task,
+    seed: int = 0,
+    progress: Progress = silent,
+    probed: ProbeResult | None = None,
 ) -> Steered:
     """Compute an adapter from a model and a task.
 
@@ -146,6 +153,7 @@ def steer(
         pairs: the heads, for `Scale`, and for `ITI` without `top`; the others find theirs themselves: None.
         task: whose answers, or prompts, are looked at; an intercept is fitted on its own `fit` instead.
         seed: of what is drawn (see `probe_heads`).
+        probed: what probes have read already: `ITI` takes its directions over where they are of the same statements.
 
     Raises:
         InputError: heads missing, given needlessly, twice, or not in the model; no heads that attend to the first
@@ -154,7 +162,7 @@ def steer(
     if isinstance(settings, Scale):
         return _scaled(heads, _given(heads, pairs), settings.factor, {"kind": "scale", **asdict(settings)})
     if isinstance(settings, ITI):
-        return _iti(heads, settings, pairs, task, seed, progress)
+        return _iti(heads, settings, pairs, task, seed, progress, probed)
     if pairs:
         kind = type(settings).__name__.lower()
         raise InputError(f"steering {kind!r} finds what it changes itself; leave out the {len(pairs)} heads given")
@@ -206,24 +214,35 @@ def _scaled(heads: HeadModel, pairs: Pairs, factor: float, note: dict[str, Any])
     return Steered(config, values, note | {"heads": [list(pair) for pair in pairs]})
 
 
-def _iti(heads: HeadModel, settings: ITI, pairs: Pairs | None, task: Task, seed: int, progress: Progress) -> Steered:
+def _iti(
+    heads: HeadModel,
+    settings: ITI,
+    pairs: Pairs | None,
+    task: Task,
+    seed: int,
+    progress: Progress,
+    probed: ProbeResult | None,
+) -> Steered:
     note: dict[str, Any] = {"kind": "iti", **asdict(settings)}
     ranked: tuple[RankedHead, ...] = ()
     scores = None
-    if settings.top is None:
-        chosen = _given(heads, pairs)
-        layers = sorted({layer for layer, _ in chosen})
-        z, true, _, how = read_statements(heads, task, layers, seed, settings.per_prompt, progress)
-        of_layer = {layer: mass_mean(z[layer].to(heads.device).float(), true) for layer in layers}
-        moves = {(layer, head): of_layer[layer][0][head] * of_layer[layer][1][head] for layer, head in chosen}
-    else:
+    if settings.top is not None:
         if pairs:
             raise InputError(f"iti chooses its top {settings.top} heads; leave out top or the {len(pairs)} heads given")
         require_enough(settings.top, heads.n_layers * heads.n_heads)  # before the model runs
         probed = probe_heads(heads, task, seed, settings.folds, settings.per_prompt, progress)
-        ranked, scores, how = probed.ranked(settings.top), probed.scores, probed.note
+        ranked, scores = probed.ranked(settings.top), probed.scores
         chosen = sorted((entry.layer, entry.head) for entry in ranked)
+    else:
+        chosen = _given(heads, pairs)
+    if probed is not None and probed.read(task, seed, settings.per_prompt):
+        how = probed.note
         moves = {pair: probed.sigma[pair] * probed.directions[pair] for pair in chosen}
+    else:
+        layers = sorted({layer for layer, _ in chosen})
+        z, true, _, how = read_statements(heads, task, layers, seed, settings.per_prompt, progress)
+        of_layer = {layer: mass_mean(z[layer].to(heads.device).float(), true) for layer in layers}
+        moves = {(layer, head): of_layer[layer][0][head] * of_layer[layer][1][head] for layer, head in chosen}
     offsets = {pair: settings.alpha * move for pair, move in moves.items()}
     note |= {"statements": how, "heads": [_described(pair, moves[pair], ranked) for pair in chosen]}
     config = HeadTuningConfig(heads=[list(pair) for pair in chosen], scale="none", offset=True, task_type="CAUSAL_LM")

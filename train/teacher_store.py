@@ -23,14 +23,15 @@ from typing import Any, Literal
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..analysis.errors import CheckError, InputError
 from ..analysis.files import atomic_path, sha256_of, write_json
+from ..analysis.inside import inside
 from ..analysis.model import HeadModel
 from .distillation import RowRecorder, TopLogits, top_logits
 from .labelled import label_mask, positions_only
-from .replay import Row
+from .replay import Row, filled, padded
 
 Heads = Mapping[int, Sequence[int]]  # layer -> heads
 
@@ -108,6 +109,8 @@ class TeacherStore:
             index = json.loads(path.read_text(encoding="utf-8"))
             own = index["format"], index["dtype"], index["logits_top"]
             self._shards, self._keys = dict(index["shards"]), {key: list(names) for key, names in index["keys"].items()}
+            for name in self._shards:
+                inside(self.folder, name, "index.json")
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise self._damaged(path, error) from None
         if own != (_FORMAT, self.dtype, self.logits_top):
@@ -403,12 +406,9 @@ def _teach(
     """One batch; what is kept is that of the rows of `todo`."""
     recorder = RowRecorder(by_layer({pair for row in rows for pair in _pairs(lacking[row.key])}))
     queries = [list(positions.get(row.key, [])) for row in rows]
-    mask = label_mask(_padded([row.labels for row in rows], -100))
-    inputs = {
-        "input_ids": _padded([row.input_ids for row in rows], 0).to(model.device),
-        "attention_mask": _padded([[1] * row.length for row in rows], 0).to(model.device),
-    }
-    with recorder.record(_padded(queries, -1)) as recorded, positions_only(model.model, mask):
+    inputs = padded(rows, 0, model.device)
+    mask = label_mask(inputs.pop("labels"))
+    with recorder.record(filled(queries, -1)) as recorded, positions_only(model.model, mask):
         logits = model.model(**inputs, use_cache=False).logits[0].float()
     for at, (row, own, of_row) in enumerate(zip(rows, queries, logits.split(mask.sum(1).tolist()), strict=True)):
         if row.key not in todo:
@@ -421,8 +421,3 @@ def _teach(
             store.add_heads(row.key, lacking[row.key], attention)
         else:
             store.put(row.key, Teacher(own, lacking[row.key], attention, of_row))
-
-
-def _padded(rows: Sequence[Sequence[int]], filler: int) -> Tensor:
-    tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
-    return nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=filler)

@@ -22,6 +22,8 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from ..analysis.errors import InputError
 from ..analysis.files import sha256_of
+from ..analysis.inside import require_no_way_out
+from ..analysis.redaction import is_secret_name, redact
 
 if TYPE_CHECKING:
     import wandb
@@ -32,9 +34,6 @@ log = logging.getLogger(__name__)
 METRICS = "metrics.jsonl"
 MODES = ("offline", "online", "disabled")
 SECONDS = 5.0  # that W&B may take to start and to finish; WANDB_INIT_TIMEOUT and WANDB_FINISH_TIMEOUT change it
-
-# Errs on the side of dropping: `pad_token` goes too, `max_new_tokens` and `tokenizer` stay.
-_SECRET = re.compile(r"(key|token|passwd|api_?keys|(secret|password|passphrase|credential)s?)([^a-z]|$)", re.IGNORECASE)
 
 
 class Tracker:
@@ -62,14 +61,16 @@ class Tracker:
 
         Args:
             config: what W&B shows as the run's configuration. Entries named like a secret are left out; the names are
-                logged.
+                logged. Secrets in values, here and in names and tags, are struck out.
             wandb_mode: `online`, `offline` or `disabled`; `None` follows WANDB_MODE, else is `online` where W&B finds
                 a key and `offline` where it does not.
             resume_id: `wandb_id` of the run that this one continues.
 
         Raises:
-            InputError: an unknown mode.
+            InputError: an unknown mode, or an id that is none.
         """
+        if resume_id is not None and not re.fullmatch(r"[\w-]{1,128}", resume_id):
+            raise InputError(f"wandb_id {resume_id!r} of the run to continue is no id; remove it from run.json")
         self.is_main = os.environ.get("RANK", "0") == "0"
         self._dir = run_dir
         self._run: wandb.Run | None = None
@@ -83,6 +84,7 @@ class Tracker:
         self._file = (run_dir / METRICS).open("a", encoding="utf-8")
         if mode != "disabled":
             options = {"project": project, "name": name, "group": group, "job_type": job_type, "tags": list(tags)}
+            options = {key: _redacted(value) for key, value in options.items()}
             self._run = _start(mode, run_dir, options | {"config": without_secrets(config)}, resume_id)
             self._id = self._run.id if self._run else None
 
@@ -147,18 +149,19 @@ class Tracker:
     def artifact(self, path: Path, name: str, type: str) -> str:
         """Hand a file or folder to W&B by reference; it must be final, and stay until it is synced.
 
-        Its digest goes to the summary as `artifact/<name>/sha256`.
+        Its digest goes to the summary as `artifact/<name>/sha256`. What W&B does not take in a name becomes `_`.
 
         Returns:
             The SHA-256 of the file, or of the folder's `<sha256>  <relative path>` lines in order of path; empty where
             this process does not write.
 
         Raises:
-            InputError: nothing at `path`.
+            InputError: nothing at `path`, or a link in it that leads out of it.
         """
         if not self.is_main:
             return ""
         digest = tree_sha256(path)
+        name = re.sub(r"[^a-zA-Z0-9_.-]", "_", name)[:128]
 
         def send(run: wandb.Run) -> None:
             from wandb import Artifact
@@ -244,21 +247,21 @@ def trainer_callback(tracker: Tracker, done: int = 0) -> TrainerCallback:
 
 
 def without_secrets(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of `config`, at every depth without entries named like a secret, and with values that JSON can hold."""
+    """A copy of `config` that JSON can hold: no entries named like a secret at any depth, no secrets seen in values."""
     dropped: list[str] = []
 
     def clean(value: Any, where: str) -> Any:
         if isinstance(value, Mapping):
             kept = {}
             for key, entry in value.items():
-                if _SECRET.search(_snake(str(key))):
+                if is_secret_name(str(key)):
                     dropped.append(f"{where}{key}")
                 else:
-                    kept[str(key)] = clean(entry, f"{where}{key}.")
+                    kept[redact(str(key))] = clean(entry, f"{where}{key}.")
             return kept
         if isinstance(value, list | tuple | set | frozenset):
             return [clean(entry, where) for entry in value]
-        return value if value is None or isinstance(value, bool | int | float | str) else str(value)
+        return value if value is None or isinstance(value, bool | int | float) else redact(str(value))
 
     result: dict[str, Any] = clean(config, "")
     if dropped:
@@ -270,12 +273,13 @@ def tree_sha256(path: Path) -> str:
     """SHA-256 of a file, or of a folder's `<sha256>  <relative path>` lines in order of path.
 
     Raises:
-        InputError: nothing at `path`.
+        InputError: nothing at `path`, or a link in it that leads out of it.
     """
     if path.is_file():
         return sha256_of(path)
     if not path.is_dir():
         raise InputError(f"artifact {str(path)!r} does not exist; name a file or a folder")
+    require_no_way_out(path, "artifact")
     files = sorted((file.relative_to(path).as_posix(), file) for file in path.rglob("*") if file.is_file())
     lines = "".join(f"{sha256_of(file)}  {name}\n" for name, file in files)
     return hashlib.sha256(lines.encode()).hexdigest()
@@ -298,6 +302,8 @@ def _requested_mode(argument: str | None) -> str | None:
 
 def _start(mode: str | None, run_dir: Path, options: dict[str, Any], resume_id: str | None) -> wandb.Run | None:
     """Start a run: online if asked for or possible, else offline, else none, with a warning for each step down."""
+    # Else W&B reports its own errors to its makers, also from offline runs.
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     try:
         import wandb
 
@@ -411,9 +417,11 @@ def _prefixed(key: str) -> str:
     return f"train/{key}"
 
 
-def _snake(name: str) -> str:
-    return re.sub(r"([a-z0-9])([A-Z])", r"\1_\2", name).lower()
+def _redacted(value: Any) -> Any:
+    if isinstance(value, list):
+        return [redact(entry) for entry in value]
+    return redact(value) if isinstance(value, str) else value
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return redact((str(error).strip() or type(error).__name__).splitlines()[0])

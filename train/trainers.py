@@ -16,6 +16,7 @@ from typing import Any, Literal
 import datasets
 import torch
 from torch import Tensor
+from torch.utils.data import RandomSampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import DPOTrainer, SFTTrainer
 
@@ -203,6 +204,19 @@ class Penalised:
     penalty: Penalty | None = None
     rates: Mapping[str, float] = {}
 
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """Rows in the trainer's own order, and as many of the next as fill the last step of an epoch.
+
+        With several processes accelerate fills it up itself, with other rows, and not at all with one: the same
+        recipe would train on other batches.
+        """
+        sampler = super()._get_train_sampler(train_dataset)  # type: ignore[misc]
+        args: Any = self.args  # type: ignore[attr-defined]
+        step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        if type(sampler) is not RandomSampler or args.dataloader_drop_last or len(sampler) % step == 0:
+            return sampler
+        return RandomSampler(sampler.data_source, num_samples=-(-len(sampler) // step) * step)
+
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         optimizer = super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
         this: Any = self
@@ -231,7 +245,8 @@ class Penalised:
         if not terms:
             return result
         for name, (term, _) in terms.items():
-            this._metrics["train"][name].append(term.item())
+            mean = this.accelerator.gather(term.detach().float().reshape(1)).mean().item()
+            this._metrics["train"][name].append(mean)
         added = torch.stack([weight * term.float() for term, weight in terms.values()]).sum()
         if this.model_accepts_loss_kwargs and num_items_in_batch is not None:
             # Such a loss is a share of the whole step's; the trainer adds it up over accumulated batches, undivided.

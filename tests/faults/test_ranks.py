@@ -1,0 +1,75 @@
+"""Two processes, of which one is told to stop, or dies."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import machine as machines
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from headtune.train import checkpoints
+
+ROOT = Path(__file__).parent.parent.parent
+STEPS = 200
+
+
+def launch(folder: Path, *words: str) -> subprocess.Popen[bytes]:
+    """`accelerate launch` of the recipe in `folder` on two processes."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
+    command += [str(ROOT / "accelerate_configs" / "ddp_cpu_2.yaml"), "-m", "headtune.train", "recipe.yaml", *words]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    with (folder / "log").open("ab") as log:
+        return subprocess.Popen(command, cwd=folder, stdout=log, stderr=log, env=environment)
+
+
+def ranks(launcher: subprocess.Popen[bytes]) -> Sequence[psutil.Process]:
+    """The processes that train, by rank."""
+    children = psutil.Process(launcher.pid).children(recursive=True)
+    own = {child.environ()["RANK"]: child for child in children if "RANK" in child.environ()}
+    return [own[rank] for rank in sorted(own)]
+
+
+def wait_for(folder: Path, words: str, launcher: subprocess.Popen[bytes]) -> None:
+    while words not in (said := (folder / "log").read_text()):
+        assert launcher.poll() is None, said
+        time.sleep(0.01)
+
+
+@pytest.mark.slow
+def test_all_stop_with_one_and_go_on_when_one_has_died(tiny_llama: Path, tmp_path: Path) -> None:
+    folder = machines.write("lofit", tmp_path / "here", tiny_llama, max_steps=STEPS, save_steps=50)
+    launcher = launch(folder)
+    wait_for(folder, "step 60/", launcher)
+    ranks(launcher)[1].send_signal(signal.SIGKILL)
+    assert launcher.wait() != 0
+    (newest,) = machines.checkpoints_in(folder)
+    assert newest.name == "checkpoint-50" and {"rng_state_0.pth", "rng_state_1.pth"} <= set(
+        machines.read(newest / checkpoints.MARK)["files"]
+    )
+
+    (folder / "log").unlink()
+    launcher = launch(folder, "--resume")
+    wait_for(folder, "step 55/", launcher)
+    ranks(launcher)[1].send_signal(signal.SIGTERM)  # rank 0 hears of it from rank 1
+    assert launcher.wait() == 0, (folder / "log").read_text()
+    line = machines.complaint((folder / "log").read_text())
+    assert "interrupted by SIGTERM after step " in line and "(launched as before)" in line
+    step = int(line.partition("after step ")[2].split()[0])
+    assert machines.checkpoints_in(folder)[-1].name == f"checkpoint-{step}"
+    assert machines.state(folder) == "interrupted"
+
+    assert launch(folder, "--resume").wait() == 0, (folder / "log").read_text()
+    whole = machines.write("lofit", tmp_path / "whole", tiny_llama, max_steps=STEPS, save_steps=50)
+    assert launch(whole).wait() == 0
+    assert machines.losses(folder / "run") == machines.losses(whole / "run")
+    first, second = (load_file(run / "run" / "adapter" / "adapter_model.safetensors") for run in (folder, whole))
+    assert all(torch.equal(value, second[name]) for name, value in first.items())

@@ -1,0 +1,104 @@
+"""Signals to a run: it stops well, says how to go on, and goes on to where it would have ended."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import machine as machines
+import pytest
+from machine import FAMILIES, Machine
+
+from headtune.train import interruption
+
+Unbroken = Callable[[str], Path]
+
+
+def slow_but(family: str, *quick: str) -> object:
+    return pytest.param(family, marks=() if family in quick else pytest.mark.slow)
+
+
+@pytest.mark.parametrize("family", [slow_but(family, "lofit") for family in FAMILIES])
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)], ids=["term", "int"])
+def test_a_training_finishes_its_step_and_keeps_it(
+    signum: int, code: int, family: str, machine: Machine, unbroken: Unbroken, tiny_llama: Path, tmp_path: Path
+) -> None:
+    folder = machines.write(family, tmp_path / "here", tiny_llama, save_steps=1000)  # nothing is kept but by signals
+    child = machine.start(folder)
+    if family == "seekr":
+        child.wait_for("task 2 of 3")
+    child.wait_for("step 5/")
+    child.signal(signum)
+    assert child.wait() == code, child.said()
+    line = machines.complaint(child.said())
+    name = signal.Signals(signum).name
+    assert f"interrupted by {name} after step " in line and "--resume" in line and "recipe.yaml" in line
+    step = int(line.partition("after step ")[2].split()[0])
+    assert [path.name for path in machines.checkpoints_in(folder)] == [f"checkpoint-{step}"]
+    assert machines.state(folder) == "interrupted" and not (folder / "run" / "adapter").exists()
+    code, said = machine.run(folder, "--resume")
+    assert code == 0, said
+    first = next(line for line in said.splitlines() if line.startswith("step "))
+    assert first.startswith(f"step {step + 1}/"), "nothing is trained twice"
+    machines.require_same(folder, unbroken(family))
+
+
+@pytest.mark.parametrize("family", [slow_but(family, "lofit") for family in FAMILIES])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_where_nothing_is_trained_it_ends_at_once(
+    when: str, family: str, machine: Machine, unbroken: Unbroken, tiny_llama: Path, tmp_path: Path
+) -> None:
+    words = {"before": "evaluating the base model", "after": "evaluating the adapted model"}
+    if family == "seekr":
+        words = {"before": "measuring the base model", "after": "measuring 1 tasks"}
+    folder = machines.write(family, tmp_path / "here", tiny_llama)
+    child = machine.start(folder)
+    child.wait_for(words[when])
+    child.signal(signal.SIGTERM)
+    assert child.wait() == 0, child.said()
+    line = machines.complaint(child.said())
+    assert "interrupted by SIGTERM; go on with: " in line and machines.state(folder) == "interrupted"
+    assert not [path for path in (folder / "run").rglob(".*")], "nothing is half written"
+    code, said = machine.run(folder, "--resume")
+    assert code == 0, said
+    machines.require_same(folder, unbroken(family))
+
+
+def test_what_was_refused_before_it_began_says_to_start_again(tmp_path: Path) -> None:
+    with pytest.raises(interruption.Interrupted, match="start it again") as stop, interruption.watched(tmp_path):
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert stop.value.exit_code == 0 and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_second_ctrl_c_does_not_wait_for_the_step(tmp_path: Path) -> None:
+    class Trainer:
+        class accelerator:
+            device = "cpu"
+
+        def add_callback(self, callback: object) -> None:
+            pass
+
+    with (
+        pytest.raises(KeyboardInterrupt) as stop,
+        interruption.watched(tmp_path),
+        interruption.between_steps(Trainer()),
+    ):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+    assert not isinstance(stop.value, interruption.Interrupted)
+
+
+def test_outside_the_main_thread_signals_stay_as_they_were(tmp_path: Path) -> None:
+    before, seen = signal.getsignal(signal.SIGTERM), []
+
+    def work() -> None:
+        with interruption.watched(tmp_path), interruption.between_steps(None):
+            seen.append(signal.getsignal(signal.SIGTERM))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == [before]

@@ -1,0 +1,292 @@
+"""The same recipe, seed and global batch under every engine: the same losses, the same weights.
+
+One process with a batch of 4 is the reference. Two processes take 2 rows each; accumulation takes 2 rows twice. Rows
+have uneven numbers of labelled tokens, and the rows of an epoch do not fill its last step: that is where engines and
+implementations differ.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from engines import ENGINES, run_recipes
+from peft import PeftModel
+from safetensors.torch import load_file
+from small_runs import train, write_recipe
+from tiny import tiny_model, tiny_task
+from torch import Tensor, nn
+from torch.utils.data import RandomSampler
+
+from headtune.analysis.errors import CheckError, InputError
+from headtune.analysis.files import write_text
+from headtune.analysis.tasks import to_jsonl
+from headtune.train import engines
+from headtune.train.adapter import HeadTuningConfig
+from headtune.train.run import load_run
+
+STEPS = 4  # of 4 of the task's 10 rows: the third is not filled by its epoch
+TRAINING = {
+    "max_steps": STEPS,
+    "per_device_train_batch_size": 4,
+    "learning_rate": 0.01,
+    "lr_scheduler_type": "linear",
+    "logging_steps": 1,
+    "save_steps": 100,
+    "use_cpu": True,
+    "optim": "sgd",  # Adam turns rounding of small gradients into steps of full length
+    "max_grad_norm": 0.0,
+}
+HEADS = {"list": [[0, 1], [2, 0], [2, 3]]}
+SFT = {"objective": "sft"}
+HELD = [
+    {"kind": "attention_kl", "weight": 1.0, "rows": 64},  # all: which are drawn differs between processes
+    {"kind": "output_drift", "weight": 1.0},
+    {"kind": "weight_drift", "weight": 1.0},
+    {"kind": "attribution_hinge", "weight": 1.0, "role": "recall"},
+]
+# Every method; the tiny task has rows of uneven length.
+RECIPES: dict[str, dict[str, Any]] = {
+    "lofit": {"recipe": "lofit", "heads": HEADS, "method": SFT},
+    "lora": {"recipe": "lora", "heads": None, "method": SFT},
+    "answers": {"recipe": "lofit", "heads": HEADS, "method": {"answer_set": {"own_lists": 0.0, "retention": 0.0}}},
+    "stages": {"recipe": "lofit", "heads": {"lofit": {"max_steps": 2}, "top": 2}, "method": SFT},
+    "masked": {"recipe": "masked", "heads": HEADS, "method": SFT},
+    "ln": {"recipe": "ln", "heads": None, "method": SFT},
+    # Gates are drawn at every pass, alike in all processes: each has the same seed.
+    "jola": {"recipe": "jola", "heads": {"all": True}, "method": {**SFT, "l0": 1.0}},
+    "dpo": {"recipe": "lofit", "heads": HEADS, "method": {"objective": "dpo"}},
+    "full": {"recipe": "full", "heads": None, "method": {**SFT, "keep": True}},
+    "held_lora": {"recipe": "regularise", "heads": HEADS, "method": {**SFT, "tune": "lora", "regularisers": HELD}},
+    "held_full": {
+        "recipe": "regularise",
+        "heads": HEADS,
+        "method": {**SFT, "tune": "full", "keep": True, "regularisers": HELD},
+    },
+}
+QUICK = ("lofit", "lora")
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HEADTUNE_CACHE", str(tmp_path_factory.mktemp("cache")))
+    monkeypatch.delenv("RANK", raising=False)
+
+
+class References:
+    """Runs in this process, made once each."""
+
+    def __init__(self, folder: Path, model: Path) -> None:
+        self.folder, self.model = folder, model
+
+    def run(self, name: str) -> Path:
+        folder = self.folder / name
+        if not folder.exists():
+            assert train(self.recipe(folder, name)) == 0
+        return folder / "run"
+
+    def recipe(self, folder: Path, name: str, **training: Any) -> Path:
+        folder.mkdir(parents=True)
+        settings = dict(RECIPES[name])
+        if name == "dpo":
+            rows = [replace(example, incorrect=("Springfield", "Troy")) for example in tiny_task().examples]
+            write_text(folder / "pairs.jsonl", to_jsonl(rows))
+            settings["task"] = {"train": str(folder / "pairs.jsonl"), "kind": "multiple_choice"}
+        return write_recipe(folder, self.model, training=TRAINING | training, **settings)
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> References:
+    return References(tmp_path_factory.mktemp("one"), tiny_llama)
+
+
+def losses(run: Path) -> list[float]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [line["train/loss"] for line in lines if "train/loss" in line]
+
+
+def weights(run: Path) -> dict[str, Tensor]:
+    """What an export of the run would hold."""
+    model, _, _ = load_run(run)
+    if isinstance(model, PeftModel):
+        model = model.merge_and_unload()
+    return dict(model.state_dict())
+
+
+def base_weights(run: Path) -> dict[str, Tensor]:
+    model, _, _ = load_run(run)
+    base = model.unload() if isinstance(model, PeftModel) else model
+    return dict(base.state_dict())
+
+
+def assert_same(expected: Path, found: Path) -> None:
+    """Losses to 1e-4 of themselves, weights to 1e-5 of their scale."""
+    assert losses(found) == pytest.approx(losses(expected), rel=1e-4)
+    assert len(losses(found)) == STEPS
+    wanted, got = weights(expected), weights(found)
+    assert wanted.keys() == got.keys()
+    for name, tensor in wanted.items():
+        gap = (got[name] - tensor).abs().max() / tensor.abs().max().clamp(min=1e-6)
+        assert gap <= 1e-5, f"{name}: {gap:.2g}"
+
+
+def trained_by(engine: str, names: tuple[str, ...], one: References, folder: Path) -> dict[str, Path]:
+    """Each recipe's run, of one launch."""
+    commands = [[str(one.recipe(folder / name, name, per_device_train_batch_size=2))] for name in names]
+    for name, error in zip(names, run_recipes(engine, commands, folder), strict=True):
+        assert not error, f"{name} under {engine}:\n{error}"
+    return {name: folder / name / "run" for name in names}
+
+
+# --- without a launch -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["lofit", "held_lora"])
+def test_accumulated_steps_are_the_same_steps(name: str, one: References, tmp_path: Path) -> None:
+    recipe = one.recipe(tmp_path / name, name, per_device_train_batch_size=2, gradient_accumulation_steps=2)
+    assert train(recipe) == 0
+    if name == "lofit":
+        assert_same(one.run(name), tmp_path / name / "run")
+    else:  # a mean over rows of uneven numbers of tokens is not the mean of two such means
+        assert losses(tmp_path / name / "run") == pytest.approx(losses(one.run(name)), rel=0.1)
+
+
+def test_the_reference_learns_something(one: References) -> None:
+    run = one.run("lofit")
+    assert losses(run)[0] != pytest.approx(losses(run)[-1], rel=1e-3)
+    before, after = base_weights(run), weights(run)
+    assert any(not torch.allclose(tensor, after[name], rtol=1e-3) for name, tensor in before.items())
+
+
+def accelerator(kind: str, processes: int = 2, **state: Any) -> Any:
+    return SimpleNamespace(
+        distributed_type=SimpleNamespace(value=kind), num_processes=processes, state=SimpleNamespace(**state)
+    )
+
+
+def test_engines_have_names() -> None:
+    assert engines.engine(accelerator("NO", 1)) == "single"
+    assert engines.engine(accelerator("MULTI_CPU", 1)) == "single"
+    assert engines.engine(accelerator("MULTI_GPU")) == "DDP"
+    for stage in (1, 2, 3):
+        zero = accelerator("DEEPSPEED", deepspeed_plugin=SimpleNamespace(zero_stage=stage))
+        assert engines.engine(zero) == f"ZeRO-{stage}"
+        assert engines.partitioned(zero) == (stage == 3)
+    fsdp = accelerator("FSDP", fsdp_plugin=SimpleNamespace(fsdp_version=2, state_dict_type="FULL_STATE_DICT"))
+    assert engines.engine(fsdp) == "FSDP2" and engines.partitioned(fsdp)
+    engines.require_full_state(fsdp)
+
+
+def test_what_cannot_work_is_refused_with_its_fix() -> None:
+    first = accelerator("FSDP", fsdp_plugin=SimpleNamespace(fsdp_version=1))
+    with pytest.raises(InputError, match=r"fsdp_version is 1.*to 2"):
+        engines.engine(first)
+    sharded = SimpleNamespace(fsdp_version=2, state_dict_type="StateDictType.SHARDED_STATE_DICT")
+    with pytest.raises(InputError, match=r"SHARDED_STATE_DICT.*FULL_STATE_DICT"):
+        engines.require_full_state(accelerator("FSDP", fsdp_plugin=sharded))
+    zero3 = accelerator("DEEPSPEED", deepspeed_plugin=SimpleNamespace(zero_stage=3))
+    with pytest.raises(InputError, match=r"recipe x needs.*ZeRO-3 splits them.*zero2.yaml"):
+        engines.require_whole(zero3, "recipe x")
+    engines.require_whole(accelerator("MULTI_GPU"), "recipe x")
+
+
+def test_penalties_need_a_pass_that_they_see(one: References, tmp_path: Path, capsys: Any) -> None:
+    hidden = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
+    assert train(one.recipe(tmp_path / "held", "held_lora", **hidden)) == 2
+    assert "re-entrant checkpointing hides" in capsys.readouterr().err
+
+
+def test_nothing_is_saved_of_empty_weights() -> None:
+    model = nn.Linear(2, 2)
+    engines.require_complete(model)
+    model.bias = nn.Parameter(torch.empty(0))
+    with pytest.raises(CheckError, match=r"bias is not whole.*nothing was saved"):
+        engines.require_complete(model)
+    with pytest.raises(CheckError, match=r"weight is not whole.*meta"):
+        engines.require_complete(nn.Linear(2, 2, device="meta"))
+
+
+def test_a_frame_is_the_model_without_its_weights() -> None:
+    from peft import get_peft_model
+
+    base = tiny_model("llama", tie_word_embeddings=True)
+    model = get_peft_model(base, HeadTuningConfig(heads=[[1, 0]], task_type="CAUSAL_LM"))
+    frame: Any = engines.frame_of(model)
+    assert all(parameter.device.type == "meta" for parameter in frame.parameters())
+    assert all(buffer.device.type == "cpu" for buffer in frame.buffers())
+    assert [name for name, _ in frame.named_parameters()] == [name for name, _ in model.named_parameters()]
+    trained = {name for name, parameter in frame.named_parameters() if parameter.requires_grad}
+    assert trained == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert frame.get_output_embeddings().weight is frame.get_input_embeddings().weight
+    assert next(base.parameters()).device.type == "cpu"
+
+
+def test_whole_leaves_a_model_that_is_not_split_alone() -> None:
+    model = nn.Linear(2, 2)
+    weight = model.weight
+    with engines.whole(model.modules()):
+        assert model.weight is weight
+
+
+@pytest.mark.parametrize(("rows", "step", "expected"), [(10, 4, 12), (8, 4, 8), (3, 8, 8)])
+def test_an_epoch_fills_its_last_step(rows: int, step: int, expected: int) -> None:
+    from headtune.train.trainers import Penalised
+
+    class Plain:
+        def _get_train_sampler(self, _dataset: Any = None) -> RandomSampler:
+            return RandomSampler(range(rows))
+
+    class Trainer(Penalised, Plain):
+        args = SimpleNamespace(
+            train_batch_size=step // 4, gradient_accumulation_steps=2, world_size=2, dataloader_drop_last=False
+        )
+
+    drawn = list(Trainer()._get_train_sampler())
+    assert len(drawn) == expected
+    assert sorted(drawn[:rows]) == list(range(rows))  # every row once before any comes again
+
+
+# --- two processes ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "engine", [pytest.param(name, marks=() if name[:5] in ("zero3", "fsdp2") else pytest.mark.slow) for name in ENGINES]
+)
+def test_every_engine_trains_what_one_process_does(engine: str, one: References, tmp_path: Path) -> None:
+    for name, run in trained_by(engine, QUICK, one, tmp_path).items():
+        assert_same(one.run(name), run)
+        stored = load_file(run / "adapter" / "adapter_model.safetensors")
+        assert stored and all(tensor.numel() for tensor in stored.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ENGINES)
+def test_every_recipe_trains_alike_under_every_engine(engine: str, one: References, tmp_path: Path) -> None:
+    names = tuple(name for name in RECIPES if name not in QUICK)
+    for name, run in trained_by(engine, names, one, tmp_path).items():
+        assert_same(one.run(name), run)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["ddp_cpu_2", "zero3_cpu_2", "fsdp2_cpu_2"])
+def test_the_built_in_model_trains_alike(engine: str, tmp_path: Path) -> None:
+    """Thirty layers in float32: sums in another order differ more."""
+    model = Path("smollm2-135m")
+    short = {"max_steps": 2, "learning_rate": 0.05}
+    reference, two = References(tmp_path / "one", model), References(tmp_path / "two", model)
+    commands = []
+    for name in QUICK:
+        assert train(reference.recipe(tmp_path / "one" / name, name, **short)) == 0
+        commands.append([str(two.recipe(tmp_path / "two" / name, name, per_device_train_batch_size=2, **short))])
+    assert run_recipes(engine, commands, tmp_path) == [""] * len(QUICK)
+    for name in QUICK:
+        runs = [tmp_path / which / name / "run" for which in ("one", "two")]
+        assert losses(runs[1]) == pytest.approx(losses(runs[0]), rel=1e-4)
+        expected, found = (load_file(run / "adapter" / "adapter_model.safetensors") for run in runs)
+        for key, tensor in expected.items():
+            assert torch.allclose(found[key], tensor, atol=1e-4 * float(tensor.abs().max())), key

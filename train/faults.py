@@ -1,0 +1,127 @@
+"""What goes wrong around a run rather than in it, in one line each: a full disk, too little memory, a damaged file.
+
+The line says what to do, and the run is kept as it was: its newest whole checkpoint stays, and `--resume` goes on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from ..analysis.errors import CheckError, InputError
+
+_DISK = {
+    errno.ENOSPC: "make room",
+    errno.EDQUOT: "make room",
+    errno.EFBIG: "raise the limit on the size of files (ulimit -f)",
+    errno.EROFS: "make it writable",
+    errno.EACCES: "make it writable",
+    errno.EPERM: "make it writable",
+    errno.EIO: "check the disk",
+}
+_MEMORY = re.compile(r"out of memory|can't allocate memory|cannot allocate memory|CUBLAS_STATUS_ALLOC_FAILED", re.I)
+
+
+@contextlib.contextmanager
+def in_one_line(folder: Path) -> Iterator[None]:
+    """Inside the block, where a run in `folder` goes on, what the machine refuses is told in one line.
+
+    Raises:
+        CheckError: in place of an error about the disk or about memory.
+    """
+    try:
+        yield
+    except (InputError, CheckError):
+        raise
+    except (OSError, RuntimeError, MemoryError, SafetensorError) as error:
+        line = _line(error, folder)
+        if line is None:
+            raise
+        raise CheckError(line) from error
+
+
+def advice(folder: Path) -> str:
+    """How to go on with what is left of a run in `folder`."""
+    recipe = folder / "recipe.yaml"
+    if not recipe.is_file():
+        return "start it again"
+    together = " (launched as before)" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+    return f"go on with: headtune train {recipe} --resume{together}"
+
+
+def _line(error: BaseException, folder: Path) -> str | None:
+    again = advice(folder)
+    if isinstance(error, MemoryError) or _MEMORY.search(str(error)):
+        reason = (str(error).strip() or "no memory left").splitlines()[0].split(". ")[0]
+        return (
+            f"out of memory ({reason}); free some and {again}, or start anew with a lower "
+            "training.per_device_train_batch_size (and as much more training.gradient_accumulation_steps), "
+            "evaluation.batch_size or method.prefix_memory_gb"
+        )
+    number = _disk_error(error, folder)
+    if number is None:
+        return None
+    where = getattr(error, "filename", None) or folder
+    return f"cannot write {str(where)!r}: {os.strerror(number)}; {_DISK[number]}, then {again}"
+
+
+def _disk_error(error: BaseException | None, folder: Path) -> int | None:
+    """The number of the error of the disk behind an error; libraries that write files wrap it."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _DISK:
+            return error.errno
+        if found := re.search(r"\(os error (\d+)\)", str(error)):  # safetensors
+            return int(found.group(1)) if int(found.group(1)) in _DISK else None
+        if "PytorchStreamWriter" in str(error) or "unexpected pos" in str(error):  # torch.save tells no reason
+            return _reason_to_refuse(folder)
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _reason_to_refuse(folder: Path) -> int:
+    probe = folder / ".probe"
+    try:
+        with probe.open("wb") as file:
+            file.write(bytes(1 << 20))
+    except OSError as error:
+        return error.errno if error.errno in _DISK else errno.EIO
+    finally:
+        with contextlib.suppress(OSError):
+            probe.unlink(missing_ok=True)
+    return errno.ENOSPC
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """A JSON object that a run keeps about itself.
+
+    Raises:
+        InputError: the file cannot be read, or is damaged.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{str(path)!r} is damaged ({type(error).__name__}); put back a copy of it, or start the run anew in "
+            "another output_dir"
+        ) from None
+    if not isinstance(content, dict):
+        raise InputError(f"{str(path)!r} is damaged (no JSON object); put back a copy, or start the run anew")
+    return content
+
+
+def mend_lines(path: Path) -> None:
+    """Cut off a last line that is not whole, as a full disk leaves one: what is appended next begins a line."""
+    if not path.is_file():
+        return
+    with path.open("rb+") as file:
+        content = file.read()
+        if content and not content.endswith(b"\n"):
+            file.truncate(content.rfind(b"\n") + 1)

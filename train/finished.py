@@ -1,0 +1,149 @@
+"""Finished runs, read from their own folders."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from numpy.typing import NDArray
+
+from ..analysis.errors import InputError
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A finished run.
+
+    Attributes:
+        recipe: the resolved recipe, flat: `method.top` -> 8.
+        before, after: metrics, a number or `{"mean", "ci"}`.
+        values: metric -> `[n_examples]` after training, for metrics that examples have.
+        values_before: the same of the base model.
+        subjects: `[n_examples]`.
+        heads: (layer, head) of what was tuned, held or distilled.
+    """
+
+    folder: Path
+    name: str
+    recipe: Mapping[str, Any]
+    state: Mapping[str, Any]
+    task: str
+    task_sha256: str
+    before: Mapping[str, Any]
+    after: Mapping[str, Any]
+    values: Mapping[str, NDArray[np.float64]]
+    values_before: Mapping[str, NDArray[np.float64]]
+    subjects: Sequence[str]
+    heads: frozenset[tuple[int, int]]
+
+    @property
+    def seed(self) -> int:
+        return int(self.state.get("seed") or 0)
+
+    def generations(self, n: int) -> list[dict[str, Any]]:
+        """The first `n` held-out prompts with what was written before and after."""
+        data = json.loads((self.folder / "evaluation.json").read_text(encoding="utf-8"))
+        return list(data.get("examples", [])[:n])
+
+    def curve(self, name: str = "train/loss") -> list[tuple[int, float]]:
+        """(step, value) of a logged number; of a step that was logged twice, after a resume, the later one."""
+        path = self.folder / "metrics.jsonl"
+        if not path.is_file():
+            return []
+        found: dict[int, float] = {}
+        for line in path.read_text(encoding="utf-8").splitlines():
+            row = json.loads(line)
+            if row.get(name) is not None and row.get("step") is not None:
+                found[row["step"]] = float(row[name])
+        return sorted(found.items())
+
+
+def read_runs(
+    folder: Path, group: str | None = None, tags: Sequence[str] = (), recipe: str | None = None
+) -> list[Finished]:
+    """Every finished run below `folder`, in order of their names.
+
+    Args:
+        group, tags, recipe: only runs of this `tracking.group`, with all of these `tracking.tags`, of this family.
+
+    Raises:
+        InputError: no such folder, or no finished run in it that passes.
+    """
+    if not folder.is_dir():
+        raise InputError(f"runs folder {str(folder)!r} does not exist; give the folder that holds the runs")
+    runs, others = [], []
+    for path in sorted(folder.glob("*/run.json")):
+        state = json.loads(path.read_text(encoding="utf-8"))
+        file = path.parent / "evaluation.json"
+        if state.get("state") != "done" or not file.is_file():
+            reason = "no evaluation" if state.get("state") == "done" else state.get("state")
+            others.append(f"{path.parent.name} ({reason})")
+            continue
+        runs.append(_read(path.parent, state, json.loads(file.read_text(encoding="utf-8"))))
+    if others:
+        log.warning("%d runs are left out: %s", len(others), ", ".join(others))
+    if not runs:
+        raise InputError(f"{str(folder)!r} holds no finished run; headtune train writes one a folder")
+    wanted = [run for run in runs if _passes(run, group, tags, recipe)]
+    if not wanted:
+        asked = [f"group {group!r}"] * (group is not None) + [f"tag {tag!r}" for tag in tags]
+        asked += [f"recipe {recipe!r}"] * (recipe is not None)
+        there = sorted({str(run.recipe.get("tracking.group")) for run in runs} - {"None"})
+        raise InputError(
+            f"none of the {len(runs)} finished runs in {str(folder)!r} has {' and '.join(asked)}; groups there: "
+            f"{', '.join(there) or 'none'}; recipes: {', '.join(sorted({str(r.recipe['recipe']) for r in runs}))}"
+        )
+    return wanted
+
+
+def _read(folder: Path, state: Mapping[str, Any], evaluation: Mapping[str, Any]) -> Finished:
+    path = folder / "recipe.yaml"
+    recipe = flat(yaml.safe_load(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+    examples = evaluation.get("examples") or []
+
+    def values(when: str) -> dict[str, NDArray[np.float64]]:
+        names = sorted(set.intersection(*(set(row[when]) for row in examples))) if examples else []
+        return {name: np.array([row[when][name] for row in examples], dtype=float) for name in names}
+
+    return Finished(
+        folder,
+        state["name"],
+        {"recipe": state.get("recipe")} | recipe,
+        state,
+        evaluation["task"],
+        evaluation["task_sha256"],
+        evaluation["before"],
+        evaluation["after"],
+        values("after_values"),
+        values("before_values"),
+        [row["subject"] for row in examples],
+        frozenset((layer, head) for layer, head in state.get("heads") or []),
+    )
+
+
+def _passes(run: Finished, group: str | None, tags: Sequence[str], recipe: str | None) -> bool:
+    own = run.recipe.get("tracking.tags") or []
+    return (
+        (group is None or run.recipe.get("tracking.group") == group)
+        and set(tags) <= set(own)
+        and (recipe is None or run.recipe["recipe"] == recipe)
+    )
+
+
+def flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as `a.b` -> value; lists stay whole."""
+    if not isinstance(value, dict):
+        return {prefix: value}
+    return {
+        key: inner
+        for name, item in value.items()
+        for key, inner in flat(item, f"{prefix}.{name}" if prefix else str(name)).items()
+    }

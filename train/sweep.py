@@ -1,0 +1,173 @@
+"""A grid of runs of one recipe: every combination of values, with every seed, one folder each, resumable, compared.
+
+    headtune sweep lofit/relations --grid method.top=4,8,16 --grid training.learning_rate=1e-3,1e-2 --seeds 3
+
+Every recipe of the grid is checked before the first one starts. A folder that is finished is not run again, one that
+was broken goes on from its checkpoint. Each run is a process of its own. The same grid for others to run: a W&B sweep
+file (`wandb sweep FILE`), a SLURM array script (`sbatch FILE`).
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..analysis.errors import InputError
+from . import recipe as recipes
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a grid.
+
+    Attributes:
+        values: key of the recipe -> value, the seed among them.
+        overrides: what makes it of the recipe, as `headtune train` takes them.
+    """
+
+    folder: Path
+    values: dict[str, Any]
+    overrides: tuple[str, ...]
+
+    def command(self, recipe: str, resume: bool) -> list[str]:
+        words = [sys.executable, "-m", "headtune.train", recipe, *self.overrides]
+        return [*words, *(["--resume"] if resume else [])]
+
+
+def axis(text: str) -> tuple[str, list[Any]]:
+    """`key.sub=1,2,3` -> the key and its values; values are YAML, so lists and mappings may hold commas.
+
+    Raises:
+        InputError: another form, or a value twice.
+    """
+    key, equals, listed = text.partition("=")
+    try:
+        values = recipes.read_yaml(f"[{listed}]")
+    except yaml.YAMLError:
+        values = None
+    if not equals or not key or not isinstance(values, list) or not values:
+        raise InputError(f"--grid {text!r} must read key=value,value, such as method.top=4,8,16")
+    if len({json.dumps(value, sort_keys=True) for value in values}) < len(values):
+        raise InputError(f"--grid {text!r} names a value twice; each is a run of its own")
+    return key, values
+
+
+def cells(
+    name: str, grid: Sequence[str], n_seeds: int, out: Path, overrides: Sequence[str] = (), group: str | None = None
+) -> list[Cell]:
+    """The runs of a grid, all seeds of a combination one after the other; each recipe is checked.
+
+    Args:
+        grid: axes, see `axis`.
+        n_seeds: seeds 0 .. n - 1.
+        overrides: of every run.
+        group: `tracking.group` of all; default: the name of `out`.
+
+    Raises:
+        InputError: a malformed axis, a key twice, a recipe of the grid that is refused (named with its values).
+    """
+    axes = [axis(text) for text in grid]
+    keys = [key for key, _ in axes]
+    for key in ("seed", "name", "output_dir"):
+        if key in keys:
+            raise InputError(f"--grid {key}=... is what a sweep sets itself" + ("; use --seeds" * (key == "seed")))
+    if len(set(keys)) < len(keys):
+        raise InputError(
+            f"--grid names {next(key for key in keys if keys.count(key) > 1)!r} twice; give all its values at once"
+        )
+    found = []
+    for values in itertools.product(*(values for _, values in axes)):
+        for seed in range(n_seeds):
+            chosen = dict(zip(keys, values, strict=True)) | {"seed": seed}
+            folder = out / "-".join(
+                [*(_label(key, value) for key, value in chosen.items() if key != "seed"), f"s{seed}"]
+            )
+            own = [f"{key}={_yaml(value)}" for key, value in chosen.items()]
+            own += [f"name={folder.name}", f"output_dir={folder}", f"tracking.group={group or out.name}"]
+            cell = Cell(folder, chosen, (*overrides, *own))
+            try:
+                recipes.load(name, cell.overrides)
+            except InputError as error:
+                raise InputError(f"{folder.name}: {error}") from None
+            found.append(cell)
+    if len({cell.folder for cell in found}) < len(found):
+        raise InputError(
+            "two combinations of the grid have the same folder name; use values that differ in letters or digits"
+        )
+    return found
+
+
+def _label(key: str, value: Any) -> str:
+    text = value if isinstance(value, str) else _yaml(value)
+    kept = "".join(c if c.isalnum() or c in ".+" else "_" for c in text).strip("_")
+    return f"{key.rsplit('.', 1)[-1]}={kept[:40]}".replace("=", "_")
+
+
+def _yaml(value: Any) -> str:
+    return json.dumps(value)
+
+
+def state_of(folder: Path) -> str | None:
+    """`done`, `failed`, ..., or None where nothing was started."""
+    try:
+        return str(json.loads((folder / "run.json").read_text(encoding="utf-8"))["state"])
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def carry_out(name: str, of: Sequence[Cell], say: Say) -> list[Cell]:
+    """Run what is not finished, one after the other; returns those that failed. Their words are in FOLDER.log."""
+    failed = []
+    for index, cell in enumerate(of):
+        if state_of(cell.folder) == "done":
+            say(f"{index + 1}/{len(of)} {cell.folder.name}: finished before")
+            continue
+        cell.folder.parent.mkdir(parents=True, exist_ok=True)
+        resume = (cell.folder / "recipe.yaml").is_file()
+        say(f"{index + 1}/{len(of)} {cell.folder.name}" + (": going on" if resume else ""))
+        path = cell.folder.with_name(f"{cell.folder.name}.log")
+        with path.open("a", encoding="utf-8") as log:
+            code = subprocess.run(
+                cell.command(name, resume), stdout=log, stderr=subprocess.STDOUT, check=False
+            ).returncode
+        if code:
+            last = path.read_text(encoding="utf-8").strip().splitlines()[-1:]
+            say(f"{cell.folder.name} failed with exit code {code}: {' '.join(last)} (all of it in {path})")
+            failed.append(cell)
+    return failed
+
+
+def wandb_sweep(name: str, grid: Sequence[str], n_seeds: int, overrides: Sequence[str]) -> str:
+    """The same grid as W&B's sweep file; its agents run `headtune train`."""
+    axes = dict(axis(text) for text in grid) | {"seed": list(range(n_seeds))}
+    content = {
+        "method": "grid",
+        "command": ["headtune", "train", name, *overrides, "${args_no_hyphens}"],
+        "parameters": {key: {"values": values} for key, values in axes.items()},
+    }
+    return yaml.safe_dump(content, sort_keys=False)
+
+
+def slurm_array(name: str, of: Sequence[Cell]) -> str:
+    """An array script: one task a run; a task that is started again goes on where it was."""
+    lines = "\n".join("  " + shlex.quote(shlex.join(["headtune", "train", name, *cell.overrides])) for cell in of)
+    folders = "\n".join("  " + shlex.quote(str(cell.folder)) for cell in of)
+    return (
+        "#!/bin/bash\n"
+        f"#SBATCH --job-name=headtune\n#SBATCH --array=0-{len(of) - 1}\n#SBATCH --gpus=1\n#SBATCH --requeue\n"
+        "#SBATCH --signal=TERM@120\n\n"
+        f"runs=(\n{lines}\n)\nfolders=(\n{folders}\n)\n"
+        'resume=""\n[ -f "${folders[$SLURM_ARRAY_TASK_ID]}/recipe.yaml" ] && resume="--resume"\n'
+        'eval "exec ${runs[$SLURM_ARRAY_TASK_ID]} $resume"\n'
+    )
