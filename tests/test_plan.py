@@ -223,9 +223,14 @@ def test_the_command_prints_a_table_and_json(tmp_path: Path, tiny_llama: Path, c
     assert main(["plan", path, "--length", "64", *words]) == 0
     found = json.loads(capsys.readouterr().out)
     assert not found["fits"]
-    assert "GPUs" in found["change"]
-    assert found["stages"][0]["units"] == 4
+    assert found["change"] is None  # every process loads it whole
     assert found["stages"][0]["parts"]["weights"] > 2 * 70e9
+    assert found["stages"][1]["units"] == 4
+    words = ["--json", "--model", "llama-3.1-8b", "--gpu-memory", "18", "model.dtype=bfloat16"]
+    assert main(["plan", path, "--length", "512", *words]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert not found["fits"]
+    assert found["change"] == "training.gradient_checkpointing=true"
 
 
 @pytest.mark.parametrize(
