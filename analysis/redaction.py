@@ -29,7 +29,8 @@ _PATTERNS = (
     (
         "an access token",
         re.compile(
-            r"(?P<before>)(?<![A-Za-z0-9])(?:hf_[A-Za-z0-9]{20,}|gh[a-z]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|sk-[\w-]{20,}"
+            r"(?P<before>)(?<![A-Za-z0-9])(?:hf_[A-Za-z0-9]{20,}|gh[a-z]_[A-Za-z0-9]{20,}|github_pat_\w{20,}"
+            r"|(?<![\w./-])sk-(?=[\w-]*\d)(?=[\w-]*[A-Z])[\w-]{20,}"
             r"|wandb_v\d_\w{20,}|AKIA[0-9A-Z]{16})(?P<after>)"
         ),
     ),

@@ -43,7 +43,7 @@ from headtune.train import checkpoints, cli, run  # noqa: F401
 
 ROOT = Path(__file__).parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "kill_cycles.json"
-STEPS, SAVED_EVERY = 40, 2
+STEPS, SAVED_EVERY = 20, 2
 
 
 def new_run(folder: Path, model: Path) -> Path:

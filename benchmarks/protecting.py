@@ -54,7 +54,7 @@ KNOWN = {  # how many of each are tried
 }
 N_NEW, N_KEPT, N_IDENTIFY = 40, 60, 64
 STEPS, BATCH, HEADS = 60, 8, 16
-RATES = {"full": 1e-4, "regularise": 1e-4, "lora": 1e-3}
+RATES = {"full": 1e-4, "regularise": 1e-4, "lora": 2e-3}  # see --search
 WEIGHT = 1.0  # of the relative drifts; see --search
 
 

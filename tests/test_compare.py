@@ -91,8 +91,36 @@ def test_seeds_are_one_group_and_other_recipes_or_prompts_another(runs: Path) ->
     assert metric.by_seed == (np.mean(GOOD), np.mean(BETTER)) and metric.mean == pytest.approx(np.mean(GOOD + BETTER))
     assert chosen.metrics["neutral_perplexity"].interval is None
     assert chosen.changed == {"method.top": 4, "recipe": "lofit"}
-    assert found.best["facts:test", "repeat_rate"] == {"random"}  # less is better
-    assert found.best["facts:test", "exact_match"] == {"chosen"}
+    assert found.best[chosen.measured, "repeat_rate"] == {"random"}  # less is better
+    assert found.best[chosen.measured, "exact_match"] == {"chosen"}
+
+
+def test_another_base_model_is_another_table(runs: Path) -> None:
+    path = runs / "random-s0" / "evaluation.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"weights_sha256": "c" * 64}))
+    found = compare.compare(read_runs(runs), "chosen")
+    random = next(group for group in found.groups if group.name == "random")
+    assert random.metrics["exact_match"].minus is None
+    assert found.best[random.measured, "exact_match"] == {"base"}
+    assert sum(group.name == "base" for group in found.groups) == 3
+
+
+def test_a_damaged_run_is_left_out_and_named(runs: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (runs / "random-s0" / "evaluation.json").write_text('{"task": ')
+    assert len(read_runs(runs)) == 3 and "random-s0 (damaged: JSONDecodeError)" in caplog.text
+
+
+def test_a_run_that_changed_nothing_may_be_the_reference(tmp_path: Path) -> None:
+    write_run(tmp_path, "a", 0, [0.0, 1.0] * 6)
+    found = compare.compare(read_runs(tmp_path), "a")
+    assert found.groups[1].metrics["exact_match"].minus is None
+
+
+def test_one_subject_gives_no_interval_of_a_difference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(globals(), "SUBJECTS", ["Italy"] * 12)
+    write_run(tmp_path, "a", 0, GOOD)
+    minus = compare.compare(read_runs(tmp_path)).groups[1].metrics["exact_match"].minus
+    assert minus is not None and minus[1] is None
 
 
 def test_differences_are_paired_over_resampled_subjects(runs: Path) -> None:

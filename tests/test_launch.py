@@ -83,8 +83,11 @@ def test_what_passes(tmp_path: Path) -> None:
     assert check(write(tmp_path, FSDP)).engine == "FSDP"
     # The prefix may be left out, as accelerate allows.
     assert check(write(tmp_path, FSDP, {"fsdp_config": {"offload_params": False}})).engine == "FSDP"
-    (tmp_path / "bare.yaml").write_text("distributed_type: NO\nmixed_precision: no\n")  # YAML reads both as false
+    (tmp_path / "bare.yaml").write_text("distributed_type: NO\n")  # YAML reads it as false
     assert check(tmp_path / "bare.yaml").n_processes == 1
+    following = {"deepspeed_config": ZERO3["deepspeed_config"] | {"gradient_accumulation_steps": "auto"}}
+    assert check(write(tmp_path, ZERO3, following)).engine == "DEEPSPEED"
+    assert check(write(tmp_path, {"dynamo_config": {"dynamo_backend": "INDUCTOR"}})).n_processes == 2
 
 
 @pytest.mark.parametrize(
@@ -100,6 +103,11 @@ def test_what_passes(tmp_path: Path) -> None:
         ([{"compute_environment": "AMAZON_SAGEMAKER"}], ["LOCAL_MACHINE"]),
         ([{"use_cpu": "yes please"}], ["use_cpu", "'yes please'"]),
         ([{"mixed_precision": "bf16"}], ["'bf16'", "training.bf16=true"]),
+        ([{"mixed_precision": False}], ["mixed_precision is False", "'no' in quotes"]),
+        ([{"gpu_ids": 0}], ["gpu_ids is 0", "in quotes"]),
+        ([{"gpu_ids": "1"}], ["'1' is one GPU"]),
+        ([{"main_process_port": "29511"}], ["main_process_port is '29511'"]),
+        ([{"same_network": "perhaps"}], ["same_network", "'perhaps'"]),
         ([{"deepspeed_config": {"zero_stage": 2}}], ["deepspeed_config does nothing under distributed_type MULTI_GPU"]),
         ([ZERO3, {"fsdp_config": {"fsdp_version": 2}}], ["fsdp_config does nothing"]),
         ([ZERO3, {"deepspeed_config": {"zero_stag": 3}}], ["deepspeed_config.zero_stag", "did you mean 'zero_stage'"]),
@@ -174,8 +182,8 @@ def test_gpus_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     launch.require_machine(check(CONFIGS / "ddp.yaml"))
     with pytest.raises(InputError, match=r"4 processes .* there are 2; lower num_processes"):
         launch.require_machine(check(write(tmp_path, {"num_processes": 4})))
-    with pytest.raises(InputError, match=r"there are 1 \(gpu_ids: 1\)"):
-        launch.require_machine(check(write(tmp_path, {"gpu_ids": "1"})))
+    with pytest.raises(InputError, match=r"there are 2 \(gpu_ids: 0,1\)"):
+        launch.require_machine(check(write(tmp_path, {"gpu_ids": "0,1", "num_processes": 3})))
     with pytest.raises(InputError, match="main_process_ip is missing"):
         launch.require_machine(check(CONFIGS / "multi_node_ddp.yaml"))
     with pytest.raises(InputError, match="turns FSDP into DDP"):

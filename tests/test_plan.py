@@ -154,9 +154,10 @@ def test_more_of_anything_takes_more() -> None:
     assert plan.training(sizes, trained, replace(small, batch=4)).peak > peak
     assert plan.training(sizes, trained, replace(small, length=512)).peak > peak
     assert plan.training(sizes, model_shape.head_values(sizes, [(0, 1)]), small).peak > peak  # from layer 0 up
-    assert plan.training(sizes, trained, small, Objective(copies=1)).peak == peak + 4 * (
-        sizes.parameters + trained.parameters
-    )
+    assert plan.training(sizes, trained, small, Objective(copies=1)).peak == peak + 4 * sizes.parameters
+    divided = replace(small, engine="zero3", gpus=8, half=True)  # the copy is not
+    both = [plan.training(sizes, trained, divided, Objective(copies=n)).peak for n in (0, 1)]
+    assert both[1] - both[0] == 2 * sizes.parameters
     assert plan.training(sizes, trained, small, Objective("dpo")).peak > peak
 
 

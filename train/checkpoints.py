@@ -145,8 +145,11 @@ class Mark(TrainerCallback):
         if not self.limit or self.limit < 0:
             return
         older = {step: path for step, path in by_step(folder).items() if step < state.global_step}
-        whole = sorted((step for step, path in older.items() if (path / MARK).is_file()), reverse=True)
-        kept = {older[step] for step in whole[: self.limit - 1]}
+        kept: set[Path] = set()
+        for step in sorted(older, reverse=True):  # of the newest ones that are whole
+            marked = (older[step] / MARK).is_file()
+            if len(kept) < self.limit - 1 and marked and damage(older[step], lambda _line: None) is None:
+                kept.add(older[step])
         if state.best_model_checkpoint:
             kept.add(Path(state.best_model_checkpoint))
         for path in older.values():

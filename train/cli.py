@@ -140,7 +140,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments, rest = parser.parse_known_args(argv)
     if rest:
         # argparse takes a list of words in one piece only: `train R --resume seed=1` leaves the override over.
-        if arguments.command not in ("train", "plan") or any(word.startswith("-") for word in rest):
+        if arguments.command not in ("train", "plan", "sweep") or any(word.startswith("-") for word in rest):
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
         arguments.overrides += rest
     _quiet()

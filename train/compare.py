@@ -73,12 +73,14 @@ class Group:
     """Runs that differ in their seed alone; `base`, the model before training, is one without runs.
 
     Attributes:
+        measured: groups that share it were measured on the same prompts, from the same base.
         changed: the keys of the recipe in which groups differ, with this one's values.
     """
 
     name: str
     runs: tuple[Finished, ...]
     task: str
+    measured: str
     parameters: int
     metrics: Mapping[str, Metric]
     changed: Mapping[str, Any] = field(default_factory=dict)
@@ -91,7 +93,7 @@ class Comparison:
     Attributes:
         metrics: names, in the order they are shown in.
         against: the name of the reference.
-        best: (task, metric) -> the names of the groups whose mean is best.
+        best: (`measured` of groups, metric) -> the names of the groups whose mean is best.
     """
 
     groups: tuple[Group, ...]
@@ -112,7 +114,7 @@ def compare(runs: Sequence[Finished], against: str | None = None) -> Comparison:
     together: dict[str, list[Finished]] = {}
     for run in runs:
         identity = {key: value for key, value in run.recipe.items() if not _OWN.match(key)}
-        key = json.dumps([run.task_sha256, identity, sorted(run.heads) if "heads.list" in identity else None])
+        key = json.dumps([run.measured, identity], sort_keys=True)
         together.setdefault(key, []).append(run)
     members = [tuple(sorted(of, key=lambda run: (run.seed, run.name))) for of in together.values()]
     names = _unique([_label(of) for of in members])
@@ -127,13 +129,13 @@ def compare(runs: Sequence[Finished], against: str | None = None) -> Comparison:
     bases: set[str] = set()
     for name, of in sorted(zip(names, members, strict=True)):
         first = of[0]
-        if first.task_sha256 not in bases:
-            bases.add(first.task_sha256)
+        if first.measured not in bases:
+            bases.add(first.measured)
             groups.append(_base(first, reference))
         own = {key: first.recipe.get(key) for key in varied}
         parameters = int(first.state.get("parameters") or 0)
-        groups.append(Group(name, of, first.task, parameters, _metrics(of, reference), own))
-    ordered = sorted(groups, key=lambda group: (group.task, bool(group.runs)))
+        groups.append(Group(name, of, first.task, first.measured, parameters, _metrics(of, reference), own))
+    ordered = sorted(groups, key=lambda group: (group.task, group.measured, bool(group.runs)))
     shown = tuple(key for key in METRIC_NAMES if any(key in group.metrics for group in ordered))
     return Comparison(tuple(ordered), shown, against or BASE, _best(ordered, shown))
 
@@ -185,8 +187,8 @@ def _by_example(of: Sequence[Finished], key: str, before: bool = False) -> NDArr
     values = [(run.values_before if before else run.values).get(key) for run in of]
     if any(value is None or not len(value) or not np.isfinite(value).all() for value in values):
         return None
-    if any(list(run.subjects) != list(of[0].subjects) for run in of):
-        return None
+    if any(list(run.subjects) != list(of[0].subjects) for run in of) or len(set(of[0].subjects)) < 2:
+        return None  # of one subject every resampling is the same
     return np.mean(np.stack([value for value in values if value is not None]), axis=0)
 
 
@@ -199,7 +201,7 @@ def _minus(
 ) -> tuple[float, tuple[float, float] | None, float | None] | None:
     """Difference from the reference, or from the model before training; None for the reference itself."""
     if reference is not None and (
-        reference[0] in of or reference[0].task_sha256 != of[0].task_sha256 or key not in reference[0].after
+        reference[0] in of or reference[0].measured != of[0].measured or key not in reference[0].after
     ):
         return None
     if reference is None:
@@ -213,7 +215,7 @@ def _minus(
         return gap, None, None
     draws = weights @ (each - other)
     low, high = np.percentile(draws, [2.5, 97.5])
-    p = min(1.0, 2 * float(min((draws <= 0).mean(), (draws >= 0).mean())))
+    p = min(1.0, 2 * float(min((draws <= 0).sum(), (draws >= 0).sum()) + 1) / (DRAWS + 1))
     return gap, (float(low), float(high)), p
 
 
@@ -242,21 +244,21 @@ def _base(first: Finished, reference: Sequence[Finished] | None) -> Group:
         value = first.before[key]
         interval = (value["ci"][0], value["ci"][1]) if isinstance(value, Mapping) else None
         minus = None
-        if reference is not None and reference[0].task_sha256 == first.task_sha256:
+        if reference is not None and reference[0].measured == first.measured:
             untrained = replace(first, after=first.before, values=first.values_before)
             minus = _minus([untrained], key, weights, _by_example([untrained], key), reference)
         metrics[key] = Metric(_mean(value), interval, (_mean(value),), minus)
-    return Group(BASE, (), first.task, 0, metrics)
+    return Group(BASE, (), first.task, first.measured, 0, metrics)
 
 
 def _best(groups: Sequence[Group], metrics: Sequence[str]) -> dict[tuple[str, str], frozenset[str]]:
     best = {}
-    for task in {group.task for group in groups}:
+    for measured in {group.measured for group in groups}:
         for key in metrics:
-            means = {g.name: g.metrics[key].mean for g in groups if g.task == task and key in g.metrics}
+            means = {g.name: g.metrics[key].mean for g in groups if g.measured == measured and key in g.metrics}
             if means:
                 top = min(means.values()) if key in LOWER_IS_BETTER else max(means.values())
-                best[task, key] = frozenset(name for name, mean in means.items() if mean == top)
+                best[measured, key] = frozenset(name for name, mean in means.items() if mean == top)
     return best
 
 
@@ -281,7 +283,7 @@ def table(found: Comparison) -> Table:
                 cells.append(Text("–"))
                 continue
             value = metric.mean if metric.interval is None else {"mean": metric.mean, "ci": metric.interval}
-            style = "bold" if group.name in found.best[group.task, key] else ""
+            style = "bold" if group.name in found.best[group.measured, key] else ""
             cells.append(Text(show(value) + ("*" if metric.differs else ""), style=style))
         result.add_row(*cells)
     return result
@@ -315,7 +317,7 @@ def as_json(found: Comparison) -> dict[str, Any]:
                         "minus": None
                         if metric.minus is None
                         else dict(zip(("mean", "ci", "p"), metric.minus, strict=True)),
-                        "best": group.name in found.best[group.task, key],
+                        "best": group.name in found.best[group.measured, key],
                     }
                     for key, metric in group.metrics.items()
                 },

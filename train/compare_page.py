@@ -25,9 +25,9 @@ MOST_GROUPS = 24  # in a picture or beside a generation; tables show all
 def write(found: Comparison, path: Path, title: str = "Runs side by side") -> None:
     """Write the page."""
     parts = [f"<h1>{escape(title)}</h1>", _lead(found)]
-    for task in dict.fromkeys(group.task for group in found.groups):
-        own = [group for group in found.groups if group.task == task]
-        parts += [f"<h2>{escape(task)}</h2>", _metrics(found, own), _against_parameters(found, own)]
+    for measured in dict.fromkeys(group.measured for group in found.groups):
+        own = [group for group in found.groups if group.measured == measured]
+        parts += [f"<h2>{escape(_measured(own))}</h2>", _metrics(found, own), _against_parameters(found, own)]
     trained = [group for group in found.groups if group.runs]
     parts += [_changed(trained), _curves(trained), _heads(trained), _generations(trained), _runs(trained)]
     write_page(path, title, "\n".join(part for part in parts if part))
@@ -42,6 +42,12 @@ def _lead(found: Comparison) -> str:
         f"<b>{escape(found.against)}</b>, paired over examples; an asterisk where the interval of the difference does "
         f"not hold 0. Best in bold{f' (lower is better: {escape(better)})' if better else ''}.</p>"
     )
+
+
+def _measured(groups: Sequence[Group]) -> str:
+    """The task, and the model that was trained from."""
+    models = {str(run.recipe.get("model.name")) for group in groups for run in group.runs}
+    return f"{groups[0].task}, {', '.join(sorted(models))}"
 
 
 # --- numbers ----------------------------------------------------------------------------------------------------------
@@ -62,7 +68,7 @@ def _cell(found: Comparison, group: Group, key: str) -> str:
     if metric is None:
         return "–"
     text = f"<span class='unbroken'>{with_interval(metric.mean, metric.interval)}</span>"
-    if group.name in found.best[group.task, key]:
+    if group.name in found.best[group.measured, key]:
         text = f"<b>{text}</b>"
     if metric.minus is not None:
         gap, interval, _ = metric.minus
@@ -111,7 +117,7 @@ def _figure(width: float, height: float) -> tuple[Figure, Any]:
 
 
 def _against_parameters(found: Comparison, groups: Sequence[Group]) -> str:
-    """Every metric that has intervals, over the number of trained parameters."""
+    """The first metric that has intervals, over the number of trained parameters."""
     keys = [key for key in found.metrics if any(_has_interval(group.metrics.get(key)) for group in groups)]
     trained = [group for group in groups if group.parameters > 0][:MOST_GROUPS]
     if len(trained) < 2 or not keys:
@@ -139,7 +145,17 @@ def _against_parameters(found: Comparison, groups: Sequence[Group]) -> str:
     axes.set_ylabel(METRIC_NAMES[key])
     axes.legend(fontsize=7, ncols=2)
     name = METRIC_NAMES[key]
-    return picture(png_of(figure), f"{name} over trained parameters", f"{escape(name)} over trained parameters.", 700)
+    return picture(
+        png_of(figure),
+        f"{name} over trained parameters",
+        f"{escape(name)} over trained parameters.{_left(groups, trained)}",
+        700,
+    )
+
+
+def _left(groups: Sequence[Group], drawn: Sequence[Group]) -> str:
+    left = sum(group.parameters > 0 for group in groups) - len(drawn)
+    return f" {left} more groups are not drawn." if left else ""
 
 
 def _has_interval(metric: Metric | None) -> bool:
@@ -206,13 +222,13 @@ def _map(chosen: Sequence[tuple[str, frozenset[tuple[int, int]]]]) -> str:
 def _generations(groups: Sequence[Group]) -> str:
     """The first held-out prompts, the base model's words beside those of each group's first run."""
     parts = []
-    for task in dict.fromkeys(group.task for group in groups):
-        own = [group for group in groups if group.task == task][:MOST_GROUPS]
+    for measured in dict.fromkeys(group.measured for group in groups):
+        own = [group for group in groups if group.measured == measured][:MOST_GROUPS]
         written = [(group.name, group.runs[0].generations(SHOWN_EXAMPLES)) for group in own]
         written = [(name, rows) for name, rows in written if rows]
         if not written:
             continue
-        parts.append(f"<h3>{escape(task)}</h3>")
+        parts.append(f"<h3>{escape(_measured(own))}</h3>")
         for index, first in enumerate(written[0][1]):
             sides = [_side("base", first, "before")]
             sides += [

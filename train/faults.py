@@ -27,6 +27,7 @@ _DISK = {
     errno.EPERM: "make it writable",
     errno.EIO: "check the disk",
 }
+_ALSO_READING = {errno.EACCES, errno.EPERM, errno.EIO}  # of a file elsewhere, they say that it cannot be read
 _MEMORY = re.compile(r"out of memory|can't allocate memory|cannot allocate memory|CUBLAS_STATUS_ALLOC_FAILED", re.I)
 
 
@@ -77,13 +78,17 @@ def _disk_error(error: BaseException | None, folder: Path) -> int | None:
     """The number of the error of the disk behind an error; libraries that write files wrap it."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in _DISK:
-            return error.errno
+            return error.errno if error.errno not in _ALSO_READING or _inside(error.filename, folder) else None
         if found := re.search(r"\(os error (\d+)\)", str(error)):  # safetensors
             return int(found.group(1)) if int(found.group(1)) in _DISK else None
         if "PytorchStreamWriter" in str(error) or "unexpected pos" in str(error):  # torch.save tells no reason
             return _reason_to_refuse(folder)
         error = error.__cause__ or error.__context__
     return None
+
+
+def _inside(name: Any, folder: Path) -> bool:
+    return name is None or Path(os.fsdecode(name)).resolve().is_relative_to(folder.resolve())
 
 
 def _reason_to_refuse(folder: Path) -> int:

@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 from ..analysis.errors import InputError
 
 log = logging.getLogger(__name__)
+IDENTITY = ("task", "task_sha256", "weights_sha256", "n_items", "preamble")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Finished:
     """A finished run.
 
@@ -29,6 +30,7 @@ class Finished:
         values_before: the same of the base model.
         subjects: `[n_examples]`.
         heads: (layer, head) of what was tuned, held or distilled.
+        measured: what two runs must share for their numbers to be comparable: prompts, base weights, way of asking.
     """
 
     folder: Path
@@ -43,6 +45,7 @@ class Finished:
     values_before: Mapping[str, NDArray[np.float64]]
     subjects: Sequence[str]
     heads: frozenset[tuple[int, int]]
+    measured: str
 
     @property
     def seed(self) -> int:
@@ -69,7 +72,7 @@ class Finished:
 def read_runs(
     folder: Path, group: str | None = None, tags: Sequence[str] = (), recipe: str | None = None
 ) -> list[Finished]:
-    """Every finished run below `folder`, in order of their names.
+    """Every finished run in `folder`, or in a sweep's folder in it, in order of their names.
 
     Args:
         group, tags, recipe: only runs of this `tracking.group`, with all of these `tracking.tags`, of this family.
@@ -80,14 +83,17 @@ def read_runs(
     if not folder.is_dir():
         raise InputError(f"runs folder {str(folder)!r} does not exist; give the folder that holds the runs")
     runs, others = [], []
-    for path in sorted(folder.glob("*/run.json")):
-        state = json.loads(path.read_text(encoding="utf-8"))
-        file = path.parent / "evaluation.json"
-        if state.get("state") != "done" or not file.is_file():
-            reason = "no evaluation" if state.get("state") == "done" else state.get("state")
-            others.append(f"{path.parent.name} ({reason})")
-            continue
-        runs.append(_read(path.parent, state, json.loads(file.read_text(encoding="utf-8"))))
+    for path in sorted([*folder.glob("*/run.json"), *folder.glob("*/*/run.json")]):
+        try:
+            state = json.loads(path.read_text(encoding="utf-8"))
+            file = path.parent / "evaluation.json"
+            if state.get("state") != "done" or not file.is_file():
+                reason = "no evaluation" if state.get("state") == "done" else state.get("state")
+                others.append(f"{path.parent.name} ({reason})")
+                continue
+            runs.append(_read(path.parent, state, json.loads(file.read_text(encoding="utf-8"))))
+        except (ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
+            others.append(f"{path.parent.name} (damaged: {type(error).__name__})")
     if others:
         log.warning("%d runs are left out: %s", len(others), ", ".join(others))
     if not runs:
@@ -126,6 +132,7 @@ def _read(folder: Path, state: Mapping[str, Any], evaluation: Mapping[str, Any])
         values("before_values"),
         [row["subject"] for row in examples],
         frozenset((layer, head) for layer, head in state.get("heads") or []),
+        json.dumps([evaluation.get(key) for key in IDENTITY]),
     )
 
 

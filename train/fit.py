@@ -107,6 +107,7 @@ def training_arguments(recipe: Recipe, **changes: Any) -> Any:
         "save_total_limit": 2,
         "logging_nan_inf_filter": False,
         "ddp_find_unused_parameters": False,
+        "ddp_timeout": 24 * 3600,  # the others wait while rank 0 measures, or chooses heads
         "disable_tqdm": True,  # told through `say`
         **({"beta": 0.5} if kind is trl.DPOConfig else {}),
     }

@@ -56,12 +56,15 @@ def require_machine(file: LaunchFile) -> None:
     if file.engine == "DEEPSPEED" and importlib.util.find_spec("deepspeed") is None:
         raise InputError(f'{where}: DeepSpeed is not installed; pip install "headtune[deepspeed]"')
     if file.n_machines > 1:
-        for key in ("main_process_ip", "main_process_port"):
+        for key in ("main_process_ip", "main_process_port", "machine_rank"):
             if file.keys.get(key) is None:
                 raise InputError(
-                    f"{where}: {key} is missing; with several machines set it and machine_rank in the file, or use "
-                    "accelerate launch with these options (see the head of accelerate_configs/multi_node_ddp.yaml)"
+                    f"{where}: {key} is missing; with several machines set main_process_ip, main_process_port and "
+                    "machine_rank in the file, or use accelerate launch with these options (see the head of "
+                    "accelerate_configs/multi_node_ddp.yaml)"
                 )
+        if not 0 <= file.keys["machine_rank"] < file.n_machines:
+            raise InputError(f"{where}: machine_rank must be from 0 to {file.n_machines - 1}")
     if file.use_cpu:
         return
     import torch

@@ -90,7 +90,8 @@ def check(path: Path) -> LaunchFile:
             f"{where}: num_processes {n_processes} counts the processes of all {n_machines} machines together and "
             "must be a multiple of num_machines"
         )
-    if keys.get("mixed_precision") not in (None, False, "no"):  # a bare no is False in YAML
+    _check_kinds(keys, where)
+    if keys.get("mixed_precision") not in (None, "no"):
         raise InputError(
             f"{where}: mixed_precision {keys['mixed_precision']!r} would stand in no recipe; write 'no' here and "
             "training.bf16=true in the recipe"
@@ -123,6 +124,25 @@ def _read(path: Path) -> dict[str, Any]:
     if not isinstance(keys, dict) or not all(isinstance(key, str) for key in keys):
         raise InputError(f"launch configuration {str(path)!r} must hold keys, such as num_processes: 2")
     return keys
+
+
+def _check_kinds(keys: Mapping[str, Any], where: str) -> None:
+    """What accelerate reads without looking, and fails on in the middle of its own code."""
+    for key, kind, example in (
+        ("gpu_ids", str, "'0,1' in quotes, or all"),
+        ("main_process_port", int, "a number such as 29500"),
+        ("machine_rank", int, "a number from 0"),
+        ("same_network", bool, "true or false"),
+        ("mixed_precision", str, "'no' in quotes: YAML reads a bare no as false"),
+    ):
+        value = keys.get(key)
+        if value is not None and type(value) is not kind:
+            raise InputError(f"{where}: {key} is {value!r}; expected {example}")
+    ids = keys.get("gpu_ids")
+    if keys.get("distributed_type") == "MULTI_GPU" and ids not in (None, "all") and "," not in str(ids):
+        raise InputError(
+            f"{where}: gpu_ids {ids!r} is one GPU, of which MULTI_GPU needs two or more; name them, or all"
+        )
 
 
 def _engine(keys: Mapping[str, Any], where: str) -> str:
@@ -161,6 +181,8 @@ def _check_block(name: str, block: Mapping[str, Any], where: str) -> None:
     groups = {group.title: group._group_actions for group in launch_command_parser()._action_groups}
     options: dict[str, argparse.Action] = {a.dest: a for a in groups[title] if a.dest.startswith(prefix)}
     for key, value in block.items():
+        if value == "auto" and key in ("gradient_accumulation_steps", "gradient_clipping"):
+            continue  # they follow the recipe
         option = options.get(key if key.startswith(prefix) else prefix + key)
         if option is None:
             raise InputError(f"{where}: unknown key '{name}.{key}'; {nearest(key, options)}")
@@ -169,7 +191,7 @@ def _check_block(name: str, block: Mapping[str, Any], where: str) -> None:
             fits = option.type(text) is not None if callable(option.type) else True
         except (TypeError, ValueError, argparse.ArgumentTypeError):
             fits = False
-        if not fits or (option.choices is not None and text not in map(str, option.choices)):
+        if not fits or (option.choices is not None and text.lower() not in [str(c).lower() for c in option.choices]):
             expected = f"one of {', '.join(map(str, option.choices))}" if option.choices else "another kind of value"
             raise InputError(f"{where}: {name}.{key} is {value!r}; expected {expected}")
 
@@ -195,7 +217,7 @@ def _check_deepspeed(keys: Mapping[str, Any], path: Path, where: str) -> Path | 
     else:
         file, stage, saves = None, block.get("zero_stage"), block.get("zero3_save_16bit_model")
         fix = "add deepspeed_config.zero3_save_16bit_model: true"
-    if type(stage) is not int or not 0 <= stage <= 3:
+    if type(stage) is not int or not 1 <= stage <= 3:
         raise InputError(f"{where}: the ZeRO stage must be 1, 2 or 3, found {stage!r}; set deepspeed_config.zero_stage")
     for key in ("offload_optimizer_device", "offload_param_device"):
         if block.get(key, "none") not in DEVICES:

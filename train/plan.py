@@ -211,7 +211,8 @@ def training(shape: Shape, trained: Trained, setup: Setup, objective: Objective 
     """Memory of a process that trains; the optimiser is AdamW."""
     objective = objective or Objective()
     parts = _states(shape, trained, setup)
-    parts["weights"] += objective.copies * parts["weights"]
+    # A frozen copy is made before the engine divides anything.
+    parts["weights"] += objective.copies * (2 if setup.half else 4) * shape.parameters
     rows = setup.batch * (2 if objective.kind == "dpo" else 1) + objective.again
     wide = replace(setup, batch=rows)
     parts["activations"] = saved(shape, trained, wide)

@@ -13,6 +13,7 @@ and no less than starting the layers' kernels takes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -127,7 +128,8 @@ def stages(recipe: Recipe, shape: Shape, setup: Setup, prompts: int | None = Non
 
 def _load_stage(shape: Shape, setup: Setup) -> Stage:
     """The model as it is loaded, and measured before training: whole, on every process, whatever the engine."""
-    parts = {"weights": setup.weight_bytes * shape.parameters, "overhead": plan.OVERHEAD[setup.device]}
+    width = 2 if setup.half else 4  # an engine that casts does so later
+    parts = {"weights": width * shape.parameters, "overhead": plan.OVERHEAD[setup.device]}
     return Stage("load", plan.Memory(parts, sum(parts.values())), 0.0, 0, "", None, 2 if setup.half else 4)
 
 
@@ -196,6 +198,8 @@ def _read(block: HeadsBlock, shape: Shape) -> list[tuple[int, int]]:
     source = Path(block.source)
     found = headset.read(source / "heads.json" if source.is_dir() else source)
     roles = ("recall", "suppression") if block.role == "both" else (block.role,)
+    if block.role == "both" and set(found.roles) == {"selected"}:
+        roles = ("selected",)
     pairs = {(entry.layer, entry.head) for role in roles for entry in found.roles.get(role, ())[: block.top]}
     if not pairs or max(layer for layer, _ in pairs) >= shape.n_layers:
         raise InputError(f"heads.from {block.source!r} holds no {' or '.join(roles)} heads of {shape.name}")
@@ -254,7 +258,7 @@ def _train_stage(
     steps = max_steps or recipe.training.get("max_steps", 0)
     if steps <= 0 and rows is not None:
         at_once = setup.batch * setup.accumulation * setup.gpus
-        steps = -(-rows * int(recipe.training.get("num_train_epochs", 3)) // at_once)
+        steps = math.ceil(float(recipe.training.get("num_train_epochs", 3)) * math.ceil(rows / at_once))
     if isinstance(method, SeekrMethod):
         steps *= len(recipe.task.sequence or [])
     operations = setup.accumulation * _step(shape, trained, setup, objective, cached)

@@ -387,13 +387,13 @@ def _apply(data: dict[str, Any], override: str) -> dict[str, Any]:
     try:
         value = read_yaml(text)
     except yaml.YAMLError:
-        raise InputError(f"override {override!r}: the value is not YAML") from None
+        raise InputError(f"override {path}=...: the value is not YAML; put it in quotes") from None
     data = dict(data)
     current = data
     for depth, key in enumerate(keys[:-1]):
         inner = current.get(key)
         if inner is not None and not isinstance(inner, dict):
-            raise InputError(f"override {override!r}: {'.'.join(keys[: depth + 1])} is a value, not a block")
+            raise InputError(f"override {path}=...: {'.'.join(keys[: depth + 1])} is a value, not a block")
         current[key] = dict(inner or {})
         current = current[key]
     current[keys[-1]] = value

@@ -183,8 +183,10 @@ def _carry_out(
     before: dict[str, Any] | None = None
     rows_before: list[dict[str, Any]] = []
     if resume and (folder / "evaluation.json").is_file():
-        with contextlib.suppress(InputError):  # damaged: measured once more
+        try:
             before, rows_before = read_before(folder / "evaluation.json", identity)
+        except InputError:  # another recipe or other data would have been refused before
+            say(f"{folder / 'evaluation.json'} is damaged; the base model is measured once more")
     if before is None and settings.before is not None:
         before, rows_before = read_before(Path(settings.before), identity)
     if main:

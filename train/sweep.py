@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 import json
 import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -58,7 +59,11 @@ def axis(text: str) -> tuple[str, list[Any]]:
         values = None
     if not equals or not key or not isinstance(values, list) or not values:
         raise InputError(f"--grid {text!r} must read key=value,value, such as method.top=4,8,16")
-    if len({json.dumps(value, sort_keys=True) for value in values}) < len(values):
+    try:
+        different = {json.dumps(value, sort_keys=True) for value in values}
+    except TypeError:
+        raise InputError(f"--grid {text!r} holds a date, which is no value of a recipe; put it in quotes") from None
+    if len(different) < len(values):
         raise InputError(f"--grid {text!r} names a value twice; each is a run of its own")
     return key, values
 
@@ -79,9 +84,16 @@ def cells(
     """
     axes = [axis(text) for text in grid]
     keys = [key for key, _ in axes]
-    for key in ("seed", "name", "output_dir"):
-        if key in keys:
-            raise InputError(f"--grid {key}=... is what a sweep sets itself" + ("; use --seeds" * (key == "seed")))
+    for key in [*keys, *(override.partition("=")[0] for override in overrides)]:
+        if key in ("seed", "name", "output_dir", "tracking.group"):
+            raise InputError(f"{key}=... is what a sweep sets itself; use {'--seeds' if key == 'seed' else '--out'}")
+    for key in keys:
+        if any(other.startswith(f"{key}.") for other in keys):
+            raise InputError(f"--grid {key}=... replaces the block that another axis sets a key of; join the two")
+    if out.name in ("", ".."):
+        raise InputError(
+            f"--out {str(out)!r} has no name of its own, which the runs' group is called by; name a folder"
+        )
     if len(set(keys)) < len(keys):
         raise InputError(
             f"--grid names {next(key for key in keys if keys.count(key) > 1)!r} twice; give all its values at once"
@@ -94,7 +106,8 @@ def cells(
                 [*(_label(key, value) for key, value in chosen.items() if key != "seed"), f"s{seed}"]
             )
             own = [f"{key}={_yaml(value)}" for key, value in chosen.items()]
-            own += [f"name={folder.name}", f"output_dir={folder}", f"tracking.group={group or out.name}"]
+            places = {"name": folder.name, "output_dir": str(folder), "tracking.group": group or out.name}
+            own += [f"{key}={_yaml(value)}" for key, value in places.items()]
             cell = Cell(folder, chosen, (*overrides, *own))
             try:
                 recipes.load(name, cell.overrides)
@@ -110,7 +123,7 @@ def cells(
 
 def _label(key: str, value: Any) -> str:
     text = value if isinstance(value, str) else _yaml(value)
-    kept = "".join(c if c.isalnum() or c in ".+" else "_" for c in text).strip("_")
+    kept = "".join(c if c.isalnum() or c in ".+-" else "_" for c in text).strip("_")
     return f"{key.rsplit('.', 1)[-1]}={kept[:40]}".replace("=", "_")
 
 
@@ -127,7 +140,15 @@ def state_of(folder: Path) -> str | None:
 
 
 def carry_out(name: str, of: Sequence[Cell], say: Say) -> list[Cell]:
-    """Run what is not finished, one after the other; returns those that failed. Their words are in FOLDER.log."""
+    """Run what is not finished, one after the other; returns those that failed. Their words are in FOLDER.log.
+
+    A run that is interrupted (SIGTERM, Ctrl-C: both are passed on to it) interrupts the sweep.
+
+    Raises:
+        InputError: before the first starts, where a folder holds a run of another recipe.
+    """
+    for cell in of:
+        _require_same(name, cell)
     failed = []
     for index, cell in enumerate(of):
         if state_of(cell.folder) == "done":
@@ -138,14 +159,41 @@ def carry_out(name: str, of: Sequence[Cell], say: Say) -> list[Cell]:
         say(f"{index + 1}/{len(of)} {cell.folder.name}" + (": going on" if resume else ""))
         path = cell.folder.with_name(f"{cell.folder.name}.log")
         with path.open("a", encoding="utf-8") as log:
-            code = subprocess.run(
-                cell.command(name, resume), stdout=log, stderr=subprocess.STDOUT, check=False
-            ).returncode
-        if code:
+            command = cell.command(name, resume)
+            # In a session of its own, so that Ctrl-C reaches it once: through `_ended`.
+            code = _ended(subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True))
+        if state_of(cell.folder) == "interrupted":
+            raise KeyboardInterrupt(f"interrupted in {cell.folder.name}; run the same sweep again to go on")
+        if code or state_of(cell.folder) != "done":
             last = path.read_text(encoding="utf-8").strip().splitlines()[-1:]
             say(f"{cell.folder.name} failed with exit code {code}: {' '.join(last)} (all of it in {path})")
             failed.append(cell)
     return failed
+
+
+def _require_same(name: str, cell: Cell) -> None:
+    path = cell.folder / "recipe.yaml"
+    if not path.is_file():
+        return
+    old, new = recipes.load(str(path)).dump(), recipes.load(name, cell.overrides).dump()
+    if changed := sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key)):
+        raise InputError(
+            f"{str(cell.folder)!r} holds a run with another {', '.join(changed)}; choose another --out, or remove it"
+        )
+
+
+def _ended(process: subprocess.Popen[bytes]) -> int:
+    """The exit code of a run, which is told to stop where this process is, and left the time to."""
+
+    def pass_on(signum: int, _frame: Any) -> None:
+        process.send_signal(signum)
+
+    before = {signum: signal.signal(signum, pass_on) for signum in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        return process.wait()
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
 
 
 def wandb_sweep(name: str, grid: Sequence[str], n_seeds: int, overrides: Sequence[str]) -> str:
@@ -160,14 +208,20 @@ def wandb_sweep(name: str, grid: Sequence[str], n_seeds: int, overrides: Sequenc
 
 
 def slurm_array(name: str, of: Sequence[Cell]) -> str:
-    """An array script: one task a run; a task that is started again goes on where it was."""
+    """An array script: one task a run; a task that is started again goes on where it was.
+
+    Two minutes before its time is up a run is told to stop; it keeps a checkpoint and the task is queued again.
+    """
     lines = "\n".join("  " + shlex.quote(shlex.join(["headtune", "train", name, *cell.overrides])) for cell in of)
     folders = "\n".join("  " + shlex.quote(str(cell.folder)) for cell in of)
     return (
         "#!/bin/bash\n"
         f"#SBATCH --job-name=headtune\n#SBATCH --array=0-{len(of) - 1}\n#SBATCH --gpus=1\n#SBATCH --requeue\n"
-        "#SBATCH --signal=TERM@120\n\n"
+        "#SBATCH --signal=B:TERM@120\n\n"
         f"runs=(\n{lines}\n)\nfolders=(\n{folders}\n)\n"
         'resume=""\n[ -f "${folders[$SLURM_ARRAY_TASK_ID]}/recipe.yaml" ] && resume="--resume"\n'
-        'eval "exec ${runs[$SLURM_ARRAY_TASK_ID]} $resume"\n'
+        # bash answers a signal only between commands, unless it waits for one in the background.
+        'eval "${runs[$SLURM_ARRAY_TASK_ID]} $resume" &\n'
+        "trap 'kill -TERM $!; stopped=1' TERM\n"
+        'wait $!; code=$?\n[ -n "$stopped" ] && { wait $!; scontrol requeue "$SLURM_JOB_ID"; exit; }\nexit $code\n'
     )
