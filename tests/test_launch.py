@@ -228,6 +228,12 @@ def test_the_end_of_one_process(capsys: pytest.CaptureFixture[str], monkeypatch:
     assert not capsys.readouterr().err  # each said so itself
     assert launch._code({1: -signal.SIGKILL, 0: -signal.SIGTERM}) == 137
     assert "rank 1 was ended by SIGKILL (as the system does when memory runs out)" in capsys.readouterr().err
+    assert launch._code({1: -signal.SIGTERM}, {signal.SIGTERM}) == 0  # rank 0 said so
+    with pytest.raises(KeyboardInterrupt, match="interrupted by SIGTERM before the run began"):
+        launch._code({0: -signal.SIGTERM}, {signal.SIGTERM})
+    with launch._passing_on(signal.SIGTERM), pytest.raises(KeyboardInterrupt, match="before the run began"):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
 
     monkeypatch.setattr(ending, "PATIENCE", 0.0)
     monkeypatch.setenv("RANK", "1")
@@ -294,5 +300,30 @@ def test_a_rank_that_dies_ends_all(tiny_llama: Path, tmp_path: Path) -> None:
         assert len(lines) == 1 and "rank 1 was ended by SIGKILL" in lines[0]
         assert "Traceback" not in log.read_text()
         assert not ranks["0"].is_running()
+    finally:
+        process.kill()
+
+
+@pytest.mark.slow
+def test_a_signal_while_one_rank_measures_ends_all_well(tiny_llama: Path, tmp_path: Path) -> None:
+    """Rank 0 answers it; the other one waits in a collective, where it cannot."""
+    recipe = write_recipe(tmp_path, tiny_llama, evaluation={"n_items": 200, "batch_size": 1})
+    log = tmp_path / "log"
+    with log.open("w") as said:
+        process = subprocess.Popen(
+            command("headtune", recipe), stdout=said, stderr=said, cwd=tmp_path, env=os.environ | ENVIRONMENT
+        )
+    try:
+        deadline = time.monotonic() + 500
+        while "evaluating the base model" not in log.read_text():
+            assert process.poll() is None and time.monotonic() < deadline, log.read_text()
+            time.sleep(0.02)
+        children = psutil.Process(process.pid).children()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(120) == 0, log.read_text()
+        lines = [line for line in log.read_text().splitlines() if line.startswith("headtune: ")]
+        assert len(lines) == 1 and "interrupted by SIGTERM" in lines[0], lines
+        assert json.loads((tmp_path / "run" / "run.json").read_text())["state"] == "interrupted"
+        assert not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in children)
     finally:
         process.kill()

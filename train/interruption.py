@@ -43,12 +43,16 @@ class _Watch:
         self.process = os.getpid()
         self.signum = 0
         self.training = False
+        self.ending = False
 
     def handle(self, signum: int, _frame: FrameType | None) -> None:
         if os.getpid() != self.process:  # a worker that was forked from the run ends as workers do
             signal.signal(signum, signal.SIG_DFL)
             os.kill(os.getpid(), signum)
+        elif self.ending:
+            return  # a launcher that ends what is left; what is being written is written to its end
         elif not self.training:
+            self.ending = True
             raise self.interrupted(signum)
         elif signum == self.signum == signal.SIGINT:
             raise KeyboardInterrupt
@@ -81,13 +85,25 @@ def watched(folder: Path) -> Iterator[None]:
         yield
         return
     outer, _watch = _watch, _Watch(folder)
-    before = {signum: signal.signal(signum, _watch.handle) for signum in _SIGNALS}
+    # While rank 0 measures, the others wait in a collective, where no handler of Python's is run: they just end.
+    with _handled(_watch) if os.environ.get("RANK", "0") == "0" else contextlib.nullcontext():
+        try:
+            yield
+        finally:
+            _watch = outer
+
+
+@contextlib.contextmanager
+def _handled(watch: _Watch) -> Iterator[None]:
+    before = {signum: signal.signal(signum, watch.handle) for signum in _SIGNALS}
     try:
         yield
     finally:
+        several = int(os.environ.get("WORLD_SIZE", "1")) > 1
         for signum, handler in before.items():
+            if watch.ending and several:  # it said why; the launcher, which ends the others, is not to end it twice
+                handler = signal.SIG_IGN
             signal.signal(signum, signal.SIG_DFL if handler is None else handler)  # None: not from Python
-        _watch = outer
 
 
 @contextlib.contextmanager
@@ -103,10 +119,11 @@ def between_steps(trainer: Any) -> Iterator[None]:
         return
     trainer.add_callback(_Stop(watch, trainer.accelerator.device))
     watch.training = True
-    try:
-        yield
-    finally:
-        watch.training = False
+    with _handled(watch):
+        try:
+            yield
+        finally:
+            watch.training = False
     if watch.signum:
         raise watch.interrupted(watch.signum, f" after step {trainer.state.global_step} of {trainer.state.max_steps}")
 

@@ -15,7 +15,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +131,7 @@ def start(file: LaunchFile, words: Sequence[str]) -> int:
     arguments = launch_command_parser().parse_args([*options, "-m", "headtune.train", *words])
     # The launcher's own answer to a signal is to end its processes after 30 seconds.
     arguments.signals_to_handle = "SIGHUP,SIGQUIT"
-    with patch_environment(**_environment(file)), _silent(), _passing_on(signal.SIGTERM, signal.SIGINT):
+    with patch_environment(**_environment(file)), _silent(), _passing_on(signal.SIGTERM, signal.SIGINT) as passed:
         try:
             launch_command(arguments)
         except ChildFailedError as error:
@@ -142,7 +142,7 @@ def start(file: LaunchFile, words: Sequence[str]) -> int:
             raise InputError(f"launch configuration {str(file.path)!r}: {error}") from None
         else:
             return 0
-    return _code(ended)
+    return _code(ended, passed)
 
 
 def _environment(file: LaunchFile) -> dict[str, str]:
@@ -168,36 +168,59 @@ def _silent() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _passing_on(*signals: signal.Signals) -> Iterator[None]:
-    """Pass signals on to the processes below this one, and wait for them as before."""
+def _passing_on(*signals: signal.Signals) -> Iterator[set[int]]:
+    """Pass signals on to the processes below this one, and wait for them as before; yields those that were.
+
+    Raises:
+        KeyboardInterrupt: there is no process yet.
+    """
+    passed: set[int] = set()
 
     def pass_on(number: int, _frame: Any) -> None:
         import psutil  # type: ignore[import-untyped]
 
-        for child in psutil.Process().children():
+        children = psutil.Process().children()
+        if not children and not passed:
+            raise _before_it_began(number)
+        passed.add(number)
+        for child in children:
             with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
                 # A terminal sends Ctrl-C to a process of the same group by itself.
                 if number == signal.SIGTERM or os.getpgid(child.pid) != os.getpgrp():
                     child.send_signal(number)
 
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield passed
         return
     before = {number: signal.signal(number, pass_on) for number in signals}
     try:
-        yield
+        yield passed
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-def _code(ended: Mapping[int, int]) -> int:
-    """The exit code of the process that failed first; the others were stopped by the launcher, or fell with it."""
+def _before_it_began(number: int) -> KeyboardInterrupt:
+    stop = KeyboardInterrupt(f"interrupted by {signal.Signals(number).name} before the run began; start it again")
+    stop.exit_code = 0 if number == signal.SIGTERM else 130  # type: ignore[attr-defined]
+    return stop
+
+
+def _code(ended: Mapping[int, int], passed: Collection[int] = ()) -> int:
+    """The exit code of the process that failed first; the others were stopped by the launcher, or fell with it.
+
+    Raises:
+        KeyboardInterrupt: all were ended by a signal that was passed on to them, before the run could answer it.
+    """
     from .console import fail
 
     rank, code = next(iter(ended.items()))  # in the order in which they ended
     if code >= 0:
         return code  # it said why itself
+    if -code in passed:
+        if 0 in ended:
+            raise _before_it_began(-code)
+        return 0 if code == -signal.SIGTERM else 130  # rank 0 answered, and said so
     name = signal.Signals(-code).name
     why = " (as the system does when memory runs out)" if name == "SIGKILL" else ""
     others = "" if len(ended) == 1 else ", and all others were stopped"
