@@ -332,7 +332,7 @@ def test_later_overrides_win() -> None:
         ("training.max_steps", ["'training.max_steps'", "key=value"]),
         ("=3", ["'=3'", "key=value"]),
         ("training..max_steps=3", ["key=value"]),
-        ("seed.x=3", ["'seed.x=3'", "seed is a value, not a block"]),
+        ("seed.x=3", ["seed.x=...", "seed is a value, not a block"]),
         ("heads={list: [[1}", ["not YAML"]),
         ("training.max_steps=x", ["training.max_steps", "'x'"]),
         ("trainig.max_steps=3", ["'trainig'", "'training'"]),
@@ -343,6 +343,11 @@ def test_overrides_refused(override: str, words: list[str]) -> None:
     message = refusal(lambda: overridden(override))
     for word in words:
         assert word in message
+
+
+def test_a_value_that_is_no_yaml_is_not_shown() -> None:
+    message = refusal(lambda: overridden("training.hub_token=@S3cretPassw0rd"))
+    assert "training.hub_token=..." in message and "S3cret" not in message
 
 
 @pytest.mark.parametrize("text", ["[1, 2]", "just words", "3"])
