@@ -47,13 +47,14 @@ def is_secret_name(name: str) -> bool:
 
 def secret_in(text: str) -> str | None:
     """What kind of secret a text holds, in words that do not show it; None where none is seen."""
-    for what, pattern in _PATTERNS:
-        if pattern.search(text):
-            return what
-    for name, value in _environment():
-        if value in text:
-            return f"the value of the environment variable {name}"
-    return None
+    if what := _known_form(text):
+        return what
+    named = (name for name, value in _environment() if value in text)
+    return next((f"the value of the environment variable {name}" for name in named), None)
+
+
+def _known_form(text: str) -> str | None:
+    return next((what for what, pattern in _PATTERNS if pattern.search(text)), None)
 
 
 def redact(text: str) -> str:
@@ -86,7 +87,8 @@ def require_no_secrets(data: Any, where: str, path: str = "") -> None:
             named = is_secret_name(str(key)) and not _NO_SECRETS.fullmatch(str(key))
             if named and isinstance(value, str) and value:
                 raise _refusal(where, below, "what its name says is a secret")
-            require_no_secrets(str(key), where, below)
+            if what := _known_form(str(key)):  # a password that is a word may be a key's name as well
+                raise _refusal(where, below, what)
             require_no_secrets(value, where, below)
     elif isinstance(data, list | tuple):
         for index, value in enumerate(data):

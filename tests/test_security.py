@@ -21,7 +21,7 @@ from small_runs import DISTIL, head_set, train, write_recipe, write_sequence
 
 from headtune.analysis import headset, inside, maps
 from headtune.analysis.errors import InputError
-from headtune.analysis.redaction import is_secret_name, redact, secret_in
+from headtune.analysis.redaction import is_secret_name, redact, require_no_secrets, secret_in
 from headtune.train import checkpoints, continual, export, recipe, tracking
 from headtune.train.card import Origin, adapter_card
 from headtune.train.run import load_run
@@ -129,6 +129,7 @@ def test_the_search_lets_pass_what_is_safe() -> None:
         (f"tags: [{HF}]", HF),
         ("ghp_0123456789abcdefghijABCDEFGHIJ", "0123456789"),
         ("AKIAIOSFODNN7EXAMPLE", "IOSFODNN"),
+        ("key: sk-proj-0123456789abcdefABCDEF", "0123456789"),
     ],
 )
 def test_secrets_are_seen_and_struck_out(text: str, secret: str) -> None:
@@ -147,6 +148,8 @@ def test_secrets_are_seen_and_struck_out(text: str, secret: str) -> None:
         "https://host/path?page=2",
         "mail someone@host.org",
         "task-risk-assessment-of-many-things",
+        "runs/sk-learn-relation-experiments-2",
+        "en_sk-parallel-corpus-Train-2024",
         "training.max_steps=3",
     ],
 )
@@ -169,6 +172,15 @@ def test_values_of_the_environment_are_secrets_where_their_names_say_so(
     assert not [value for value in PLANTED.values() if value in clean] and "-and-more" not in clean
     assert clean.endswith(f"{tmp_path} name a-long-enough-value")
     assert secret_in(f"x {WANDB} y") == "the value of the environment variable WANDB_API_KEY"
+
+
+def test_a_password_that_is_a_key_of_every_recipe_refuses_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("POSTGRES_PASSWORD", "training")
+    require_no_secrets({"training": {"max_steps": 3}}, "recipe")
+    with pytest.raises(InputError, match="POSTGRES_PASSWORD"):
+        require_no_secrets({"name": "training"}, "recipe")
+    with pytest.raises(InputError, match="an access token"):
+        require_no_secrets({HF: 1}, "recipe")
 
 
 def test_the_command_of_a_file_holds_no_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
