@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import machine as machines
 import pytest
@@ -195,3 +196,20 @@ def test_a_damaged_head_set_is_refused(machine: Machine, tiny_llama: Path, tmp_p
     (folder / "heads.json").write_text('{"format": 1, "roles": {"recall": [')
     code, said = machine.run(folder, "heads={from: heads.json}")
     assert code == 2 and "heads.json" in machines.complaint(said) and not (folder / "run").exists()
+
+
+def test_a_damaged_checkpoint_is_none_of_those_kept(tmp_path: Path) -> None:
+    """Of two that are to be kept, the other one is the newest that is whole."""
+    for step in (25, 50, 75, 100):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "weights").write_bytes(bytes(8))
+        if step < 100:
+            checkpoints.mark(tmp_path / f"checkpoint-{step}", step)
+    (tmp_path / "checkpoint-75" / "weights").write_bytes(bytes(7) + b"1")
+    arguments = SimpleNamespace(save_total_limit=2, output_dir=str(tmp_path))
+    marking = checkpoints.Mark(arguments)
+    assert arguments.save_total_limit is None  # transformers removes none itself
+    state = SimpleNamespace(global_step=100, is_world_process_zero=True, best_model_checkpoint=None)
+    marking.on_save(arguments, state, None)
+    assert sorted(checkpoints.by_step(tmp_path)) == [50, 100]
+    assert checkpoints.newest(tmp_path, lambda _line: None) == tmp_path / "checkpoint-100"
