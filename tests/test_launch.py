@@ -231,6 +231,8 @@ def test_the_end_of_one_process(capsys: pytest.CaptureFixture[str], monkeypatch:
     assert launch._code({1: -signal.SIGTERM}, {signal.SIGTERM}) == 0  # rank 0 said so
     with pytest.raises(KeyboardInterrupt, match="interrupted by SIGTERM before the run began"):
         launch._code({0: -signal.SIGTERM}, {signal.SIGTERM})
+    # What other tests have started, such as a loader's workers, is not of this launch.
+    monkeypatch.setattr("psutil.Process.children", lambda process: [])
     with launch._passing_on(signal.SIGTERM), pytest.raises(KeyboardInterrupt, match="before the run began"):
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(5)
