@@ -143,7 +143,8 @@ code, .tk { font-family: ui-monospace, monospace; font-size: .85rem; unicode-bid
 .tk.previous { border-bottom: 2px solid; } .tk.a { background: rgba(var(--a), var(--w)); }
 .tk.p { background: rgba(var(--p), var(--w)); } .tk.n { background: rgba(var(--n), var(--w)); }
 @media (max-width: 40rem) { .maps { overflow-x: auto; } .maps img { max-width: none; } .reads { white-space: nowrap; }
-  table { font-size: .85rem; } th, td { padding: .3rem .4rem; } }
+  table { font-size: .85rem; } th, td { padding: .3rem .4rem; }
+  .wide th:first-child { position: sticky; left: 0; background: var(--bg); max-width: 40vw; overflow-wrap: anywhere; } }
 </style>
 </head>
 <body>

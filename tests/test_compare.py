@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import re
 from html.parser import HTMLParser
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from rich.console import Console
 
 from headtune.analysis.errors import InputError
 from headtune.train import compare, compare_page
@@ -19,6 +21,7 @@ from headtune.train.cli import main
 from headtune.train.finished import flat, read_runs
 
 SUBJECTS = [f"subject {index // 2}" for index in range(12)]
+BEFORE = [0.0, 1.0, 1.0] * 4  # its mean changes with the subjects drawn
 
 
 def write_run(
@@ -29,7 +32,7 @@ def write_run(
     own.mkdir(parents=True)
     recipe = {"recipe": "lofit", "seed": seed, "name": name, "output_dir": str(own), "method": {"top": 4}}
     recipe |= {"tracking": {"group": "study", "tags": ["quick"]}} | changes
-    before = [0.0, 1.0] * 6
+    before = BEFORE
     rows = [
         {
             "subject": subject,
@@ -111,7 +114,7 @@ def test_a_damaged_run_is_left_out_and_named(runs: Path, caplog: pytest.LogCaptu
 
 
 def test_a_run_that_changed_nothing_may_be_the_reference(tmp_path: Path) -> None:
-    write_run(tmp_path, "a", 0, [0.0, 1.0] * 6)
+    write_run(tmp_path, "a", 0, BEFORE)
     found = compare.compare(read_runs(tmp_path), "a")
     assert found.groups[1].metrics["exact_match"].minus is None
 
@@ -128,7 +131,7 @@ def test_differences_are_paired_over_resampled_subjects(runs: Path) -> None:
     found = compare.compare(read_runs(runs, group="study"))
     chosen = next(group for group in found.groups if group.name == "chosen")
     each = (np.array(GOOD) + np.array(BETTER)) / 2
-    gaps = each - np.array([0.0, 1.0] * 6)
+    gaps = each - np.array(BEFORE)
     names = sorted(set(SUBJECTS))
     counts = np.random.default_rng(0).multinomial(len(names), [1 / len(names)] * len(names), size=compare.DRAWS)
     means, differences = [], []
@@ -142,8 +145,9 @@ def test_differences_are_paired_over_resampled_subjects(runs: Path) -> None:
     assert metric.minus is not None
     gap, interval, p = metric.minus
     assert gap == pytest.approx(gaps.mean()) and interval == pytest.approx(np.percentile(differences, [2.5, 97.5]))
-    below, above = np.mean(np.array(differences) <= 0), np.mean(np.array(differences) >= 0)
-    assert p == pytest.approx(min(1, 2 * min(below, above)), abs=0.01)
+    below, above = np.mean(np.round(differences, 12) <= 0), np.mean(np.round(differences, 12) >= 0)
+    assert below + above > 1.05  # draws without a difference count on both sides
+    assert p == pytest.approx(min(1, 2 * min(below, above)), abs=0.001)
     assert metric.differs == (not interval[0] <= 0 <= interval[1])
 
 
@@ -216,6 +220,22 @@ def test_the_command_writes_table_csv_json_and_a_page_of_its_own(
     found = {(group["name"], group["task"]): group for group in json.loads(capsys.readouterr().out)["groups"]}
     chosen = found["chosen", "facts:test"]
     assert [run["seed"] for run in chosen["runs"]] == [0, 1] and chosen["metrics"]["exact_match"]["best"]
+
+
+def test_a_table_fits_its_terminal(runs: Path) -> None:
+    """A table for each set of prompts; where it has no room its columns go on in another one, unbroken."""
+    found = compare.compare(read_runs(runs))
+    assert [str(table.title) for table in compare.tables(found, 200)] == ["facts:test", "facts:test"]
+    narrow = compare.tables(found, 72)
+    assert [str(table.title) for table in narrow] == ["facts:test", "facts:test, continued"] * 2
+    assert all(str(table.columns[0].header) == "run" for table in narrow)
+    console = Console(width=72, file=io.StringIO())
+    console.print(*narrow)
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    for cell in (
+        str(cell) for table in compare.tables(found, 200) for column in table.columns for cell in column.cells
+    ):
+        assert f" {cell} " in text
 
 
 def test_hundreds_of_runs_are_read(tmp_path: Path) -> None:

@@ -213,7 +213,7 @@ def _minus(
     gap = float(np.mean([_mean(run.after[key]) for run in of])) - there
     if each is None or other is None or len(each) != len(other):
         return gap, None, None
-    draws = weights @ (each - other)
+    draws = np.round(weights @ (each - other), 12)  # a resampling without a difference gives 0, not its rounding error
     low, high = np.percentile(draws, [2.5, 97.5])
     p = min(1.0, 2 * float(min((draws <= 0).sum(), (draws >= 0).sum()) + 1) / (DRAWS + 1))
     return gap, (float(low), float(high)), p
@@ -270,23 +270,52 @@ def jaccard(a: frozenset[tuple[int, int]], b: frozenset[tuple[int, int]]) -> flo
 # --- as text ----------------------------------------------------------------------------------------------------------
 
 
-def table(found: Comparison) -> Table:
-    """Groups as rows, metrics as columns; the best in bold, a star where the difference from the reference is not 0."""
-    result = Table(caption=f"bold: best; *: differs from {found.against}, paired bootstrap over subjects, 95%")
-    for name in ("run", "seeds", "task", "parameters", *(METRIC_NAMES[key] for key in found.metrics)):
-        result.add_column(name, overflow="fold")
-    for group in found.groups:
-        cells = [Text(group.name), Text(str(len(group.runs) or "")), Text(group.task), Text(f"{group.parameters:,}")]
-        for key in found.metrics:
-            metric = group.metrics.get(key)
-            if metric is None:
-                cells.append(Text("–"))
-                continue
-            value = metric.mean if metric.interval is None else {"mean": metric.mean, "ci": metric.interval}
-            style = "bold" if group.name in found.best[group.measured, key] else ""
-            cells.append(Text(show(value) + ("*" if metric.differs else ""), style=style))
-        result.add_row(*cells)
+def tables(found: Comparison, width: int) -> list[Table]:
+    """Groups as rows, metrics as columns, the best in bold; a star where the difference from the reference is not 0.
+
+    One table for each set of prompts; its columns go on in further tables where `width` characters do not hold them.
+    """
+    result = []
+    for measured in dict.fromkeys(group.measured for group in found.groups):
+        own = [group for group in found.groups if group.measured == measured]
+        columns = {
+            "run": [Text(group.name) for group in own],
+            "seeds": [Text(str(len(group.runs) or "")) for group in own],
+            "parameters": [Text(f"{group.parameters:,}") for group in own],
+        }
+        keys = [key for key in found.metrics if any(key in group.metrics for group in own)]
+        columns |= {METRIC_NAMES[key]: [_cell(found, group, key) for group in own] for key in keys}
+        for part in _parts(columns, width):
+            title = Text(own[0].task + (", continued" if "seeds" not in part else ""))
+            result.append(Table(title=title, title_justify="left", caption_justify="left"))
+            for name in part:
+                result[-1].add_column(name, justify="left" if name == "run" else "right", overflow="fold")
+            for cells in zip(*(columns[name] for name in part), strict=True):
+                result[-1].add_row(*cells)
+    if result:
+        result[-1].caption = f"bold: best; *: differs from {found.against}, paired bootstrap over subjects, 95%"
     return result
+
+
+def _cell(found: Comparison, group: Group, key: str) -> Text:
+    metric = group.metrics.get(key)
+    if metric is None:
+        return Text("–")
+    value = show(metric.mean if metric.interval is None else {"mean": metric.mean, "ci": metric.interval})
+    style = "bold" if group.name in found.best[group.measured, key] else ""
+    return Text(value + ("*" if metric.differs else ""), style=style)
+
+
+def _parts(columns: Mapping[str, Sequence[Text]], width: int) -> list[list[str]]:
+    """Names of columns, the first one in every part, such that each part is at most `width` characters wide."""
+    taken = {name: 3 + max([*map(len, name.split()), *map(len, cells)]) for name, cells in columns.items()}
+    first, *others = columns
+    parts = [[first]]
+    for name in others:
+        if len(parts[-1]) > 1 and 1 + sum(taken[known] for known in [*parts[-1], name]) > width:
+            parts.append([first])
+        parts[-1].append(name)
+    return parts
 
 
 def as_json(found: Comparison) -> dict[str, Any]:

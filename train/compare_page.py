@@ -129,8 +129,9 @@ def _against_parameters(found: Comparison, groups: Sequence[Group]) -> str:
         if metric is None:
             continue
         low, high = metric.interval or (metric.mean, metric.mean)
+        beside = [other.name for other in trained if other.parameters == group.parameters].index(group.name)
         axes.errorbar(
-            group.parameters,
+            group.parameters * 1.06**beside,
             metric.mean,
             yerr=[[max(0.0, metric.mean - low)], [max(0.0, high - metric.mean)]],
             fmt="o",
@@ -148,7 +149,7 @@ def _against_parameters(found: Comparison, groups: Sequence[Group]) -> str:
     return picture(
         png_of(figure),
         f"{name} over trained parameters",
-        f"{escape(name)} over trained parameters.{_left(groups, trained)}",
+        f"{escape(name)} over trained parameters; groups with as many stand side by side.{_left(groups, trained)}",
         700,
     )
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,7 +16,8 @@ from rich.text import Text
 
 T = TypeVar("T")
 
-console = Console(highlight=False)
+# What is not a terminal has no width: a table in a file or pipe is as wide as it has to be.
+console = Console(highlight=False, width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 240)
 errors = Console(stderr=True, highlight=False, soft_wrap=True)
 
 METRIC_NAMES = {
@@ -38,11 +41,19 @@ METRIC_NAMES = {
 
 def say(line: str) -> None:
     """One plain line about what is going on, on stderr, so that stdout stays a result."""
-    errors.print(line, markup=False, style="dim" if errors.is_terminal else None)
+    if not _quiet():
+        errors.print(line, markup=False, style="dim" if errors.is_terminal else None)
+
+
+def _quiet() -> bool:
+    return logging.getLogger("headtune").level >= logging.WARNING  # --quiet; see cli_parts.set_volume
 
 
 def progress(items: Sequence[T], what: str) -> Iterator[T]:
     """Iterate with a bar on a terminal, and with a line every tenth (at most one in 5 s) elsewhere."""
+    if _quiet():
+        yield from items
+        return
     if errors.is_terminal:
         columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, console=errors, transient=True) as bar:

@@ -95,7 +95,7 @@ def read_runs(
         except (ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
             others.append(f"{path.parent.name} (damaged: {type(error).__name__})")
     if others:
-        log.warning("%d runs are left out: %s", len(others), ", ".join(others))
+        log.warning("not finished, left out (%d): %s", len(others), ", ".join(others))
     if not runs:
         raise InputError(f"{str(folder)!r} holds no finished run; headtune train writes one a folder")
     wanted = [run for run in runs if _passes(run, group, tags, recipe)]
