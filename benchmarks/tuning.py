@@ -455,7 +455,7 @@ def main() -> None:
                 if later and arguments.small and not method.core:
                     continue
                 out = place(arguments.folder, task, name, seed)
-                recipe = recipe_of(setting, name, seed, arguments.folder, out)
+                recipe = recipe_of(setting, name, seed if method.seeded else 0, arguments.folder, out)
                 result = place(RESULTS / "tuning", task, name, seed).with_suffix(".json")
                 runs.append(grid.Run(task, name, seed, recipe, result, alone=name == "base"))
     if arguments.missing:
