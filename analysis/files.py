@@ -62,15 +62,25 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             shutil.rmtree(temporary)
 
 
-def require_new_folder(path: Path, fix: str) -> None:
-    """Refuse an output folder that holds something or cannot be written. `fix` says what the user can do.
+def leftovers(path: Path) -> list[Path]:
+    """What processes that were killed while they wrote `path` left beside it."""
+    return [each for each in path.parent.glob(f".{path.name}.????????") if each.is_file()]
+
+
+def require_new_folder(path: Path, fix: str, first: str | None = None) -> None:
+    """Refuse an output folder that holds something or cannot be written.
+
+    Args:
+        fix: says what the user can do.
+        first: the file that is written there before all others; what a process that was killed while it wrote this one
+            left behind (see `atomic_path`) counts as nothing.
 
     Raises:
         InputError: `path` is a file, a folder with contents, or in a place where nothing can be written.
     """
     if path.is_file():
         raise InputError(f"output folder {str(path)!r} is a file; {fix}")
-    if path.is_dir() and any(path.iterdir()):
+    if path.is_dir() and set(path.iterdir()) - set(leftovers(path / first) if first else ()):
         raise InputError(f"output folder {str(path)!r} exists and is not empty; {fix}")
     existing = path
     while not existing.exists():

@@ -12,6 +12,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -20,9 +21,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "accelerate_configs"
 ENGINES = ("ddp_cpu_2", "zero1_cpu_2", "zero2_cpu_2", "zero3_cpu_2", "fsdp2_cpu_2")
+
+
+RESUMED = "--resume"
 
 
 def run_recipes(engine: str, commands: Sequence[Sequence[str]], folder: Path) -> list[str]:
@@ -30,7 +36,8 @@ def run_recipes(engine: str, commands: Sequence[Sequence[str]], folder: Path) ->
 
     Args:
         engine: a configuration in accelerate_configs/.
-        commands: a recipe and what overrides it each, such as `["recipe.yaml", "seed=1"]`.
+        commands: a recipe and what overrides it each, such as `["recipe.yaml", "seed=1"]`; with `RESUMED`, its run is
+            made one that was killed before its adapter was written, and taken up.
         folder: for scratch.
     """
     jobs, answers = folder / f"{engine}.jobs.json", folder / f"{engine}.answers.json"
@@ -83,6 +90,16 @@ def _forget() -> None:
     gc.collect()
 
 
+def _kill_late(run: Path) -> None:
+    """What is left of a finished run is what there was between its last checkpoint and its adapter."""
+    if os.environ["RANK"] == "0":
+        for name in ("adapter", "model"):
+            shutil.rmtree(run / name, ignore_errors=True)
+        state = json.loads((run / "run.json").read_text(encoding="utf-8"))
+        (run / "run.json").write_text(json.dumps(state | {"state": "running"}), encoding="utf-8")
+    torch.distributed.barrier()
+
+
 def _work(jobs: Path, answers: Path) -> None:
     from headtune.train import recipe
     from headtune.train.run import run
@@ -97,7 +114,11 @@ def _work(jobs: Path, answers: Path) -> None:
     for command in json.loads(jobs.read_text(encoding="utf-8")):
         error = ""
         try:
-            run(recipe.load(command[0], command[1:]), say=lambda line: print(line, flush=True))
+            resume = RESUMED in command
+            loaded = recipe.load(command[0], [word for word in command[1:] if word != RESUMED])
+            if resume:
+                _kill_late(loaded.folder)
+            run(loaded, resume, say=lambda line: print(line, flush=True))
         except Exception:
             error = traceback.format_exc()
             print(error, flush=True)

@@ -15,12 +15,12 @@ from typing import Any
 
 import pytest
 import torch
-from engines import ENGINES, run_recipes
+from engines import ENGINES, RESUMED, run_recipes
 from peft import PeftModel
 from safetensors.torch import load_file
-from small_runs import train, write_recipe
+from small_runs import DISTIL, train, write_recipe, write_sequence_recipe
 from tiny import tiny_model, tiny_task
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.utils.data import RandomSampler
 
 from headtune.analysis.errors import CheckError, InputError
@@ -50,6 +50,7 @@ HELD = [
     {"kind": "weight_drift", "weight": 1.0},
     {"kind": "attribution_hinge", "weight": 1.0, "role": "recall"},
 ]
+PRUNED = {**SFT, "keep": True, "regularisers": [{"kind": "prune", "weight": 1.0, "learning_rate": 5.0}]}
 # Every method; the tiny task has rows of uneven length.
 RECIPES: dict[str, dict[str, Any]] = {
     "lofit": {"recipe": "lofit", "heads": HEADS, "method": SFT},
@@ -63,6 +64,20 @@ RECIPES: dict[str, dict[str, Any]] = {
     "dpo": {"recipe": "lofit", "heads": HEADS, "method": {"objective": "dpo"}},
     "full": {"recipe": "full", "heads": None, "method": {**SFT, "keep": True}},
     "held_lora": {"recipe": "regularise", "heads": HEADS, "method": {**SFT, "tune": "lora", "regularisers": HELD}},
+    # Which rows name both words, and so how many of a process's, is uneven.
+    "held_options": {
+        "recipe": "regularise",
+        "heads": HEADS,
+        "method": {
+            **SFT,
+            "tune": "lora",
+            "regularisers": [
+                {"kind": "negative_attention", "weight": 20.0, "positive": " Tokyo", "negative": " Osaka"},
+            ],
+        },
+    },
+    "pruned_lora": {"recipe": "regularise", "heads": HEADS, "method": {**PRUNED, "tune": "lora"}},
+    "pruned_full": {"recipe": "regularise", "heads": HEADS, "method": {**PRUNED, "tune": "full"}},
     "held_full": {
         "recipe": "regularise",
         "heads": HEADS,
@@ -70,6 +85,16 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
 }
 QUICK = ("lofit", "lora")
+# Three tasks of eight rows each, two steps a task; of the buffer one row goes with two of the task.
+HALF = {"replay": {"count": 4}, "distil": DISTIL, "lora": {"r": 4, "alpha": 8}}
+SEQUENCES: dict[str, dict[str, Any]] = {
+    "seekr": {"tune": "lora", **HALF},
+    "seekr_full": {"tune": "full", **HALF},
+    "seekr_ewc": {"tune": "full", "strategy": "ewc", "ewc_weight": 10.0, "ewc_rows": "all"},
+    "seekr_der": {"tune": "lora", "strategy": "der", "lora": HALF["lora"], "replay": HALF["replay"]},
+    "seekr_lwf": {"tune": "lora", "strategy": "lwf", "lora": HALF["lora"]},
+}
+SEQUENCE_STEPS = 6
 
 
 @pytest.fixture(autouse=True)
@@ -92,6 +117,9 @@ class References:
 
     def recipe(self, folder: Path, name: str, **training: Any) -> Path:
         folder.mkdir(parents=True)
+        if name in SEQUENCES:
+            short = TRAINING | {"max_steps": 2} | training
+            return write_sequence_recipe(folder, self.model, SEQUENCES[name], training=short)
         settings = dict(RECIPES[name])
         if name == "dpo":
             rows = [replace(example, incorrect=("Springfield", "Troy")) for example in tiny_task().examples]
@@ -124,10 +152,10 @@ def base_weights(run: Path) -> dict[str, Tensor]:
     return dict(base.state_dict())
 
 
-def assert_same(expected: Path, found: Path) -> None:
+def assert_same(expected: Path, found: Path, steps: int = STEPS) -> None:
     """Losses to 1e-4 of themselves, weights to 1e-5 of their scale."""
     assert losses(found) == pytest.approx(losses(expected), rel=1e-4)
-    assert len(losses(found)) == STEPS
+    assert len(losses(found)) == steps
     wanted, got = weights(expected), weights(found)
     assert wanted.keys() == got.keys()
     for name, tensor in wanted.items():
@@ -189,10 +217,6 @@ def test_what_cannot_work_is_refused_with_its_fix() -> None:
     sharded = SimpleNamespace(fsdp_version=2, state_dict_type="StateDictType.SHARDED_STATE_DICT")
     with pytest.raises(InputError, match=r"SHARDED_STATE_DICT.*FULL_STATE_DICT"):
         engines.require_full_state(accelerator("FSDP", fsdp_plugin=sharded))
-    zero3 = accelerator("DEEPSPEED", deepspeed_plugin=SimpleNamespace(zero_stage=3))
-    with pytest.raises(InputError, match=r"recipe x needs.*ZeRO-3 splits them.*zero2.yaml"):
-        engines.require_whole(zero3, "recipe x")
-    engines.require_whole(accelerator("MULTI_GPU"), "recipe x")
 
 
 def test_penalties_need_a_pass_that_they_see(one: References, tmp_path: Path, capsys: Any) -> None:
@@ -233,6 +257,22 @@ def test_whole_leaves_a_model_that_is_not_split_alone() -> None:
         assert model.weight is weight
 
 
+def test_a_split_parameter_is_given_its_values(tmp_path: Path) -> None:
+    from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
+
+    values = torch.tensor([1.0, 2.0, 3.0])
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        split: Any = nn.Parameter(distribute_tensor(torch.zeros(3), init_device_mesh("cpu", (1,)), [Shard(0)]))
+        engines.fill(split, values)
+        assert torch.equal(split.full_tensor(), values)
+    finally:
+        distributed.destroy_process_group()
+    plain = nn.Parameter(torch.zeros(3))
+    engines.fill(plain, values)
+    assert torch.equal(plain, values) and plain.requires_grad
+
+
 @pytest.mark.parametrize(("rows", "step", "expected"), [(10, 4, 12), (8, 4, 8), (3, 8, 8)])
 def test_an_epoch_fills_its_last_step(rows: int, step: int, expected: int) -> None:
     from headtune.train.trainers import Penalised
@@ -258,8 +298,9 @@ def test_an_epoch_fills_its_last_step(rows: int, step: int, expected: int) -> No
     "engine", [pytest.param(name, marks=() if name[:5] in ("zero3", "fsdp2") else pytest.mark.slow) for name in ENGINES]
 )
 def test_every_engine_trains_what_one_process_does(engine: str, one: References, tmp_path: Path) -> None:
-    for name, run in trained_by(engine, QUICK, one, tmp_path).items():
-        assert_same(one.run(name), run)
+    names = (*QUICK, "seekr") if engine == "zero3_cpu_2" else QUICK
+    for name, run in trained_by(engine, names, one, tmp_path).items():
+        assert_same(one.run(name), run, SEQUENCE_STEPS if name == "seekr" else STEPS)
         stored = load_file(run / "adapter" / "adapter_model.safetensors")
         assert stored and all(tensor.numel() for tensor in stored.values())
 
@@ -270,6 +311,28 @@ def test_every_recipe_trains_alike_under_every_engine(engine: str, one: Referenc
     names = tuple(name for name in RECIPES if name not in QUICK)
     for name, run in trained_by(engine, names, one, tmp_path).items():
         assert_same(one.run(name), run)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ENGINES)
+def test_sequences_of_tasks_are_learnt_alike_under_every_engine(engine: str, one: References, tmp_path: Path) -> None:
+    for name, run in trained_by(engine, tuple(SEQUENCES), one, tmp_path).items():
+        assert_same(one.run(name), run, SEQUENCE_STEPS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["ddp_cpu_2", "zero3_cpu_2", "fsdp2_cpu_2"])
+def test_a_run_killed_before_its_adapter_was_written_ends_as_one_that_was_not(
+    engine: str, one: References, tmp_path: Path
+) -> None:
+    names = ("lofit", "full")
+    recipes = [
+        str(one.recipe(tmp_path / name, name, per_device_train_batch_size=2, save_steps=STEPS)) for name in names
+    ]
+    again = [words for recipe in recipes for words in ([recipe], [recipe, RESUMED])]
+    assert run_recipes(engine, again, tmp_path) == [""] * len(again)
+    for name in names:
+        assert_same(one.run(name), tmp_path / name / "run")
 
 
 @pytest.mark.slow

@@ -4,9 +4,12 @@ does in the real trainers what it is for.
 
 from __future__ import annotations
 
+import functools
 import gc
+import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -625,6 +628,44 @@ def test_a_hinge_counts_rows_alike_however_many_right_tokens_they_have() -> None
     c = torch.tensor([[[-1.0, -3.0]], [[-5.0, 9.0]], [[-7.0, -7.0]]])
     right = torch.tensor([[True, True], [True, False], [False, False]])
     assert penalty_terms.hinge(c, -0.5, right).item() == pytest.approx((1.5 + 4.5) / 2)
+
+
+@pytest.mark.parametrize("cut", [1, 3])
+def test_the_mean_over_processes_is_that_of_their_rows_together(cut: int) -> None:
+    """Uneven numbers of rows that count in two processes: values and gradients are those of one process."""
+    torch.manual_seed(0)
+    scores, c = torch.randn(4, 3, requires_grad=True), torch.randn(4, 3, 2, requires_grad=True)
+    named, right = torch.tensor([True, False, True, True]), torch.rand(4, 2) > 0.3
+    right[1] = False
+    terms: list[Any] = [
+        lambda own, pooled: penalty_terms.alignment(scores[own], named[own], pooled),
+        lambda own, pooled: penalty_terms.hinge(c[own], 0.5, right[own], pooled),
+    ]
+    for term, given in zip(terms, (scores, c), strict=True):
+        together = term(slice(None), lambda size: size)
+        (expected,) = torch.autograd.grad(together, given)
+        found = in_step([functools.partial(term, own) for own in (slice(cut), slice(cut, None))])
+        assert torch.stack(found).mean().item() == pytest.approx(together.item(), rel=1e-5)
+        (gradient,) = torch.autograd.grad(torch.stack(found).mean(), given)
+        assert torch.allclose(gradient, expected, atol=1e-6)
+
+
+def in_step(processes: Sequence[Callable[[Any], Tensor]]) -> list[Tensor]:
+    """What functions of `pooled` return, run beside each other as processes are, each in a thread."""
+    meeting, shown = threading.Barrier(len(processes)), [torch.zeros(())] * len(processes)
+
+    def one(index: int) -> Tensor:
+        def pooled(size: Tensor) -> Tensor:
+            shown[index] = size.detach()
+            meeting.wait(10)
+            mean = torch.stack(shown).mean(0)
+            meeting.wait(10)
+            return mean
+
+        return processes[index](pooled)
+
+    with ThreadPoolExecutor(len(processes)) as pool:
+        return list(pool.map(one, range(len(processes))))
 
 
 # --- in the trainers --------------------------------------------------------------------------------------------------

@@ -26,7 +26,8 @@ import datasets
 import torch
 from accelerate import PartialState
 from peft import PeftModel, get_peft_model
-from transformers import PrinterCallback, TrainerState, set_seed
+from torch import Tensor
+from transformers import PrinterCallback, set_seed
 
 from ..analysis import identify
 from ..analysis.errors import InputError
@@ -34,7 +35,7 @@ from ..analysis.files import write_json
 from ..analysis.headset import random_like
 from ..analysis.model import HeadModel
 from ..analysis.tasks import Task
-from . import checkpoints, engines, faults, fit, holding, importance, interruption, replay, snapshots
+from . import checkpoints, engines, faults, fit, holding, importance, replay, snapshots
 from .blocks import SeekrMethod
 from .choosing import choose_heads
 from .distillation import query_positions
@@ -271,23 +272,27 @@ class Learner:
             )
         except ValueError as error:
             raise InputError(f"training: {str(error).splitlines()[0]}") from error
-        engines.require_whole(trainer.accelerator, "recipe seekr")
         engines.require_launch(trainer.accelerator)
+        engines.require_full_state(trainer.accelerator)
+        frame = engines.frame_of(self.model) if engines.partitioned(trainer.accelerator) else None
         trainer.remove_callback(PrinterCallback)
         if self.anchor.tasks:
-            trainer.penalty = lambda model, _progress: {"ewc": (self.anchor.penalty(model), self.method.ewc_weight)}
+            trainer.penalty = self._elastic
         checkpoint = checkpoints.newest(Path(arguments.output_dir), self.say) if resume else None
         pairs = self.fixed or (self.chosen[-1] if self.chosen else [])
         with holding.held(self.recipe, self.heads, pairs, self.units[index].task, trainer, self.say):
-            if checkpoint is not None and checkpoints.finished(checkpoint):
-                trainer._load_from_checkpoint(str(checkpoint))
-                trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-            else:
-                with interruption.between_steps(trainer):
-                    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+            fit.carry_out(trainer, checkpoint)
+        if frame is not None:  # every process needs the model whole: to measure it, and to train it again
+            self.model = engines.consolidated(trainer, frame, everywhere=True)
+            self.heads.model = engines.base_of(self.model)
+            self.heads.__dict__.pop("layers", None)  # of the model that was split
         fit.unwrapped(trainer)
         self.heads.record_attention(True)
         return {"steps": trainer.state.max_steps, "timing": timer.summary()}
+
+    def _elastic(self, model: Any, _progress: float) -> dict[str, tuple[Tensor, float]]:
+        with engines.whole(engines.trained(model)):
+            return {"ewc": (self.anchor.penalty(model), self.method.ewc_weight)}
 
     # --- heads and teachers -------------------------------------------------------------------------------------------
 

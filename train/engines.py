@@ -55,20 +55,6 @@ def partitioned(accelerator: Any) -> bool:
 # --- refusals ---------------------------------------------------------------------------------------------------------
 
 
-def require_whole(accelerator: Any, what: str) -> None:
-    """Refuse engines that leave each process a part of the weights.
-
-    Raises:
-        InputError: FSDP2 or ZeRO-3.
-    """
-    found = engine(accelerator)
-    if found in PARTITIONED:
-        raise InputError(
-            f"{what} needs every process to hold the weights whole, and {found} splits them; launch it with DDP or "
-            "ZeRO-1/2 (accelerate_configs/ddp.yaml, zero2.yaml)"
-        )
-
-
 def require_full_state(accelerator: Any) -> None:
     """Refuse a state dict in parts, of which transformers writes nothing into a checkpoint, without a word.
 
@@ -131,6 +117,18 @@ def whole(modules: Iterable[nn.Module]) -> Iterator[None]:
     finally:
         for module, name, parameter in split:
             module._parameters[name] = parameter
+
+
+@torch.no_grad()
+def fill(parameter: Any, values: Tensor) -> None:
+    """Give a parameter values that every process knows; one that ZeRO-3 has split has got them from its checkpoint."""
+    if _is_dtensor(parameter):
+        from torch.distributed.tensor import distribute_tensor
+
+        values = distribute_tensor(values.to(parameter.device), parameter.device_mesh, parameter.placements)
+    elif hasattr(parameter, "ds_id"):
+        return
+    parameter.copy_(values)
 
 
 def pooled(size: Tensor) -> Tensor:

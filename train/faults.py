@@ -88,7 +88,9 @@ def _disk_error(error: BaseException | None, folder: Path) -> int | None:
 
 
 def _inside(name: Any, folder: Path) -> bool:
-    return name is None or Path(os.fsdecode(name)).resolve().is_relative_to(folder.resolve())
+    if name is None:  # as of what fails after the file was opened; the recipe and its tasks are read before the run is
+        return folder.is_dir()
+    return Path(os.fsdecode(name)).resolve().is_relative_to(folder.resolve())
 
 
 def _reason_to_refuse(folder: Path) -> int:

@@ -22,7 +22,7 @@ from ..analysis.encoding import encode
 from ..analysis.errors import CheckError, InputError
 from ..analysis.model import HeadModel
 from ..analysis.tasks import Task
-from . import adapter, checkpoints, engines, holding, interruption, pruning, slices, trainers
+from . import adapter, checkpoints, engines, holding, interruption, pruning, slices, snapshots, trainers
 from .blocks import (
     FullMethod,
     JolaMethod,
@@ -38,7 +38,7 @@ from .blocks import (
 from .labelled import labelled_positions
 from .prefix_cache import PrefixCache, lowest_trained, refusal
 from .recipe import Recipe
-from .tracking import Tracker, trainer_callback
+from .tracking import Logs, Tracker, trainer_callback
 
 Say = Callable[[str], None]
 Pairs = Sequence[tuple[int, int]]
@@ -172,7 +172,7 @@ def train_with(
     config: PeftConfig | None,
     data: Material,
     arguments: Any,
-    tracker: Tracker | None,
+    tracker: Logs | None,
     penalty: trainers.Penalty | None,
     resume: bool,
     say: Say,
@@ -221,6 +221,7 @@ def train_with(
     trainer.remove_callback(PrinterCallback)
     checkpoint = checkpoints.newest(Path(arguments.output_dir), say) if resume else None
     cache = _prefix_cache(recipe, heads, trainer, say)
+    prunes = any(isinstance(term, PruneGates) for term in method.regularisers)
     split = engines.partitioned(trainer.accelerator)
     frame = engines.frame_of(trainer.model) if split else None
     with contextlib.ExitStack() as during:
@@ -230,19 +231,30 @@ def train_with(
             during.enter_context(cache.installed())
         if method.objective == "sft":
             during.enter_context(labelled_positions(trainer.model))
-        if checkpoint is not None and checkpoints.finished(checkpoint):
-            trainer._load_from_checkpoint(str(checkpoint))  # train() would take one step more
-            trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-            if any(isinstance(term, PruneGates) for term in method.regularisers):
-                pruning.restore_checkpoint(pruning.gates_of(trainer.model), checkpoint)
-        else:
-            with interruption.between_steps(trainer):
-                trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        carry_out(trainer, checkpoint)
     if frame is not None:
-        heads.model = engines.base_of(engines.consolidated(trainer, frame, everywhere))
+        gated = pruning.whole_state(trainer.model) if prunes else None  # the frame is of the model without gates
+        heads.model = engines.base_of(engines.consolidated(trainer, frame, everywhere or prunes))
+        if gated is not None:
+            pruning.attach_state(trainer.model, gated)
         heads.__dict__.pop("layers", None)  # of the model that was split
     trainer.timing = timer.summary() | ({} if cache is None else {"prefix_cache": cache.stats.summary()})
     return trainer
+
+
+def carry_out(trainer: Any, checkpoint: Path | None) -> None:
+    """Train, from a checkpoint or from the start; of one of the last step only what it holds is taken.
+
+    Under every engine the weights are whole both in a checkpoint and in a model that has not been trained yet.
+    """
+    if checkpoint is None or not checkpoints.finished(checkpoint):
+        with interruption.between_steps(trainer):
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        return
+    snapshots.restore(trainer.model, checkpoint)  # train() would take one step more
+    trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    if any(isinstance(callback, pruning.GatesInCheckpoints) for callback in trainer.callback_handler.callbacks):
+        pruning.restore_checkpoint(pruning.gates_of(trainer.model), checkpoint)
 
 
 def _require_visible_pass(args: Any) -> None:
@@ -311,6 +323,7 @@ def fit(
     model = unwrapped(trainer).eval()
     state["parameters"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
     if gates is not None:
+        gates = pruning.gates_of(model)  # as trained: an engine may have put the model together anew
         state["pruned"] = pruning.summary(gates)
         say(f"{state['pruned']['closed']} of {state['pruned']['gated']} heads are closed")
         if isinstance(model, PeftModel):

@@ -4,7 +4,8 @@ SIGTERM is what a scheduler sends before it takes a machine away: the run ends w
 up again. SIGINT is Ctrl-C (exit code 130); a second one ends the run at once. Where nothing is trained there is no step
 to finish, and what is written is written whole or not at all: either signal ends the run at once.
 
-With several processes a signal may reach one of them first, so that all agree on it after every step.
+With several processes a signal may reach one of them first, so that all agree on it after every step. Where another
+process is gone, SIGTERM is its launcher's, which ends what is left: no interruption, and nothing is said of it.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import torch
 from torch import distributed
 from transformers import TrainerCallback
 
+from .ending import lost_another
 from .faults import advice
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -44,6 +46,7 @@ class _Watch:
         self.signum = 0
         self.training = False
         self.ending = False
+        self.alone = False  # another process is gone
 
     def handle(self, signum: int, _frame: FrameType | None) -> None:
         if os.getpid() != self.process:  # a worker that was forked from the run ends as workers do
@@ -51,6 +54,8 @@ class _Watch:
             os.kill(os.getpid(), signum)
         elif self.ending:
             return  # a launcher that ends what is left; what is being written is written to its end
+        elif self.alone:
+            self.signum = signum
         elif not self.training:
             self.ending = True
             raise self.interrupted(signum)
@@ -85,12 +90,18 @@ def watched(folder: Path) -> Iterator[None]:
         yield
         return
     outer, _watch = _watch, _Watch(folder)
-    # While rank 0 measures, the others wait in a collective, where no handler of Python's is run: they just end.
-    with _handled(_watch) if os.environ.get("RANK", "0") == "0" else contextlib.nullcontext():
-        try:
-            yield
-        finally:
-            _watch = outer
+    watch = _watch
+    try:
+        # While rank 0 measures, the others wait in a collective, where no handler of Python's is run: they just end.
+        with _handled(watch) if os.environ.get("RANK", "0") == "0" else contextlib.nullcontext():
+            try:
+                yield
+            finally:
+                _watch = outer
+    finally:
+        if watch.alone and watch.signum:  # put off until what the run knows of itself was written
+            signal.signal(watch.signum, signal.SIG_DFL)
+            os.kill(os.getpid(), watch.signum)
 
 
 @contextlib.contextmanager
@@ -122,6 +133,9 @@ def between_steps(trainer: Any) -> Iterator[None]:
     with _handled(watch):
         try:
             yield
+        except RuntimeError as error:
+            watch.alone = lost_another(error)
+            raise
         finally:
             watch.training = False
     if watch.signum:

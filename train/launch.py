@@ -88,7 +88,8 @@ def check_recipe(recipe: Recipe, file: LaunchFile, resume: bool) -> None:
         InputError: any of these.
     """
     if not resume:
-        require_new_folder(recipe.folder, "choose another output_dir or name, or continue it with --resume")
+        fix = "choose another output_dir or name, or continue it with --resume"
+        require_new_folder(recipe.folder, fix, "recipe.yaml")
     elif not (recipe.folder / "recipe.yaml").is_file():
         raise InputError(
             f"nothing to resume in {str(recipe.folder)!r}: it holds no recipe.yaml; start it without --resume"

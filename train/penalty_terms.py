@@ -11,6 +11,20 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+Pooled = Callable[[Tensor], Tensor]  # the mean over processes (`engines.pooled`)
+
+
+def _own(value: Tensor) -> Tensor:
+    """One process's mean is its own."""
+    return value
+
+
+def _shared(total: Tensor, count: Tensor, pooled: Pooled) -> Tensor:
+    """`total / count`, the count pooled over processes; 0 where it is 0."""
+    size = pooled(count.to(total))  # of two processes with one row between them half a row: no clamp at 1
+    return total / torch.where(size > 0, size, 1)
+
+
 # --- where to look ----------------------------------------------------------------------------------------------------
 
 
@@ -99,7 +113,7 @@ def output_drift(
     base: Sequence[Tensor],
     present: Tensor,
     relative: bool,
-    pooled: Callable[[Tensor], Tensor] = lambda size: size,
+    pooled: Pooled = _own,
 ) -> Tensor:
     """`mean ||z - z_base||^2` over present tokens and heads; `relative`: divided by `mean ||z_base||^2`.
 
@@ -134,7 +148,7 @@ def contributions(z: Tensor, weight: Tensor, directions: Tensor) -> Tensor:
     return torch.einsum("bhd,bhdn->bhn", z.float().to(read.device), read)
 
 
-def hinge(c: Tensor, floor: Tensor | float, right: Tensor) -> Tensor:
+def hinge(c: Tensor, floor: Tensor | float, right: Tensor, pooled: Pooled = _own) -> Tensor:
     """`mean relu(floor - c)`: over the right tokens of a row and over heads, then over rows that have any.
 
     Suppression heads, which may not lower a right answer's logit by more than a margin: `floor = -margin`. Recall
@@ -144,11 +158,12 @@ def hinge(c: Tensor, floor: Tensor | float, right: Tensor) -> Tensor:
         c: `[batch, heads, n]`.
         floor: a number, or shaped as `c`.
         right: `[batch, n]` bool, tokens that count.
+        pooled: what is divided by, from this process's own (see `engines.pooled`).
     """
     right = right.to(c.device)
     short = (floor - c).relu().mean(1) * right  # [batch, n]
     per_row = short.sum(-1) / right.sum(-1).clamp(min=1)
-    return per_row.sum() / right.any(-1).sum().clamp(min=1)
+    return _shared(per_row.sum(), right.any(-1).sum(), pooled)
 
 
 def negative_attention_scores(log_rows: Tensor, keys: Tensor, queries: Tensor) -> Tensor:
@@ -168,7 +183,7 @@ def negative_attention_scores(log_rows: Tensor, keys: Tensor, queries: Tensor) -
     return (log_a.exp().sum(-1) * (log_a[..., 1] - log_a[..., 0])).sum(-1)
 
 
-def alignment(scores: Tensor, named: Tensor) -> Tensor:
+def alignment(scores: Tensor, named: Tensor, pooled: Pooled = _own) -> Tensor:
     """`mean over heads of (mean over rows of NAS)^2`; 0 where no row names the options.
 
     NASA tunes heads until their score is about 0 and stops when it turns over, so being biased the other way is no
@@ -179,6 +194,9 @@ def alignment(scores: Tensor, named: Tensor) -> Tensor:
     Args:
         scores: `[batch, heads]`.
         named: `[batch]` bool, rows that name both options.
+        pooled: as for `hinge`. The mean over rows is that over all processes', and so is the value; the gradient is
+            this process's part of it, which the processes' mean makes whole.
     """
-    per_head = (scores * named[:, None]).sum(0) / named.sum().clamp(min=1)
-    return per_head.pow(2).mean()
+    part = _shared((scores * named[:, None]).sum(0), named.sum(), pooled)
+    mean = pooled(part).detach()
+    return (mean * (mean + 2 * (part - part.detach()))).mean()

@@ -40,7 +40,6 @@ UTILISATION = (0.2, 0.45)  # of the peak rate, slow and fast end; identify's sin
 PEAK_RATE = {2: 989e12, 4: 67e12}  # H100 SXM: dense bfloat16, and float32 without tensor cores; operations a second
 LAYER_SECONDS = (0.5e-3, 2e-3)  # a pass through a layer takes at least that: its kernels have to be started
 MACHINE = 8  # GPUs of one machine
-WHOLE = "needs every process to hold the weights whole"
 
 
 @dataclass(frozen=True)
@@ -92,17 +91,7 @@ def setup_of(recipe: Recipe, engine: str, gpus: int, length: int, labels: int, d
         checkpointing=bool(training.get("gradient_checkpointing", False)),
         device=device,
     )
-    if reason := refused(recipe, engine):
-        raise InputError(f"engine {engine!r}: {reason}; choose ddp, zero1 or zero2")
     return setup
-
-
-def refused(recipe: Recipe, engine: str) -> str | None:
-    """Why a recipe cannot run under an engine that leaves each process a part of the weights, or None."""
-    prunes = any(term.kind == "prune" for term in getattr(recipe.method, "regularisers", []))
-    if engine in ("zero3", "fsdp2") and (isinstance(recipe.method, SeekrMethod) or prunes):
-        return f"recipe {recipe.recipe} {WHOLE}"
-    return None
 
 
 def stages(recipe: Recipe, shape: Shape, setup: Setup, prompts: int | None = None) -> list[Stage]:
@@ -333,7 +322,7 @@ def _changes(recipe: Recipe, setup: Setup, most: int) -> Iterator[Setup]:
     while gpus <= most:
         engines = ["single"] if gpus == 1 else [setup.engine, *(e for e in plan.ENGINES[1:] if e != setup.engine)]
         for engine in engines:
-            if refused(recipe, engine) or (gpus > 1 and engine == "single"):
+            if gpus > 1 and engine == "single":
                 continue
             for checkpointing in sorted({setup.checkpointing, True}):
                 batch, accumulation = setup.batch, setup.accumulation

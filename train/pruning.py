@@ -40,7 +40,7 @@ from transformers.trainer_callback import ExportableState
 from ..analysis.architectures import architecture_of
 from ..analysis.errors import CheckError, InputError
 from ..analysis.files import write_json
-from . import hard_concrete
+from . import engines, hard_concrete
 
 if TYPE_CHECKING:
     from .trainers import Penalty
@@ -73,6 +73,10 @@ class HeadGates(nn.Module):
     def layers(self) -> list[int]:
         return list(self._rows)
 
+    def forward(self, layer: int, sample: bool) -> Tensor:
+        """`factors` as a forward pass, for which engines that split weights put this module's together."""
+        return self.factors(layer, sample)
+
     def factors(self, layer: int, sample: bool = False) -> Tensor:
         """What a layer's heads are multiplied by: `[n_heads]` float32, 1 where a head has no gate."""
         rows = self._rows[layer]
@@ -95,7 +99,7 @@ class HeadGates(nn.Module):
         if any(layer_of_adapter.disable_adapters for layer_of_adapter in self._tuner):
             return None
         z = args[0].unflatten(-1, (self.n_heads, self.head_dim))
-        factors = self.factors(layer, sample=self.training).to(z.device, z.dtype)
+        factors: Tensor = self(layer, self.training).to(z.device, z.dtype)
         return (z * factors[:, None]).flatten(-2), *args[1:]
 
 
@@ -243,7 +247,8 @@ def l0_penalty(gates: HeadGates, weight: float, warmup: float = 0.0, sparsity: f
 
     def penalty(_model: Any, progress: float) -> dict[str, tuple[Tensor, float]]:
         grown = min(1.0, progress / warmup) if warmup else 1.0
-        share_open = l0(gates)
+        with engines.whole([gates]):
+            share_open = l0(gates)
         if sparsity is None:
             return {"l0": (share_open, weight * grown)}
         return {"l0": (share_open, 0.0), "l0_gap": ((1 - share_open - sparsity * grown).abs(), weight)}
@@ -300,6 +305,20 @@ def state_of(gates: HeadGates) -> dict[str, Any]:
     return {"heads": [list(head) for head in gates.heads], "log_alpha": gates.log_alpha.detach().tolist()}
 
 
+def whole_state(model: nn.Module) -> dict[str, Any]:
+    """`state_of` a model's gates under any engine; every process has to call it."""
+    gates = gates_of(model)
+    with torch.no_grad(), engines.whole([gates]):
+        return state_of(gates)
+
+
+def attach_state(model: Any, state: Mapping[str, Any]) -> HeadGates:
+    """`attach` the gates that `state_of` described."""
+    gates = attach(model, [(int(layer), int(head)) for layer, head in state["heads"]])
+    restore(gates, state)
+    return gates
+
+
 @torch.no_grad()
 def restore(gates: HeadGates, state: Mapping[str, Any]) -> None:
     """Set gates to what `state_of` gave.
@@ -310,7 +329,7 @@ def restore(gates: HeadGates, state: Mapping[str, Any]) -> None:
     heads, log_alpha = state.get("heads"), state.get("log_alpha")
     if heads != [list(head) for head in gates.heads] or not log_alpha or len(log_alpha) != len(heads):
         raise CheckError(f"the saved gates are of heads {heads}, and the model's of {[list(h) for h in gates.heads]}")
-    gates.log_alpha.copy_(torch.tensor(log_alpha))
+    engines.fill(gates.log_alpha, torch.tensor(log_alpha))
 
 
 def save(gates: HeadGates, path: Path) -> None:
@@ -327,14 +346,12 @@ def attach_saved(model: Any, path: Path) -> HeadGates:
     """
     try:
         state = json.loads(path.read_text(encoding="utf-8"))
-        heads = [(int(layer), int(head)) for layer, head in state["heads"]]
+        [(int(layer), int(head)) for layer, head in state["heads"]]
     except FileNotFoundError:
         raise InputError(f"gates file {str(path)!r} does not exist; check the path") from None
     except (KeyError, TypeError, ValueError) as error:
         raise CheckError(f"gates file {str(path)!r} is damaged ({type(error).__name__}: {error})") from None
-    gates = attach(model, heads)
-    restore(gates, state)
-    return gates
+    return attach_state(model, state)
 
 
 def restore_checkpoint(gates: HeadGates, checkpoint: Path) -> None:
@@ -350,20 +367,26 @@ def restore_checkpoint(gates: HeadGates, checkpoint: Path) -> None:
 class GatesInCheckpoints(TrainerCallback, ExportableState):
     """Keeps the gates of the trainer's model in its checkpoints, and sets them when a training resumes.
 
-    They are part of `trainer_state.json`, which is written last: a checkpoint that is whole has its gates.
+    They are part of `trainer_state.json`, which is written last: a checkpoint that is whole has its gates. Rank 0 alone
+    writes it, and each process may have a part of them: all put them together after every step.
     """
 
     def __init__(self) -> None:
-        self._gates: HeadGates | None = None
+        self._noted: dict[str, Any] = {}
 
     def state(self) -> dict[str, Any]:
-        return {"args": {}, "attributes": {} if self._gates is None else {"saved": state_of(self._gates)}}
+        return {"args": {}, "attributes": {"saved": self._noted} if self._noted else {}}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        self._gates = gates_of(model)
-        _require_whole(args)
+        if args.load_best_model_at_end:
+            raise InputError("load_best_model_at_end would not bring the gates of that step back; set it to false")
         if state.global_step:
-            restore(self._gates, _saved_in(state.stateful_callbacks, f"the checkpoint of step {state.global_step}"))
+            where = f"the checkpoint of step {state.global_step}"
+            restore(gates_of(model), _saved_in(state.stateful_callbacks, where))
+        self._noted = whole_state(model)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        self._noted = whole_state(model)
 
 
 def _saved_in(callbacks: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -372,21 +395,3 @@ def _saved_in(callbacks: Mapping[str, Any], where: str) -> dict[str, Any]:
         raise CheckError(f"{where} holds no gates; it is not from a training with gates on heads, start anew")
     state: dict[str, Any] = saved
     return state
-
-
-def _require_whole(args: Any) -> None:
-    """Refuse what would leave each process a part of the gates, or put back weights without their gates.
-
-    Raises:
-        InputError: FSDP, ZeRO-3, or `load_best_model_at_end`.
-    """
-    from accelerate.state import AcceleratorState
-
-    running: Any = AcceleratorState()
-    sharded = running.distributed_type.value == "FSDP" or (
-        running.distributed_type.value == "DEEPSPEED" and running.deepspeed_plugin.zero_stage == 3
-    )
-    if sharded:
-        raise InputError("gates on heads need every process to hold them whole; launch with DDP or ZeRO-1/2")
-    if args.load_best_model_at_end:
-        raise InputError("load_best_model_at_end would not bring the gates of that step back; set it to false")

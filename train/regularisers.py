@@ -355,7 +355,7 @@ class Regularisers:
             rows = head_log_rows(call, heads, queries)
             own = terms.negative_attention_scores(rows, keys.to(rows.device), queries.to(rows.device))
             scores.append(own.to(named.device))
-        return terms.alignment(torch.cat(scores, 1), named)
+        return terms.alignment(torch.cat(scores, 1), named, engines.pooled)
 
 
 # --- from a pass to a term --------------------------------------------------------------------------------------------
@@ -419,4 +419,4 @@ def _attribution_hinge(
     floor: Tensor | float = -spec.margin
     if base is not None:
         floor = torch.cat([base[layer].to(device) for layer in found], 1) - spec.margin
-    return terms.hinge(c, floor, right)
+    return terms.hinge(c, floor, right, engines.pooled)

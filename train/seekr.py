@@ -9,6 +9,9 @@ Each term is a mean over label tokens (attention: over heads and query rows). Te
 the factor `rows seen again / rows of the task in a full batch`, so that a row weighs the same wherever it comes from,
 and an epoch is one pass over task and buffer together, whatever the ratio of the buffer.
 
+Several processes see other rows each. Their means are weighed by what they are means over: the terms are those of all
+rows together.
+
 Logits are computed where there is a label only; attention is recomputed for chosen heads and query rows of the rows
 seen again only.
 """
@@ -25,6 +28,7 @@ from torch import Tensor
 from torch.nn import functional
 from trl import SFTTrainer
 
+from . import engines
 from .blocks import SeekrMethod
 from .distillation import RowRecorder, attention_distillation, logit_kl
 from .labelled import label_mask, positions_only
@@ -77,7 +81,7 @@ class _Sequence(SFTTrainer):
         terms = self._terms(model, rows, again)
         mode = "train" if model.training else "eval"
         for name, (term, _) in terms.items():
-            self._metrics[mode][name].append(term.item())
+            self._metrics[mode][name].append(self.accelerator.gather(term.detach().reshape(1)).mean().item())
         loss = torch.stack([weight * term for term, weight in terms.values()]).sum()
         return (loss, None) if return_outputs else loss
 
@@ -119,33 +123,42 @@ class _Sequence(SFTTrainer):
         counts = mask.sum(1)
         own = int(counts[: len(rows)].sum())  # label positions of the task's rows, which come first
         # A row that is seen again weighs as much as one of the task in a batch that is full.
-        share = len(again) / min(self.args.per_device_train_batch_size, len(self.rows))
+        processes = self.accelerator.num_processes
+        share = len(again) * processes / min(self.args.per_device_train_batch_size * processes, len(self.rows))
+        of_own, of_again = (_part(tokens, logits) for tokens in (own, len(logits) - own))
         cross_entropy = functional.cross_entropy(logits, labels[:, 1:][mask[:, :-1]], reduction="none")
-        terms: dict[str, tuple[Tensor, float]] = {"task": (cross_entropy[:own].mean(), 1.0)}
+        terms: dict[str, tuple[Tensor, float]] = {"task": (of_own * cross_entropy[:own].mean(), 1.0)}
         if method.strategy == "lwf" and teacher is not None:
             assert teacher.logits is not None
-            terms["lwf"] = (logit_kl(logits[:own], teacher.logits), method.lwf_weight)
+            terms["lwf"] = (of_own * logit_kl(logits[:own], teacher.logits), method.lwf_weight)
         if not again:
             return terms
-        replayed = cross_entropy[own:].mean()
+        replayed = of_again * cross_entropy[own:].mean()
         terms["replay"] = (replayed, share * (distil.replay_weight if method.strategy == "seekr" else 1.0))
         if teacher is None:
             return terms
         assert teacher.logits is not None
         if method.strategy == "der":
             assert isinstance(teacher.logits, Tensor)
-            apart = (logits[own:] - teacher.logits).square().mean()
+            apart = of_again * (logits[own:] - teacher.logits).square().mean()
             return terms | {"logits": (apart, share * method.der_weight)}
-        attention = attention_distillation(seen, teacher.attention, teacher.present)
+        n_rows = sum(int(there.sum()) for there in teacher.present.values())
+        attention = _part(n_rows, logits) * attention_distillation(seen, teacher.attention, teacher.present)
         return terms | {
-            "logits": (logit_kl(logits[own:], teacher.logits), share * (1 - distil.replay_weight)),
+            "logits": (of_again * logit_kl(logits[own:], teacher.logits), share * (1 - distil.replay_weight)),
             "attention": (attention, share * distil.attention_weight),
         }
+
+
+def _part(count: int, like: Tensor) -> Tensor:
+    """How much a process's mean over so many weighs, beside 1 of an average process."""
+    own = torch.tensor(float(count), device=like.device)
+    return own / engines.pooled(own).clamp(min=1)
 
 
 class SequenceTrainer(Penalised, _Sequence):
     """One task of a sequence, with further penalties."""
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        """Each row once an epoch: one process trains, and its last batch may be short."""
+        """Each row once an epoch, whose last batch may be short; of several processes accelerate fills it up."""
         return SFTTrainer._get_train_sampler(self, train_dataset)

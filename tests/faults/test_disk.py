@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import os
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
@@ -11,6 +13,7 @@ from pathlib import Path
 import machine as machines
 import pytest
 from machine import FAMILIES, Machine
+from small_runs import train, write_recipe
 
 from headtune.analysis.errors import CheckError
 from headtune.train import faults
@@ -118,6 +121,39 @@ def test_errors_that_are_not_of_the_disk_or_of_memory_stay_as_they_are(tmp_path:
         with pytest.raises(type(error)) as caught, faults.in_one_line(tmp_path):
             raise error
         assert caught.value is error
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EACCES, errno.EPERM])
+def test_a_file_elsewhere_that_cannot_be_read_is_not_the_disk_of_the_run(number: int, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+
+    def told(*where: str) -> type[BaseException]:
+        with pytest.raises((CheckError, OSError)) as caught, faults.in_one_line(folder):
+            raise OSError(number, os.strerror(number), *where)
+        return caught.type
+
+    assert issubclass(told(), OSError), "before there is a run"
+    folder.mkdir()
+    assert told() is told(str(folder / "metrics.jsonl")) is CheckError
+    assert issubclass(told(str(tmp_path / "facts.jsonl")), OSError)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])
+def test_a_disk_that_refuses_a_file_elsewhere_cannot_be_written(number: int, tmp_path: Path) -> None:
+    with pytest.raises(CheckError, match="cannot write '/cache/rows'"), faults.in_one_line(tmp_path):
+        raise OSError(number, os.strerror(number), "/cache/rows")
+
+
+def test_an_unreadable_task_is_told_as_one(
+    tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    unreadable = Path("/proc/self/mem")  # whoever reads its beginning gets EIO
+    if not unreadable.is_file():
+        pytest.skip("there is no /proc")
+    recipe = write_recipe(tmp_path, tiny_llama, task={"train": str(unreadable)})
+    assert train(recipe) == 2
+    said = machines.complaint(capsys.readouterr().err)
+    assert "Input/output error" in said and "cannot write" not in said and not (tmp_path / "run").exists()
 
 
 def test_half_a_line_of_metrics_is_cut_off(tmp_path: Path) -> None:

@@ -51,6 +51,7 @@ def test_all_stop_with_one_and_go_on_when_one_has_died(tiny_llama: Path, tmp_pat
     wait_for(folder, "step 60/", launcher)
     ranks(launcher)[1].send_signal(signal.SIGKILL)
     assert launcher.wait() != 0
+    assert "interrupted" not in (folder / "log").read_text() and machines.state(folder) in ("failed", "running")
     (newest,) = machines.checkpoints_in(folder)
     assert newest.name == "checkpoint-50" and {"rng_state_0.pth", "rng_state_1.pth"} <= set(
         machines.read(newest / checkpoints.MARK)["files"]

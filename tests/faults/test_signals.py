@@ -73,14 +73,15 @@ def test_what_was_refused_before_it_began_says_to_start_again(tmp_path: Path) ->
     assert stop.value.exit_code == 0 and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
+class Trainer:
+    class accelerator:
+        device = "cpu"
+
+    def add_callback(self, callback: object) -> None:
+        pass
+
+
 def test_a_second_ctrl_c_does_not_wait_for_the_step(tmp_path: Path) -> None:
-    class Trainer:
-        class accelerator:
-            device = "cpu"
-
-        def add_callback(self, callback: object) -> None:
-            pass
-
     with (
         pytest.raises(KeyboardInterrupt) as stop,
         interruption.watched(tmp_path),
@@ -89,6 +90,40 @@ def test_a_second_ctrl_c_does_not_wait_for_the_step(tmp_path: Path) -> None:
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
     assert not isinstance(stop.value, interruption.Interrupted)
+
+
+@pytest.mark.parametrize("when", ["before it is noticed", "after"])
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_process_that_has_lost_another_is_not_interrupted(
+    rank: str, when: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its launcher ends it with SIGTERM: it ends by that, once it has written down that it failed."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", rank)
+    note = tmp_path / "note"
+    child = os.fork()
+    if child == 0:
+        try:
+            with interruption.watched(tmp_path):
+                try:
+                    with interruption.between_steps(Trainer()):
+                        if when != "after":
+                            os.kill(os.getpid(), signal.SIGTERM)
+                        raise RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer")
+                except RuntimeError:
+                    if when == "after" and rank == "0":
+                        os.kill(os.getpid(), signal.SIGTERM)
+                    note.write_text("failed")
+                    raise
+        except interruption.Interrupted:
+            os._exit(50)
+        except BaseException:
+            os._exit(51)
+        os._exit(52)
+    _, status = os.waitpid(child, 0)
+    code = os.waitstatus_to_exitcode(status)
+    assert code == (51 if (when, rank) == ("after", "1") else -signal.SIGTERM)  # rank 1 has its default back by then
+    assert note.read_text() == "failed"
 
 
 def test_outside_the_main_thread_signals_stay_as_they_were(tmp_path: Path) -> None:
