@@ -216,6 +216,22 @@ def test_nothing_to_resume(tiny_llama: Path, tmp_path: Path, capsys: pytest.Capt
     assert not (tmp_path / "run").exists()
 
 
+def test_what_was_killed_before_there_was_a_run_is_begun_anew(
+    tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe, folder = write_recipe(tmp_path, tiny_llama), tmp_path / "run"
+    folder.mkdir()
+    cut_off = folder / ".recipe.yaml.k3x_9abc"
+    cut_off.write_text("recipe: lof")
+    foreign = folder / ".recipe.yaml.swp"
+    foreign.write_text("an editor's")
+    assert train(recipe) == 2
+    assert "is not empty" in one_line(capsys) and cut_off.exists()
+    foreign.unlink()
+    assert train(recipe) == 0
+    assert (folder / "recipe.yaml").is_file() and not cut_off.exists()
+
+
 def test_an_existing_run_is_not_overwritten(first: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = {path: path.stat().st_mtime_ns for path in first.rglob("*")}
     assert train(first.parent / "recipe.yaml") == 2

@@ -280,8 +280,9 @@ def test_no_byte_of_a_run_or_an_export_holds_a_secret(tmp_path: Path, tiny_llama
     files = [file for file in tmp_path.rglob("*") if file.is_file() and file != work / ".git" / "config"]
     held = {str(file) for file in files for secret in secrets if secret.encode() in file.read_bytes()}
     assert held == set()
-    (log,) = work.glob("run/wandb/offline-run-*/*.wandb")
-    assert b"a-tag-to-find" in log.read_bytes(), "what W&B wrote cannot be searched for plain text"
+    logs = list(work.glob("run/wandb/offline-run-*/*.wandb"))
+    assert len(logs) == 2  # of the training and of the export
+    assert all(b"a-tag-to-find" in log.read_bytes() for log in logs), "what W&B wrote cannot be searched for plain text"
     names = {file.relative_to(work).as_posix() for file in files if file.is_relative_to(work)}
     expected = {"run/run.json", "run/recipe.yaml", "run/metrics.jsonl", "out/README.md", "out-whole/README.md"}
     assert expected <= names
@@ -289,7 +290,7 @@ def test_no_byte_of_a_run_or_an_export_holds_a_secret(tmp_path: Path, tiny_llama
 
 def test_what_wandb_is_given_holds_no_secret(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     given: dict[str, Any] = {}
-    monkeypatch.setattr(tracking, "_start", lambda mode, run_dir, options, resume_id: given.update(options))
+    monkeypatch.setattr(tracking, "start", lambda mode, run_dir, options, resume_id: given.update(options))
     config = {"path": f"https://u:{HF}@host", "list": [HF], "api_key": "x", "n": 1, f"k-{HF}": 2}
     words: dict[str, Any] = {"tags": ["a", HF], "group": f"https://u:{HF}@host", "wandb_mode": "offline"}
     with tracking.Tracker(tmp_path, f"name-{HF}", config, **words):
@@ -320,7 +321,7 @@ def test_an_artifact_has_a_name_that_wandb_takes(monkeypatch: pytest.MonkeyPatch
         finish=lambda **_: None,
         settings=SimpleNamespace(sync_dir=""),
     )
-    monkeypatch.setattr(tracking, "_start", lambda *_: run)
+    monkeypatch.setattr(tracking, "start", lambda *_: run)
     (tmp_path / "file").write_text("x")
     with tracking.Tracker(tmp_path / "run", "x", {}, wandb_mode="offline") as tracker:
         tracker.artifact(tmp_path / "file", "my run: ../ü-adapter", "adapter")

@@ -16,8 +16,9 @@ import pytest
 import torch
 
 from headtune.analysis.errors import InputError
-from headtune.train import tracking
-from headtune.train.tracking import Tracker, trainer_callback, tree_sha256, without_secrets
+from headtune.train import wandb_run
+from headtune.train.lineage import tree_sha256
+from headtune.train.tracking import Tracker, trainer_callback, without_secrets
 
 
 @pytest.fixture(autouse=True)
@@ -243,7 +244,7 @@ def test_the_offline_run_holds_the_same_as_the_file(tmp_path: Path, capfd: pytes
     contents = {entry["path"]: Path(entry["local_path"]) for entry in artifact["manifest"]["contents"]}
     assert contents == {name: adapter / name for name in ("adapter_config.json", "weights.bin")}
     summary = {k: v for update in of_type(found, "summary") for k, v in update.get("update", {}).items()}
-    assert summary["artifact/adapter/sha256"] == digest == tree_sha256(adapter)
+    assert summary["outputs/model/sha256"] == digest == tree_sha256(adapter)
     assert summary["final/p_previous"] == 0.25
     assert of_type(found, "exit")[0]["exit_code"] == 0
 
@@ -343,8 +344,8 @@ def test_online_only_with_a_key_and_without_a_question(
         {"NETRC": str(tmp_path / "netrc"), "WANDB_BASE_URL": "http://127.0.0.1:9"} | environment
     ).items():
         monkeypatch.setenv(name, value)
-    tracking._silence()
-    assert tracking._mode_by_key() == mode
+    wandb_run.silence()
+    assert wandb_run.mode_by_key() == mode
     assert capfd.readouterr() == ("", "")
 
 

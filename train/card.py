@@ -18,6 +18,7 @@ import yaml
 from ..analysis import builtin
 from ..analysis.inside import require_no_way_out
 from ..analysis.redaction import redact
+from .lineage import made_from
 
 OWN = ("recipe.yaml", "run.json", "evaluation.json", "adapter", "model")  # what is read of a run that is done
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -38,6 +39,7 @@ class Origin:
             none.
         training_data: the run's account of it, with a hash where the run has one.
         evaluation: the content of evaluation.json, or {}.
+        inputs: what the export is made from, kind -> `{"name", "sha256"}` (see `lineage.made_from`).
     """
 
     run: str = ""
@@ -48,6 +50,7 @@ class Origin:
     heads: Sequence[Sequence[int]] = ()
     training_data: Mapping[str, Any] = field(default_factory=dict)
     evaluation: Mapping[str, Any] = field(default_factory=dict)
+    inputs: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
     @property
     def tasks(self) -> list[str]:
@@ -67,6 +70,7 @@ class Origin:
             },
             "training_data": dict(self.training_data),
             "evaluation_task_sha256": self.evaluation.get("task_sha256"),
+            "inputs": {kind: dict(entry) for kind, entry in self.inputs.items()},
         }
 
 
@@ -95,6 +99,7 @@ def origin_of(run: Path, recipe: Mapping[str, Any]) -> Origin:
         heads=state.get("heads", []),
         training_data=state.get("training_data", {}),
         evaluation=read("evaluation.json"),
+        inputs=made_from(run, state),
     )
 
 

@@ -250,9 +250,8 @@ def export_adapter(run: Path, target: Path) -> dict[str, Any]:
         InputError: the folder is not a run, has no adapter (full fine-tuning), or `target` is not free.
         CheckError: the adapter holds numbers that are not finite.
     """
-    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-
     from . import recipe as recipes
+    from .follow_up import tracked_export
 
     if not (run / "recipe.yaml").is_file():
         raise InputError(f"{str(run)!r} is not a run: it holds no recipe.yaml; give a folder that headtune train wrote")
@@ -262,7 +261,14 @@ def export_adapter(run: Path, target: Path) -> dict[str, Any]:
             "without --adapter"
         )
     require_new_folder(target, "choose another folder")
-    origin = origin_of(run, recipes.load(str(run / "recipe.yaml")).dump())
+    recipe = recipes.load(str(run / "recipe.yaml"))
+    origin = origin_of(run, recipe.dump())
+    return tracked_export(run, recipe, target, lambda: _write_adapter(run, target, origin))
+
+
+def _write_adapter(run: Path, target: Path, origin: Origin) -> dict[str, Any]:
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
     config = json.loads((run / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))
     config |= {"base_model_name_or_path": origin.base, "revision": origin.revision}
     weights = run / "adapter" / "adapter_model.safetensors"
@@ -290,6 +296,7 @@ def export_run(
     Raises:
         InputError, CheckError: as `export`, and where the folder is not a finished run.
     """
+    from .follow_up import tracked_export
     from .run import load_run
 
     parse_dtype(dtype)  # what is refused is refused before a model is loaded
@@ -298,7 +305,11 @@ def export_run(
     model, tokenizer, recipe = load_run(run)
     origin = origin_of(run, recipe.dump())
     held_out = _held_out(recipe.task, n_prompts)
-    return export(model, tokenizer, held_out, target, dtype, origin, n_prompts, max_shard_size=max_shard_size)
+
+    def make() -> dict[str, Any]:
+        return export(model, tokenizer, held_out, target, dtype, origin, n_prompts, max_shard_size=max_shard_size)
+
+    return tracked_export(run, recipe, target, make)
 
 
 def _held_out(block: TaskBlock, n: int) -> Task:

@@ -13,6 +13,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,12 @@ from peft import PeftModel
 from ..analysis import cards, headset, identify, report
 from ..analysis.encoding import encode
 from ..analysis.errors import InputError
-from ..analysis.files import require_new_folder, write_json, write_text
+from ..analysis.files import leftovers, require_new_folder, write_json, write_text
 from ..analysis.inside import require_no_way_out
 from ..analysis.model import HeadModel, load, load_plain
 from ..analysis.scores import load_means
 from ..analysis.tasks import Task
-from . import faults, fit, holding, interruption, selecting, sequence, trainers
+from . import faults, fit, holding, interruption, lineage, selecting, sequence, shown, trainers
 from . import recipe as recipes
 from .blocks import FullMethod, JolaMethod, LofitMethod, ModelBlock, ObjectiveBlock, RegulariseMethod, SeekrMethod
 from .card import OWN
@@ -40,6 +41,7 @@ from .splits import tasks_of
 from .tracking import METRICS, Tracker
 
 log = logging.getLogger(__name__)
+FIRST = "recipe.yaml"  # without it nothing of a run is there
 Say = Callable[[str], None]
 
 
@@ -99,7 +101,68 @@ def _run(recipe: Recipe, resume: bool, progress: identify.Progress, say: Say) ->
             done = folder / "evaluation.json"
             return json.loads(done.read_text(encoding="utf-8")) if done.is_file() else {}
     elif main:
-        require_new_folder(folder, "choose another output_dir or name, or continue it with --resume")
+        require_new_folder(folder, "choose another output_dir or name, or continue it with --resume", FIRST)
+    in_order = isinstance(recipe.method, SeekrMethod)
+    ready = prepared(recipe)
+    heads, train, held_out, steps = ready.heads, ready.train, ready.held_out, ready.steps
+    block = recipe.model
+    data = None if in_order else _data(heads, train, held_out)  # a sequence keeps its own account
+    if data is not None and "data" in saved:
+        _require_same_data(data, saved["data"], folder)
+    say(f"run {folder} on {block.name}")  # not earlier: what is refused is refused in one line
+    if main:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / FIRST, recipe.to_yaml())
+        for left in leftovers(folder / FIRST):
+            left.unlink(missing_ok=True)
+    state = {"name": recipe.name, "recipe": recipe.recipe, "seed": recipe.seed, **headset.provenance()}
+    state |= {key: saved[key] for key in ("heads", "wandb_id", "training_data", "inputs") if key in saved}
+    if data is not None:
+        state["data"] = data
+    if main:
+        faults.mend_lines(folder / METRICS)
+    tracker = Tracker(
+        folder,
+        recipe.name,
+        lineage.config_of(recipe),
+        resume_id=saved.get("wandb_id"),
+        **lineage.filed(recipe, "train"),
+    )
+    state["wandb_id"] = tracker.wandb_id or saved.get("wandb_id")
+    state.setdefault("inputs", lineage.inputs_of(recipe))
+    with tracker, _state_file(folder, state, main) as state:
+        source = lineage.head_set_of(recipe)
+        tracker.uses(state["inputs"], {"heads": source} if source else {})
+        if not in_order:
+            return _carry_out(recipe, heads, train, held_out, tracker, state, resume, progress, say)
+        evaluation = sequence.learn_sequence(recipe, heads, steps, tracker, state, resume, progress, say)
+        if main:
+            _show_products(recipe, state, evaluation, tracker)
+    if main:
+        sequence.clear(recipe)  # not earlier: a run that is not done can be taken up
+    return evaluation
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A recipe's model and data, checked against each other.
+
+    Attributes:
+        steps: of a sequence, whose first task is `train` and `held_out`; empty otherwise.
+    """
+
+    heads: HeadModel
+    train: Task
+    held_out: Task
+    steps: list[sequence.Step]
+
+
+def prepared(recipe: Recipe) -> Ready:
+    """Load what a recipe names, and refuse what does not fit together; nothing is written.
+
+    Raises:
+        InputError: the task, the model, the tokenizer, the heads or the training arguments do not go together.
+    """
     in_order = isinstance(recipe.method, SeekrMethod)
     steps = sequence.steps_of(recipe.task) if in_order else []
     train, held_out = (steps[0].train, steps[0].held_out) if in_order else tasks_of(recipe.task)
@@ -113,38 +176,7 @@ def _run(recipe: Recipe, resume: bool, progress: identify.Progress, say: Say) ->
         if recipe.evaluation.before is not None:
             read_before(Path(recipe.evaluation.before), evaluation_identity(recipe, heads, held_out))
     holding.require_usable(recipe, heads, train)
-    data = None if in_order else _data(heads, train, held_out)  # a sequence keeps its own account
-    if data is not None and "data" in saved:
-        _require_same_data(data, saved["data"], folder)
-    say(f"run {folder} on {block.name}")  # not earlier: what is refused is refused in one line
-    if main:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / "recipe.yaml", recipe.to_yaml())
-    state = {"name": recipe.name, "recipe": recipe.recipe, "seed": recipe.seed, **headset.provenance()}
-    state |= {key: saved[key] for key in ("heads", "wandb_id", "training_data") if key in saved}
-    if data is not None:
-        state["data"] = data
-    if main:
-        faults.mend_lines(folder / METRICS)
-    tracker = Tracker(
-        folder,
-        recipe.name,
-        recipe.dump(),
-        project=recipe.tracking.project,
-        group=recipe.tracking.group,
-        job_type="train",
-        tags=[recipe.recipe, *recipe.tracking.tags],
-        wandb_mode=recipe.tracking.wandb,
-        resume_id=saved.get("wandb_id"),
-    )
-    state["wandb_id"] = tracker.wandb_id or saved.get("wandb_id")
-    with tracker, _state_file(folder, state, main) as state:
-        if not in_order:
-            return _carry_out(recipe, heads, train, held_out, tracker, state, resume, progress, say)
-        evaluation = sequence.learn_sequence(recipe, heads, steps, tracker, state, resume, progress, say)
-    if main:
-        sequence.clear(recipe)  # not earlier: a run that is not done can be taken up
-    return evaluation
+    return Ready(heads, train, held_out, steps)
 
 
 def _carry_out(
@@ -167,12 +199,13 @@ def _carry_out(
             say("choosing heads")
             chosen = _choose(recipe, heads, train, tracker, main, progress, say)
     state["heads"] = [list(pair) for pair in chosen.pairs]
+    tracker.config(lineage.pinned(recipe.recipe, chosen.pairs, lineage.role_of(recipe.heads), None))
     if main:
         write_json(folder / "run.json", state | {"state": "running"})
     if chosen.found is not None and main:
         if set(headset.ROLES) & set(chosen.found.roles):
             say(report.verdict(chosen.found))
-        _track_heads(chosen, folder, tracker)
+        shown.show_heads(tracker, chosen.found, chosen.means or {}, folder, f"{folder.name}-heads")
     if isinstance(recipe.method, LofitMethod) and recipe.method.select_only:
         PartialState().wait_for_everyone()
         return {}
@@ -215,18 +248,14 @@ def _carry_out(
     if isinstance(recipe.method, JolaMethod):
         chosen = selecting.open_gates(recipe, heads, model, chosen, state["training_data"])
         selecting.keep_heads(chosen, folder)
+        assert chosen.found is not None
+        shown.show_heads(tracker, chosen.found, chosen.means or {}, folder, f"{folder.name}-heads")
     say(f"evaluating the adapted model ({trained} parameters, {100 * trained / total:.4f}% of the model)")
     after, rows_after = measured(model)
     evaluation = write_evaluation(folder, identity, before, after, rows_before, rows_after)
     tracker.log(flat("after", after))
     tracker.summary({"parameters": trained, "parameters_share": trained / total} | flat("after", after))
-    tracker.table(
-        "generations",
-        ["prompt", "before", "after"],
-        [[e["prompt"], e["before"], e["after"]] for e in evaluation["examples"]],
-    )
-    if (folder / "adapter").is_dir():
-        tracker.artifact(folder / "adapter", f"{recipe.name}-adapter", "adapter")
+    _show_products(recipe, state, evaluation, tracker)
     if chosen.found is not None:
         seen = folder / "portraits.json"
         portraits = cards.read(seen) if seen.is_file() else []
@@ -356,18 +385,16 @@ def _resumed_heads(folder: Path, state: Mapping[str, Any]) -> Chosen | None:
     )
 
 
-def _track_heads(chosen: Chosen, folder: Path, tracker: Tracker) -> None:
-    assert chosen.found is not None
-    if chosen.means:
-        for name, path in report.heat_maps(dict(chosen.means), chosen.found, folder).items():
-            tracker.image(f"heads/{name}", path)
-    rows = [
-        [role, entry.name, entry.layer, entry.head, entry.score, *(entry.ci or (None, None))]
-        for role, entries in chosen.found.roles.items()
-        for entry in entries
-    ]
-    tracker.table("heads/ranked", ["role", "name", "layer", "head", "score", "low", "high"], rows)
-    tracker.artifact(folder / "heads.json", f"{folder.name}-heads", "heads")
+def _show_products(recipe: Recipe, state: Mapping[str, Any], evaluation: Mapping[str, Any], tracker: Tracker) -> None:
+    """File what a run ended with: the heads and parameters of its adapter, before against after, its weights."""
+    folder, heads, parameters = recipe.folder, state.get("heads"), state.get("parameters")
+    tracker.config(lineage.pinned(recipe.recipe, heads, lineage.role_of(recipe.heads), parameters))
+    shown.show_chosen(tracker, heads or [])
+    shown.show_evaluation(tracker, evaluation)
+    if (folder / "adapter").is_dir():
+        tracker.artifact(folder / "adapter", f"{recipe.name}-adapter", "adapter")
+    elif (folder / "model").is_dir():  # as large as the base model: known by its digest, not uploaded
+        tracker.summary({"outputs/model/sha256": lineage.tree_sha256(folder / "model")})
 
 
 def load_run(folder: Path) -> tuple[Any, Any, Recipe]:

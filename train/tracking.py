@@ -8,22 +8,23 @@ starts.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import logging
 import math
 import os
 import re
-import secrets
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import IO, TYPE_CHECKING, Any, Protocol, Self
 
 from ..analysis.errors import InputError
-from ..analysis.files import sha256_of
-from ..analysis.inside import require_no_way_out
 from ..analysis.redaction import is_secret_name, redact
+from .lineage import artifact_name, digests, tree_sha256
+from .wandb_run import METRICS as METRICS
+from .wandb_run import MODES as MODES
+from .wandb_run import SECONDS, first_line, requested_mode, staging, start
 
 if TYPE_CHECKING:
     import wandb
@@ -31,9 +32,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-METRICS = "metrics.jsonl"
-MODES = ("offline", "online", "disabled")
-SECONDS = 5.0  # that W&B may take to start and to finish; WANDB_INIT_TIMEOUT and WANDB_FINISH_TIMEOUT change it
+
+class Logs(Protocol):
+    """What takes a trainer's numbers: a `Tracker`, or a `Stage` of one."""
+
+    def log(self, values: Mapping[str, float], step: int | None = None) -> None: ...
 
 
 class Tracker:
@@ -57,7 +60,7 @@ class Tracker:
         wandb_mode: str | None = None,
         resume_id: str | None = None,
     ) -> None:
-        """Open `run_dir/metrics.jsonl` for appending and start a W&B run in `run_dir/wandb`.
+        """Start a W&B run in `run_dir/wandb`; `run_dir/metrics.jsonl` is opened for appending by the first line.
 
         Args:
             config: what W&B shows as the run's configuration. Entries named like a secret are left out; the names are
@@ -73,19 +76,21 @@ class Tracker:
             raise InputError(f"wandb_id {resume_id!r} of the run to continue is no id; remove it from run.json")
         self.is_main = os.environ.get("RANK", "0") == "0"
         self._dir = run_dir
+        self._file: IO[str] | None = None
+        self._ended = False
         self._run: wandb.Run | None = None
         self._id: str | None = None
         self._step: int | None = None
+        self._axes: set[str] = set()
         self._not_finite: set[str] = set()
-        mode = _requested_mode(wandb_mode)
+        mode = requested_mode(wandb_mode)
         if not self.is_main:
             return
         run_dir.mkdir(parents=True, exist_ok=True)
-        self._file = (run_dir / METRICS).open("a", encoding="utf-8")
         if mode != "disabled":
             options = {"project": project, "name": name, "group": group, "job_type": job_type, "tags": list(tags)}
             options = {key: _redacted(value) for key, value in options.items()}
-            self._run = _start(mode, run_dir, options | {"config": without_secrets(config)}, resume_id)
+            self._run = start(mode, run_dir, options | {"config": without_secrets(config)}, resume_id)
             self._id = self._run.id if self._run else None
 
     @property
@@ -118,6 +123,8 @@ class Tracker:
                 self._not_finite.add(key)
                 log.warning("%s is %s at step %s; %s holds null for it", key, number, step, METRICS)
         line |= {key: number if math.isfinite(number) else None for key, number in numbers.items()}
+        if self._file is None:
+            self._file = (self._dir / METRICS).open("a", encoding="utf-8")
         # One write a line: a process killed between two of them leaves whole lines.
         self._file.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
         self._file.flush()
@@ -146,10 +153,51 @@ class Tracker:
 
         self._send(send)
 
-    def artifact(self, path: Path, name: str, type: str) -> str:
+    def stage(self, name: str) -> Stage:
+        """A part of the run that counts steps of its own; see `Stage`."""
+        return Stage(self, name)
+
+    def axis(self, key: str, over: str) -> None:
+        """Let W&B draw `key` over the values of `over`, where that is not `step`."""
+        if key not in self._axes:
+            self._axes.add(key)
+            self._send(lambda run: run.define_metric(key, step_metric=over))
+
+    def config(self, values: Mapping[str, Any]) -> None:
+        """Set keys of the W&B configuration that were not known at the start."""
+        clean = without_secrets(values)
+        self._send(lambda run: run.config.update(clean, allow_val_change=True))
+
+    def uses(self, inputs: Mapping[str, Mapping[str, str]], paths: Mapping[str, Path]) -> None:
+        """Say what the run is made from: digests in the configuration (see `lineage.digests`), and lineage in W&B.
+
+        Args:
+            inputs: kind -> `{"name", "sha256"}`.
+            paths: kind -> file or folder; with it, an online run says `use_artifact` of that content, which is the
+                same version that its maker logged. W&B has no such thing offline.
+        """
+        self.config(digests(inputs))
+
+        def send(run: wandb.Run) -> None:
+            if run.offline:
+                return
+            for kind, entry in inputs.items():
+                if kind in paths:
+                    artifact = _artifact(paths[kind], entry["name"], kind, entry["sha256"])
+                    # W&B waits here for the server's answer without an end; what it was told is sent all the same.
+                    thread = threading.Thread(target=_quietly, args=(run.use_artifact, artifact), daemon=True)
+                    thread.start()
+                    thread.join(SECONDS)
+
+        self._send(send)
+
+    def artifact(self, path: Path, name: str, type: str, copy: bool = False) -> str:
         """Hand a file or folder to W&B by reference; it must be final, and stay until it is synced.
 
-        Its digest goes to the summary as `artifact/<name>/sha256`. What W&B does not take in a name becomes `_`.
+        Its digest goes to the summary as `outputs/<type>/sha256`. What W&B does not take in a name becomes `_`.
+
+        Args:
+            copy: keep a copy with the W&B run, for small files that may be moved.
 
         Returns:
             The SHA-256 of the file, or of the folder's `<sha256>  <relative path>` lines in order of path; empty where
@@ -161,19 +209,10 @@ class Tracker:
         if not self.is_main:
             return ""
         digest = tree_sha256(path)
-        name = re.sub(r"[^a-zA-Z0-9_.-]", "_", name)[:128]
 
         def send(run: wandb.Run) -> None:
-            from wandb import Artifact
-
-            artifact = Artifact(name, type, metadata={"sha256": digest})
-            # The default would copy every file to a staging folder, a second checkpoint's worth of disk.
-            if path.is_dir():
-                artifact.add_dir(str(path), policy="immutable")
-            else:
-                artifact.add_file(str(path), policy="immutable")
-            run.log_artifact(artifact)
-            run.summary[f"artifact/{name}/sha256"] = digest
+            run.log_artifact(_artifact(path, artifact_name(name), type, digest, copy))
+            run.summary[f"outputs/{type}/sha256"] = digest
 
         self._send(send)
         return digest
@@ -184,9 +223,11 @@ class Tracker:
 
     def finish(self, failed: bool = False) -> None:
         """Close the file and end the W&B run; further calls do nothing. Waits a few seconds for an upload at most."""
-        if not self.is_main or self._file.closed:
+        if not self.is_main or self._ended:
             return
-        self._file.close()
+        self._ended = True
+        if self._file is not None:
+            self._file.close()
         if self._run is None:
             return
         run, folder = self._run, Path(self._run.settings.sync_dir)
@@ -195,7 +236,7 @@ class Tracker:
         except TimeoutError:
             log.warning("W&B did not take everything in time; nothing is lost: wandb sync %s", folder)
         except Exception as error:
-            log.warning("W&B run did not end well (%s); what it has is in %s", _first_line(error), folder)
+            log.warning("W&B run did not end well (%s); what it has is in %s", first_line(error), folder)
 
     def __enter__(self) -> Self:
         return self
@@ -211,16 +252,31 @@ class Tracker:
         if self._run is None:
             return
         try:
-            with _staging(self._dir / "wandb"):
+            with staging(self._dir / "wandb"):
                 what(self._run)
         except Exception as error:
-            log.warning("W&B failed (%s); going on with %s alone", _first_line(error), self._dir / METRICS)
+            log.warning("W&B failed (%s); going on with %s alone", first_line(error), self._dir / METRICS)
             run, self._run = self._run, None
             with contextlib.suppress(Exception):
                 run.finish(exit_code=1)
 
 
-def trainer_callback(tracker: Tracker, done: int = 0) -> TrainerCallback:
+class Stage:
+    """A part of a run with steps of its own, such as LoFiT's first: `train/x` becomes `<name>/x` over `<name>/step`."""
+
+    def __init__(self, tracker: Tracker, name: str) -> None:
+        self._tracker, self._name = tracker, name
+        tracker.axis(f"{name}/step", f"{name}/step")
+
+    def log(self, values: Mapping[str, float], step: int | None = None) -> None:
+        """As `Tracker.log`; the line's own step is null, for it counts the training proper."""
+        own = {f"{self._name}/{key.removeprefix('train/')}": value for key, value in values.items()}
+        for key in own:
+            self._tracker.axis(key, f"{self._name}/step")
+        self._tracker.log(own | ({} if step is None else {f"{self._name}/step": step}))
+
+
+def trainer_callback(tracker: Logs, done: int = 0) -> TrainerCallback:
     """A callback for transformers' Trainer that hands every number it logs to `tracker`.
 
     Keys become `train/loss`, `eval/loss` (from `eval_loss`); a key that has a slash stays as it is.
@@ -269,130 +325,6 @@ def without_secrets(config: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
-def tree_sha256(path: Path) -> str:
-    """SHA-256 of a file, or of a folder's `<sha256>  <relative path>` lines in order of path.
-
-    Raises:
-        InputError: nothing at `path`, or a link in it that leads out of it.
-    """
-    if path.is_file():
-        return sha256_of(path)
-    if not path.is_dir():
-        raise InputError(f"artifact {str(path)!r} does not exist; name a file or a folder")
-    require_no_way_out(path, "artifact")
-    files = sorted((file.relative_to(path).as_posix(), file) for file in path.rglob("*") if file.is_file())
-    lines = "".join(f"{sha256_of(file)}  {name}\n" for name, file in files)
-    return hashlib.sha256(lines.encode()).hexdigest()
-
-
-# --- starting W&B -----------------------------------------------------------------------------------------------------
-
-
-def _requested_mode(argument: str | None) -> str | None:
-    for value, source in ((argument, "tracking.wandb"), (os.environ.get("WANDB_MODE"), "WANDB_MODE")):
-        if not value:
-            continue
-        # W&B's own older names
-        mode = {"dryrun": "offline", "run": "online"}.get(value, value)
-        if mode not in MODES:
-            raise InputError(f"{source} is {value!r}; choose one of {', '.join(MODES)}")
-        return mode
-    return None
-
-
-def _start(mode: str | None, run_dir: Path, options: dict[str, Any], resume_id: str | None) -> wandb.Run | None:
-    """Start a run: online if asked for or possible, else offline, else none, with a warning for each step down."""
-    # Else W&B reports its own errors to its makers, also from offline runs.
-    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
-    try:
-        import wandb
-
-        _silence()
-    except Exception as error:
-        log.warning("W&B cannot be used (%s); %s alone is written", _first_line(error), METRICS)
-        return None
-    attempts: tuple[Literal["online", "offline"], ...]
-    attempts = ("offline",) if (mode or _mode_by_key()) == "offline" else ("online", "offline")
-    for attempt in attempts:
-        # A new id for each attempt: W&B's service may still hold that of one that did not start.
-        options |= {"id": resume_id or secrets.token_hex(4), "resume": "allow" if resume_id else None}
-        try:
-            run = wandb.init(**options, settings=_settings(attempt, run_dir))
-            run.define_metric("step", hidden=True)
-            run.define_metric("*", step_metric="step")
-            return run
-        except Exception as error:
-            then = "going on offline" if attempt != attempts[-1] else f"{METRICS} alone is written"
-            log.warning("W&B does not start %s (%s); %s", attempt, _first_line(error), then)
-            # W&B's service keeps the id of a run that did not start as taken, until it is started anew; that would end
-            # a run that the user's own program has open.
-            with contextlib.suppress(Exception):
-                if wandb.run is None:
-                    wandb.teardown()
-                    _silence()
-    return None
-
-
-def _silence() -> None:
-    import wandb
-
-    # What comes before a run (finding a key) is otherwise printed, whatever the run's own settings say.
-    wandb.setup(wandb.Settings(silent=True))
-
-
-def _mode_by_key() -> str:
-    import wandb
-
-    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
-        return "online"
-    try:
-        return "online" if wandb.login(prompt=False, verify=False) else "offline"
-    except Exception as error:
-        log.warning("W&B finds a key that it cannot use (%s); going on offline", _first_line(error))
-        return "offline"
-
-
-def _settings(mode: Literal["online", "offline"], run_dir: Path) -> wandb.Settings:
-    """Quiet, bounded in time, and nothing about the machine, the code or the environment."""
-    import wandb
-
-    seconds = {what: float(os.environ.get(f"WANDB_{what}_TIMEOUT", SECONDS)) for what in ("INIT", "FINISH")}
-    return wandb.Settings(
-        mode=mode,
-        root_dir=str(run_dir),
-        use_dot_wandb=False,
-        silent=True,
-        console="off",
-        # A run that the user's own program has open stays theirs.
-        reinit="create_new",
-        init_timeout=seconds["INIT"],
-        finish_timeout=seconds["FINISH"],
-        finish_timeout_raises=True,
-        host="",
-        save_code=False,
-        disable_code=True,
-        disable_git=True,
-        disable_job_creation=True,
-        x_disable_machine_info=True,
-        x_disable_meta=True,
-        x_disable_stats=True,
-        x_save_requirements=False,
-    )
-
-
-@contextlib.contextmanager
-def _staging(folder: Path) -> Iterator[None]:
-    """Let tables wait for their upload in `folder`, not in the user's home. W&B asks only the environment."""
-    if "WANDB_DATA_DIR" in os.environ:
-        yield
-        return
-    os.environ["WANDB_DATA_DIR"] = str(folder)
-    try:
-        yield
-    finally:
-        del os.environ["WANDB_DATA_DIR"]
-
-
 # --- values -----------------------------------------------------------------------------------------------------------
 
 
@@ -423,5 +355,21 @@ def _redacted(value: Any) -> Any:
     return redact(value) if isinstance(value, str) else value
 
 
-def _first_line(error: Exception) -> str:
-    return redact((str(error).strip() or type(error).__name__).splitlines()[0])
+def _artifact(path: Path, name: str, type: str, digest: str, copy: bool = False) -> wandb.Artifact:
+    from wandb import Artifact
+
+    artifact = Artifact(name, type, metadata={"sha256": digest})
+    # Else every file is copied to a staging folder, a second checkpoint's worth of disk.
+    policy: Any = "mutable" if copy else "immutable"
+    if path.is_dir():
+        artifact.add_dir(str(path), policy=policy)
+    else:
+        artifact.add_file(str(path), policy=policy)
+    return artifact
+
+
+def _quietly(what: Callable[[Any], Any], value: Any) -> None:
+    try:
+        what(value)
+    except Exception as error:
+        log.warning("W&B does not note where the run comes from (%s); its configuration does", first_line(error))
