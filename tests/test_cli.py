@@ -19,7 +19,7 @@ from headtune.analysis.tasks import load_task
 from headtune.train import recipe as recipes
 from headtune.train.blocks import METHODS
 from headtune.train.cli import main
-from headtune.train.cli_analysis import memory
+from headtune.train.cli_parts import memory
 
 
 @pytest.fixture(autouse=True)
@@ -141,8 +141,7 @@ def test_a_bad_recipe(refused: Refusals, recipe: Path, tmp_path: Path) -> None:
     assert "key=value" in refused("train", recipe, "seed")
     assert "'lofit/one_to_mony'" in refused("train", "lofit/one_to_mony")
     (tmp_path / "bad.yaml").write_text("recipe: [lofit\nseed: 1\n")
-    assert "line 2" in refused("train", "bad.yaml")
-    assert "line 2" in refused("recipes", "validate", "bad.yaml")
+    assert "bad.yaml:2:5: not YAML" in refused("train", "bad.yaml")
 
 
 @pytest.mark.parametrize("place", ["/proc/headtune", "/proc/a/b", "cities.jsonl/run"])
@@ -177,11 +176,21 @@ def test_other_refusals(refused: Refusals, recipe: Path, task: Path, tiny_llama:
     assert "'nowhere'" in refused("compare", "nowhere")
     assert "no finished run" in refused("compare", tmp_path)
     assert "nowhere" in refused("report", "nowhere")
-    assert "needs the name" in refused("recipes", "show")
     assert "accelerate_configs" in refused("train", recipe, "--config_file", "nowhere.yaml")
 
 
-@pytest.mark.parametrize("words", [[], ["tran"], ["train"], ["train", "x", "--reusme"], ["evaluate", "x", "--unknown"]])
+@pytest.mark.parametrize(
+    "words",
+    [
+        [],
+        ["tran"],
+        ["train"],
+        ["train", "x", "--reusme"],
+        ["evaluate", "x", "--unknown"],
+        ["recipes", "show"],
+        ["task", "build", "x"],
+    ],
+)
 def test_bad_usage(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(words)
@@ -215,7 +224,6 @@ def test_building_a_task(tmp_path: Path, capsys: pytest.CaptureFixture[str], ref
     assert capsys.readouterr().out == (tmp_path / "mine.jsonl").read_text()
 
     assert "exists" in refused(*words, "--out", "mine.jsonl")
-    assert "--out" in refused(*words)
     assert "'1,x'" in refused("task", "build", "facts.json", "--previous", "1,x", "--out", "other.jsonl")
     assert "'-1'" in refused("task", "build", "facts.json", "--previous=-1", "--out", "other.jsonl")
     assert "'Italy' have 3 answers" in refused("task", "build", "facts.json", "--previous", "3", "--out", "other.jsonl")

@@ -199,6 +199,8 @@ def test_the_name_tells_content_apart() -> None:
         (lofit(training={"output_dir": "x"}), ["training.output_dir", "use output_dir"]),
         (lofit(training={"seed": 3}), ["training.seed", "use seed"]),
         (lofit(training={"run_name": "x"}), ["training.run_name", "use name"]),
+        (lofit(training={"push_to_hub": True}), ["training.push_to_hub", "headtune export"]),
+        (lofit(training={"hub_model_id": "me/mine"}), ["training.hub_model_id", "headtune export"]),
         (lofit(training={"report_to": "wandb"}), ["training.report_to", "use tracking"]),
         (lofit(training={"eval_strategy": "steps"}), ["training.eval_strategy", "use evaluation"]),
         (lofit(training={"resume_from_checkpoint": "x"}), ["training.resume_from_checkpoint", "use --resume"]),
@@ -285,7 +287,7 @@ def test_a_yaml_error_names_its_line(tmp_path: Path) -> None:
     path = tmp_path / "bad.yaml"
     path.write_text("recipe: lofit\nheads: {all: true\nseed: 0\n", encoding="utf-8")
     message = refusal(lambda: load(str(path)))
-    assert "bad.yaml" in message and "not YAML at line 3" in message
+    assert "bad.yaml:3:5: not YAML: " in message
 
 
 def test_no_such_recipe_and_no_text() -> None:

@@ -362,7 +362,7 @@ def test_a_command_interrupted_before_anything_is_kept_just_says_so(
 ) -> None:
     monkeypatch.setattr(console, "progress", breaking(0, error=KeyboardInterrupt))
     assert main(words(tiny_llama, "heads")) == 130
-    assert capsys.readouterr().err == "headtune: interrupted\n"
+    assert capsys.readouterr().err == "headtune: interrupted; run the same command again\n"
     assert [path.name for path in place.iterdir()] == ["cities.jsonl"]
 
 

@@ -11,26 +11,17 @@ import argparse
 import json
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from .cli_parts import Add, completed, memory, model_quiet, positive, volume_arguments
 
 if TYPE_CHECKING:
     from ..analysis.headset import HeadSet
     from ..analysis.identify import Identified
 
 PORTRAITS = 64  # heads drawn in the report, best of the roles first: about 10 kB each
-Add = Callable[[str, str, str], argparse.ArgumentParser]
-
-
-def positive(text: str) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number, at least 1")
-    return value
 
 
 def _top(text: str) -> int | str:
@@ -40,19 +31,12 @@ def _top(text: str) -> int | str:
         raise argparse.ArgumentTypeError(f"{error}, or 'elbow'") from None
 
 
-def memory(text: str) -> int:
-    """`2GiB`, `500MB`, `1g` or a number of bytes."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", text.strip().lower())
-    size = 0.0 if not match else float(match[1]) * 1024 ** " kmgt".index(match[2] or " ")
-    if size < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size; write for example 2GiB or 500MB")
-    return int(size)
-
-
 def add_parsers(add: Add) -> None:
-    """Add this module's commands with `add(name, summary, example)`."""
     p = add(
-        "identify", "find and verify heads", "headtune identify smollm2-135m --task country_cities --out runs/heads"
+        "identify",
+        "find and verify heads",
+        "identify smollm2-135m --task country_cities --out runs/heads",
+        "identify smollm2-135m --task my_task.jsonl:train --max-examples 64 --top elbow --out runs/mine",
     )
     _model_and_task(p, "new folder for heads.json, scores.safetensors, report.html")
     p.add_argument("--method", default="all", help="all (dla and ablation) or names with commas; see --list-methods")
@@ -66,26 +50,34 @@ def add_parsers(add: Add) -> None:
     p.add_argument("--project", default="headtune", help="W&B project")
     p.add_argument("--group", help="W&B group")
     p.add_argument("--wandb", choices=("online", "offline", "disabled"), help="default: online where a key is present")
+    volume_arguments(p)
+    p.set_defaults(do=identify_command)
 
     p = add(
         "analyse",
         "run a study of a model on a task",
-        "headtune analyse promote_then_suppress smollm2-135m --task country_cities --max-examples 20 --out runs/study",
+        "analyse list",
+        "analyse promote_then_suppress smollm2-135m --task country_cities --max-examples 20 --out runs/study",
     )
     p.add_argument("name", help="which study; 'list' shows them with their options")
     _model_and_task(p, "new folder for analysis.json, figures/, report.html", optional=True)
     p.add_argument("-o", "--option", action="append", default=[], metavar="KEY=VALUE", help="an option of the study")
+    volume_arguments(p)
+    p.set_defaults(do=analyse_command)
 
-    p = add("report", "rebuild the report page of a run or a head set", "headtune report runs/NAME")
-    p.add_argument("folder", type=Path)
+    p = add("report", "rebuild the report page of a run or a head set", "report runs/NAME")
+    completed(p.add_argument("folder", type=Path), "folder")
+    p.set_defaults(do=report_command)
 
 
 def _model_and_task(p: argparse.ArgumentParser, out: str, optional: bool = False) -> None:
-    p.add_argument("model", nargs="?" if optional else None, help="built-in name, model folder or hub id")
-    p.add_argument(
+    model = p.add_argument("model", nargs="?" if optional else None, help="built-in name, model folder or hub id")
+    completed(model, "model")
+    task = p.add_argument(
         "--task", required=not optional, help="built-in name, JSONL file or hub id; NAME:train takes a split"
     )
-    p.add_argument("--out", required=not optional, type=Path, help=out)
+    completed(task, "task")
+    completed(p.add_argument("--out", required=not optional, type=Path, help=out), "folder")
     p.add_argument("--max-examples", type=positive, help="use at most this many prompts, spread over subjects")
     p.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16")
     p.add_argument("--device-map", help="'auto' spreads the model over the devices there are")
@@ -202,13 +194,15 @@ def identify_into(
     Finished examples are kept beside `out` until then, in `.<name>.partial`, so that the same call goes on after a
     break. Under a launcher the examples are shared, and the first process writes.
     """
-    from . import cli, console
+    from . import console
 
-    cli.model_quiet()
+    model_quiet()
     from ..analysis import identify, portrait, report
     from ..analysis.errors import InputError
     from ..analysis.methods import chosen, silent
     from ..analysis.model import load
+    from . import shown
+    from .lineage import artifact_name, pinned
     from .tracking import Tracker
 
     chosen(options.get("method", "all"))  # before the model is loaded
@@ -239,20 +233,13 @@ def identify_into(
     with Tracker(
         out,
         out.name,
-        {"model": found.heads.model, "task": found.heads.task, "method": found.heads.method},
+        pinned("identify", ranked, " ".join(found.heads.roles), None)
+        | {"model": found.heads.model, "task": found.heads.task, "method": found.heads.method},
         job_type="identify",
         tags=["identify"],
         **wandb,
     ) as tracker:
-        for name, path in report.heat_maps(means, found.heads, out).items():
-            tracker.image(f"heads/{name}", path)
-        rows = [
-            [role, entry.name, entry.score, *(entry.ci or (None, None))]
-            for role, entries in found.heads.roles.items()
-            for entry in entries
-        ]
-        tracker.table("heads/ranked", ["role", "head", "score", "low", "high"], rows)
-        tracker.artifact(out / "heads.json", f"{out.name}-heads", "heads")
+        shown.show_heads(tracker, found.heads, means, out, artifact_name(f"{out.resolve().name}-heads"))
         stability = {role: found.heads.stability[role] for role in found.heads.roles}
         tracker.log({f"stability/{role}": float(v) for role, v in stability.items() if v is not None}, step=0)
     return found
@@ -305,7 +292,7 @@ def analyse_command(arguments: argparse.Namespace) -> int:
 
     from ..analysis import analyses
     from ..analysis.errors import InputError
-    from . import cli, console
+    from . import console
     from .recipe import read_yaml
 
     if arguments.name == "list":
@@ -336,7 +323,7 @@ def analyse_command(arguments: argparse.Namespace) -> int:
         options.setdefault("seed", arguments.seed)
     analyses.require_free(arguments.out)
     task = _task(arguments)
-    cli.model_quiet()
+    model_quiet()
     result = analyses.run(arguments.name, _load(arguments), task, console.progress, **options)
     analyses.write(result, arguments.out)
     if arguments.json:

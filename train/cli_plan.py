@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from .cli_analysis import positive
+from .cli_parts import Add, positive, recipe_arguments
 
 if TYPE_CHECKING:
     from .plan_recipe import Stage
@@ -18,14 +17,14 @@ if TYPE_CHECKING:
 ENGINES = ("single", "ddp", "zero1", "zero2", "zero3", "fsdp2")
 
 
-def add_parser(add: Callable[[str, str, str], argparse.ArgumentParser]) -> None:
+def add_parsers(add: Add) -> None:
     p = add(
         "plan",
         "estimate memory per GPU and time of a recipe",
-        "headtune plan full/relations --model llama-3.1-8b --gpus 8 --engine zero3",
+        "plan lofit/one_to_many --length 64",
+        "plan full/relations --model llama-3.1-8b --gpus 8 --engine zero3",
     )
-    p.add_argument("recipe", help="path, or name without the ending (see: headtune recipes)")
-    p.add_argument("overrides", nargs="*", metavar="key.sub=value", help="override a key; the value is YAML")
+    recipe_arguments(p)
     p.add_argument("--gpus", type=positive, default=1, help="processes, one GPU each (default: 1)")
     p.add_argument("--gpu-memory", type=positive, default=80, help="GiB of each (default: 80)")
     p.add_argument("--engine", choices=ENGINES, help="default: single, or ddp on several GPUs")
@@ -34,6 +33,7 @@ def add_parser(add: Callable[[str, str, str], argparse.ArgumentParser]) -> None:
     p.add_argument("--prompts", type=positive, help="of the training data (default: task.max_train_examples)")
     p.add_argument("--model", help="another model's sizes: folder, hub id, or llama-3.2-1b, llama-3.1-8b, -70b, -405b")
     p.add_argument("--tflops", type=float, help="peak rate of a GPU (default: H100, by precision)")
+    p.set_defaults(do=plan_command)
 
 
 def plan_command(arguments: argparse.Namespace) -> int:

@@ -10,8 +10,8 @@ from ..analysis.files import require_new_folder
 from ..analysis.model import EMBEDDED
 from ..analysis.tasks import load_task
 from . import console, export
-from .cli import _print_evaluation
 from .cli_analysis import identify_into, print_heads
+from .cli_train import print_evaluation
 from .recipe import load
 from .run import run
 
@@ -51,7 +51,7 @@ def demo(out: Path | None = None, quick: bool = False) -> dict[str, Any]:
 
     console.say("3/3 export: folded into a stock checkpoint, reloaded by plain transformers and compared")
     exported = export.export_run(folder / "run", folder / "export")
-    _print_evaluation(folder / "run", evaluation)
+    print_evaluation(folder / "run", evaluation)
     console.console.print(
         f"export: {folder / 'export'} (largest logit difference {exported['max_logit_difference']:.2g}, "
         f"{exported['identical_generations']} of {exported['prompts']} generations identical)",

@@ -1,0 +1,180 @@
+"""The dry run and what it shows of the first batch: what the loss is taken on, and nothing else marked."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small_runs import train, write_recipe, write_sequence_recipe
+
+from headtune.analysis.tasks import Example, to_jsonl
+from headtune.train import preview, trainers
+from headtune.train.recipe import load
+from headtune.train.run import run
+
+
+@pytest.fixture(autouse=True)
+def own_place(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HEADTUNE_CACHE", str(tmp_path_factory.mktemp("cache")))
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.chdir(tmp_path)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def dry(recipe: Path, capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
+    """What `--dry-run --json` says; nothing may have been written."""
+    before = files(recipe.parent)
+    capsys.readouterr()
+    assert train(recipe, "--dry-run", "--json", *words) == 0
+    assert files(recipe.parent) == before
+    found: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return found
+
+
+def write_preferences(folder: Path) -> Path:
+    rows = [
+        Example(f"Cities in {name}:\n-", name, (right,), incorrect=(wrong,))
+        for name, right, wrong in (("Italy", "Rome", "Paris"), ("France", "Paris", "Rome"), ("Spain", "Madrid", "Rome"))
+        for _ in range(2)
+    ]
+    path = folder / "preferences.jsonl"
+    path.write_text(to_jsonl(rows), encoding="utf-8")
+    return path
+
+
+def test_an_answer_set(tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = dry(write_recipe(tmp_path, tiny_llama), capsys)
+    assert found["steps"] == 4 and found["batch"] == 4 and found["heads"] == "3: L0H1 L2H0 L2H3"
+    assert sum(found["parameters"].values()) == 3 * 2 * 8 and "train" in found["memory"]
+    task = {example.prompt: example for example in load_examples(tmp_path)}
+    for row in found["batch_rows"]:
+        assert not any(learnt for _, learnt in row["parts"]), "the prompt itself is not learnt"
+        example = task["".join(part for part, _ in row["parts"])]
+        assert len(row["right"]) > 0 and all(
+            any(a.startswith(t.strip()) for a in example.remaining) for t in row["right"]
+        )
+        assert all(any(a.startswith(t.strip()) for a in example.previous) for t in row["given"])
+
+
+def load_examples(folder: Path) -> list[Example]:
+    from headtune.analysis.tasks import load_task
+
+    return list(load_task(str(folder / "cities.jsonl")).examples)
+
+
+def test_completions(tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = write_recipe(tmp_path, tiny_llama, method={"objective": "sft"}, training={"use_cpu": True})
+    found = dry(recipe, capsys)
+    examples = load_examples(tmp_path)
+    for row in found["batch_rows"]:
+        (prompt, learnt_before), (answer, learnt) = row["parts"]
+        assert not learnt_before and learnt
+        example = next(example for example in examples if example.prompt == prompt)
+        assert answer.endswith("\n<eos>") and answer.removesuffix("\n<eos>").strip() in example.remaining
+    # Three epochs of the training subjects' prompts, sixteen a step.
+    assert found["steps"] == 3 * -(-found["train_examples"] // 16)
+
+
+def test_both_sides_of_preferences(tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    task = {"train": str(write_preferences(tmp_path)), "kind": "exact_match"}
+    recipe = write_recipe(tmp_path, tiny_llama, method={"objective": "dpo"}, task=task)
+    found = dry(recipe, capsys)
+    rows = found["batch_rows"]
+    assert [row["side"] for row in rows] == ["chosen"] * (len(rows) // 2) + ["rejected"] * (len(rows) // 2)
+    right = {"Italy": "Rome", "France": "Paris", "Spain": "Madrid"}
+    for row in rows:
+        (prompt, _), (answer, learnt) = row["parts"]
+        subject = next(name for name in right if name in prompt)
+        assert learnt and (answer.strip().removesuffix("<eos>").strip() == right[subject]) == (row["side"] == "chosen")
+    capsys.readouterr()
+    assert train(recipe, "--dry-run") == 0
+    printed = capsys.readouterr().out
+    assert "1 chosen: Cities in" in printed and "1 rejected: Cities in" in printed and "[[" in printed
+
+
+def test_a_sequence_and_steering(tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = write_sequence_recipe(tmp_path, tiny_llama, {})
+    found = dry(recipe, capsys)
+    assert found["steps"] == 3 * 20 and found["train_examples"] == 3 * 8
+    assert all([learnt for _, learnt in row["parts"]] == [False, True] for row in found["batch_rows"])
+    steer = write_recipe(tmp_path, tiny_llama, recipe="steer", method={}, training=None)
+    found = dry(steer, capsys)
+    assert found["parameters"] == {} and any("trains nothing" in note for note in found["notes"])
+
+
+def test_heads_that_are_yet_to_be_found(tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = write_recipe(tmp_path, tiny_llama, heads={"identify": {"max_examples": 4}, "top": 2, "role": "both"})
+    found = dry(recipe, capsys)
+    assert found["heads"] == "up to 4, to be found by identify"
+    assert sum(found["parameters"].values()) == 4 * 2 * 8
+
+
+def test_the_batch_is_the_one_that_is_trained_on_first(
+    tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = write_recipe(tmp_path, tiny_llama, method={"objective": "sft"})
+    found = dry(recipe, capsys)
+    seen: list[Any] = []
+    right = trainers.SFT.compute_loss
+
+    def spy(self: Any, model: Any, inputs: dict[str, torch.Tensor], *more: Any, **options: Any) -> Any:
+        seen.append(preview.rows_of(inputs, self.processing_class))
+        return right(self, model, inputs, *more, **options)
+
+    monkeypatch.setattr(trainers.SFT, "compute_loss", spy)
+    run(load(str(recipe)))
+    assert [[list(part) for part in row.parts] for row in seen[0]] == [row["parts"] for row in found["batch_rows"]]
+
+
+def test_refusals(tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = write_recipe(tmp_path, tiny_llama)
+    for words, expected in (
+        (["--config_file", "ddp.yaml"], "for one process"),
+        (["heads={list: [[0, 9]]}"], "L0H9"),
+        (["training.lr_scheduler_kwargs={x: 1}", "training.optim=adamw_8bit", "task.train=none.jsonl"], "'none.jsonl'"),
+    ):
+        assert train(recipe, "--dry-run", *words) == 2
+        lines = capsys.readouterr().err.splitlines()
+        assert expected in lines[-1], lines
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "mine.txt").write_text("mine")
+    assert train(recipe, "--dry-run") == 2 and "exists and is not empty" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        train(recipe, "--dry-run", "--resume")
+
+
+# --- how a row is shown -----------------------------------------------------------------------------------------------
+
+ROW = preview.Row((("Cities:\n-", False), (" Rome\n", True)))
+
+
+def test_brackets_and_colours() -> None:
+    assert preview.shown(ROW, colour=False).plain == "Cities:↵\n-[[ Rome↵]]"
+    coloured = preview.shown(ROW, colour=True)
+    assert coloured.plain == "Cities:↵\n- Rome↵"
+    assert [coloured.plain[span.start : span.end] for span in coloured.spans if span.style == preview.LEARNT] == [
+        " Rome↵"
+    ]
+    sets = preview.shown(preview.Row((("Cities:", False),), right=(" Rome", " Milan"), given=(" Pisa",)), colour=False)
+    assert sets.plain == "Cities:\n  any of [[ Rome]] [[ Milan]]\n  none of [[ Pisa]]"
+
+
+def test_a_terminal_is_not_obeyed() -> None:
+    assert preview.shown(preview.Row((("\x1b[2J\x07", True),)), colour=False).plain == "[[\\x1b[2J\\x07]]"
+
+
+def test_padding_is_left_out(tokenizer: Any) -> None:
+    tokens = tokenizer("Rome").input_ids
+    pad = tokenizer.pad_token_id or 0
+    batch = {
+        "input_ids": torch.tensor([[pad, pad, *tokens]]),
+        "attention_mask": torch.tensor([[0, 0] + [1] * len(tokens)]),
+        "labels": torch.tensor([[-100, -100, *tokens]]),
+    }
+    assert preview.rows_of(batch, tokenizer)[0].parts == (("Rome", True),)

@@ -1,0 +1,153 @@
+"""The commands about files that a user writes: recipes, validate, task."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from .cli_parts import Add, adder, completed, print_json
+
+ACTION = "list, show, validate or schema (default: list)"
+
+
+def add_parsers(add: Add) -> None:
+    p = add("recipes", "list, show and check recipes", "recipes", "recipes show lofit/one_to_many")
+    p.set_defaults(do=_list)
+    actions = adder(p.add_subparsers(dest="action", metavar="ACTION", help=ACTION), "headtune recipes")
+    actions("list", "list the recipes that come with headtune", "list").set_defaults(do=_list)
+    q = actions("show", "print a recipe", "show lofit/one_to_many > my_recipe.yaml")
+    completed(q.add_argument("name", help="path, or name without the ending"), "recipe")
+    q.set_defaults(do=_show)
+    _validate_arguments(actions("validate", "check recipes, and say all that is wrong", "validate my_recipe.yaml"))
+    q = actions("schema", "print the JSON schema of recipes", "schema > recipe.schema.json")
+    q.set_defaults(do=_schema)
+
+    _validate_arguments(
+        add(
+            "validate",
+            "check recipes, and say all that is wrong, by line",
+            "validate my_recipe.yaml",
+            "validate lofit/one_to_many training.max_steps=20",
+        )
+    )
+
+    p = add("task", "build and inspect task files", "task list", "task build facts.json --out my_task.jsonl")
+    actions = adder(
+        p.add_subparsers(dest="action", metavar="ACTION", required=True, help="build, show or list"), "headtune task"
+    )
+    q = actions(
+        "build",
+        "make prompts of facts",
+        "build facts.json --out my_task.jsonl",
+        "build landmarks.json --invert --previous 1,2 --out my_task.jsonl",
+    )
+    completed(q.add_argument("source", help="facts file {subject: [answers]}"), "file")
+    q.add_argument(
+        "--templates", type=Path, help='[{"header": "List five cities in {subject}.", "item": "\\n{i}. {answer}"}]'
+    )
+    q.add_argument("--invert", action="store_true", help="the source is a many-to-one relation, to be turned round")
+    q.add_argument("--previous", default="1,2,3,4", help="numbers of answers already given (default: 1,2,3,4)")
+    q.add_argument("--seed", type=int, default=0)
+    q.add_argument("--out", type=Path, required=True, help="a new file, such as my_task.jsonl")
+    q.set_defaults(do=_build)
+    q = actions("show", "print a task as JSONL", "show country_cities:test")
+    completed(q.add_argument("source", help="built-in name, JSONL file or hub id; NAME:train takes a split"), "task")
+    q.set_defaults(do=_show_task)
+    actions("list", "list the built-in tasks", "list").set_defaults(do=_list_tasks)
+
+
+def _validate_arguments(p: argparse.ArgumentParser) -> None:
+    files = p.add_argument("files", nargs="+", metavar="FILE", help="paths or names; key.sub=value overrides in all")
+    completed(files, "recipe")
+    p.set_defaults(do=_validate)
+
+
+def _list(arguments: argparse.Namespace) -> int:
+    from .recipe import recipe_names
+
+    if arguments.json:
+        print_json(recipe_names())
+    else:
+        print("\n".join(recipe_names()))
+    return 0
+
+
+def _schema(_arguments: argparse.Namespace) -> int:
+    from .recipe import Recipe
+
+    print_json(Recipe.model_json_schema())
+    return 0
+
+
+def _show(arguments: argparse.Namespace) -> int:
+    from .recipe import read_source
+
+    print(read_source(arguments.name), end="")
+    return 0
+
+
+def _validate(arguments: argparse.Namespace) -> int:
+    from ..analysis.errors import InputError
+    from ..analysis.redaction import redact
+    from .problems import RecipeError
+    from .recipe import load
+
+    overrides = [word for word in arguments.files if "=" in word and not Path(word).is_file()]
+    files = [word for word in arguments.files if word not in overrides]
+    if not files:
+        raise InputError(
+            f"headtune validate needs a recipe, found overrides alone: {overrides[0].partition('=')[0]}=..."
+        )
+    found: dict[str, list[str]] = {}
+    for name in files:
+        try:
+            loaded = load(name, overrides)
+        except InputError as error:
+            found[name] = error.lines if isinstance(error, RecipeError) else [str(error)]
+            for line in () if arguments.json else found[name]:
+                print(redact(line), file=sys.stderr)
+        else:
+            found[name] = []
+            if not arguments.json:
+                print(f"{name}: valid ({loaded.recipe}, {loaded.name})")
+    if arguments.json:
+        print_json({name: [redact(line) for line in lines] for name, lines in found.items()})
+    return InputError.exit_code if any(found.values()) else 0
+
+
+def _list_tasks(arguments: argparse.Namespace) -> int:
+    from ..analysis.tasks import builtin_names
+
+    if arguments.json:
+        print_json(builtin_names())
+    else:
+        print("\n".join(builtin_names()))
+    return 0
+
+
+def _show_task(arguments: argparse.Namespace) -> int:
+    from ..analysis.tasks import load_task, to_jsonl
+
+    print(to_jsonl(load_task(arguments.source).examples), end="")
+    return 0
+
+
+def _build(arguments: argparse.Namespace) -> int:
+    from ..analysis.errors import InputError
+    from ..analysis.tasks import build_files
+
+    if arguments.out.exists():
+        raise InputError(f"task file {str(arguments.out)!r} exists; choose another --out")
+    try:
+        previous = tuple(int(part) for part in arguments.previous.split(","))
+    except ValueError:
+        raise InputError(
+            f"--previous {arguments.previous!r} must be whole numbers with commas, such as 1,2,3"
+        ) from None
+    if min(previous) < 0:
+        raise InputError(f"--previous {arguments.previous!r} must not be negative")
+    options = {"previous": previous, "seed": arguments.seed}
+    task = build_files(Path(arguments.source), arguments.templates, arguments.out, arguments.invert, **options)
+    print(f"{arguments.out}: {len(task.examples)} examples, {len(task.subjects)} subjects")
+    return 0
