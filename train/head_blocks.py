@@ -95,7 +95,8 @@ class HeadsBlock(Block):
         given = [name for name, value in sources.items() if value is not None]
         if len(given) != 1:
             names = ", ".join(given) or "none"
-            raise ValueError(f"give exactly one of {', '.join(sources)} (found: {names})")
+            fix = "; heads='{from: ...}' replaces the block" if given else ""
+            raise ValueError(f"give exactly one of {', '.join(sources)} (found: {names}{fix})")
         return self
 
     @property
