@@ -8,6 +8,8 @@
 
 PYTHON ?= python3
 ARGS ?=
+# Processes that tests run in, one thread each; a file's tests stay together.
+WORKERS ?= 2
 
 BIN := .venv/bin
 STAMP := .venv/.installed
@@ -22,16 +24,19 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 demo: $(STAMP)
 	$(BIN)/headtune demo
 
+test test-slow test-all: export OMP_NUM_THREADS := 1
+PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+
 test: $(STAMP)
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	$(PYTEST) -m "not slow" $(ARGS)
 
 # pytest exits with 5 when nothing was collected.
 test-slow: $(STAMP)
-	@$(BIN)/python -m pytest -m slow $(ARGS); status=$$?; \
+	@$(PYTEST) -m slow $(ARGS); status=$$?; \
 	if [ $$status -eq 5 ]; then echo "no slow tests: nothing to run"; else exit $$status; fi
 
 test-all: $(STAMP)
-	$(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -402,7 +402,11 @@ def test_runs_of_all_kinds_stand_side_by_side(
     capsys.readouterr()
     assert main(["compare", str(tmp_path / "runs")]) == 0
     shown = capsys.readouterr()
-    assert "–" in shown.out
+    tables = [part for part in shown.out.split("asked:test") if "run" in part]
+    assert (
+        len(tables) == 3
+        and [sum(name in part for name in ("MC1", "exact match", "repeat rate")) for part in tables] == [1] * 3
+    )
     assert main(["export", str(tmp_path / "runs" / "chosen"), str(tmp_path / "out")]) == 2
     assert "chose heads and trained nothing" in capsys.readouterr().err
 

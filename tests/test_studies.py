@@ -178,6 +178,7 @@ def test_faithfulness_starts_at_nothing_and_ends_at_everything() -> None:
     assert data["methods"]["random"]["signed"] == data["methods"]["random"]["absolute"]
 
 
+@pytest.mark.slow
 def test_a_ranking_that_knows_the_heads_is_more_faithful_than_a_random_one() -> None:
     random = [faithful(seed).data["methods"]["random"] for seed in range(3)]
     assert len({found["CMD"] for found in random}) == 3, "other draws"

@@ -128,6 +128,7 @@ def test_the_grid_for_others(path: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert recipe.load(str(path), given[2:-1]).folder == folder
 
 
+@pytest.mark.slow
 def test_a_sweep_runs_and_compares(path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["sweep", str(path), "training.max_steps=1", "--grid", "method.scale=vector,none", "--out"]
     assert main([*words, str(tmp_path / "study"), "--json"]) == 0

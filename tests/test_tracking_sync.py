@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import wandb
 from small_runs import STEPS, write_recipe
 
 from headtune.train import cli_track, offline_runs
@@ -33,6 +34,7 @@ def no_outside(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None
     monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
     monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "no-config"))
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    wandb.teardown()  # what earlier tests have set up holds their server's address
     yield
     if "wandb" in sys.modules:
         sys.modules["wandb"].teardown()

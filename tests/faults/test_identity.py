@@ -18,7 +18,8 @@ class Board:
 
     def __init__(self, folder: Path, id: str) -> None:
         self.id, self.folder, self.noted = id, folder, []
-        self.settings, self.summary = SimpleNamespace(sync_dir=str(folder)), {}
+        self.settings, self.summary, self.offline = SimpleNamespace(sync_dir=str(folder)), {}, True
+        self.config = SimpleNamespace(update=lambda values, allow_val_change=False: None)
 
     def log(self, numbers: dict[str, Any]) -> None:
         if "train/loss" in numbers:
@@ -42,7 +43,7 @@ def test_a_killed_run_goes_on_in_the_same_run_of_wandb(
         assert resume_id == (None if len(boards) == 1 else "abc123")
         return boards[-1]
 
-    monkeypatch.setattr(tracking, "_start", start)
+    monkeypatch.setattr(tracking, "start", start)
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="went away"):
         real = tracking.Tracker.log
 
