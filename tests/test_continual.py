@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from tiny import FACTS, save_tiny, tiny_model, tiny_tokenizer
+from tiny import FACTS, quick_among, save_tiny, tiny_model, tiny_tokenizer
 
 from headtune.analysis.files import write_text
 from headtune.analysis.identify import silent
@@ -262,7 +262,7 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", quick_among(METHODS, ["seekr, lora", "ewc"]))
 def test_a_strategy_learns_a_sequence(name: str, llama: Path, tasks: list[str], tmp_path: Path) -> None:
     other = tmp_path / "other.jsonl"
     other.write_bytes(Path(tasks[0]).read_bytes())
@@ -435,8 +435,8 @@ def test_mixed_precision_ends_with_the_training(llama: Path, tasks: list[str], t
     assert forwards and not any(forwards)
 
 
-@pytest.mark.parametrize("where", BREAKS)
-@pytest.mark.parametrize("tune", ["full", "lora"])
+@pytest.mark.parametrize("where", quick_among(BREAKS, ["teach"]))
+@pytest.mark.parametrize("tune", quick_among(["full", "lora"], ["lora"]))
 def test_a_broken_run_ends_as_the_unbroken_one(
     where: str, tune: str, llama: Path, tasks: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -171,6 +171,7 @@ def test_every_method_of_a_family_is_folded_or_refused(family: str) -> None:
             assert (logits(found[1])[0] - expected).abs().max() < 1e-5 * max(1, scale), method
 
 
+@pytest.mark.slow
 def test_every_family_reloads_elsewhere(tmp_path: Path) -> None:
     """Each with new biases wherever it can have them, and each method once or more."""
     pairs = [(family, "jola" if place(family, "mlp") is None else "heads-mlp") for family in FAMILIES]

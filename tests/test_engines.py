@@ -294,9 +294,8 @@ def test_an_epoch_fills_its_last_step(rows: int, step: int, expected: int) -> No
 # --- two processes ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "engine", [pytest.param(name, marks=() if name.startswith("fsdp2") else pytest.mark.slow) for name in ENGINES]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ENGINES)
 def test_every_engine_trains_what_one_process_does(engine: str, one: References, tmp_path: Path) -> None:
     names = (*QUICK, "seekr") if engine == "zero3_cpu_2" else QUICK
     for name, run in trained_by(engine, names, one, tmp_path).items():

@@ -11,7 +11,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from small_runs import STEPS, train, write_recipe
-from tiny import FACTS, N_HEADS, save_tiny, tiny_model
+from tiny import FACTS, N_HEADS, quick_among, save_tiny, tiny_model
 
 from headtune.analysis.files import write_text
 from headtune.analysis.tasks import Example, to_jsonl
@@ -275,7 +275,7 @@ def zeros(folder: Path) -> list[list[int]]:
     return found
 
 
-@pytest.mark.parametrize("tune", ["full", "lora"])
+@pytest.mark.parametrize("tune", quick_among(["full", "lora"], ["full"]))
 def test_closed_heads_are_zero_in_what_is_saved_and_exported(
     tune: str, llama: Path, asked: str, tmp_path: Path
 ) -> None:
@@ -310,7 +310,7 @@ class Broken(BaseException):
 
 
 @pytest.mark.parametrize("where", ["train", "end"])
-@pytest.mark.parametrize("tune", ["full", "lora"])
+@pytest.mark.parametrize("tune", quick_among(["full", "lora"], ["full"]))
 def test_a_broken_run_ends_as_the_unbroken_one(
     tune: str, where: str, llama: Path, asked: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

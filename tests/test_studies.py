@@ -63,6 +63,7 @@ def end_logits(model: HeadModel, encoded: Encoded, values: dict[Head, torch.Tens
 # --- how heads add up -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_elbow_study_against_forward_passes(planted: PlantedModel, known: HeadModel) -> None:
     task = some(planted)
     found = analyses.run("elbow", known, task, methods="dla", top=4)
@@ -164,6 +165,7 @@ def faithful(seed: int = 0) -> Analysis:
     return analyses.run("faithfulness", planted.view(), some(planted), methods="ablation, dla", seed=seed)
 
 
+@pytest.mark.slow
 def test_faithfulness_starts_at_nothing_and_ends_at_everything() -> None:
     data = faithful().data
     assert data["proportions"][0] == 0 and data["proportions"][-1] == 1

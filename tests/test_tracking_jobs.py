@@ -21,6 +21,7 @@ from headtune.train.cli import main
 from headtune.train.offline_runs import offline_runs, records
 from headtune.train.recipe import load
 
+pytestmark = pytest.mark.slow  # a run of each job type, which all tests here look at
 JOBS = ("identify", "train", "evaluate", "export")
 SFT = {"objective": "sft"}
 LOFIT = {"lofit": {"max_steps": 2}, "top": 2, "role": "selected"}

@@ -7,10 +7,12 @@ folder = save_tiny(tmp_path / "model", "gpt2")          what a command line take
 from __future__ import annotations
 
 import functools
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
@@ -205,3 +207,8 @@ def save_tiny(folder: Path, family: str, seed: int = 0, **config: Any) -> Path:
     tiny_model(family, seed, **config).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder
+
+
+def quick_among(values: Iterable[str], quick: Collection[str]) -> list[Any]:
+    """Parameters of a test, those that are not named here among the slow ones."""
+    return [pytest.param(value, marks=() if value in quick else pytest.mark.slow) for value in values]
