@@ -19,7 +19,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export OMP_NUM_THREADS ?= 2
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: demo test test-slow test-all lint docs notebook install clean
+.PHONY: demo test test-slow test-all lint docs reference notebook install clean
 
 demo: $(STAMP)
 	$(BIN)/headtune demo
@@ -47,10 +47,15 @@ docs: $(STAMP)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 	@echo "build/site/index.html"
 
+# The pages on recipe keys and commands, after a change of either.
+reference: $(STAMP)
+	$(BIN)/python docs/site_pages.py
+
 notebook: $(STAMP)
 	$(BIN)/python docs/run_notebook.py
 
 install: $(STAMP)
+	@echo 'installed; for the command headtune in this shell: . $(BIN)/activate (or $(BIN)/headtune)'
 
 $(BIN)/python:
 	$(PYTHON) -m venv .venv

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -77,6 +77,11 @@ class EncodedTask:
             "n_ambiguous_first_tokens": self.ambiguous_tokens,
             **({"chat_template": True} if self.task.chat_template else {}),
         }
+
+
+def reasons(dropped: Mapping[str, int]) -> str:
+    """Why examples were left out, in words: `tokens merge across the end of the prompt (4)`."""
+    return ", ".join(f"{reason} ({count})" for reason, count in dropped.items())
 
 
 def continuation(prompt: str, answer: str) -> str:
@@ -171,7 +176,7 @@ def encode(task: Task, tokenizer: PreTrainedTokenizerBase) -> EncodedTask:
             result.ambiguous_tokens += len(encoded.ambiguous)
             result.examples.append(encoded)
     if not result.examples:
-        raise InputError(f"task {task.name!r}: no example can be scored on first tokens: {dict(result.dropped)}")
+        raise InputError(f"task {task.name!r}: no example can be scored on first tokens: {reasons(result.dropped)}")
     return result
 
 

@@ -118,7 +118,7 @@ def _files(folder: Path, name: str, split: str | None) -> list[Path]:
 def _rows(path: Path, name: str) -> Iterator[tuple[str, Any]]:
     """The rows of a file with their places: lines of JSONL, elements of a JSON list, records of a CSV file."""
     if not path.is_file():
-        raise InputError(f"{name} file {str(path)!r} does not exist; check the path")
+        raise _missing(path, name)
     if path.suffix == ".jsonl":
         yield from json_lines(path)
     elif path.suffix == ".json":
@@ -133,6 +133,14 @@ def _rows(path: Path, name: str) -> Iterator[tuple[str, Any]]:
             raise InputError(f"{name} file {str(path)!r} is not a CSV file in UTF-8: {error}") from None
     else:
         raise InputError(f"{name} file {str(path)!r} ends in {path.suffix!r}; expected .csv, .json or .jsonl")
+
+
+def _missing(path: Path, name: str) -> InputError:
+    """The recipes of published data name a place where it may not be."""
+    return InputError(
+        f"{name} file {str(path)!r} does not exist; check the path, or give a task of your own (in a recipe: "
+        "task.train=YOUR.jsonl)"
+    )
 
 
 def _distinct(answers: Iterable[str]) -> list[str]:
@@ -278,6 +286,8 @@ def _relations(path: Path) -> Iterator[Example]:
     One example a subject and relation; a subject's several objects are all accepted, in the file's order. A split is by
     subject, over all relations of a folder. `Task.limited` is even over subjects, so over relations it goes by size.
     """
+    if not path.exists():
+        raise _missing(path, "relation")
     files = sorted(path.rglob("*.json")) if path.is_dir() else [path]
     if not files:
         raise InputError(f"relation folder {str(path)!r} holds no .json file; check the path")

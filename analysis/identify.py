@@ -70,11 +70,14 @@ def identify(
         share: divide the examples among the processes of `accelerate launch`.
 
     Raises:
-        InputError: an unknown method, a control of another model, or a task that cannot be scored on this model.
+        InputError: an unknown method, a `top` beyond the model's heads, a control of another model, or a task that
+            cannot be scored on this model.
     """
     names = [found.name for found in chosen(method)]
     if top != "elbow" and (isinstance(top, str) or top < 1):
         raise InputError(f"top {top!r} must be at least 1, or 'elbow'")
+    if top != "elbow" and top > (total := model.n_layers * model.n_heads):
+        raise InputError(f"top {top} is more than the {total} heads of {model.name}; give at most {total}")
     if threshold is not None and not 0 <= threshold < math.inf:
         raise InputError(f"threshold {threshold!r} must be a number of at least 0: a distance from zero")
     for name, control in (controls or {}).items():

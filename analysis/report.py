@@ -180,7 +180,7 @@ def write_report(
     means: Mapping[str, ArrayLike],
     evaluation: Mapping[str, Any] | None = None,
     portraits: Sequence[HeadPortrait] = (),
-    title: str = "headtune report",
+    title: str = "",
 ) -> None:
     """Write the page as one HTML file that refers to nothing outside itself.
 
@@ -188,7 +188,9 @@ def write_report(
         means: score name -> `[n_layers, n_heads]`; the maps of every method are drawn (see `maps.sheets`).
         evaluation: the content of evaluation.json, `{"before", "after", "task", "examples"}`; adds the comparison.
         portraits: of chosen heads; each gets a card.
+        title: default: the name of the folder that the page is written to.
     """
+    title = title or path.resolve().parent.name
     by_head = {(portrait.layer, portrait.head): portrait for portrait in portraits}
     sections = [
         f"<h1>{escape(title)}</h1>",
@@ -206,6 +208,27 @@ def write_report(
         _about(heads),
     ]
     write_page(path, title, "\n".join(section for section in sections if section))
+
+
+def write_run_report(path: Path, evaluation: Mapping[str, Any], recipe: str, lead: str, title: str) -> None:
+    """Write the page of a run for which no heads were ranked: before and after, generations, recipe.
+
+    Args:
+        evaluation: as for `write_report`.
+        recipe: its text.
+        lead: one line under the title.
+    """
+    sections = [
+        f"<h1>{escape(title)}</h1>",
+        f"<p class='lead'>{escape(lead)}</p>",
+        "<h2>Before and after</h2>",
+        _metrics(evaluation),
+        "<h2>What it writes</h2>",
+        _lists(evaluation),
+        "<h2>How this was made</h2>",
+        f"<article><pre>{escape(recipe)}</pre></article>",
+    ]
+    write_page(path, title, "\n".join(sections))
 
 
 def _lead(heads: HeadSet) -> str:

@@ -57,6 +57,13 @@ class Example:
 Kind = Literal["lists", "exact_match", "multiple_choice"]
 
 
+def scored(kind: Kind, n_items: int) -> str:
+    """How answers are scored, in words."""
+    if kind == "lists":
+        return f"scored as lists of {n_items}"
+    return "scored by exact match of one answer" if kind == "exact_match" else "scored by multiple choice"
+
+
 @dataclass(frozen=True)
 class Task:
     """A named list of examples.
@@ -313,7 +320,8 @@ def take_split(task: Task, split: str, seed: int = 0) -> Task:
 def load_task(name: str, split_seed: int = 0) -> Task:
     """Load a task by built-in name, JSONL path, `datasets` hub id or `FORMAT:PATH`, each with an optional `:split`.
 
-    The formats, and what `PATH` may be in each, are those of `formats`; the others are tasks of lists.
+    The formats, and what `PATH` may be in each, are those of `formats`; a built-in task is one of lists. So are JSONL
+    and hub data where any row has `previous`, be it empty; else each row is a single fact, and `kind` is `exact_match`.
 
     Raises:
         InputError: no such task or format, or a malformed line (named by its number).
@@ -333,9 +341,12 @@ def load_task(name: str, split_seed: int = 0) -> Task:
     elif ":" in base and len(shape) > 1 and not {"/", "\\", "."} & set(shape) and not Path(base).exists():
         raise InputError(f"task format {shape!r} of {name!r} is unknown; {nearest(shape, formats.FORMATS)}")
     elif base.endswith((".jsonl", ".json")) or Path(base).exists():
-        task = Task(Path(base).stem, tuple(_read_jsonl(Path(base))))
+        _require_lines(Path(base))
+        task = _of_rows(Path(base).stem, json_lines(Path(base)))
+        if not task.examples:
+            raise InputError(f"task file {base!r} holds no examples; write one JSON object a line")
     elif base.count("/") == 1:
-        task = Task(base, tuple(_read_hub(base)))
+        task = _of_rows(base, hub_rows(base, "train"))
     else:
         known = [*builtin_names(), *formats.FORMATS]
         raise InputError(f"task {base!r} is neither a file, a hub id nor built in; {nearest(base, known)}")
@@ -348,15 +359,37 @@ def _parts(name: str) -> tuple[str, str, str]:
     return (name, "", "") if not colon or "/" in split or "\\" in split else (base, colon, split)
 
 
-def _read_jsonl(path: Path) -> list[Example]:
+def _of_rows(name: str, rows: Iterable[tuple[str, Any]]) -> Task:
+    examples: list[Example] = []
+    kind: Kind = "exact_match"
+    for where, row in rows:
+        examples.append(parse_example(row, where))
+        if row.get("previous") is not None:
+            kind = "lists"
+    return Task(name, tuple(examples), kind=kind)
+
+
+def _require_lines(path: Path) -> None:
+    """Refuse what is no file, and a whole JSON document, by the kind of file that it looks like."""
     if not path.is_file():
         raise InputError(
             f"task file {str(path)!r} does not exist; check the path or build it with: headtune task build"
         )
-    examples = [parse_example(row, where) for where, row in json_lines(path)]
-    if not examples:
-        raise InputError(f"task file {str(path)!r} holds no examples; write one JSON object a line")
-    return examples
+    try:
+        whole = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:  # as it should be, if there is more than one line; what else is wrong has its line named later
+        return
+    if isinstance(whole, list):
+        raise InputError(f"task file {str(path)!r} is one JSON list; write one JSON object a line")
+    if not isinstance(whole, dict) or "prompt" in whole:
+        return
+    if isinstance(whole.get("samples"), list):
+        raise InputError(f"task file {str(path)!r} looks like a relation; name its format: relation:{path}")
+    if whole and all(isinstance(answers, list) for answers in whole.values()):
+        raise InputError(
+            f"task file {str(path)!r} looks like a facts file; make a task of it: "
+            f"headtune task build {path} --out {path.with_suffix('.jsonl').name}"
+        )
 
 
 def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
@@ -373,10 +406,6 @@ def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
                 yield where, json.loads(line)
             except json.JSONDecodeError as error:
                 raise InputError(f"{where}: not a JSON object ({error.msg} at column {error.colno})") from None
-
-
-def _read_hub(name: str) -> list[Example]:
-    return [parse_example(row, where) for where, row in hub_rows(name, "train")]
 
 
 def hub_rows(name: str, split: str, config: str | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -396,7 +425,8 @@ def parse_example(row: Any, where: str) -> Example:
     """Check one example strictly.
 
     Raises:
-        InputError: a missing, unknown or ill-typed key, or a subject or previous answer that the prompt does not hold.
+        InputError: a missing, unknown or ill-typed key, a subject or previous answer that the prompt does not hold, or
+            a prompt that ends in a space.
     """
     if not isinstance(row, dict):
         raise InputError(f"{where}: expected a JSON object, found {type(row).__name__}")
@@ -413,6 +443,8 @@ def parse_example(row: Any, where: str) -> Example:
             raise InputError(f"{where}: {key!r} must be a {kind.__name__}, found {row[key]!r}"[:300])
         if kind is list and not all(isinstance(item, str) and item.strip() for item in row[key]):
             raise InputError(f"{where}: {key!r} must hold non-empty strings, found {row[key]!r}"[:300])
+    if row["prompt"].endswith((" ", "\t")):
+        raise InputError(f"{where}: the prompt ends in a space; remove it: the space before an answer is the answer's")
     example = Example(
         row["prompt"],
         row["subject"],

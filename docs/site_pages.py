@@ -1,8 +1,9 @@
-"""The pages of the site that are made when it is built, and MkDocs' hooks that put them there.
+"""The pages that are made by code, and MkDocs' hooks that put those of the site there when it is built.
 
-The recipes' and packages' READMEs are taken in as they are, the notebook as it was run; the reference of recipes is
-read from the types, that of commands from the parsers. Links are written for the repository: where they lead to a page
-of the site they are turned, where they lead to another file its words stay.
+The recipes' and packages' READMEs are taken in as they are, the notebook as it was run. Links are written for the
+repository: where they lead to a page of the site they are turned, where they lead to another file its words stay.
+The reference of recipes is read from the types, that of commands from the parsers; both are files of the repository,
+written anew by `make reference`.
 """
 
 from __future__ import annotations
@@ -33,8 +34,12 @@ _LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^()\s:]+?)(#[^()\s]*)?
 def pages() -> dict[str, str]:
     """Markdown by place in the site."""
     taken = {place: (ROOT / source).read_text(encoding="utf-8") for place, source in TAKEN.items()}
-    made = {"reference/recipe.md": recipe_reference(), "reference/commands.md": command_reference()}
-    return taken | made | {"quickstart.md": notebook()[0]}
+    return taken | {"quickstart.md": notebook()[0]}
+
+
+def reference() -> dict[str, str]:
+    """Markdown by place in docs/, of the pages that the repository keeps."""
+    return {"reference/recipe.md": recipe_reference(), "reference/commands.md": command_reference()}
 
 
 # --- recipes, from their types ----------------------------------------------------------------------------------------
@@ -46,7 +51,7 @@ def recipe_reference() -> str:
 
     parts = [
         "# Recipe keys\n",
-        "Read from the types when this page is made. Every level is strict: an unknown key is an error that names the "
+        "Read from the types by `make reference`. Every level is strict: an unknown key is an error that names the "
         "nearest known one. A default of – means that the key may be left out and then does nothing.\n",
         _table(
             Recipe,
@@ -242,16 +247,22 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 def turned(markdown: str, place: str) -> str:
     """Links of the page at `place` that were written for the repository, for the site."""
     source = TAKEN.get(place, f"docs/{place}")
-    places = {source: place for place, source in (TAKEN | PICTURES).items()} | {"README.md": "index.md"}
+    places = {source: place for place, source in (TAKEN | PICTURES).items()}
+    places |= {"README.md": "index.md", f"docs/{NOTEBOOK}": "quickstart.md"}
 
     def turn(found: re.Match[str]) -> str:
         mark, words, path, anchor = found[1], found[2], found[3], found[4] or ""
         target = posixpath.normpath(posixpath.join(posixpath.dirname(source), path))
         if target == "README.md":
             anchor = ""
-        there = target.removeprefix("docs/") if target.startswith("docs/") else places.get(target)
+        there = places.get(target) or (target.removeprefix("docs/") if target.startswith("docs/") else None)
         if there is None:
             return words
         return f"{mark}[{words}]({posixpath.relpath(there, posixpath.dirname(place) or '.')}{anchor})"
 
     return _LINK.sub(turn, markdown)
+
+
+if __name__ == "__main__":
+    for place, text in reference().items():
+        (ROOT / "docs" / place).write_text(text, encoding="utf-8")

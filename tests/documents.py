@@ -6,12 +6,14 @@ Pages are README.md, docs/**/*.md, the READMEs of packages and recipes, and the 
 from __future__ import annotations
 
 import functools
+import importlib
 import re
 import shlex
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 ROOT = Path(__file__).resolve().parents[1]
 PROGRAMS = ("headtune", "make", "accelerate", "python", "pip", "wandb", "vllm", "source", "cd", "git")
@@ -104,11 +106,10 @@ def _slug(heading: str) -> str:
 
 
 @functools.cache
-def generated() -> dict[Path, str]:
-    """Pages of the site that are made when it is built, by the place they would have in docs/."""
+def site_pages() -> ModuleType:
+    """docs/site_pages.py, which makes pages."""
     sys.path.insert(0, str(ROOT / "docs"))
     try:
-        import site_pages
+        return importlib.import_module("site_pages")
     finally:
         sys.path.remove(str(ROOT / "docs"))
-    return {ROOT / "docs" / place: text for place, text in site_pages.pages().items()}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -207,6 +209,37 @@ def test_options_and_overrides_may_be_mixed(recipe: Path, capsys: pytest.Capture
 # --- what works -------------------------------------------------------------------------------------------------------
 
 
+def test_what_is_in_a_task(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["task", "show", "country_cities"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    task = load_task("country_cities")
+    assert lines[0] == (
+        f"country_cities: {len(task.subjects)} subjects, {len(task.examples)} prompts, scored as lists of 3"
+    )
+    sizes = [len(load_task(f"country_cities:{part}").subjects) for part in ("train", "validation", "test")]
+    assert [int(word) for word in re.findall(r"(\d+) \(", lines[1])] == sizes
+    assert len([line for line in lines if line.startswith("{")]) == 3
+
+    single = {"prompt": "A dog says", "subject": "dog", "answers": ["woof"]}
+    (tmp_path / "sounds.jsonl").write_text(json.dumps(single) + "\n")
+    assert main(["task", "show", "sounds.jsonl"]) == 0
+    shown = capsys.readouterr().out
+    assert "scored by exact match of one answer" in shown and shown.endswith(json.dumps(single) + "\n")
+
+
+def test_lists_that_are_too_short_for_what_is_scored_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "facts.json").write_text(json.dumps({"Italy": ["Rome", "Milan", "Turin", "Genoa", "Pisa", "Bari"]}))
+    assert main(["task", "build", "facts.json", "--out", "long.jsonl"]) == 0
+    assert capsys.readouterr().err.strip() == (
+        "3 items are scored and only 2 answers remain for prompts with 4 given (such as 'Italy'): "
+        "give more answers, or --previous 1,2,3"
+    )
+    assert main(["task", "build", "facts.json", "--previous", "1,2,3", "--out", "short.jsonl"]) == 0
+    assert capsys.readouterr().err == ""
+
+
 def test_building_a_task(tmp_path: Path, capsys: pytest.CaptureFixture[str], refused: Refusals) -> None:
     facts = {"Italy": ["Rome", "Milan", "Turin"], "Spain": ["Madrid", "Vigo", "Toledo"]}
     (tmp_path / "facts.json").write_text(json.dumps(facts))
@@ -220,8 +253,12 @@ def test_building_a_task(tmp_path: Path, capsys: pytest.CaptureFixture[str], ref
         given = "".join(f"\n* {answer}" for answer in example.previous)
         assert example.prompt == f"Cities in {example.subject}:{given}\n*"
         assert list(example.answers) == facts[example.subject]
-    assert main(["task", "show", "mine.jsonl"]) == 0
-    assert capsys.readouterr().out == (tmp_path / "mine.jsonl").read_text()
+    for words_of_all in (["--all"], ["--json"]):
+        capsys.readouterr()
+        assert main(["task", "show", "mine.jsonl", *words_of_all]) == 0
+        (tmp_path / "again.jsonl").write_text(capsys.readouterr().out)
+        assert load_task("again.jsonl") == dataclasses.replace(built, name="again")
+        assert "null" not in (tmp_path / "again.jsonl").read_text()
 
     assert "exists" in refused(*words, "--out", "mine.jsonl")
     assert "'1,x'" in refused("task", "build", "facts.json", "--previous", "1,x", "--out", "other.jsonl")

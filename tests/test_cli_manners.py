@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import json
 import logging
@@ -248,3 +249,24 @@ def test_ctrl_c_ends_in_one_line(
     assert main([command, *more, "--task", task]) == 130
     assert capsys.readouterr().err == "headtune: interrupted; run the same command again\n"
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_reader_that_has_gone_is_no_error() -> None:
+    command = [sys.executable, "-m", "headtune.train.cli", "recipes"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()  # as `| head` does, here before the first line
+        assert process.stderr.read() == ""
+    assert process.returncode == 1
+
+
+def test_a_broken_pipe_elsewhere_is_an_error(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any) -> int:
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    monkeypatch.setattr(cli, "_reader_has_gone", lambda: False)
+    monkeypatch.setattr(cli.cli_recipes, "_list", broken)
+    assert main(["recipes"]) == 2
+    assert "Broken pipe" in capsys.readouterr().err

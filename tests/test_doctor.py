@@ -57,6 +57,7 @@ def test_a_key_is_told_and_not_shown(capsys: pytest.CaptureFixture[str], monkeyp
     assert main(["doctor"]) == 0
     printed = "".join(capsys.readouterr())
     assert "a key is there" in printed and "a token is there" in printed
+    assert "online" not in next(found.found for found in doctor.examine() if found.name == "hub")  # nobody has tried
     assert KEY not in printed and "a1B2c3" not in printed
 
 

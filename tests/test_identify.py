@@ -397,6 +397,11 @@ def test_a_top_that_is_no_number_is_refused(model: HeadModel, top: Any) -> None:
         identify.identify(model, tiny_task(), top=top)
 
 
+def test_a_top_beyond_the_models_heads_is_refused(model: HeadModel) -> None:
+    with pytest.raises(InputError, match="top 25 is more than the 24 heads of tiny; give at most 24"):
+        identify.identify(model, tiny_task(), top=25)
+
+
 def test_the_elbow_keeps_the_heads_up_to_the_bend(
     chance: HeadModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from small_runs import train, write_recipe, write_sequence_recipe
+from small_runs import head_set, train, write_recipe, write_sequence_recipe
 
+from headtune.analysis import model as models
 from headtune.analysis.tasks import Example, to_jsonl
 from headtune.train import preview, trainers
 from headtune.train.recipe import load
@@ -130,6 +132,37 @@ def test_the_batch_is_the_one_that_is_trained_on_first(
     monkeypatch.setattr(trainers.SFT, "compute_loss", spy)
     run(load(str(recipe)))
     assert [[list(part) for part in row.parts] for row in seen[0]] == [row["parts"] for row in found["batch_rows"]]
+
+
+def test_the_parts_of_the_data_and_the_score_are_named(
+    tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = write_recipe(tmp_path, tiny_llama)
+    words = dry(recipe, capsys)["tasks"]
+    assert words.endswith(
+        "cities.jsonl split by subject (seed 0): cities:train is learnt, cities:test held out, "
+        "validation (1 subject) in neither, scored as lists of 1"
+    )
+    other = ["task.eval=country_cities:test", "task.kind=exact_match", "task.max_eval_examples=4"]
+    two = dry(recipe, capsys, "task.split.by=file", *other)
+    assert two["tasks"] == ("cities and country_cities:test as they are, scored by exact match of one answer")
+
+
+def test_more_heads_than_identify_kept_are_refused(
+    tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = head_set(models.load(str(tiny_llama)).identity())
+    kept = replace(found, method=found.method | {"parameters": {"top": 2}})
+    kept.write(tmp_path / "heads" / "heads.json")
+    heads = f"heads={{from: {tmp_path / 'heads'}, role: both, top: %d}}"
+    recipe = write_recipe(tmp_path, tiny_llama)
+    for words in (["--dry-run"], []):
+        assert train(recipe, heads % 500, *words) == 2
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert f"only 2 recall heads in {tmp_path / 'heads'}, top=500 asked" in error and "--top 500" in error
+    assert not (tmp_path / "run").exists()
+    notes = dry(recipe, capsys, heads % 2)["notes"]
+    assert f"suppression heads confirmed in {tmp_path / 'heads'}: 1, fewer than top=2" in notes
 
 
 def test_refusals(tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

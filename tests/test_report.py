@@ -432,6 +432,21 @@ def test_examples_that_are_left_out_are_counted(tmp_path: Path) -> None:
     assert shown == report.SHOWN_EXAMPLES and f"{shown} of {shown + 3} examples" in page.text
 
 
+def test_a_run_without_ranked_heads_has_a_page(tmp_path: Path) -> None:
+    path = tmp_path / "report.html"
+    report.write_run_report(path, evaluation(), "recipe: lora\nname: '<b>'\n", "lora on a model.", "sounds")
+    page = Page(path.read_text(encoding="utf-8"))
+    assert "repeat rate 0.4 [0.35, 0.45] 0.1 [0.05, 0.15] -0.3" in page.text and "1 of 1 examples" in page.text
+    assert "recipe: lora name: '<b>'" in page.text and "<title>sounds</title>" in path.read_text(encoding="utf-8")
+    assert "The heads" not in page.text
+
+
+def test_a_page_is_named_after_its_folder(tmp_path: Path) -> None:
+    (tmp_path / "cities-heads").mkdir()
+    report.write_report(tmp_path / "cities-heads" / "report.html", head_set(), {})
+    assert "<title>cities-heads</title>" in (tmp_path / "cities-heads" / "report.html").read_text(encoding="utf-8")
+
+
 def test_a_bare_head_set_makes_a_page(tmp_path: Path) -> None:
     heads = head_set({}, roles={"recall": (), "suppression": ()}, stability={}, versions={}, command="", created="")
     report.write_report(tmp_path / "report.html", heads, {})

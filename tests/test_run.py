@@ -370,6 +370,13 @@ def test_lora(tiny_llama: Path, tmp_path: Path) -> None:
     assert train(write_recipe(tmp_path, tiny_llama, recipe="lora", heads=None, method=method)) == 0
     state = read(tmp_path / "run" / "run.json")
     assert state["heads"] == [] and state["state"] == "done"
+    page = tmp_path / "run" / "report.html"
+    own = page.read_text()
+    assert "Before and after" in own and "recipe: lora" in own
+    page.unlink()
+    assert main(["report", str(page.parent)]) == 0 and page.read_text() == own
+    (tmp_path / "run" / "evaluation.json").unlink()
+    assert main(["report", str(page.parent)]) == 2  # nothing was measured
     # q, k, v, o: 32 -> 32; gate, up: 32 -> 48; down: 48 -> 32; three layers
     assert state["parameters"] == 3 * 2 * (4 * 64 + 3 * 80)
     load_run(tmp_path / "run")

@@ -89,6 +89,7 @@ def test_what_is_finished_is_not_run_again_and_what_failed_is_named(
     told: list[str] = []
     assert sweep.carry_out(str(path), grid, told.append) == [grid[3]]
     assert ["--resume" in command for command in commands] == [True, False, False]
+    assert str(grid[1].folder) + ".log" in told[1]
     assert told[0].endswith("scale_vector-s0: finished before") and "headtune: no luck" in told[-1]
     ends[grid[3].folder] = "interrupted"  # by SIGTERM, with exit code 0
     with pytest.raises(KeyboardInterrupt, match="interrupted in scale_none-s1; run the same sweep again"):

@@ -30,6 +30,7 @@ from headtune.analysis.tasks import (
     normalise,
     parse_example,
     read_relation,
+    scored,
     split_subjects,
     take_split,
     to_jsonl,
@@ -68,6 +69,36 @@ def test_optional_keys_and_empty_lines(tmp_path: Path) -> None:
     plain, corrupted = load_task(str(path)).examples
     assert plain == Example("The capital of Italy is", "Italy", ("Rome",), (), None)
     assert corrupted.corrupt == "x" and corrupted.previous == ()
+
+
+def test_lines_without_previous_are_single_facts(tmp_path: Path) -> None:
+    single = {"prompt": "The capital of Italy is", "subject": "Italy", "answers": ["Rome"]}
+    kinds = {
+        "none": [single, single | {"previous": None}],
+        "one": [single, ROW],
+        "empty": [single | {"previous": []}],  # the start of a list, as `task build --previous 0` writes it
+    }
+    found = {name: load_task(str(write_lines(tmp_path / f"{name}.jsonl", *rows))).kind for name, rows in kinds.items()}
+    assert found == {"none": "exact_match", "one": "lists", "empty": "lists"}
+    words = [scored(kind, 3) for kind in ("lists", "exact_match")]
+    assert words == ["scored as lists of 3", "scored by exact match of one answer"]
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+@pytest.mark.parametrize(
+    ("whole", "message"),
+    [
+        ({"Italy": ["Rome", "Milan"]}, "looks like a facts file; make a task of it: headtune task build "),
+        ([ROW], "is one JSON list; write one JSON object a line"),
+        ({"name": "capital", "samples": []}, "looks like a relation; name its format: relation:"),
+    ],
+)
+def test_another_kind_of_file_is_recognised(tmp_path: Path, whole: Any, message: str, indent: int | None) -> None:
+    path = tmp_path / "facts.json"
+    path.write_text(json.dumps(whole, indent=indent))
+    with pytest.raises(InputError) as refusal:
+        load_task(str(path))
+    assert message in str(refusal.value) and "\n" not in str(refusal.value)
 
 
 def test_incorrect_answers_are_kept_and_written_only_where_there_are_some(tmp_path: Path) -> None:
@@ -110,6 +141,7 @@ BAD_ROWS = {
     "previous elsewhere": (ROW | {"previous": ["Turin"]}, "does not contain the previous answer 'Turin'"),
     "incorrect not a list": (ROW | {"incorrect": "Lyon"}, "'incorrect' must be a list, found 'Lyon'"),
     "blank incorrect": (ROW | {"incorrect": ["Lyon", ""]}, "'incorrect' must hold non-empty strings"),
+    "prompt ends in a space": (ROW | {"prompt": ROW["prompt"] + " "}, "the prompt ends in a space; remove it"),
     "nothing remains": (ROW | {"answers": ["rome", "Milan "]}, "every accepted answer is already given"),
 }
 
@@ -517,9 +549,9 @@ def test_first_tokens(tokenizer: PreTrainedTokenizerFast) -> None:
     # "1. " ends in a space that the tokenizer would have joined to " Rome".
     for answer in ("Rome", "New York"):
         assert first_token(tokenizer, "1. ", tokenizer("1. ").input_ids, answer) is None
-    row = ROW | {"prompt": ROW["prompt"] + " "}
-    with pytest.raises(InputError, match="tokens merge across the end of the prompt"):
-        encode(one(row), tokenizer)
+    spaced = replace(parse_example(ROW, "here"), prompt=ROW["prompt"] + " ")
+    with pytest.raises(InputError, match=r"first tokens: tokens merge across the end of the prompt \(1\)$"):
+        encode(Task("one", (spaced,)), tokenizer)
 
 
 def test_a_tokenizer_without_offsets_is_refused(cities: Task) -> None:

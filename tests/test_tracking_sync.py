@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -71,8 +72,28 @@ def test_the_list_says_what_would_go_where(two: Path, capsys: pytest.CaptureFixt
     assert found["bytes"] == sum(row["upload_bytes"] for row in rows.values()) and found["key"] is False
     assert main(["track", "sync", str(two)]) == 0
     said = " ".join(capsys.readouterr().out.split())
-    assert "2 runs" in said and "to http://127.0.0.1:9, project p." in said and "no exported weights" in said
+    assert (
+        "2 runs," in said
+        and "to http://127.0.0.1:9 (as WANDB_BASE_URL says), project p." in said
+        and "no exported weights" in said
+    )
     assert "Nothing was uploaded" in said and "WANDB_API_KEY" in said
+
+
+def test_the_server_is_told_with_who_named_it_and_parts_are_counted(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    assert cli_track._host_from() == "as WANDB_BASE_URL says"
+    monkeypatch.delenv("WANDB_BASE_URL")
+    default = wandb.Settings.model_fields["base_url"].default
+    for address, source in ((default, "W&B's default"), ("http://own:8080", "as W&B's settings say")):
+        setup = SimpleNamespace(settings=SimpleNamespace(base_url=address))
+        monkeypatch.setattr("wandb.setup", lambda setup=setup: setup)
+        assert cli_track._host_from() == source
+    run = offline_runs.OfflineRun(Path("runs/a/wandb/offline-run-1-x"), "x", "a", "p")
+    cli_track._print_list(Path("runs"), [run, run], 1, 2048, "http://own:8080")
+    assert "To upload: 1 runs in 2 parts" in " ".join(capsys.readouterr().out.split())
 
 
 def test_long_records_are_read_whole_and_a_cut_file_up_to_there(two: Path) -> None:

@@ -51,7 +51,7 @@ def choose_heads(
         folder: where `identify` may write heads.json and scores.safetensors; None writes nothing.
 
     Raises:
-        InputError: heads that do not exist on this model, a head set of another model, fewer heads than asked for.
+        InputError: heads that do not exist on this model, a head set of another model, more heads than it could hold.
     """
     from ..analysis.hooks import require_heads
 
@@ -70,12 +70,12 @@ def choose_heads(
         if folder is not None:
             found.scores.save(folder / "scores.safetensors")
             found.heads.write(folder / "heads.json")
-        return Chosen(_top(found.heads, block, say), found.heads, found.scores.means())
+        return Chosen(_top(found.heads, block, "the head set", say), found.heads, found.scores.means())
     path = Path(block.source or (block.random.like if block.random else ""))
     heads = headset.read(path / "heads.json" if path.is_dir() else path)
     for warning in heads.require_fit(model.identity()):
         log.warning(warning)
-    pairs = _top(heads, block, say)
+    pairs = _top(heads, block, str(path), say)
     if block.random is not None:
         like = set(pairs)
         pairs = sorted(headset.random_like(pairs, model.n_heads, block.random.seed, overlap=True))
@@ -89,14 +89,21 @@ def choose_heads(
     return Chosen(pairs, heads, load_means(scores) if scores.is_file() else None)
 
 
-def _top(heads: headset.HeadSet, block: HeadsBlock, say: Say) -> list[tuple[int, int]]:
+def _top(heads: headset.HeadSet, block: HeadsBlock, where: str, say: Say) -> list[tuple[int, int]]:
     roles = headset.ROLES if block.role == "both" else (block.role,)
     if block.role == "both" and set(heads.roles) == {"selected"}:
         roles = ("selected",)  # there is no other role in such a set
     pairs = {pair for role in roles for pair in heads.top(role, min(block.top, len(heads.roles.get(role, ()))))}
+    kept = heads.method.get("parameters", {}).get("top")  # not of every set: heads may be chosen by other means
     for role in roles:
-        if len(heads.roles.get(role, ())) < block.top:
-            say(f"only {len(heads.roles.get(role, ()))} {role} heads are confirmed, fewer than top={block.top}")
+        count = len(heads.roles.get(role, ()))
+        if isinstance(kept, int) and block.top > kept:
+            raise InputError(
+                f"only {count} {role} heads in {where}, top={block.top} asked: identify kept at most {kept} a role; "
+                f"lower top, or run identify with --top {block.top}"
+            )
+        if count < block.top:
+            say(f"{role} heads confirmed in {where}: {count}, fewer than top={block.top}")
     if not pairs:
         raise InputError(f"the head set holds no {' or '.join(roles)} heads; run identify on more examples")
     return sorted(pairs)

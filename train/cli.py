@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import select
 import sys
 import traceback
 from collections.abc import Sequence
@@ -60,12 +61,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     from ..analysis.redaction import redact
 
     try:
-        return int(arguments.do(arguments) or 0)
+        code = int(arguments.do(arguments) or 0)
+        sys.stdout.flush()  # here, where a reader that has gone is noticed, and not when Python ends
+        return code
     except (InputError, CheckError) as error:
         if getattr(arguments, "verbose", False):
             print(redact(traceback.format_exc()), file=sys.stderr, end="")
         return fail(str(error), error.exit_code)
     except OSError as error:
+        if isinstance(error, BrokenPipeError) and _reader_has_gone():
+            return 1  # quietly, as rich does where a table was being printed
         if error.filename is None and error.errno is None:
             raise
         where = f" {error.filename!r}" if error.filename else ""
@@ -79,6 +84,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         if code == 0 and os.environ.get("RANK", "0") != "0":
             return code
         return fail(str(stop) or "interrupted; run the same command again", code)
+
+
+def _reader_has_gone() -> bool:
+    """Whether what stdout was piped into has ended, as `| head` does; what is left to print then goes nowhere."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    gone = bool(poll.poll(0))  # asked for nothing, a pipe tells of its other end being closed
+    if gone:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return gone
 
 
 if __name__ == "__main__":

@@ -256,12 +256,14 @@ def print_heads(found: Identified) -> None:
     from rich.table import Table
 
     from ..analysis import report
+    from ..analysis.encoding import reasons
     from .console import console
 
     heads = found.heads
     task = heads.task
     console.print(
-        f"{task['n_examples']} prompts of {task['name']}, {task['n_dropped']} left out {task['dropped'] or ''}",
+        f"{task['n_examples']} prompts of {task['name']}, {task['n_dropped']} left out"
+        + (f": {reasons(task['dropped'])}" if task["dropped"] else ""),
         markup=False,
     )
     for role, ranked in heads.roles.items():
@@ -339,15 +341,25 @@ def analyse_command(arguments: argparse.Namespace) -> int:
 
 def report_command(arguments: argparse.Namespace) -> int:
     from ..analysis import cards, headset, report
+    from ..analysis.errors import InputError
     from ..analysis.scores import load_means
 
     folder: Path = arguments.folder
-    heads = headset.read(folder / "heads.json")
-    means = load_means(folder / "scores.safetensors") if (folder / "scores.safetensors").is_file() else {}
     path = folder / "evaluation.json"
     evaluation = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
     if evaluation is not None and evaluation.get("after") is None:
         evaluation = None  # a run that has not finished has nothing to compare yet
+    if (folder / "recipe.yaml").is_file() and not (folder / "heads.json").is_file():
+        if evaluation is None:
+            raise InputError(f"run {str(folder)!r} is not finished; finish it with: headtune train RECIPE --resume")
+        from .recipe import load
+        from .shown import write_run_page
+
+        write_run_page(load(str(folder / "recipe.yaml")), folder, evaluation)
+        print(folder / "report.html")
+        return 0
+    heads = headset.read(folder / "heads.json")
+    means = load_means(folder / "scores.safetensors") if (folder / "scores.safetensors").is_file() else {}
     portraits = cards.read(folder / "portraits.json") if (folder / "portraits.json").is_file() else []
     report.write_report(folder / "report.html", heads, means, evaluation, portraits=portraits)
     print(folder / "report.html")

@@ -70,6 +70,8 @@ def _print(found: DryRun, recipe: Recipe) -> None:
     for kind, count in found.parameters.items():
         line("", f"{count:,}  {kind}")
     line("examples", f"{found.examples[0]} to train on, {found.examples[1]} held out")
+    if found.tasks:
+        line("", found.tasks)
     if found.steps:
         line("steps", f"{found.steps} of {found.batch} rows; the longest row has {found.longest} tokens")
     for stage in found.stages:

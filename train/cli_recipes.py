@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .cli_parts import Add, adder, completed, print_json
 
+if TYPE_CHECKING:
+    from ..analysis.tasks import Task
+
+_N_ITEMS = 3  # of a list that are scored, unless evaluation.n_items or --items says otherwise
 ACTION = "list, show, validate or schema (default: list)"
 
 
@@ -51,8 +59,9 @@ def add_parsers(add: Add) -> None:
     q.add_argument("--seed", type=int, default=0)
     q.add_argument("--out", type=Path, required=True, help="a new file, such as my_task.jsonl")
     q.set_defaults(do=_build)
-    q = actions("show", "print a task as JSONL", "show country_cities:test")
+    q = actions("show", "say what is in a task", "show country_cities:test", "show relation:FOLDER --all > my.jsonl")
     completed(q.add_argument("source", help="built-in name, JSONL file or hub id; NAME:train takes a split"), "task")
+    q.add_argument("--all", action="store_true", help="print every example, as JSONL (as does --json)")
     q.set_defaults(do=_show_task)
     actions("list", "list the built-in tasks", "list").set_defaults(do=_list_tasks)
 
@@ -127,10 +136,59 @@ def _list_tasks(arguments: argparse.Namespace) -> int:
 
 
 def _show_task(arguments: argparse.Namespace) -> int:
-    from ..analysis.tasks import load_task, to_jsonl
+    from ..analysis.tasks import load_task, scored
 
-    print(to_jsonl(load_task(arguments.source).examples), end="")
+    task = load_task(arguments.source)
+    if arguments.all or arguments.json:
+        print("".join(f"{line}\n" for line in _lines(task)), end="")
+        return 0
+    print(f"{task.name}: {len(task.subjects)} subjects, {len(task.examples)} prompts, {scored(task.kind, _N_ITEMS)}")
+    if task.split is None:
+        print(_split_sizes(task))
+    given = Counter(len(example.previous) for example in task.examples)
+    if set(given) != {0}:
+        print("answers already given: " + ", ".join(f"{n} in {count} prompts" for n, count in sorted(given.items())))
+    if hint := _too_few(task):
+        print(hint)
+    shown = list(_lines(task.limited(3)))
+    print(f"\n{len(shown)} of {len(task.examples)} examples (--all prints them all):", *shown, sep="\n")
     return 0
+
+
+def _lines(task: Task) -> Iterator[str]:
+    """A task as JSONL without the keys that say nothing; an empty `previous` says that a task is of lists."""
+    from ..analysis.tasks import to_jsonl
+
+    for example in task.examples:
+        row = json.loads(to_jsonl([example]))
+        silent = ("corrupt",) if task.kind == "lists" else ("corrupt", "previous")
+        yield json.dumps({k: v for k, v in row.items() if v or k not in silent}, ensure_ascii=False)
+
+
+def _split_sizes(task: Task) -> str:
+    from ..analysis.tasks import split_subjects
+
+    parts = split_subjects(task.subjects)
+    counts = Counter(example.subject for example in task.examples)
+    words = (f"{part} {len(names)} ({sum(counts[name] for name in names)})" for part, names in parts.items())
+    return f"subjects (prompts) of the split with seed 0: {', '.join(words)}"
+
+
+def _too_few(task: Task) -> str:
+    """Which prompts leave fewer answers than items are scored: some of these are then always wrong. Empty if none."""
+    if task.kind != "lists":
+        return ""
+    short = [example for example in task.examples if len(example.remaining) < _N_ITEMS]
+    if not short:
+        return ""
+    worst = min(short, key=lambda example: (len(example.remaining), -len(example.previous)))
+    left, given = len(worst.remaining), len(worst.previous)
+    fits = sorted({len(example.previous) for example in task.examples} - {len(example.previous) for example in short})
+    instead = f", or --previous {','.join(map(str, fits))}" if fits else ""
+    return (
+        f"{_N_ITEMS} items are scored and only {left} answer{'s' * (left != 1)} remain{'s' * (left == 1)} for prompts "
+        f"with {given} given (such as {worst.subject!r}): give more answers{instead}"
+    )
 
 
 def _build(arguments: argparse.Namespace) -> int:
@@ -150,4 +208,6 @@ def _build(arguments: argparse.Namespace) -> int:
     options = {"previous": previous, "seed": arguments.seed}
     task = build_files(Path(arguments.source), arguments.templates, arguments.out, arguments.invert, **options)
     print(f"{arguments.out}: {len(task.examples)} examples, {len(task.subjects)} subjects")
+    if hint := _too_few(task):
+        print(hint, file=sys.stderr)
     return 0

@@ -92,7 +92,7 @@ def add_parsers(add: Add) -> None:
 def evaluate_command(arguments: argparse.Namespace) -> int:
     from ..analysis import knobs
     from ..analysis.files import require_new_folder
-    from ..analysis.tasks import load_task
+    from ..analysis.tasks import load_task, scored
     from .recipe import load
 
     is_run = (Path(arguments.target) / "recipe.yaml").is_file()
@@ -124,7 +124,7 @@ def evaluate_command(arguments: argparse.Namespace) -> int:
     if chosen:
         turned = knobs.turned(view(model, tokenizer, arguments.target), chosen, console.progress)
     with turned as notes:
-        console.say(f"evaluating on {len(task.examples)} prompts")
+        console.say(f"evaluating on {len(task.examples)} prompts, {scored(task.kind, arguments.items)}")
         preamble = truthfulqa_preamble() if arguments.preamble else ""
         metrics, lists = evaluate(model, tokenizer, task, arguments.items, arguments.batch_size, preamble)
     generations = [{"prompt": s.example.prompt, "text": s.text, "kinds": s.kinds, "values": s.values} for s in lists]
@@ -144,7 +144,7 @@ def evaluate_command(arguments: argparse.Namespace) -> int:
 def export_command(arguments: argparse.Namespace) -> int:
     model_quiet()
     from . import export
-    from .console import console
+    from .console import console, progress, say
 
     if arguments.adapter:
         result = export.export_adapter(arguments.run, arguments.out)
@@ -153,7 +153,7 @@ def export_command(arguments: argparse.Namespace) -> int:
             line += f"; import {result['import_first']} before loading it with PEFT"
     else:
         result = export.export_run(
-            arguments.run, arguments.out, arguments.dtype, arguments.prompts, arguments.max_shard_size
+            arguments.run, arguments.out, arguments.dtype, arguments.prompts, arguments.max_shard_size, progress, say
         )
         line = (
             f"{arguments.out}: {result['dtype']}, largest logit difference {result['max_logit_difference']:.2g} on a "

@@ -94,7 +94,10 @@ def _print_list(folder: Path, runs: Sequence[OfflineRun], n_waiting: int, size: 
         print("Nothing to upload.")
         return
     projects = sorted({"/".join(filter(None, (run.entity, run.project))) for run in runs if run.state == "ready"})
-    print(f"To upload: {n_waiting} runs, {_size(size)}, to {host}, project {', '.join(projects)}. {WHAT}")
+    n_parts = sum(run.state == "ready" for run in runs)
+    counted = f"{n_waiting} runs" + (f" in {n_parts} parts (a resumed run has several)" if n_parts > n_waiting else "")
+    where = f"{host} ({_host_from()})"
+    print(f"To upload: {counted}, {_size(size)}, to {where}, project {', '.join(projects)}. {WHAT}")
 
 
 def _place(run: Path, folder: Path) -> str:
@@ -130,6 +133,16 @@ def _server() -> tuple[str, bool]:
     finally:
         if mode is not None:
             os.environ["WANDB_MODE"] = mode
+
+
+def _host_from() -> str:
+    """Who named the server."""
+    if os.environ.get("WANDB_BASE_URL"):
+        return "as WANDB_BASE_URL says"
+    import wandb
+
+    default = wandb.Settings.model_fields["base_url"].default
+    return "W&B's default" if wandb.setup().settings.base_url == default else "as W&B's settings say"
 
 
 def _require_reached(host: str) -> None:

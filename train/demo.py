@@ -34,12 +34,13 @@ def demo(out: Path | None = None, quick: bool = False) -> dict[str, Any]:
 
     console.say(f"1/3 identify: which heads of {EMBEDDED} recall answers, which suppress those already given")
     task = load_task("one_to_many:train").limited(8 if quick else 96)
-    found = identify_into(EMBEDDED, task, folder / "heads", {"group": folder.name}, top=8 if quick else 16)
+    top = 8 if quick else 16
+    found = identify_into(EMBEDDED, task, folder / "heads", {"group": folder.name}, top=top)
     print_heads(found)
 
     console.say("2/3 train: scale and offset on those heads alone, evaluated on subjects never trained on")
     overrides = [
-        f"heads={{from: {folder / 'heads'}, role: both, top: 16}}",
+        f"heads={{from: {folder / 'heads'}, role: both, top: {top}}}",
         f"output_dir={folder / 'run'}",
         "name=demo",
         f"tracking.group={folder.name}",

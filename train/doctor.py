@@ -148,7 +148,7 @@ def _wandb() -> Iterator[Finding]:
 def _hub() -> Iterator[Finding]:
     from huggingface_hub import constants, get_token
 
-    how = "offline, as HF_HUB_OFFLINE says" if constants.HF_HUB_OFFLINE else "online"
+    how = "offline, as HF_HUB_OFFLINE says" if constants.HF_HUB_OFFLINE else "not switched off, and not tried"
     token = "a token is there" if get_token() else "no token; only gated and private models need one"
     yield Finding("hub", f"{how}; {token}")
 

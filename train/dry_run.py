@@ -19,7 +19,8 @@ from transformers import set_seed
 from ..analysis.errors import InputError
 from ..analysis.files import require_new_folder
 from ..analysis.model import HeadModel
-from . import fit, model_shape, plan_recipe, preview, sequence
+from ..analysis.tasks import scored
+from . import fit, model_shape, plan_recipe, preview, sequence, splits
 from .blocks import HeadsBlock, ObjectiveBlock, SeekrMethod
 from .choosing import choose_heads
 from .plan_recipe import Stage
@@ -36,6 +37,7 @@ class DryRun:
         parameters: trained, by kind of weight; empty where nothing is trained.
         model_parameters: of the whole model.
         examples: trained on and held out.
+        tasks: they are of, and how their answers are scored, in words.
         batch: rows of a step; steps: of the whole run.
         longest: tokens of the longest row.
         stages: with their memory on this machine, in one process.
@@ -47,6 +49,7 @@ class DryRun:
     parameters: dict[str, int]
     model_parameters: int
     examples: tuple[int, int]
+    tasks: str = ""
     batch: int = 0
     steps: int = 0
     longest: int = 0
@@ -81,6 +84,8 @@ def dry_run(recipe: Recipe) -> DryRun:
     if recipe.heads is not None:
         pairs, words = _heads(recipe.heads, ready, notes)
     examples = (len(ready.train.examples), len(ready.held_out.examples))
+    tasks = f"{splits.in_words(recipe.task, ready.train, ready.held_out)}, "
+    tasks += scored(ready.held_out.kind, recipe.evaluation.n_items)
     method: Any = recipe.method
     if getattr(method, "select_only", False):
         notes.append("method.select_only: the run ends when heads are chosen")
@@ -88,12 +93,18 @@ def dry_run(recipe: Recipe) -> DryRun:
         return _in_order(recipe, ready, words, total, notes)
     if not isinstance(method, ObjectiveBlock):
         notes.append("recipe steer trains nothing: what it adds is computed from the training prompts")
-        return DryRun(words, {}, total, examples, notes=notes)
-    return _trained(recipe, ready, pairs, words, total, notes)
+        return DryRun(words, {}, total, examples, tasks, notes=notes)
+    return _trained(recipe, ready, pairs, words, total, tasks, notes)
 
 
 def _trained(
-    recipe: Recipe, ready: Ready, pairs: list[tuple[int, int]], words: str | None, total: int, notes: list[str]
+    recipe: Recipe,
+    ready: Ready,
+    pairs: list[tuple[int, int]],
+    words: str | None,
+    total: int,
+    tasks: str,
+    notes: list[str],
 ) -> DryRun:
     heads, method = ready.heads, recipe.method
     assert isinstance(method, ObjectiveBlock)
@@ -135,6 +146,7 @@ def _trained(
         by_kind(trainer.model),
         total,
         (n_rows, len(ready.held_out.examples)),
+        tasks,
         at_once,
         _steps(arguments, n_rows, at_once),
         longest,
@@ -167,8 +179,9 @@ def _in_order(recipe: Recipe, ready: Ready, words: str | None, total: int, notes
     ]
     examples = (sum(map(len, tasks)), sum(len(step.held_out.examples) for step in ready.steps))
     stages = _stages(recipe, heads, arguments, longest, labels, max(map(len, tasks)))
+    task = scored(ready.held_out.kind, recipe.evaluation.n_items)
     return DryRun(
-        words, by_kind(model), total, examples, at_once, steps, longest, stages, shown, notes, _device(arguments)
+        words, by_kind(model), total, examples, task, at_once, steps, longest, stages, shown, notes, _device(arguments)
     )
 
 
@@ -176,7 +189,7 @@ def _heads(block: HeadsBlock, ready: Ready, notes: list[str]) -> tuple[list[tupl
     """The heads, or as many others where the run has yet to find them; and in words."""
     heads = ready.heads
     if block.identify is None and not block.learnt:
-        pairs = choose_heads(block, heads, ready.train, say=lambda _line: None).pairs
+        pairs = choose_heads(block, heads, ready.train, say=notes.append).pairs
         names = [f"L{layer}H{head}" for layer, head in pairs]
         return pairs, f"{len(pairs)}: {' '.join(names[:16])}{' ...' if len(names) > 16 else ''}"
     how = "identify" if block.identify else "lofit" if block.lofit else "probe"

@@ -12,11 +12,12 @@ import copy
 import dataclasses
 import itertools
 import json
+import logging
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,12 +30,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..analysis.architectures import architecture_of
 from ..analysis.errors import CheckError, InputError
 from ..analysis.files import atomic_folder, require_new_folder, sha256_of, write_json, write_text
+from ..analysis.methods import Progress, silent
 from ..analysis.model import parse_dtype
 from ..analysis.tasks import Task
 from .blocks import TaskBlock
 from .card import Origin, adapter_card, checkpoint_card, origin_of
 from .convert import conversion, fold
 
+log = logging.getLogger(__name__)
+Say = Callable[[str], None]
 FLOAT32_TOLERANCE = (
     1e-3  # largest logit difference; folding reorders float32 sums, which moves logits by about 1e-5..1e-4
 )
@@ -103,11 +107,11 @@ def prompts_of(tokenizer: PreTrainedTokenizerBase, task: Task, n: int = 20, new_
 
 
 @torch.no_grad()
-def answers_of(model: Any, prompts: Prompts) -> Answers:
+def answers_of(model: Any, prompts: Prompts, progress: Progress = silent) -> Answers:
     """What a model in this process computes, on its own device."""
     model.eval()
     logits, greedy = [], []
-    for row in prompts.rows:
+    for row in progress(prompts.rows, "asking the adapted model"):
         tokens = torch.tensor([row], device=model.device)
         logits.append(model(tokens).logits[0].float().cpu())
         settings = {"do_sample": False, "max_new_tokens": prompts.new_tokens, "pad_token_id": prompts.pad}
@@ -191,6 +195,8 @@ def export(
     n_prompts: int = 20,
     new_tokens: int = 24,
     max_shard_size: str = "5GB",
+    progress: Progress = silent,
+    say: Say = log.info,
 ) -> dict[str, Any]:
     """Fold, save, reload elsewhere, compare, and only then give the folder its name.
 
@@ -201,6 +207,8 @@ def export(
         dtype: of the stored weights. The comparison is always with the adapted float32 model.
         origin: what the model card says of the run.
         max_shard_size: of one file of weights, such as "5GB".
+        progress: wraps the prompts.
+        say: told what happens, a line at a time.
 
     Returns:
         The content of `export.json`: the comparison (see `compare`), the conversion of the family, the origin, and the
@@ -216,14 +224,18 @@ def export(
     require_new_folder(target, "choose another folder")
     origin = origin or Origin()
     prompts = prompts_of(tokenizer, task, n_prompts, new_tokens)
-    expected = answers_of(model, prompts)
+    say(f"logits and generations of the adapted model on {len(prompts.rows)} prompts")
+    expected = answers_of(model, prompts, progress)
+    say("folding the adapter into stock weights")
     source = copy.deepcopy(model.config)
     folded = fold(model).to(stored)  # type: ignore[arg-type]
     converted = conversion(source, folded.config)
     if target.is_dir():
         target.rmdir()  # empty, as was checked; rename needs the name free
     with atomic_folder(target) as temporary:
+        say(f"writing {dtype} weights")
         write_stock(folded, tokenizer, temporary, max_shard_size)
+        say(f"reloading them in a process of its own, and comparing {len(prompts.rows)} prompts")
         result = compare(expected, answers_elsewhere([temporary], prompts)[0], dtype)
         if not result["passed"]:
             raise CheckError(
@@ -289,7 +301,13 @@ def _write_adapter(run: Path, target: Path, origin: Origin) -> dict[str, Any]:
 
 
 def export_run(
-    run: Path, target: Path, dtype: str = "float32", n_prompts: int = 20, max_shard_size: str = "5GB"
+    run: Path,
+    target: Path,
+    dtype: str = "float32",
+    n_prompts: int = 20,
+    max_shard_size: str = "5GB",
+    progress: Progress = silent,
+    say: Say = log.info,
 ) -> dict[str, Any]:
     """Export a finished run; see `export`. The prompts compared are of its held-out task or tasks.
 
@@ -307,7 +325,18 @@ def export_run(
     held_out = _held_out(recipe.task, n_prompts)
 
     def make() -> dict[str, Any]:
-        return export(model, tokenizer, held_out, target, dtype, origin, n_prompts, max_shard_size=max_shard_size)
+        return export(
+            model,
+            tokenizer,
+            held_out,
+            target,
+            dtype,
+            origin,
+            n_prompts,
+            max_shard_size=max_shard_size,
+            progress=progress,
+            say=say,
+        )
 
     return tracked_export(run, recipe, target, make)
 

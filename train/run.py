@@ -28,7 +28,7 @@ from ..analysis.files import leftovers, require_new_folder, write_json, write_te
 from ..analysis.inside import require_no_way_out
 from ..analysis.model import HeadModel, load, load_plain
 from ..analysis.scores import load_means
-from ..analysis.tasks import Task
+from ..analysis.tasks import Task, scored
 from . import faults, fit, holding, interruption, lineage, selecting, sequence, shown, trainers
 from . import recipe as recipes
 from .blocks import FullMethod, JolaMethod, LofitMethod, ModelBlock, ObjectiveBlock, RegulariseMethod, SeekrMethod
@@ -110,6 +110,7 @@ def _run(recipe: Recipe, resume: bool, progress: identify.Progress, say: Say) ->
     if data is not None and "data" in saved:
         _require_same_data(data, saved["data"], folder)
     say(f"run {folder} on {block.name}")  # not earlier: what is refused is refused in one line
+    say(f"task {held_out.name}: {scored(held_out.kind, recipe.evaluation.n_items)}")
     if main:
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / FIRST, recipe.to_yaml())
@@ -262,6 +263,8 @@ def _carry_out(
         report.write_report(
             folder / "report.html", chosen.found, chosen.means or {}, evaluation, portraits, title=recipe.name
         )
+    else:
+        shown.write_run_page(recipe, folder, evaluation)
     PartialState().wait_for_everyone()
     return evaluation
 

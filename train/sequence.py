@@ -30,7 +30,7 @@ from ..analysis.headset import RankedHead
 from ..analysis.model import HeadModel
 from ..analysis.scores import load_means, mean_interval
 from ..analysis.tasks import Task, load_task
-from . import fit, replay
+from . import fit, replay, shown
 from .blocks import EvaluationBlock, SeekrMethod, TaskBlock
 from .choosing import choose_heads
 from .continual import Learner, Unit
@@ -225,6 +225,8 @@ def learn_sequence(
         kept, scores = headset.read(folder / "heads.json"), folder / "scores.safetensors"
         means = load_means(scores) if scores.is_file() else {}
         report.write_report(folder / "report.html", kept, means, evaluation, title=recipe.name)
+    else:
+        shown.write_run_page(recipe, folder, evaluation)
     tracker.log(flat("after", evaluation["after"]))
     tracker.summary(flat("after", evaluation["after"]) | {"parameters": state["parameters"]})
     tracker.table("sequence", ["learnt", *(step.name for step in steps)], _matrix_rows(units, saved["after"]))

@@ -10,7 +10,19 @@ from ..analysis import report
 
 if TYPE_CHECKING:
     from ..analysis.headset import HeadSet
+    from .recipe import Recipe
     from .tracking import Tracker
+
+
+def write_run_page(recipe: Recipe, folder: Path, evaluation: Mapping[str, Any]) -> None:
+    """report.html of a run that ranked no heads.
+
+    Args:
+        folder: of the run, wherever it lies now.
+        evaluation: the content of evaluation.json.
+    """
+    lead = f"{recipe.recipe} on {recipe.model.name}."
+    report.write_run_report(folder / "report.html", evaluation, recipe.to_yaml(), lead, recipe.name)
 
 
 def show_heads(tracker: Tracker, found: HeadSet, means: Mapping[str, Any], folder: Path, artifact: str) -> None:

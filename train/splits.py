@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from ..analysis.errors import InputError
-from ..analysis.tasks import Task, load_task, take_split
+from ..analysis.tasks import Task, load_task, split_subjects, take_split
 from .blocks import TaskBlock
 
 
@@ -30,3 +30,14 @@ def tasks_of(block: TaskBlock) -> tuple[Task, Task]:
         )
     # One seed for every run: the same examples are compared, whatever the recipe's own seed.
     return train, evaluation.limited(block.max_eval_examples, seed=0)
+
+
+def in_words(block: TaskBlock, train: Task, evaluation: Task) -> str:
+    """Where the two tasks of `tasks_of` are from: one task's parts, with the part that is in neither, or two tasks."""
+    if (block.eval or block.train) != block.train or load_task(block.train, block.split.seed).split is not None:
+        return f"{train.name} and {evaluation.name} as they are"
+    aside = split_subjects(load_task(block.train).subjects, block.split.seed)["validation"]
+    return (
+        f"{block.train} split by subject (seed {block.split.seed}): {train.name} is learnt, "
+        f"{evaluation.name} held out, validation ({len(aside)} subject{'s' * (len(aside) != 1)}) in neither"
+    )

@@ -156,8 +156,8 @@ def carry_out(name: str, of: Sequence[Cell], say: Say) -> list[Cell]:
             continue
         cell.folder.parent.mkdir(parents=True, exist_ok=True)
         resume = (cell.folder / "recipe.yaml").is_file()
-        say(f"{index + 1}/{len(of)} {cell.folder.name}" + (": going on" if resume else ""))
         path = cell.folder.with_name(f"{cell.folder.name}.log")
+        say(f"{index + 1}/{len(of)} {cell.folder.name}{': going on' if resume else ''} (its words are in {path})")
         with path.open("a", encoding="utf-8") as log:
             command = cell.command(name, resume)
             # In a session of its own, so that Ctrl-C reaches it once: through `_ended`.
