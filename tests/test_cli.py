@@ -387,6 +387,7 @@ def test_sizes_that_are_none(text: str) -> None:
         memory(text)
 
 
+@pytest.mark.slow
 def test_little_memory_gives_the_same_numbers(task: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One hypothetical run at a time instead of all together."""
     import numpy as np
@@ -414,6 +415,7 @@ def test_little_memory_gives_the_same_numbers(task: Path, tiny_llama: Path, monk
         assert np.allclose(scores[1][name], value, atol=1e-5), name
 
 
+@pytest.mark.slow
 def test_gates_from_start_to_report(
     task: Path, tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -428,6 +430,7 @@ def test_gates_from_start_to_report(
     assert (tmp_path / "heads" / "report.html").read_text() == before
 
 
+@pytest.mark.slow
 def test_the_elbow_and_a_control_on_the_command_line(
     task: Path, tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

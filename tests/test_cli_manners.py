@@ -71,6 +71,7 @@ def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert caught.value.code == 0 and capsys.readouterr().out == f"headtune {version('headtune')}\n"
 
 
+@pytest.mark.slow
 def test_importing_the_analysis_is_cheap() -> None:
     """Every module of it together brings in what only training, tracking and drawing need at their use."""
     script = (

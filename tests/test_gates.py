@@ -183,6 +183,7 @@ def scored(name: str) -> tuple[PlantedModel, dict[str, Array]]:
     return model, gate_scores(heads, encode(model.task.limited(24), heads.tokenizer).examples, 0, silent)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_recall_heads_facilitate_and_suppression_heads_interfere(name: str) -> None:
     model, scores = scored(name)

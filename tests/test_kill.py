@@ -155,6 +155,7 @@ def break_in(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, times: int 
     monkeypatch.setattr(owner, name, call)
 
 
+@pytest.mark.slow
 def test_broken_while_tidying_up_the_run_is_done(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

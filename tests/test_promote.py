@@ -48,6 +48,7 @@ def found(model: HeadModel, task: EncodedTask) -> Analysis:
 # --- what it reports --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_every_number_is_there_and_can_be_written(found: Analysis, tmp_path: Path) -> None:
     analyses.write(found, tmp_path / "out")
     data = json.loads((tmp_path / "out" / "analysis.json").read_text())["data"]
@@ -160,6 +161,7 @@ def test_traces_are_summed_up(found: Analysis) -> None:
     )  # stands before the noise
 
 
+@pytest.mark.slow
 def test_without_previous_answers_and_without_traces(model: HeadModel) -> None:
     single = encode(tiny_task(previous=(0,), subjects=3), model.tokenizer)
     found = analyses.run("promote_then_suppress", model, single, trace_examples=0)
@@ -226,6 +228,7 @@ def of_planted(planted: PlantedModel) -> Analysis:
     return analyses.run("promote_then_suppress", planted.view(), task, trace_examples=3, n_noise=4, window=2)
 
 
+@pytest.mark.slow
 def test_planted_heads_have_their_roles(planted: PlantedModel, of_planted: Analysis) -> None:
     data = of_planted.data["head_roles"]
     promoters = {(layer, head) for layer, head, *_ in data["top_promotes_next"]}

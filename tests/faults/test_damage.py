@@ -14,6 +14,8 @@ from machine import FAMILIES, Machine
 
 from headtune.train import checkpoints
 
+pytestmark = pytest.mark.slow  # every fault needs processes of its own
+
 Made = Callable[[str], Path]
 
 
