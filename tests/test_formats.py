@@ -382,9 +382,12 @@ def test_bad_data_is_refused_by_its_place(case: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("truthfulqa:nowhere.csv", "truthfulqa file 'nowhere.csv' does not exist"),
+        (
+            "truthfulqa:nowhere.csv",
+            "truthfulqa file 'nowhere.csv' does not exist; check the path, or give a task of your",
+        ),
         ("truthfulqa:a/nowhere.csv", "truthfulqa file 'a/nowhere.csv' does not exist"),
-        ("relation:nowhere", "relation file 'nowhere' does not exist"),
+        ("relation:nowhere", "relation file 'nowhere' does not exist; check the path, or give a task of your own"),
         ("pairs:a/nowhere", "pairs file 'a/nowhere' does not exist"),
         ("superni:a/nowhere", "superni task 'a/nowhere' is no .json file and no folder with one for each split"),
         ("trace:nobody/nothing", "task 'nobody/nothing' is not a file and cannot be loaded from the hub"),
