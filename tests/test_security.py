@@ -281,7 +281,7 @@ def test_no_byte_of_a_run_or_an_export_holds_a_secret(tmp_path: Path, tiny_llama
     held = {str(file) for file in files for secret in secrets if secret.encode() in file.read_bytes()}
     assert held == set()
     logs = list(work.glob("run/wandb/offline-run-*/*.wandb"))
-    assert len(logs) == 2  # of the training and of the export
+    assert len(logs) == 3  # of the training and of each export
     assert all(b"a-tag-to-find" in log.read_bytes() for log in logs), "what W&B wrote cannot be searched for plain text"
     names = {file.relative_to(work).as_posix() for file in files if file.is_relative_to(work)}
     expected = {"run/run.json", "run/recipe.yaml", "run/metrics.jsonl", "out/README.md", "out-whole/README.md"}
