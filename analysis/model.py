@@ -334,12 +334,32 @@ def load_plain(
         require_safe_weights(Path(source))
     else:
         _require_on_hub(name, revision)
-    try:
+    with _refused_by_name(name):
         architecture_of(AutoConfig.from_pretrained(source, **options).get_text_config().model_type)
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
         model = AutoModelForCausalLM.from_pretrained(
             source, dtype=parse_dtype(dtype), device_map=device_map, use_safetensors=True, **options
         )
+    return model, tokenizer
+
+
+def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """Load a model's tokenizer without its weights, by built-in name, local folder or hub id.
+
+    Raises:
+        InputError: there is no such model, or its tokenizer cannot be read.
+    """
+    source = resolve(name)
+    if not Path(source).is_dir():
+        _require_on_hub(name, revision)
+    with _refused_by_name(name):
+        return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
+
+
+@contextlib.contextmanager
+def _refused_by_name(name: str) -> Iterator[None]:
+    try:
+        yield
     except InputError:
         raise
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
@@ -347,7 +367,6 @@ def load_plain(
         raise InputError(
             f"model {name!r} cannot be loaded: {builtin.EXPECTED}, a model folder or a hub id you can reach ({reason})"
         ) from error
-    return model, tokenizer
 
 
 def load(

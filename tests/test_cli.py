@@ -227,6 +227,20 @@ def test_what_is_in_a_task(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert "scored by exact match of one answer" in shown and shown.endswith(json.dumps(single) + "\n")
 
 
+def test_what_identify_would_leave_out_of_a_task(
+    tmp_path: Path, tiny_llama: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = {"prompt": "1. Rome\n2.", "subject": "1.", "previous": ["Rome"]}
+    lines = [{**given, "answers": ["Rome", other]} for other in ("Milan", "Rome by night")]
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert main(["task", "show", "mine.jsonl", "--model", str(tiny_llama)]) == 0
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith(f"{tiny_llama}: ")]
+    why = "remaining and previous answers share first tokens (1)"
+    assert said == [f"{tiny_llama}: 1 of 2 prompts can be scored on first tokens; left out: {why}"]
+    assert main(["task", "show", "mine.jsonl", "--model", "nowhere"]) == 2
+    assert "model 'nowhere'" in capsys.readouterr().err
+
+
 def test_lists_that_are_too_short_for_what_is_scored_are_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

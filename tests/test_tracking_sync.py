@@ -93,7 +93,7 @@ def test_the_server_is_told_with_who_named_it_and_parts_are_counted(
         assert cli_track._host_from() == source
     run = offline_runs.OfflineRun(Path("runs/a/wandb/offline-run-1-x"), "x", "a", "p")
     cli_track._print_list(Path("runs"), [run, run], 1, 2048, "http://own:8080")
-    assert "To upload: 1 runs in 2 parts" in " ".join(capsys.readouterr().out.split())
+    assert "To upload: 1 run in 2 parts" in " ".join(capsys.readouterr().out.split())
 
 
 def test_long_records_are_read_whole_and_a_cut_file_up_to_there(two: Path) -> None:

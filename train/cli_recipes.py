@@ -59,8 +59,12 @@ def add_parsers(add: Add) -> None:
     q.add_argument("--seed", type=int, default=0)
     q.add_argument("--out", type=Path, required=True, help="a new file, such as my_task.jsonl")
     q.set_defaults(do=_build)
-    q = actions("show", "say what is in a task", "show country_cities:test", "show relation:FOLDER --all > my.jsonl")
+    q = actions(
+        "show", "say what is in a task", "show my.jsonl --model smollm2-135m", "show relation:FOLDER --all > my.jsonl"
+    )
     completed(q.add_argument("source", help="built-in name, JSONL file or hub id; NAME:train takes a split"), "task")
+    model = q.add_argument("--model", help="say how many prompts identify could score on it, and why not the others")
+    completed(model, "model")
     q.add_argument("--all", action="store_true", help="print every example, as JSONL (as does --json)")
     q.set_defaults(do=_show_task)
     actions("list", "list the built-in tasks", "list").set_defaults(do=_list_tasks)
@@ -150,9 +154,21 @@ def _show_task(arguments: argparse.Namespace) -> int:
         print("answers already given: " + ", ".join(f"{n} in {count} prompts" for n, count in sorted(given.items())))
     if hint := _too_few(task):
         print(hint)
+    if arguments.model:
+        print(f"{arguments.model}: {_scorable(task, arguments.model)}")
     shown = list(_lines(task.limited(3)))
     print(f"\n{len(shown)} of {len(task.examples)} examples (--all prints them all):", *shown, sep="\n")
     return 0
+
+
+def _scorable(task: Task, model: str) -> str:
+    """What `identify` would leave out with this model's tokenizer."""
+    from ..analysis.encoding import encode, reasons
+    from ..analysis.model import load_tokenizer
+
+    encoded = encode(task, load_tokenizer(model))
+    left_out = f"; left out: {reasons(encoded.dropped)}" if encoded.dropped else ""
+    return f"{len(encoded.examples)} of {len(task.examples)} prompts can be scored on first tokens{left_out}"
 
 
 def _lines(task: Task) -> Iterator[str]:

@@ -95,7 +95,9 @@ def _print_list(folder: Path, runs: Sequence[OfflineRun], n_waiting: int, size: 
         return
     projects = sorted({"/".join(filter(None, (run.entity, run.project))) for run in runs if run.state == "ready"})
     n_parts = sum(run.state == "ready" for run in runs)
-    counted = f"{n_waiting} runs" + (f" in {n_parts} parts (a resumed run has several)" if n_parts > n_waiting else "")
+    counted = f"{n_waiting} {'run' if n_waiting == 1 else 'runs'}"
+    if n_parts > n_waiting:
+        counted += f" in {n_parts} parts (a resumed run has several)"
     where = f"{host} ({_host_from()})"
     print(f"To upload: {counted}, {_size(size)}, to {where}, project {', '.join(projects)}. {WHAT}")
 

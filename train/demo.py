@@ -51,7 +51,7 @@ def demo(out: Path | None = None, quick: bool = False) -> dict[str, Any]:
     evaluation = run(recipe, progress=console.progress, say=console.say)
 
     console.say("3/3 export: folded into a stock checkpoint, reloaded by plain transformers and compared")
-    exported = export.export_run(folder / "run", folder / "export")
+    exported = export.export_run(folder / "run", folder / "export", progress=console.progress, say=console.say)
     print_evaluation(folder / "run", evaluation)
     console.console.print(
         f"export: {folder / 'export'} (largest logit difference {exported['max_logit_difference']:.2g}, "

@@ -36,6 +36,7 @@ from ..analysis.tasks import Task
 from .blocks import TaskBlock
 from .card import Origin, adapter_card, checkpoint_card, origin_of
 from .convert import conversion, fold
+from .quiet import libraries_quiet
 
 log = logging.getLogger(__name__)
 Say = Callable[[str], None]
@@ -300,6 +301,7 @@ def _write_adapter(run: Path, target: Path, origin: Origin) -> dict[str, Any]:
     return result
 
 
+@libraries_quiet()
 def export_run(
     run: Path,
     target: Path,

@@ -35,6 +35,7 @@ from .blocks import FullMethod, JolaMethod, LofitMethod, ModelBlock, ObjectiveBl
 from .card import OWN
 from .choosing import Chosen, choose_heads
 from .multiple_choice import require_choices
+from .quiet import libraries_quiet
 from .recipe import Recipe
 from .records import evaluation_identity, flat, measure, new_folder, peak_memory, read_before, write_evaluation
 from .splits import tasks_of
@@ -63,6 +64,7 @@ def _state_file(folder: Path, content: dict[str, Any], main: bool) -> Iterator[d
     write("done")
 
 
+@libraries_quiet()
 def run(
     recipe: Recipe,
     resume: bool = False,
