@@ -17,7 +17,8 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ ENGINES = ("ddp_cpu_2", "zero1_cpu_2", "zero2_cpu_2", "zero3_cpu_2", "fsdp2_cpu_
 
 
 RESUMED = "--resume"
+BROKEN = "--broken"
+AT_SAVE = 3
 
 
 def run_recipes(engine: str, commands: Sequence[Sequence[str]], folder: Path) -> list[str]:
@@ -36,8 +39,9 @@ def run_recipes(engine: str, commands: Sequence[Sequence[str]], folder: Path) ->
 
     Args:
         engine: a configuration in accelerate_configs/.
-        commands: a recipe and what overrides it each, such as `["recipe.yaml", "seed=1"]`; with `RESUMED`, its run is
-            made one that was killed before its adapter was written, and taken up.
+        commands: a recipe and what overrides it each, such as `["recipe.yaml", "seed=1"]`. With `BROKEN`, a run breaks
+            off after its third checkpoint. With `RESUMED`, it is taken up; if it was finished, as one that was killed
+            before its adapter was written.
         folder: for scratch.
     """
     jobs, answers = folder / f"{engine}.jobs.json", folder / f"{engine}.answers.json"
@@ -90,9 +94,39 @@ def _forget() -> None:
     gc.collect()
 
 
+class _BrokenOffError(Exception):
+    pass
+
+
+@contextmanager
+def _broken_off(really: bool) -> Iterator[None]:
+    """Within it, every process stops right after a checkpoint has been marked."""
+    from headtune.train.checkpoints import Mark
+
+    whole, saves = Mark.on_save, 0
+
+    def on_save(self: Mark, *args: Any, **kwargs: Any) -> None:
+        nonlocal saves
+        whole(self, *args, **kwargs)
+        torch.distributed.barrier()  # the mark is there before any process leaves
+        saves += 1
+        if saves == AT_SAVE:
+            raise _BrokenOffError
+
+    if really:
+        Mark.on_save = on_save  # type: ignore[method-assign]
+    try:
+        yield
+        assert not really, "the run came to its end"
+    except _BrokenOffError:
+        pass
+    finally:
+        Mark.on_save = whole  # type: ignore[method-assign]
+
+
 def _kill_late(run: Path) -> None:
     """What is left of a finished run is what there was between its last checkpoint and its adapter."""
-    if os.environ["RANK"] == "0":
+    if os.environ["RANK"] == "0" and (run / "evaluation.json").is_file():
         for name in ("adapter", "model"):
             shutil.rmtree(run / name, ignore_errors=True)
         state = json.loads((run / "run.json").read_text(encoding="utf-8"))
@@ -115,10 +149,11 @@ def _work(jobs: Path, answers: Path) -> None:
         error = ""
         try:
             resume = RESUMED in command
-            loaded = recipe.load(command[0], [word for word in command[1:] if word != RESUMED])
+            loaded = recipe.load(command[0], [word for word in command[1:] if word not in (RESUMED, BROKEN)])
             if resume:
                 _kill_late(loaded.folder)
-            run(loaded, resume, say=lambda line: print(line, flush=True))
+            with _broken_off(BROKEN in command):
+                run(loaded, resume, say=lambda line: print(line, flush=True))
         except Exception:
             error = traceback.format_exc()
             print(error, flush=True)

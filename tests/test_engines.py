@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from engines import ENGINES, RESUMED, run_recipes
+from engines import BROKEN, ENGINES, RESUMED, run_recipes
 from peft import PeftModel
 from safetensors.torch import load_file
 from small_runs import DISTIL, train, write_recipe, write_sequence_recipe
@@ -132,6 +132,13 @@ class References:
 @pytest.fixture(scope="module")
 def one(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> References:
     return References(tmp_path_factory.mktemp("one"), tiny_llama)
+
+
+@pytest.fixture(scope="module")
+def with_momentum(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> References:
+    """An optimiser whose state matters; its large epsilon keeps steps in proportion to gradients."""
+    adam = {"optim": "adamw_torch", "adam_epsilon": 1.0, "learning_rate": 0.03}
+    return References(tmp_path_factory.mktemp("with_momentum"), tiny_llama, **adam)
 
 
 @pytest.fixture(scope="module")
@@ -338,6 +345,23 @@ def test_a_run_killed_before_its_adapter_was_written_ends_as_one_that_was_not(
     assert run_recipes(engine, again, tmp_path) == [""] * len(again)
     for name in names:
         assert_same(one.run(name), tmp_path / name / "run")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["zero3_cpu_2", "fsdp2_cpu_2"])
+def test_a_run_broken_off_in_the_middle_ends_as_one_that_was_not(
+    engine: str, with_momentum: References, tmp_path: Path
+) -> None:
+    """A sequence breaks off in its second task, after the buffer and the teacher's rows of the first were written."""
+    names = ("held_lora", "pruned_full", "seekr", "seekr_full")
+    small = {"per_device_train_batch_size": 2, "save_steps": 1}
+    recipes = [str(with_momentum.recipe(tmp_path / name, name, **small)) for name in names]
+    again = [[recipe, word] for recipe in recipes for word in (BROKEN, RESUMED)]
+    assert run_recipes(engine, again, tmp_path) == [""] * len(again)
+    log = (tmp_path / f"{engine}.log").read_text(encoding="utf-8")
+    for name in names:
+        assert f"going on from {tmp_path / name / 'run'}" in log
+        assert_same(with_momentum.run(name), tmp_path / name / "run", SEQUENCE_STEPS if name in SEQUENCES else STEPS)
 
 
 @pytest.mark.slow

@@ -133,10 +133,12 @@ def test_a_checkpoint_without_its_mark_is_passed_over(tmp_path: Path) -> None:
         if marked:
             checkpoints.mark(folder, step)
     assert checkpoints.newest(tmp_path, said.append) == tmp_path / "checkpoint-4"
-    (line,) = said
-    assert "checkpoint-10 is passed over" in line and checkpoints.MARK in line
+    passed_over, taken = said
+    assert "checkpoint-10 is passed over" in passed_over and checkpoints.MARK in passed_over
+    assert taken == f"going on from {tmp_path / 'checkpoint-4'}"
     checkpoints.mark(tmp_path / "checkpoint-10", 10)
-    assert checkpoints.newest(tmp_path, said.append) == tmp_path / "checkpoint-10" and len(said) == 1
+    assert checkpoints.newest(tmp_path, said.append) == tmp_path / "checkpoint-10"
+    assert said[2:] == [f"going on from {tmp_path / 'checkpoint-10'}"]
 
 
 class Broken(BaseException):

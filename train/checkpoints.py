@@ -37,7 +37,7 @@ def newest(folder: Path, say: Say) -> Path | None:
     """The whole `checkpoint-N` with the highest N, or None; rank 0 looks, and all ranks get what it found.
 
     Args:
-        say: told of each newer one that is passed over, with the reason.
+        say: told which it is, and of each newer one that is passed over, with the reason.
     """
     found: list[Path | None] = [None]
     alone = not (distributed.is_available() and distributed.is_initialized())
@@ -45,6 +45,8 @@ def newest(folder: Path, say: Say) -> Path | None:
         found = [_newest(folder, say)]
     if not alone:
         distributed.broadcast_object_list(found)
+    if found[0] is not None:
+        say(f"going on from {found[0]}")
     return found[0]
 
 
