@@ -21,6 +21,13 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _allowed(mode: int) -> int:
+    """A mode less what the process's umask keeps from others, as `open` and `mkdir` give it."""
+    umask = os.umask(0o077)  # it can only be read by setting it; another thread's file is private rather than open
+    os.umask(umask)
+    return mode & ~umask
+
+
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary sibling of `path`; on success it is synced and renamed to `path`, else removed."""
@@ -32,7 +39,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
         yield temporary
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
-        temporary.chmod(0o644)
+        temporary.chmod(_allowed(0o666))
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -55,7 +62,9 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
         yield temporary
-        temporary.chmod(0o755)
+        for file in temporary.rglob("*.safetensors"):  # which safetensors makes readable to their owner alone
+            file.chmod(_allowed(0o666))
+        temporary.chmod(_allowed(0o777))
         temporary.rename(path)
     finally:
         if temporary.exists():

@@ -124,7 +124,9 @@ def read(path: Path) -> HeadSet:
     except IsADirectoryError:
         raise InputError(f"{where} is a folder; name the heads.json in it") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{where} is not JSON: {error}") from None
+        if path.suffix != ".json":
+            raise InputError(f"{where} is not JSON; give the folder that holds it, or its heads.json") from None
+        raise InputError(f"{where} is not JSON: {error}; run headtune identify again") from None
     if not isinstance(data, dict) or data.get("schema") != SCHEMA:
         found = data.get("schema") if isinstance(data, dict) else type(data).__name__
         raise InputError(

@@ -142,6 +142,24 @@ def verdict(heads: HeadSet) -> str:
     return text + "".join(f" It holds for {role}: {parts[role]}." for role in held)
 
 
+def next_step(heads: HeadSet) -> str:
+    """What to do about roles whose dissociation fails, in one line; empty where it holds or was not tested."""
+    found = heads.verification.get("dissociation") or {}
+    tested = {role: found[role]["held"] for role in ("suppression", "recall") if role in found}
+    failed = [role for role, held in tested.items() if not held]
+    if not failed:
+        return ""
+    held = [role for role in tested if role not in failed]
+    silenced = any(f"ablate_{role}" in heads.verification for role in failed)
+    steps = [
+        "give more subjects or prompts",
+        *(["see how far the random heads beside them go"] if silenced else []),
+        *([f"train the {held[0]} heads alone (heads.role: {held[0]})"] if held else []),
+        *(["or take the heads as a hypothesis"] if silenced else []),
+    ]
+    return f"For {' and '.join(failed)}: {'; '.join(steps)}."
+
+
 def _role_verdict(heads: HeadSet, role: str, result: dict[str, Any]) -> str:
     if "quantity" not in result and f"ablate_{role}" in heads.verification:
         return f"the {role} heads cannot be compared with random ones: {result['reason']}"
@@ -270,6 +288,8 @@ def _dissociation(heads: HeadSet) -> str:
     text = verdict(heads)
     kind = "good" if text.startswith("The dissociation holds") else "bad"
     result = f"<p class='verdict {kind}'>{escape(text)}</p>"
+    if advice := next_step(heads):
+        result += f"<p class='note'>{escape(advice)}</p>"
     if rows:
         columns = _columns(rows)
         largest = {column: max(row.cells[column].mean for row in rows if column in row.cells) for column in columns}

@@ -171,10 +171,11 @@ def build(
         repeated = [a for a in answers if seen[canonical(a, subject)] > 1 or not normalise(a)]
         if repeated:
             raise InputError(f"facts of {subject!r} repeat or leave empty the answer {repeated[0]!r}; remove it")
-        if len(answers) <= max(previous):
+        if len(answers) <= (most := max(previous)):
+            has, gives = (f"{n} answer{'s' * (n != 1)}" for n in (len(answers), most))
             raise InputError(
-                f"facts of {subject!r} have {len(answers)} answers; {max(previous)} previous answers need at least "
-                f"{max(previous) + 1}: add answers or lower --previous"
+                f"facts of {subject!r} have {has}, and a prompt that gives {gives} needs at least {most + 1}: "
+                "add answers or lower --previous"
             )
         for template in templates:
             for count in previous:
@@ -253,17 +254,58 @@ def _template(row: Any, where: str) -> Template:
     return Template(**row)
 
 
+# What files of a user's own hold, as messages show it.
+_SHAPES = {
+    "facts": '{"subject": ["answer", ...], ...}',
+    "templates": '[{"header": "... {subject} ...", "item": "... {answer}"}, ...]',
+}
+_JSON_KINDS = {dict: "an object", list: "a list", str: "a text", bool: "true or false", type(None): "null"}
+
+
 def read_json(path: Path, what: str, kind: type) -> Any:
-    """What a JSON file holds, which must be a `kind`; `what` names it in messages."""
+    """What a JSON file holds, which must be a `kind`; `what` names it in messages.
+
+    Raises:
+        InputError: not there, not UTF-8, not JSON, a task's lines, or another kind.
+    """
+    file = f"{what} file {str(path)!r}"
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        text = _utf8(path, what)
     except FileNotFoundError:
-        raise InputError(f"{what} file {str(path)!r} does not exist; check the path") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{what} file {str(path)!r} is not JSON: {error}") from None
+        raise InputError(f"{file} does not exist; check the path") from None
+    if _is_task(text):
+        raise InputError(
+            f"{file} looks like a task (JSONL), which needs no building; look at it with: headtune task show {path}"
+        )
+    try:
+        data = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{file} is not JSON: {error.msg} at line {error.lineno}, column {error.colno}") from None
     if not isinstance(data, kind):
-        raise InputError(f"{what} file {str(path)!r} must hold a JSON {kind.__name__}, not {type(data).__name__}")
+        found, expected = _JSON_KINDS.get(type(data), "a number"), _JSON_KINDS[kind]
+        shape = f", {_SHAPES[what]}" if what in _SHAPES else ""
+        fix = "; put it in [ ]" if kind is list and isinstance(data, dict) and what in _SHAPES else ""
+        raise InputError(f"{file} holds {found}; expected {expected}{shape}{fix}")
     return data
+
+
+def _utf8(path: Path, what: str) -> str:
+    """A file's text; the mark that Windows editors put before it (BOM) is no part of it."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{what} file {str(path)!r} is not UTF-8 text: {error.reason} at byte {error.start}; save it as UTF-8"
+        ) from None
+
+
+def _is_task(text: str) -> bool:
+    """Whether the first line is an example by itself."""
+    try:
+        row = json.loads(text.lstrip().split("\n", 1)[0])
+    except json.JSONDecodeError:
+        return False
+    return isinstance(row, dict) and {"prompt", "subject", "answers"} <= set(row)
 
 
 # --- loading ----------------------------------------------------------------------------------------------------------
@@ -376,9 +418,9 @@ def _require_lines(path: Path) -> None:
             f"task file {str(path)!r} does not exist; check the path or build it with: headtune task build"
         )
     try:
-        whole = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:  # as it should be, if there is more than one line; what else is wrong has its line named later
-        return
+        whole = json.loads(_utf8(path, "task"))
+    except json.JSONDecodeError:
+        return  # as it should be, if there is more than one line; what else is wrong has its line named later
     if isinstance(whole, list):
         raise InputError(f"task file {str(path)!r} is one JSON list; write one JSON object a line")
     if not isinstance(whole, dict) or "prompt" in whole:
@@ -394,12 +436,8 @@ def _require_lines(path: Path) -> None:
 
 def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
     """What each line of a JSONL file holds, with its place (`file:line`); empty lines are passed over."""
-    try:
-        # Not splitlines: JSON strings may hold U+2028 and the like, which end no JSONL line.
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except UnicodeDecodeError as error:
-        raise InputError(f"task file {str(path)!r} is not UTF-8 text: {error.reason} at byte {error.start}") from None
-    for number, line in enumerate(lines, start=1):
+    # Not splitlines: JSON strings may hold U+2028 and the like, which end no JSONL line.
+    for number, line in enumerate(_utf8(path, "task").split("\n"), start=1):
         if line.strip():
             where = f"{path}:{number}"
             try:

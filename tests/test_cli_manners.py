@@ -149,6 +149,63 @@ def test_contradictions_and_malformed_files(capsys: pytest.CaptureFixture[str]) 
     assert "needs a recipe" in capsys.readouterr().err
 
 
+def test_numbers_of_training_are_refused_with_all_else(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("zero.yaml").write_text(
+        "recipe: lofit\nheads: {all: true}\ntraining:\n  max_steps: 0\n  learning_rate: .nan\nseed: -1\n"
+    )
+    assert main(["validate", "zero.yaml"]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(": ")[0] for line in lines] == ["zero.yaml:4:14", "zero.yaml:5:18", "zero.yaml:6:7"]
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["lofit/relations", "training.max_steps", "20"], "did you mean training.max_steps=20?"),
+        (["lofit/relations", "heads={from:", "runs/heads,", "top:", "4}"], "heads='...'"),
+    ],
+)
+def test_an_override_taken_apart_is_told_once(
+    words: list[str], expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["validate", *words]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and len(captured.err.splitlines()) == 1 and expected in captured.err
+
+
+def test_a_mistyped_file_beside_others(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["validate", "lofit/relations", "seed=1", "nofile.yaml"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out.startswith("lofit/relations: valid") and "train --dry-run" in captured.out
+    assert "'nofile.yaml' is neither" in captured.err and len(captured.err) < 200
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (
+            ["identify", "m", "--task", "t", "--out", "h", "--max-exmples", "4"],
+            "headtune identify: error: unrecognized arguments: --max-exmples 4; did you mean --max-examples?; "
+            "see: headtune identify --help",
+        ),
+        (
+            ["identify", "m", "--task", "t", "--out", "h", "--limit", "4"],
+            "headtune identify: error: unrecognized arguments: --limit 4; see: headtune identify --help",
+        ),
+        (
+            ["sweep", "lofit/relations", "--seeds", "0"],
+            "headtune sweep: error: argument --seeds: ",
+        ),
+        (["recipes", "show"], "headtune recipes show: error: the following arguments are required: name; "),
+    ],
+)
+def test_bad_usage_is_one_line(words: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(words)
+    lines = capsys.readouterr().err.splitlines()
+    assert caught.value.code == 2 and len(lines) == 1 and lines[0].startswith(expected)
+
+
 def test_valid_recipes_are_told(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["validate", "lofit/relations", "lora/relations"]) == 0
     captured = capsys.readouterr()

@@ -225,9 +225,10 @@ def test_the_command_writes_table_csv_json_and_a_page_of_its_own(
 def test_a_table_fits_its_terminal(runs: Path) -> None:
     """A table for each set of prompts; where it has no room its columns go on in another one, unbroken."""
     found = compare.compare(read_runs(runs))
-    assert [str(table.title) for table in compare.tables(found, 200)] == ["facts:test", "facts:test"]
+    assert [str(table.title) for table in compare.tables(found, 200)] == ["facts:test, 12 prompts"] * 2
+    assert "a task in several tables" in str(compare.tables(found, 200)[-1].caption)
     narrow = compare.tables(found, 72)
-    assert [str(table.title) for table in narrow] == ["facts:test", "facts:test, continued"] * 2
+    assert [str(table.title) for table in narrow] == ["facts:test, 12 prompts", "facts:test, 12 prompts, continued"] * 2
     assert all(str(table.columns[0].header) == "run" for table in narrow)
     console = Console(width=72, file=io.StringIO())
     console.print(*narrow)

@@ -157,7 +157,7 @@ def test_compare_puts_sequences_beside_other_runs(runs: Path, capsys: pytest.Cap
         assert found[name]["after"]["forgetting"] >= 0 >= found[name]["after"]["bwt"]["mean"]
     assert "op" not in found["lofit"]["after"]
     of_sequence, of_cities = sorted(
-        compare.tables(compare.compare(read_runs(runs)), 300), key=lambda table: str(table.title) != "sequence"
+        compare.tables(compare.compare(read_runs(runs)), 300), key=lambda table: "sequence" not in str(table.title)
     )
     assert [str(column.header) for column in of_sequence.columns][3:6] == METRICS
     rows = {row[0]: row[3:] for row in shown(of_sequence)}
@@ -186,6 +186,13 @@ def test_a_report_has_the_numbers_of_the_sequence(runs: Path, capsys: pytest.Cap
 
 def shown(table: Any) -> list[list[str]]:
     return [list(row) for row in zip(*([str(cell) for cell in column.cells] for column in table.columns), strict=True)]
+
+
+@pytest.mark.parametrize(("subjects", "noted"), [(1, "1 subject: the"), (4, "4 subjects: the intervals"), (5, None)])
+def test_few_subjects_are_noted_below_their_intervals(subjects: int, noted: str | None) -> None:
+    metrics = {"exact_match": {"mean": 1.0, "ci": [1.0, 1.0]}, "n": {"examples": 9, "subjects": subjects}}
+    caption = metrics_table({"before": metrics, "after": metrics}).caption
+    assert caption is None if noted is None else str(caption).startswith(noted)
 
 
 def test_the_summary_shows_what_every_task_came_to(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:

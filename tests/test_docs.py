@@ -265,11 +265,19 @@ def run(page: Path, swapped: dict[str, str], monkeypatch: pytest.MonkeyPatch, fo
     return names
 
 
-def with_python() -> list[Path]:
-    return [page for page in PAGES if any(block.language == "python" for block in documents.blocks(page))]
+# They train and export.
+LONG = {"docs/howto/python.md"}
 
 
-@pytest.mark.parametrize("page", with_python(), ids=documents.name)
+def with_python() -> list[Any]:
+    return [
+        pytest.param(page, id=documents.name(page), marks=[pytest.mark.slow] * (documents.name(page) in LONG))
+        for page in PAGES
+        if any(block.language == "python" for block in documents.blocks(page))
+    ]
+
+
+@pytest.mark.parametrize("page", with_python())
 def test_python_of_a_page_on_a_tiny_model(
     page: Path, stand_in: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -85,6 +85,8 @@ def test_export_to_another_family(tmp_path: Path) -> None:
     assert {"config.json", "generation_config.json", "tokenizer.json", "README.md", *shards} <= present
     assert all(sha256_of(target / name) == digest for name, digest in result["files"].items())
 
+    assert len({(target / name).stat().st_mode for name in ("config.json", *shards)}) == 1, "a server can read all"
+
     stored = json.loads((target / "config.json").read_text())
     assert stored["architectures"] == ["LlamaForCausalLM"] and stored["attention_bias"] is True
     assert "headtune" not in json.dumps(stored)

@@ -317,7 +317,7 @@ BAD: dict[str, tuple[str, Any, str]] = {
     "blank question": ("truthfulqa", [TRUTHFULQA[0] | {"Question": " "}], "row 1: 'question' must be text, found ' '"),
     "not rows": ("truthfulqa", [["x"]], "row 1: expected a row of truthfulqa, found list"),
     "nothing": ("truthfulqa", [], "holds no rows; check the file"),
-    "not a list": ("mquake", {"rows": MQUAKE}, "must hold a JSON list, not dict"),
+    "not a list": ("mquake", {"rows": MQUAKE}, "holds an object; expected a list"),
     "no edit": ("mquake", [MQUAKE[0] | {"requested_rewrite": []}], "row 1: not a case of MQuAKE (IndexError"),
     "half an edit": ("mquake", [MQUAKE[0] | {"requested_rewrite": [{"prompt": "{} is"}]}], "(KeyError: 'subject')"),
     "no question": ("mquake", [MQUAKE[0] | {"questions": []}], "row 1: not a case of MQuAKE"),
@@ -365,7 +365,7 @@ BAD: dict[str, tuple[str, Any, str]] = {
         "instance 1: no 'output'; a row of superni need",
     ),
     "instance is text": ("superni", SUPERNI | {"Instances": ["a"]}, "instance 1: expected a row of superni, found str"),
-    "a list of rows": ("superni", TRACE, "must hold a JSON dict, not list"),
+    "a list of rows": ("superni", TRACE, "holds a list; expected an object"),
     "two slots": ("relation", CAPITALS | {"prompt_templates": [], "prompt_templates_zs": ["{} {} is"]}, "{} once"),
 }
 

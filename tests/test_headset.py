@@ -138,6 +138,10 @@ def test_files_that_are_not_head_sets(path: Path) -> None:
         headset.read(path)
     with pytest.raises(InputError, match=r"is a folder; name the heads\.json in it"):
         headset.read(path.parent)
+    page = path.with_name("report.html")
+    page.write_text("<html>")
+    with pytest.raises(InputError, match=r"is not JSON; give the folder that holds it, or its heads\.json"):
+        headset.read(page)
     for text, message in (("{", "is not JSON"), ("[]", "has schema 'list'"), ("\xff", "is not JSON")):
         path.write_bytes(text.encode("latin-1"))
         with pytest.raises(InputError, match=message):

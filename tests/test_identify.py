@@ -130,6 +130,20 @@ def test_single_facts(model: HeadModel) -> None:
     assert verdict.get("quantity", "p_remaining") == "p_remaining"
 
 
+@pytest.mark.parametrize("method", ["dla", "all"])
+def test_the_table_of_single_facts_has_no_empty_and_no_doubled_column(model: HeadModel, method: str) -> None:
+    found = identify.identify(model, tiny_task(previous=(0,)), method, top=2, verify_top=1, n_random=2)
+    with console.console.capture() as printed:
+        print_heads(found)
+    assert ".previous" not in printed.get()
+    tables = [line for line in printed.get().splitlines() if "dla.target [95%]" in line]
+    assert tables and all(line.count("dla.target") == 1 for line in tables)
+    assert all(
+        ("ablation.target" in line) == (method == "all" and bool(found.heads.roles[role]))
+        for line, role in zip(tables, found.heads.roles, strict=True)
+    )
+
+
 def test_progress_sees_every_example_of_both_stages(model: HeadModel) -> None:
     seen: list[tuple[str, int]] = []
 

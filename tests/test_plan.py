@@ -218,6 +218,9 @@ def test_the_command_prints_a_table_and_json(tmp_path: Path, tiny_llama: Path, c
     printed = capsys.readouterr().out
     assert "activations" in printed
     assert "fits:" in printed
+    assert "assuming GPUs of 80 GiB (--gpu-memory) and the speed of an H100 (--tflops)" in printed
+    assert main(["plan", path, "--length", "64", "--gpu-memory", "40", "--tflops", "300"]) == 0
+    assert "assuming" not in capsys.readouterr().out
     words = ["--json", "--model", "llama-3.1-70b", "--gpu-memory", "40", "model.dtype=bfloat16"]
     assert main(["plan", path, "--length", "64", *words]) == 0
     found = json.loads(capsys.readouterr().out)

@@ -165,6 +165,29 @@ def test_more_heads_than_identify_kept_are_refused(
     assert f"suppression heads confirmed in {tmp_path / 'heads'}: 1, fewer than top=2" in notes
 
 
+def test_heads_whose_own_check_failed_are_named(
+    tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = head_set(models.load(str(tiny_llama)).identity())
+    verdicts = {role: {"held": role == "recall", "reason": "no heads"} for role in ("recall", "suppression")}
+    replace(found, verification={"dissociation": verdicts}).write(tmp_path / "heads" / "heads.json")
+    recipe = write_recipe(tmp_path, tiny_llama)
+    heads = f"heads={{from: {tmp_path / 'heads'}, role: %s, top: 1}}"
+    [note] = [line for line in dry(recipe, capsys, heads % "both")["notes"] if "FAILS" in line]
+    assert "FAILS for suppression" in note and "heads.role: recall" in note
+    assert not any("FAILS" in line for line in dry(recipe, capsys, heads % "recall")["notes"])
+
+
+def test_one_part_of_a_task_holds_nothing_out(
+    tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = write_recipe(tmp_path, tiny_llama, task={"train": "country_cities:train"})
+    assert train(recipe, "--dry-run") == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "it is task.train where it is not given" in error
+    assert "give task.train=country_cities, which is split by subject, or task.eval=country_cities:test" in error
+
+
 def test_refusals(tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = write_recipe(tmp_path, tiny_llama)
     for words, expected in (
@@ -177,7 +200,9 @@ def test_refusals(tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
         assert expected in lines[-1], lines
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "mine.txt").write_text("mine")
-    assert train(recipe, "--dry-run") == 2 and "exists and is not empty" in capsys.readouterr().err
+    assert train(recipe, "--dry-run") == 2
+    error = capsys.readouterr().err
+    assert "exists and is not empty" in error and "or continue it with --resume" in error
     with pytest.raises(SystemExit):
         train(recipe, "--dry-run", "--resume")
 

@@ -231,6 +231,25 @@ def test_the_name_tells_content_apart() -> None:
         (lofit(training={"max_steps": "x"}), ["training.max_steps", "'x'", "int"]),
         (lofit(training={"max_steps": 3.5}), ["training.max_steps", "3.5"]),
         (lofit(training={"packing": 7}), ["training.packing", "7", "bool"]),
+        # numbers of training out of range
+        (
+            lofit(training={"per_device_train_batch_size": 0}),
+            ["training.per_device_train_batch_size", "at least 1", "0"],
+        ),
+        (lofit(training={"per_device_eval_batch_size": -2}), ["training.per_device_eval_batch_size", "-2"]),
+        (lofit(training={"gradient_accumulation_steps": 0}), ["training.gradient_accumulation_steps", "0"]),
+        (lofit(training={"max_steps": 0}), ["training.max_steps must be at least 1, or -1", "found 0"]),
+        (lofit(training={"max_steps": -5}), ["training.max_steps", "found -5"]),
+        (lofit(training={"learning_rate": 0}), ["training.learning_rate must be above 0", "found 0"]),
+        (lofit(training={"learning_rate": float("nan")}), ["training.learning_rate", "finite", "nan"]),
+        (lofit(training={"max_grad_norm": float("inf")}), ["training.max_grad_norm", "finite", "inf"]),
+        (lofit(training={"num_train_epochs": 0}), ["training.num_train_epochs", "above 0"]),
+        (lofit(training={"logging_steps": 0}), ["training.logging_steps", "found 0"]),
+        (lofit(training={"save_steps": 2.5}), ["training.save_steps", "whole number", "found 2.5"]),
+        (lofit(training={"eval_steps": -1}), ["training.eval_steps", "found -1"]),
+        (lofit(training={"warmup_steps": -1}), ["training.warmup_steps", "at least 0", "found -1"]),
+        (lofit(training={"weight_decay": -0.1}), ["training.weight_decay", "at least 0", "found -0.1"]),
+        (lofit(training={"adam_beta2": 1.0}), ["training.adam_beta2", "below 1"]),
         (lofit(training={"learning_rate": "fast"}), ["training.learning_rate", "'fast'"]),
         (lofit(training={"lr_scheduler_type": "linaer"}), ["training.lr_scheduler_type", "'linaer'", "'linear'"]),
         (lofit(training={"save_strategy": "step"}), ["training.save_strategy", "'step'", "'steps'"]),
@@ -276,6 +295,8 @@ def test_refused_in_one_line(data: Any, words: list[str]) -> None:
         {"learning_rate": 0.5, "warmup_steps": 0.1},
         {"gradient_checkpointing_kwargs": {"use_reentrant": False}},
         {"max_grad_norm": 1.0, "logging_steps": 1},
+        {"max_steps": -1, "num_train_epochs": 0.5, "logging_steps": 0.1, "save_steps": 0.5, "eval_steps": None},
+        {"max_grad_norm": 0, "weight_decay": 0.0, "warmup_steps": 0, "adam_beta1": 0.0, "logging_steps": 5.0},
     ],
     ids=str,
 )
@@ -292,6 +313,14 @@ def test_a_yaml_error_names_its_line(tmp_path: Path) -> None:
 
 def test_no_such_recipe_and_no_text() -> None:
     assert "did you mean 'lofit/one_to_many'" in refusal(lambda: load("lofit/one_to_mny"))
+    assert "/relations'" in refusal(lambda: load("relation.yaml"))
+    unlike = refusal(lambda: load("zzz.yaml"))
+    assert unlike.endswith("is neither a file nor built in; headtune recipes lists those built in")
+
+
+def test_a_file_with_a_name_close_to_that_of_another(tmp_path: Path) -> None:
+    (tmp_path / "my_recipe.yaml").write_text("recipe: full\n", encoding="utf-8")
+    assert "my_recipe.yaml'" in refusal(lambda: load(str(tmp_path / "my_recpe.yaml")))
 
 
 def test_a_recipe_that_is_not_text(tmp_path: Path) -> None:
@@ -345,6 +374,23 @@ def test_overrides_refused(override: str, words: list[str]) -> None:
     message = refusal(lambda: overridden(override))
     for word in words:
         assert word in message
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["seed=1", "training.max_steps", "20"], "did you mean training.max_steps=20?"),
+        (["training.max_steps", "S3cret"], "did you mean training.max_steps=VALUE?"),
+        (
+            ["heads={from:", "runs/heads,", "top:", "4}", "seed=1"],
+            "where it holds spaces: heads=",
+        ),
+        (["name=my", "run"], "override name=... ends at a space"),
+    ],
+)
+def test_overrides_that_the_shell_took_apart(words: list[str], expected: str) -> None:
+    message = refusal(lambda: overridden(*words))
+    assert expected in message and "S3cret" not in message
 
 
 def test_a_value_that_is_no_yaml_is_not_shown() -> None:

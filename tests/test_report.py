@@ -314,7 +314,7 @@ def test_the_verdict_when_it_holds() -> None:
     assert text.startswith("The dissociation holds")
     assert "raises p(previous) from 0.04 to 0.09 (×2.25), above the highest of 10 random sets (0.044)" in text
     assert "lowers p(remaining) from 0.2 to 0.1 (×0.5), below the lowest of 10 random sets (0.18)" in text
-    assert "FAILS" not in text
+    assert "FAILS" not in text and not report.next_step(head_set())
 
 
 @pytest.mark.parametrize(
@@ -333,6 +333,9 @@ def test_the_verdict_names_the_role_that_failed_and_why(
     text = report.verdict(head_set(verification(suppressed, recalled)))
     assert text.startswith(f"The dissociation FAILS for {' and '.join(failed)}:")
     assert re.findall(r"It holds for (\w+):", text) == held
+    advice = report.next_step(head_set(verification(suppressed, recalled)))
+    assert advice.startswith(f"For {' and '.join(failed)}: give more subjects or prompts; see how far the random heads")
+    assert re.findall(r"heads\.role: (\w+)", advice) == held
     assert all(reason in text for reason in why)
     if suppressed == 0.043:
         assert "does not raise it" not in text, "it was raised, only not beyond chance"
@@ -343,6 +346,9 @@ def test_a_role_without_heads_fails_and_has_no_rows() -> None:
     text = report.verdict(heads)
     assert text.startswith("The dissociation FAILS for suppression: there are no confirmed heads for suppression")
     assert "It holds for recall" in text
+    assert report.next_step(heads) == (
+        "For suppression: give more subjects or prompts; train the recall heads alone (heads.role: recall)."
+    )
     assert not [row for row in report.dissociation_table(heads) if "suppression" in row.name]
 
 

@@ -113,6 +113,9 @@ def test_the_folder_holds_what_a_run_is(first: Path) -> None:
     assert all(tensor.abs().max() > 0 for tensor in stored.values())
     assert read(first / "adapter" / "adapter_config.json")["heads"] == HEADS
     assert sorted(path.name for path in first.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
+    assert not list(first.rglob("README.md")), "cards of TRL and PEFT, which know nothing of the run"
+    open_to = {(first / name).stat().st_mode for name in ("adapter/adapter_model.safetensors", "recipe.yaml")}
+    assert len(open_to) == 1
 
 
 def test_training_learns(first: Path) -> None:
@@ -425,6 +428,20 @@ def test_evaluate_and_compare_read_a_run(first: Path, capsys: pytest.CaptureFixt
     assert main(["compare", str(first.parent), "--json"]) == 0
     base, group = json.loads(capsys.readouterr().out)["groups"]
     assert base["name"] == "base" and group["runs"][0]["after"] == read(first / "evaluation.json")["after"]
+
+
+def test_what_is_no_run_is_called_what_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    task = ["--task", "country_cities"]
+    assert main(["evaluate", str(tmp_path / "nope"), *task]) == 2
+    assert "there is no run" in one_line(capsys)
+    (tmp_path / "heads.json").write_text("{}")
+    assert main(["evaluate", str(tmp_path), *task]) == 2
+    assert "is a head set, neither a run nor a model" in one_line(capsys)
+    assert main(["report", str(tmp_path / "nope")]) == 2
+    assert "neither a run (recipe.yaml) nor a head set (heads.json)" in one_line(capsys)
 
 
 # --- through accelerate -----------------------------------------------------------------------------------------------

@@ -195,7 +195,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         load_task(str(empty))
     latin = tmp_path / "latin.jsonl"
     latin.write_bytes('{"prompt": "é"}'.encode("latin-1"))
-    with pytest.raises(InputError, match=r"is not UTF-8 text: .* at byte 12"):
+    with pytest.raises(InputError, match=r"is not UTF-8 text: .* at byte 12; save it as UTF-8"):
         load_task(str(latin))
     with pytest.raises(InputError, match="does not exist"):
         load_task(str(tmp_path))
@@ -273,7 +273,8 @@ def test_templates() -> None:
         (["Rome", "Milan", "rome"], "facts of 'Italy' repeat or leave empty the answer 'Rome'"),
         (["Rome", "Milan", "Rome City"], "repeat or leave empty the answer 'Rome'"),
         (["Rome", "Milan", " . "], "repeat or leave empty the answer ' . '"),
-        (["Rome", "Milan"], "have 2 answers; 2 previous answers need at least 3: add answers or lower --previous"),
+        (["Rome", "Milan"], "have 2 answers, and a prompt that gives 2 answers needs at least 3: add answers or lower"),
+        (["Rome"], "'Italy' have 1 answer, and"),
     ],
 )
 def test_facts_that_cannot_be_built_from(answers: list[str], message: str) -> None:
@@ -295,15 +296,32 @@ def test_build_files(tmp_path: Path) -> None:
     assert len(build_files(facts, None, tmp_path / "plain.jsonl", previous=(1,)).examples) == 8
 
 
+def test_files_of_a_windows_editor(tmp_path: Path) -> None:
+    """A byte order mark is passed over; another encoding is refused with what to do."""
+    facts, mine = tmp_path / "facts.json", tmp_path / "mine.jsonl"
+    facts.write_text(json.dumps(tiny.FACTS), encoding="utf-8-sig")
+    task = build_files(facts, None, mine, previous=(1,))
+    mine.write_text(mine.read_text(), encoding="utf-8-sig")
+    assert load_task(str(mine)) == task
+    facts.write_bytes('{"España": ["Málaga", "Cádiz"]}'.encode("latin-1"))
+    with pytest.raises(InputError, match=r"facts file .* is not UTF-8 text: .* at byte 6; save it as UTF-8"):
+        build_files(facts, None, tmp_path / "none.jsonl")
+
+
+TASK_LINES = tiny.tiny_task(subjects=2).examples
+
+
 @pytest.mark.parametrize(
     ("facts", "templates", "message"),
     [
         (None, None, "facts file .* does not exist"),
         ("{", None, "facts file .* is not JSON"),
-        ("[]", None, "facts file .* must hold a JSON dict, not list"),
+        ("[]", None, r'facts file .* holds a list; expected an object, \{"subject": \["answer", \.\.\.\]'),
+        ('{\n"Italy" 3}', None, "facts file .* is not JSON: Expecting ':' delimiter at line 2, column 9"),
+        (to_jsonl(TASK_LINES), None, r"looks like a task \(JSONL\), .*: headtune task show .*facts"),
         ('{"Italy": "Rome"}', None, "subject 'Italy' must map to a list of strings, not 'Rome'"),
         ('{"Italy": ["Rome", 3]}', None, "subject 'Italy' must map to a list of strings"),
-        ("{}", '{"header": ""}', "templates file .* must hold a JSON list, not dict"),
+        ("{}", '{"header": ""}', r"templates file .* holds an object; expected a list, .*; put it in \[ \]"),
         ("{}", '["x"]', r"template 'x' must be"),
         ("{}", '[{"item": "{answer}"}]', "template .* must be"),
         ("{}", '[{"header": "{subject}", "foot": ""}]', "template .* must be"),
@@ -758,6 +776,6 @@ def test_building_from_a_relation(tmp_path: Path, caplog: pytest.LogCaptureFixtu
     assert caplog.messages == []
     with pytest.raises(InputError, match="holds no subjects"):
         build_files(source, None, tmp_path / "none.jsonl", inverted=True, previous=(5,))
-    with pytest.raises(InputError, match=r"facts file .* must hold a JSON dict|must map to a list"):
+    with pytest.raises(InputError, match=r"facts file .* holds a list; expected an object|must map to a list"):
         build_files(source, None, tmp_path / "none.jsonl", previous=(1,))
     assert not (tmp_path / "none.jsonl").exists()

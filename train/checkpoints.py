@@ -27,6 +27,7 @@ from transformers import TrainerCallback, TrainerState
 from ..analysis.errors import InputError
 from ..analysis.files import sha256_of, write_json
 from ..analysis.inside import inside, require_no_way_out
+from .snapshots import remove_card
 
 Say = Callable[[str], None]
 
@@ -140,6 +141,7 @@ class Mark(TrainerCallback):
         PartialState().wait_for_everyone()
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if state.is_world_process_zero and folder.is_dir():
+            remove_card(folder)
             mark(folder, state.global_step)
             self._remove_older(folder.parent, state)
 

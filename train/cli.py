@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from . import cli_analysis, cli_machine, cli_plan, cli_recipes, cli_runs, cli_track, cli_train
-from .cli_parts import adder, set_volume
+from .cli_parts import Parser, adder, set_volume
 from .ending import fail, fail_with_another, lost_another
 
 
@@ -33,7 +33,7 @@ class _Version(argparse.Action):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="headtune",
         description="Find the attention heads that recall and that suppress, tune exactly those, export and prove it.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if rest:
         # argparse takes a list of words in one piece only: `train R --resume seed=1` leaves the override over.
         if not hasattr(arguments, "overrides") or any(word.startswith("-") for word in rest):
-            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+            arguments.own_parser.unknown(rest)
         arguments.overrides += rest
     set_volume(arguments)
     arguments.parser = parser  # which completion writes down

@@ -271,7 +271,9 @@ def print_heads(found: Identified) -> None:
         stable = heads.stability[role]
         how = "no stability: one fit for the whole task" if stable is None else f"bootstrap Jaccard {stable:.2f}"
         table = Table(title=f"{role} heads ({how})", title_justify="left")
-        confirms = [name for name in (f"{rule['confirm'].split('.')[0]}.{q}" for q in ("target", "previous"))]
+        confirms = [f"{rule['confirm'].split('.')[0]}.{quantity}" for quantity in ("target", "previous")]
+        # Without ablation the ranking confirms itself; single facts have no previous answers.
+        confirms = [name for name in confirms if name != rule["rank"] and any(name in head.effect for head in ranked)]
         for name in ("head", f"{rule['rank']} [95%]", *confirms):
             table.add_column(name)
         for entry in ranked:
@@ -287,6 +289,8 @@ def print_heads(found: Identified) -> None:
             )
     console.print(report.render_dissociation(heads))
     console.print(report.verdict(heads), markup=False)
+    if advice := report.next_step(heads):
+        console.print(advice, markup=False)
 
 
 def analyse_command(arguments: argparse.Namespace) -> int:
@@ -358,6 +362,11 @@ def report_command(arguments: argparse.Namespace) -> int:
         write_run_page(load(str(folder / "recipe.yaml")), folder, evaluation)
         print(folder / "report.html")
         return 0
+    if not (folder / "heads.json").is_file():
+        raise InputError(
+            f"{str(folder)!r} is neither a run (recipe.yaml) nor a head set (heads.json); give a folder that headtune "
+            "train or headtune identify wrote"
+        )
     heads = headset.read(folder / "heads.json")
     means = load_means(folder / "scores.safetensors") if (folder / "scores.safetensors").is_file() else {}
     portraits = cards.read(folder / "portraits.json") if (folder / "portraits.json").is_file() else []

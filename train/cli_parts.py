@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import difflib
 import importlib
 import io
 import json
 import logging
 import os
 import re
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
 
 # `add(name, summary, example, ...)` makes a command's parser, with its examples and --json.
 Add = Callable[..., argparse.ArgumentParser]
@@ -36,6 +37,21 @@ def memory(text: str) -> int:
     return int(size)
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser that refuses in one line, without the usage before it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}; see: {self.prog} --help\n")
+
+    def unknown(self, words: Sequence[str]) -> NoReturn:
+        """Refuse words that no argument takes, with the option that was perhaps meant."""
+        options = [word.partition("=")[0] for word in words if word.startswith("-")]
+        known = sorted(self._option_string_actions)
+        close = [name for option in options for name in difflib.get_close_matches(option, known, n=1, cutoff=0.6)]
+        meant = f"; did you mean {', '.join(close)}?" if close else ""
+        self.error(f"unrecognized arguments: {' '.join(words)}{meant}")
+
+
 def adder(commands: Any, prefix: str = "headtune") -> Add:
     """An `Add` for the subcommands of a parser; examples are given without the prefix."""
 
@@ -48,6 +64,7 @@ def adder(commands: Any, prefix: str = "headtune") -> Add:
             formatter_class=argparse.RawDescriptionHelpFormatter,
             **options,
         )
+        parser.set_defaults(own_parser=parser)
         # Of an action of a command: left to the command, unless it is given.
         default = False if prefix == "headtune" else argparse.SUPPRESS
         parser.add_argument("--json", action="store_true", default=default, help="print a machine-readable result")

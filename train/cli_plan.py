@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .plan_recipe import Stage
 
 ENGINES = ("single", "ddp", "zero1", "zero2", "zero3", "fsdp2")
+LENGTH, GPU_MEMORY = 1024, 80  # where none is given
 
 
 def add_parsers(add: Add) -> None:
@@ -26,9 +27,9 @@ def add_parsers(add: Add) -> None:
     )
     recipe_arguments(p)
     p.add_argument("--gpus", type=positive, default=1, help="processes, one GPU each (default: 1)")
-    p.add_argument("--gpu-memory", type=positive, default=80, help="GiB of each (default: 80)")
+    p.add_argument("--gpu-memory", type=positive, help="GiB of each (default: 80)")
     p.add_argument("--engine", choices=ENGINES, help="default: single, or ddp on several GPUs")
-    p.add_argument("--length", type=positive, default=1024, help="tokens of the longest row (default: 1024)")
+    p.add_argument("--length", type=positive, help="tokens of the longest row (default: 1024)")
     p.add_argument("--labels", type=positive, default=16, help="of those, tokens that carry loss (default: 16)")
     p.add_argument("--prompts", type=positive, help="of the training data (default: task.max_train_examples)")
     p.add_argument("--model", help="another model's sizes: folder, hub id, or llama-3.2-1b, llama-3.1-8b, -70b, -405b")
@@ -39,16 +40,18 @@ def add_parsers(add: Add) -> None:
 def plan_command(arguments: argparse.Namespace) -> int:
     from ..analysis.errors import InputError
     from . import plan, plan_recipe, recipe
+    from .console import console
     from .model_shape import shape_of
 
     if arguments.tflops is not None and not arguments.tflops > 0:
         raise InputError(f"--tflops {arguments.tflops} must be above 0, such as 989 for an H100 in bfloat16")
     loaded = recipe.load(arguments.recipe, arguments.overrides)
     engine = arguments.engine or ("single" if arguments.gpus == 1 else "ddp")
-    setup = plan_recipe.setup_of(loaded, engine, arguments.gpus, arguments.length, arguments.labels)
+    length, gib_each = arguments.length or LENGTH, arguments.gpu_memory or GPU_MEMORY
+    setup = plan_recipe.setup_of(loaded, engine, arguments.gpus, length, arguments.labels)
     shape = shape_of(arguments.model or loaded.model.name, loaded.model.revision)
     stages = plan_recipe.stages(loaded, shape, setup, arguments.prompts)
-    limit = arguments.gpu_memory * plan.GIB
+    limit = gib_each * plan.GIB
     fits = all(stage.memory.peak <= limit for stage in stages)
     nearest = None if fits else plan_recipe.cheapest(loaded, shape, setup, limit)
     change = None if nearest is None else plan_recipe.change(setup, nearest)
@@ -67,7 +70,18 @@ def plan_command(arguments: argparse.Namespace) -> int:
         print(json.dumps(content, indent=1))
         return 0
     _print(stages, rate, f"{shape.name}, {shape.parameters / 1e9:.3g}B, {engine} x {arguments.gpus}", limit, change)
+    if assumed := _assumed(arguments):
+        console.print(assumed, markup=False)
     return 0
+
+
+def _assumed(arguments: argparse.Namespace) -> str:
+    """What was not given, and the option that gives it; empty where everything was."""
+    parts = [] if arguments.length else [f"rows of {LENGTH} tokens (--length)"]
+    parts += [] if arguments.gpu_memory else [f"GPUs of {GPU_MEMORY} GiB (--gpu-memory)"]
+    parts += [] if arguments.tflops else ["the speed of an H100 (--tflops)"]
+    listed = " and ".join([", ".join(parts[:-1]), parts[-1]]) if len(parts) > 1 else "".join(parts)
+    return f"assuming {listed}" if listed else ""
 
 
 def _plain(stage: Stage, rate: float | None) -> dict[str, Any]:

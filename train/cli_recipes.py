@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -104,14 +104,14 @@ def _validate(arguments: argparse.Namespace) -> int:
     from ..analysis.errors import InputError
     from ..analysis.redaction import redact
     from .problems import RecipeError
-    from .recipe import load
+    from .recipe import load, require_whole
 
-    overrides = [word for word in arguments.files if "=" in word and not Path(word).is_file()]
-    files = [word for word in arguments.files if word not in overrides]
+    files, overrides = _files_and_overrides(arguments.files)
     if not files:
         raise InputError(
             f"headtune validate needs a recipe, found overrides alone: {overrides[0].partition('=')[0]}=..."
         )
+    require_whole(overrides)
     found: dict[str, list[str]] = {}
     for name in files:
         try:
@@ -123,10 +123,25 @@ def _validate(arguments: argparse.Namespace) -> int:
         else:
             found[name] = []
             if not arguments.json:
-                print(f"{name}: valid ({loaded.recipe}, {loaded.name})")
+                print(f"{name}: valid ({loaded.recipe}, {loaded.name}); paths are checked by train --dry-run")
     if arguments.json:
         print_json({name: [redact(line) for line in lines] for name, lines in found.items()})
     return InputError.exit_code if any(found.values()) else 0
+
+
+def _files_and_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Recipes, and overrides with what a shell cut off them at their spaces."""
+    from .recipe import is_key, recipe_names
+
+    files: list[str] = []
+    overrides: list[str] = []
+    after = False  # an override
+    for word in words:
+        known = Path(word).is_file() or word in recipe_names()
+        cut_off = after and not word.endswith((".yaml", ".yml"))
+        after = not known and ("=" in word or cut_off or is_key(word))
+        (overrides if after else files).append(word)
+    return files, overrides
 
 
 def _list_tasks(arguments: argparse.Namespace) -> int:

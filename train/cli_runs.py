@@ -89,13 +89,27 @@ def add_parsers(add: Add) -> None:
     p.set_defaults(do=compare_command)
 
 
+def _require_target(target: Path) -> None:
+    """Refuse a head set, which is easily given for the run that was trained on it."""
+    from ..analysis.errors import InputError
+
+    if (target / "heads.json").is_file() and not (target / "config.json").is_file():
+        raise InputError(
+            f"{str(target)!r} is a head set, neither a run nor a model; give the folder of a run trained on it "
+            f"(heads.from={target}), or a model"
+        )
+
+
 def evaluate_command(arguments: argparse.Namespace) -> int:
     from ..analysis import knobs
+    from ..analysis.errors import InputError
     from ..analysis.files import require_new_folder
     from ..analysis.tasks import load_task, scored
     from .recipe import load
 
     is_run = (Path(arguments.target) / "recipe.yaml").is_file()
+    if not is_run:
+        _require_target(Path(arguments.target))
     seed, kind = 0, arguments.kind
     recipe = load(str(Path(arguments.target) / "recipe.yaml")) if is_run else None
     if recipe is not None:  # a split of the task is the one that the run was trained on
@@ -119,7 +133,12 @@ def evaluate_command(arguments: argparse.Namespace) -> int:
         if chosen:  # knobs need a view of the model's heads, which an adapter around the projection would hide
             model = model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
     else:
-        model, tokenizer = load_plain(arguments.target)
+        try:
+            model, tokenizer = load_plain(arguments.target)
+        except InputError as error:
+            if Path(arguments.target).exists() or "/" not in arguments.target:
+                raise
+            raise InputError(f"there is no run {arguments.target!r}, and {error}") from None
     turned: Any = contextlib.nullcontext([])
     if chosen:
         turned = knobs.turned(view(model, tokenizer, arguments.target), chosen, console.progress)

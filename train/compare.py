@@ -276,6 +276,7 @@ def tables(found: Comparison, width: int) -> list[Table]:
     One table for each set of prompts; its columns go on in further tables where `width` characters do not hold them.
     """
     result = []
+    kinds = dict.fromkeys((group.task, group.measured) for group in found.groups)
     for measured in dict.fromkeys(group.measured for group in found.groups):
         own = [group for group in found.groups if group.measured == measured]
         columns = {
@@ -286,7 +287,7 @@ def tables(found: Comparison, width: int) -> list[Table]:
         keys = [key for key in found.metrics if any(key in group.metrics for group in own)]
         columns |= {METRIC_NAMES[key]: [_cell(found, group, key) for group in own] for key in keys}
         for part in _parts(columns, width):
-            title = Text(own[0].task + (", continued" if "seeds" not in part else ""))
+            title = Text(_title(own) + (", continued" if "seeds" not in part else ""))
             result.append(Table(title=title, title_justify="left", caption_justify="left"))
             for name in part:
                 result[-1].add_column(name, justify="left" if name == "run" else "right", overflow="fold")
@@ -294,7 +295,18 @@ def tables(found: Comparison, width: int) -> list[Table]:
                 result[-1].add_row(*cells)
     if result:
         result[-1].caption = f"bold: best; *: differs from {found.against}, paired bootstrap over subjects, 95%"
+        if len(kinds) > len({task for task, _ in kinds}):
+            result[-1].caption += (
+                "\na task in several tables: its runs were measured on other prompts, another way or from another base "
+                "model, and are not compared across tables"
+            )
     return result
+
+
+def _title(groups: Sequence[Group]) -> str:
+    """The task and the number of prompts of groups that were measured on the same."""
+    n = next((len(run.subjects) for group in groups for run in group.runs), 0)
+    return f"{groups[0].task}, {n} prompt{'s' * (n != 1)}" if n else groups[0].task
 
 
 def _cell(found: Comparison, group: Group, key: str) -> Text:

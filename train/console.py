@@ -20,6 +20,8 @@ T = TypeVar("T")
 console = Console(highlight=False, width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 240)
 errors = Console(stderr=True, highlight=False, soft_wrap=True)
 
+_FEW, _ENOUGH = 5, 20  # subjects: fewer than this have a note below their intervals, which asks for so many
+
 METRIC_NAMES = {
     "op": "OP, mean of the tasks",
     "bwt": "BWT, earlier tasks since learnt",
@@ -90,8 +92,14 @@ def plain_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str |
 
 
 def metrics_table(columns: Mapping[str, Mapping[str, Any]], title: str = "") -> Table:
-    """Metrics as rows, one column an evaluation; a dash where one has no such metric."""
-    table = Table(title=title or None, title_justify="left")
+    """Metrics as rows, one column an evaluation; a dash where one has no such metric.
+
+    Below it a note where few subjects stand behind the intervals: a bootstrap of two has three outcomes.
+    """
+    subjects = min((metrics["n"].get("subjects", _FEW) for metrics in columns.values() if "n" in metrics), default=_FEW)
+    note = f"{subjects} subject{'s' * (subjects != 1)}: the intervals say little; give {_ENOUGH} or more"
+    table = Table(title=title or None, title_justify="left", caption_justify="left")
+    table.caption = note if subjects < _FEW else None
     table.add_column("metric")
     for name in columns:
         table.add_column(name)

@@ -18,14 +18,16 @@ from transformers import set_seed
 
 from ..analysis.errors import InputError
 from ..analysis.files import require_new_folder
+from ..analysis.headset import ROLES, HeadSet
 from ..analysis.model import HeadModel
+from ..analysis.report import next_step
 from ..analysis.tasks import scored
 from . import fit, model_shape, plan_recipe, preview, sequence, splits
 from .blocks import HeadsBlock, ObjectiveBlock, SeekrMethod
 from .choosing import choose_heads
 from .plan_recipe import Stage
 from .recipe import Recipe
-from .run import Ready, prepared
+from .run import FIRST, Ready, prepared
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,8 @@ def dry_run(recipe: Recipe) -> DryRun:
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError("--dry-run is for one process; headtune plan estimates several")
-    require_new_folder(recipe.folder, "choose another output_dir or name")
+    fix = "choose another output_dir or name, or continue it with --resume (resume=True in Python)"
+    require_new_folder(recipe.folder, fix, FIRST)
     ready = prepared(recipe)
     heads = ready.heads
     total = sum(p.numel() for p in heads.model.parameters())
@@ -189,13 +192,27 @@ def _heads(block: HeadsBlock, ready: Ready, notes: list[str]) -> tuple[list[tupl
     """The heads, or as many others where the run has yet to find them; and in words."""
     heads = ready.heads
     if block.identify is None and not block.learnt:
-        pairs = choose_heads(block, heads, ready.train, say=notes.append).pairs
+        chosen = choose_heads(block, heads, ready.train, say=notes.append)
+        if chosen.found is not None and block.random is None and (failed := _not_dissociated(block, chosen.found)):
+            notes.append(failed)
+        pairs = chosen.pairs
         names = [f"L{layer}H{head}" for layer, head in pairs]
         return pairs, f"{len(pairs)}: {' '.join(names[:16])}{' ...' if len(names) > 16 else ''}"
     how = "identify" if block.identify else "lofit" if block.lofit else "probe"
     pairs = plan_recipe.heads_of(block, model_shape.of_config(heads.model.config, heads.name))
     notes.append(f"heads.{how} finds the heads when the run starts; parameters are counted for {len(pairs)} of them")
     return pairs, f"{'up to ' if block.role == 'both' else ''}{len(pairs)}, to be found by {how}"
+
+
+def _not_dissociated(block: HeadsBlock, found: HeadSet) -> str:
+    """One line where the head set's own check failed for a role that is trained, with what to do; else empty."""
+    tested = found.verification.get("dissociation") or {}
+    roles = ROLES if block.role == "both" else (block.role,)
+    failed = [role for role in roles if role in tested and not tested[role]["held"]]
+    if not failed:
+        return ""
+    said = f"the head set's dissociation FAILS for {' and '.join(failed)}, and these heads are trained"
+    return f"{said}. {next_step(found)}"
 
 
 def by_kind(model: Any) -> dict[str, int]:

@@ -9,8 +9,10 @@ dataclass. `key.sub=value` overrides any key; the value is YAML and giving a blo
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import importlib.resources
+import itertools
 import json
 import re
 from collections.abc import Sequence
@@ -199,7 +201,22 @@ def read_source(name: str) -> str:
             raise InputError(f"recipe {name!r} is not UTF-8 text: {error.reason} at byte {error.start}") from None
     if name in recipe_names():
         return (importlib.resources.files("headtune.recipes") / f"{name}.yaml").read_text(encoding="utf-8")
-    raise InputError(f"recipe {name!r} is neither a file nor built in; {nearest(name, recipe_names())}")
+    raise InputError(f"recipe {name!r} is neither a file nor built in; {_nearest_recipes(path)}")
+
+
+def _nearest_recipes(path: Path) -> str:
+    """The built-in recipes and the files beside `path` with the nearest names, by whole name or by its last part."""
+    folder = [str(file) for ending in ("yaml", "yml") for file in path.parent.glob(f"*.{ending}")]
+    known = {name.removesuffix(".yaml").removesuffix(".yml"): name for name in [*recipe_names(), *sorted(folder)]}
+    word = str(path).removesuffix(".yaml").removesuffix(".yml")
+    parts = sorted({name.rpartition("/")[2] for name in known})
+    close = difflib.get_close_matches(word, sorted(known), n=3, cutoff=0.6)
+    for part in difflib.get_close_matches(path.stem, parts, n=3, cutoff=0.6):
+        close += [name for name in sorted(known) if name.rpartition("/")[2] == part and name not in close]
+    close = close or [name for name in recipe_names() if name.startswith(f"{word}/")]
+    if not close:
+        return "headtune recipes lists those built in"
+    return f"did you mean {' or '.join(repr(known[name]) for name in close[:3])}?"
 
 
 def load(name: str, overrides: Sequence[str] = ()) -> Recipe:
@@ -216,6 +233,7 @@ def load(name: str, overrides: Sequence[str] = ()) -> Recipe:
         place = f"{name}:{mark.line + 1}:{mark.column + 1}" if mark else name
         raise InputError(f"{place}: not YAML: {getattr(error, 'problem', None) or error}") from None
     if isinstance(data, dict):
+        require_whole(overrides)
         for override in overrides:
             data = _apply(data, override)
     keys = [tuple(override.partition("=")[0].split(".")) for override in overrides]
@@ -233,6 +251,30 @@ _Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456
 def read_yaml(text: str) -> Any:
     """YAML with the safe loader, numbers such as `1e-3` included (yaml.YAMLError where it is none)."""
     return yaml.load(text, _Loader)
+
+
+def is_key(word: str) -> bool:
+    """Whether a word reads as the key of an override: `training.max_steps`."""
+    return re.fullmatch(r"\w+(\.\w+)*", word) is not None and word.split(".")[0] in Recipe.model_fields
+
+
+def require_whole(overrides: Sequence[str]) -> None:
+    """Refuse overrides that the shell took apart at their spaces. Values are not shown: they may be secrets.
+
+    Raises:
+        InputError: a word that is no override follows another.
+    """
+    for index, word in enumerate(overrides):
+        key, equals, _ = word.partition("=")
+        rest = list(itertools.takewhile(lambda part: "=" not in part and not is_key(part), overrides[index + 1 :]))
+        if not rest:
+            continue
+        if equals:
+            fix = f"quote the whole value where it holds spaces: {key}='...'"
+            raise InputError(f"override {key}=... ends at a space, and what follows is no override; {fix}")
+        if is_key(word):
+            value = rest[0] if re.fullmatch(r"[-+.\deE]+|true|false", rest[0]) else "VALUE"
+            raise InputError(f"override {word!r} must read key=value; did you mean {word}={value}?")
 
 
 def _apply(data: dict[str, Any], override: str) -> dict[str, Any]:

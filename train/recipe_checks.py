@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import enum
+import math
 import typing
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
@@ -30,6 +31,41 @@ OWN_TRAINING_KEYS = {
     "eval_strategy": "evaluation",
     "eval_on_start": "evaluation",
     "resume_from_checkpoint": "--resume",
+}
+
+
+class _Range(NamedTuple):
+    words: str
+    holds: Callable[[float], bool]
+
+
+_FROM_ONE = _Range("at least 1", lambda value: value >= 1)
+_ABOVE_ZERO = _Range("above 0", lambda value: value > 0)
+_FROM_ZERO = _Range("at least 0", lambda value: value >= 0)
+_EVERY = _Range(
+    "a whole number from 1 (steps) or between 0 and 1 (a share of the run)",
+    lambda value: 0 < value < 1 or (value >= 1 and value == int(value)),
+)
+_BETA = _Range("at least 0 and below 1", lambda value: 0 <= value < 1)
+
+# Numbers of `training`, of which transformers checks few, and those late. A share of the run is what it takes itself.
+_RANGES = {
+    "per_device_train_batch_size": _FROM_ONE,
+    "per_device_eval_batch_size": _FROM_ONE,
+    "gradient_accumulation_steps": _FROM_ONE,
+    "max_steps": _Range("at least 1, or -1 to go by num_train_epochs", lambda value: value >= 1 or value == -1),
+    "num_train_epochs": _ABOVE_ZERO,
+    "learning_rate": _ABOVE_ZERO,
+    "warmup_steps": _Range("at least 0 (below 1: a share of the run)", lambda value: value >= 0),
+    "logging_steps": _EVERY,
+    "save_steps": _EVERY,
+    "eval_steps": _EVERY,
+    "weight_decay": _FROM_ZERO,
+    "max_grad_norm": _FROM_ZERO,
+    "adam_beta1": _BETA,
+    "adam_beta2": _BETA,
+    "adam_epsilon": _FROM_ZERO,
+    "dataloader_num_workers": _FROM_ZERO,
 }
 
 
@@ -78,7 +114,7 @@ def _blocks_in(annotation: Any) -> list[type[BaseModel]]:
 
 
 def of_training(values: Mapping[str, Any], config: str) -> Iterator[Problem]:
-    """What of `training` TRL's config class does not have: names and types (an int passes for a float)."""
+    """What of `training` TRL's config class does not have or take: names, types (an int passes for a float), ranges."""
     import trl
 
     kind = getattr(trl, config)
@@ -109,6 +145,18 @@ def of_training(values: Mapping[str, Any], config: str) -> Iterator[Problem]:
         except ValidationError:
             expected = str(hints[key]).replace("typing.", "").removeprefix("<class '").removesuffix("'>")
             yield Problem(path, f"training.{key} must be {expected}, found {value!r}")
+            continue
+        if message := _out_of_range(key, value):
+            yield Problem(path, message)
+
+
+def _out_of_range(key: str, value: Any) -> str:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return ""
+    if not math.isfinite(value):
+        return f"training.{key} must be a finite number, found {value!r}"
+    allowed = _RANGES.get(key)
+    return "" if allowed is None or allowed.holds(value) else f"training.{key} must be {allowed.words}, found {value!r}"
 
 
 def _enum_values(hint: Any) -> list[str]:

@@ -29,7 +29,7 @@ from ..analysis.inside import require_no_way_out
 from ..analysis.model import HeadModel, load, load_plain
 from ..analysis.scores import load_means
 from ..analysis.tasks import Task, scored
-from . import faults, fit, holding, interruption, lineage, selecting, sequence, shown, trainers
+from . import faults, fit, holding, interruption, lineage, selecting, sequence, shown, snapshots, trainers
 from . import recipe as recipes
 from .blocks import FullMethod, JolaMethod, LofitMethod, ModelBlock, ObjectiveBlock, RegulariseMethod, SeekrMethod
 from .card import OWN
@@ -103,7 +103,8 @@ def _run(recipe: Recipe, resume: bool, progress: identify.Progress, say: Say) ->
             done = folder / "evaluation.json"
             return json.loads(done.read_text(encoding="utf-8")) if done.is_file() else {}
     elif main:
-        require_new_folder(folder, "choose another output_dir or name, or continue it with --resume", FIRST)
+        fix = "choose another output_dir or name, or continue it with --resume (resume=True in Python)"
+        require_new_folder(folder, fix, FIRST)
     in_order = isinstance(recipe.method, SeekrMethod)
     ready = prepared(recipe)
     heads, train, held_out, steps = ready.heads, ready.train, ready.held_out, ready.steps
@@ -208,6 +209,8 @@ def _carry_out(
     if chosen.found is not None and main:
         if set(headset.ROLES) & set(chosen.found.roles):
             say(report.verdict(chosen.found))
+            if advice := report.next_step(chosen.found):
+                say(advice)
         shown.show_heads(tracker, chosen.found, chosen.means or {}, folder, f"{folder.name}-heads")
     if isinstance(recipe.method, LofitMethod) and recipe.method.select_only:
         PartialState().wait_for_everyone()
@@ -243,10 +246,10 @@ def _carry_out(
         return {}
     if isinstance(model, PeftModel):
         with new_folder(folder / "adapter") as temporary:
-            model.save_pretrained(str(temporary), save_embedding_layers=False)
+            snapshots.write(model, temporary)
     elif isinstance(recipe.method, FullMethod | RegulariseMethod) and recipe.method.keep:
         with new_folder(folder / "model") as temporary:
-            model.save_pretrained(str(temporary))
+            snapshots.write(model, temporary)
             heads.tokenizer.save_pretrained(str(temporary))
     if isinstance(recipe.method, JolaMethod):
         chosen = selecting.open_gates(recipe, heads, model, chosen, state["training_data"])

@@ -30,7 +30,7 @@ from ..analysis.headset import RankedHead
 from ..analysis.model import HeadModel
 from ..analysis.scores import load_means, mean_interval
 from ..analysis.tasks import Task, load_task
-from . import fit, replay, shown
+from . import fit, replay, shown, snapshots
 from .blocks import EvaluationBlock, SeekrMethod, TaskBlock
 from .choosing import choose_heads
 from .continual import Learner, Unit
@@ -233,7 +233,7 @@ def learn_sequence(
     if method.keep != "none":
         lora = isinstance(learner.model, PeftModel)
         with new_folder(folder / ("adapter" if lora else "model")) as temporary:
-            learner.model.save_pretrained(str(temporary), **({"save_embedding_layers": False} if lora else {}))
+            snapshots.write(learner.model, temporary)
             if not lora:
                 heads.tokenizer.save_pretrained(str(temporary))
     PartialState().wait_for_everyone()

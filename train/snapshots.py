@@ -21,10 +21,21 @@ from ..analysis.files import atomic_folder
 def save(model: Any, folder: Path) -> None:
     """Write the adapter of a PeftModel, or all weights and the configuration of a plain model, in their own dtype."""
     with atomic_folder(folder) as temporary:
-        if isinstance(model, PeftModel):
-            model.save_pretrained(str(temporary), save_embedding_layers=False)
-        else:
-            model.save_pretrained(str(temporary))
+        write(model, temporary)
+
+
+def write(model: Any, folder: Path) -> None:
+    """As `save`, into a folder that is there."""
+    if isinstance(model, PeftModel):
+        model.save_pretrained(str(folder), save_embedding_layers=False)
+        remove_card(folder)
+    else:
+        model.save_pretrained(str(folder))
+
+
+def remove_card(folder: Path) -> None:
+    """Take away the empty form that PEFT lays beside an adapter as its model card."""
+    (folder / "README.md").unlink(missing_ok=True)
 
 
 @torch.no_grad()

@@ -24,12 +24,26 @@ def tasks_of(block: TaskBlock) -> tuple[Task, Task]:
         train, evaluation = (take_split(train, part, block.split.seed) for part in ("train", "test"))
     shared = sorted(set(train.subjects) & set(evaluation.subjects))
     if shared and block.split.by == "subject":
+        if (block.eval or block.train) == block.train:
+            raise InputError(_not_held_out(block, train))
         raise InputError(
             f"tasks {train.name!r} and {evaluation.name!r} share {len(shared)} subjects (such as {shared[0]!r}); "
             "name one task to have it split by subject, give a task.eval with other subjects, or set task.split.by=file"
         )
     # One seed for every run: the same examples are compared, whatever the recipe's own seed.
     return train, evaluation.limited(block.max_eval_examples, seed=0)
+
+
+def _not_held_out(block: TaskBlock, train: Task) -> str:
+    """What is wrong where task.eval is task.train, and this names one part of a task."""
+    why = f"task.train {block.train!r} is one part of a task, and task.eval is the same"
+    why += " (it is task.train where it is not given)" if block.eval is None else ""
+    whole, _, part = block.train.rpartition(":")
+    if part != train.split or not whole:
+        return f"{why}: nothing is held out; give a task.eval with other subjects"
+    other = "test" if part != "test" else "train"
+    fix = f"give task.train={whole}, which is split by subject, or task.eval={whole}:{other}"
+    return f"{why}: nothing is held out; {fix}"
 
 
 def in_words(block: TaskBlock, train: Task, evaluation: Task) -> str:

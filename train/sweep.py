@@ -1,6 +1,6 @@
 """A grid of runs of one recipe: every combination of values, with every seed, one folder each, resumable, compared.
 
-    headtune sweep lofit/relations --grid method.top=4,8,16 --grid training.learning_rate=1e-3,1e-2 --seeds 3
+    headtune sweep lofit/relations --grid heads.top=4,8,16 --grid training.learning_rate=1e-3,1e-2 --seeds 3
 
 Every recipe of the grid is checked before the first one starts. A folder that is finished is not run again, one that
 was broken goes on from its checkpoint. Each run is a process of its own. The same grid for others to run: a W&B sweep
@@ -58,7 +58,7 @@ def axis(text: str) -> tuple[str, list[Any]]:
     except yaml.YAMLError:
         values = None
     if not equals or not key or not isinstance(values, list) or not values:
-        raise InputError(f"--grid {text!r} must read key=value,value, such as method.top=4,8,16")
+        raise InputError(f"--grid {text!r} must read key=value,value, such as heads.top=4,8,16")
     try:
         different = {json.dumps(value, sort_keys=True) for value in values}
     except TypeError:

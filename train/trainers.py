@@ -204,6 +204,9 @@ class Penalised:
     penalty: Penalty | None = None
     rates: Mapping[str, float] = {}
 
+    def create_model_card(self, *_: Any, **__: Any) -> None:
+        """No card of TRL's, which knows neither recipe nor data: see `card` for ours, written on export."""
+
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         """Rows in the trainer's own order, and as many of the next as fill the last step of an epoch.
 
