@@ -403,7 +403,7 @@ def test_runs_of_all_kinds_stand_side_by_side(
     capsys.readouterr()
     assert main(["compare", str(tmp_path / "runs")]) == 0
     shown = capsys.readouterr()
-    tables = re.split(r"asked:test(?!, continued)", shown.out)[1:]
+    tables = re.split(r"asked:test, \d+ prompts?\b(?!, continued)", shown.out)[1:]
     metrics = ("MC1", "exact match", "repeat rate")
     found = [[name for name in metrics if re.search(name.replace(" ", r"\s+"), part)] for part in tables]
     assert sorted(found) == [["MC1"], ["exact match"], ["repeat rate"]]  # none has columns of another's

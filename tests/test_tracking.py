@@ -424,3 +424,15 @@ def test_a_real_trainer_logs_every_step(tmp_path: Path) -> None:
         Trainer(Tiny(), arguments, train_dataset=data, callbacks=[trainer_callback(tracker)]).train()
     by_step = {line["step"]: line["train/loss"] for line in lines(tmp_path) if "train/loss" in line}
     assert sorted(by_step) == [1, 2, 3] and by_step[1] == 1.0 and by_step[3] < by_step[1]
+
+
+def test_a_busy_machine_is_given_longer_than_a_server_that_is_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("INIT", "FINISH"):
+        monkeypatch.delenv(f"WANDB_{name}_TIMEOUT", raising=False)
+    offline, online = (wandb_run.settings(mode, tmp_path) for mode in ("offline", "online"))
+    assert (offline.init_timeout, offline.finish_timeout) == (60.0, 60.0)
+    assert (online.init_timeout, online.finish_timeout) == (5.0, 5.0)
+    monkeypatch.setenv("WANDB_FINISH_TIMEOUT", "7")
+    assert [wandb_run.settings(mode, tmp_path).finish_timeout for mode in ("offline", "online")] == [7.0, 7.0]

@@ -23,7 +23,10 @@ log = logging.getLogger(__name__)
 
 METRICS = "metrics.jsonl"
 MODES = ("offline", "online", "disabled")
-SECONDS = 5.0  # that W&B may take to start and to finish; WANDB_INIT_TIMEOUT and WANDB_FINISH_TIMEOUT change it
+# What W&B may take to start and to finish; WANDB_INIT_TIMEOUT and WANDB_FINISH_TIMEOUT change both. Offline it waits for
+# nobody but a busy machine.
+SECONDS = 5.0
+OFFLINE_SECONDS = 60.0
 AXES = ("train/epoch", "train/num_tokens")  # what a trainer counts besides its steps
 
 
@@ -97,7 +100,8 @@ def settings(mode: Literal["online", "offline"], run_dir: Path) -> wandb.Setting
     """Quiet, bounded in time, and nothing about the machine, the code or the environment."""
     import wandb
 
-    seconds = {what: float(os.environ.get(f"WANDB_{what}_TIMEOUT", SECONDS)) for what in ("INIT", "FINISH")}
+    allowed = OFFLINE_SECONDS if mode == "offline" else SECONDS
+    seconds = {what: float(os.environ.get(f"WANDB_{what}_TIMEOUT", allowed)) for what in ("INIT", "FINISH")}
     return wandb.Settings(
         mode=mode,
         root_dir=str(run_dir),
