@@ -488,6 +488,7 @@ def test_a_broken_run_ends_as_the_unbroken_one(
     assert all(torch.equal(value, second[name]) for name, value in first.items())
 
 
+@pytest.mark.slow
 def test_the_base_measurement_of_another_run_is_taken_over(llama: Path, tasks: list[str], tmp_path: Path) -> None:
     for name in ("one", "two"):
         (tmp_path / name).mkdir()

@@ -66,6 +66,7 @@ def run_export(model: Any, target: Path, dtype: str = "float32", **options: Any)
 # --- the whole way ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_export_to_another_family(tmp_path: Path) -> None:
     """Folded, converted, split into shards, reloaded elsewhere, described: and nothing else is left behind."""
     model = adapted("qwen2")
@@ -125,6 +126,7 @@ def tampering(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(exporting, "fold", wrong)
 
 
+@pytest.mark.slow
 def test_a_wrong_fold_leaves_nothing_and_exits_with_1(
     llama_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -389,6 +389,7 @@ def test_a_run_is_measured_on_its_own_split(llama: Path, tmp_path: Path, capsys:
     assert own.subjects != load_task(f"{tmp_path / 'cities.jsonl'}:test", 0).subjects
 
 
+@pytest.mark.slow
 def test_runs_of_all_kinds_stand_side_by_side(
     llama: Path, asked: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

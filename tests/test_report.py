@@ -559,6 +559,7 @@ def test_agreement_with_ties_and_missing_numbers() -> None:
     assert table[0, 1] == pytest.approx(np.corrcoef([1.5, 1.5, 3], [1, 2, 3])[0, 1])
 
 
+@pytest.mark.slow
 def test_the_page_shows_the_sheets_their_scale_and_the_agreement(tmp_path: Path) -> None:
     report.write_report(tmp_path / "report.html", head_set(), many_means())
     page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
