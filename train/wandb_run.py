@@ -23,8 +23,8 @@ log = logging.getLogger(__name__)
 
 METRICS = "metrics.jsonl"
 MODES = ("offline", "online", "disabled")
-# What W&B may take to start and to finish; WANDB_INIT_TIMEOUT and WANDB_FINISH_TIMEOUT change both. Offline it waits for
-# nobody but a busy machine.
+# What W&B may take to start and to finish; WANDB_INIT_TIMEOUT and WANDB_FINISH_TIMEOUT change both. Offline there is
+# nobody to wait for but a busy machine.
 SECONDS = 5.0
 OFFLINE_SECONDS = 60.0
 AXES = ("train/epoch", "train/num_tokens")  # what a trainer counts besides its steps
