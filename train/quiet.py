@@ -18,8 +18,8 @@ from transformers.utils import logging as transformers_logging
 def libraries_quiet() -> Iterator[None]:
     """Within it, no progress bars of transformers and datasets, and neither their advice nor torch's on their own code.
 
-    All is as before afterwards. Nothing is changed where the user has said what to hear: `python -W`,
-    PYTHONWARNINGS, TRANSFORMERS_VERBOSITY, or `--verbose` (headtune's logger at DEBUG).
+    All is as before afterwards. What the user asks to hear is heard: warnings with `python -W` or PYTHONWARNINGS, the
+    library's log with TRANSFORMERS_VERBOSITY, everything with `--verbose` (headtune's logger at DEBUG).
     """
     with ExitStack() as stack:
         if not (torch.cuda.is_available() or "DS_ACCELERATOR" in os.environ):
