@@ -257,7 +257,7 @@ def print_heads(found: Identified) -> None:
 
     from ..analysis import report
     from ..analysis.encoding import reasons
-    from .console import console
+    from .console import console, print_titled
 
     heads = found.heads
     task = heads.task
@@ -270,7 +270,7 @@ def print_heads(found: Identified) -> None:
         rule = heads.method["parameters"]["rules"][role]
         stable = heads.stability[role]
         how = "no stability: one fit for the whole task" if stable is None else f"bootstrap Jaccard {stable:.2f}"
-        table = Table(title=f"{role} heads ({how})", title_justify="left")
+        table = Table()
         confirms = [f"{rule['confirm'].split('.')[0]}.{quantity}" for quantity in ("target", "previous")]
         # Without ablation the ranking confirms itself; single facts have no previous answers.
         confirms = [name for name in confirms if name != rule["rank"] and any(name in head.effect for head in ranked)]
@@ -280,7 +280,7 @@ def print_heads(found: Identified) -> None:
             score = f"{entry.score:.3f}" + (f" [{entry.ci[0]:.3f}, {entry.ci[1]:.3f}]" if entry.ci else "")
             effects = (entry.effect.get(name) for name in confirms)
             table.add_row(entry.name, score, *("" if effect is None else f"{effect:+.3f}" for effect in effects))
-        console.print(table)
+        print_titled(f"{role} heads ({how})", table)
     for method, count in heads.method["parameters"]["examples_scored"].items():
         if count < task["n_examples"]:
             console.print(

@@ -100,9 +100,9 @@ def _plain(stage: Stage, rate: float | None) -> dict[str, Any]:
 def _print(stages: list[Stage], rate: float | None, title: str, limit: int, change: str | None) -> None:
     from rich.table import Table
 
-    from .console import console
+    from .console import console, print_titled
 
-    table = Table(title=f"{title}: GiB of each GPU", title_justify="left")
+    table = Table()
     table.add_column("")
     for stage in stages:
         table.add_column(stage.name, justify="right")
@@ -116,7 +116,7 @@ def _print(stages: list[Stage], rate: float | None, title: str, limit: int, chan
         if any(sizes):
             table.add_row({"host": "main memory", "disk": "on disk"}[name], *(gib(size) for size in sizes))
     table.add_row("time", *(_time(stage, rate) for stage in stages))
-    console.print(table)
+    print_titled(f"{title}: GiB of each GPU", table)
     console.print(
         "An estimate. Activations and gradients are not there in full at the same time, so the peak is below the sum; "
         "evaluation, checkpoints and loading are not counted."

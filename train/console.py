@@ -91,6 +91,12 @@ def plain_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str |
     return table
 
 
+def print_titled(title: str, table: Table) -> None:
+    """A table under its title, which a Table of rich's own would break where the table is narrower."""
+    console.print(Text(title, style="table.title"))
+    console.print(table)
+
+
 def metrics_table(columns: Mapping[str, Mapping[str, Any]], title: str = "") -> Table:
     """Metrics as rows, one column an evaluation; a dash where one has no such metric.
 
