@@ -22,6 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import tiny
 import torch
 
 ROOT = Path(__file__).parent.parent
@@ -138,6 +139,8 @@ def _work(jobs: Path, answers: Path) -> None:
     from headtune.train import recipe
     from headtune.train.run import run
 
+    tiny.shorten_neutral_text()
+    gc.freeze()  # what is imported is not looked through after every training
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
         _keep_fsdp()
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":

@@ -8,7 +8,9 @@ implementations differ.
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -84,7 +86,6 @@ RECIPES: dict[str, dict[str, Any]] = {
         "method": {**SFT, "tune": "full", "keep": True, "regularisers": HELD},
     },
 }
-QUICK = ("lofit", "lora")
 # Three tasks of eight rows each, two steps a task; of the buffer one row goes with two of the task.
 HALF = {"replay": {"count": 4}, "distil": DISTIL, "lora": {"r": 4, "alpha": 8}}
 SEQUENCES: dict[str, dict[str, Any]] = {
@@ -95,12 +96,19 @@ SEQUENCES: dict[str, dict[str, Any]] = {
     "seekr_lwf": {"tune": "lora", "strategy": "lwf", "lora": HALF["lora"]},
 }
 SEQUENCE_STEPS = 6
+WITH_RESUMING = ("ddp_cpu_2", "zero3_cpu_2", "fsdp2_cpu_2")
+WITH_BREAKING = ("zero3_cpu_2", "fsdp2_cpu_2")
+LATE = ("lofit", "full")
+# Of a sequence after the buffer and the teacher's rows of its first task were written.
+MIDDLE = ("held_lora", "pruned_full", "seekr", "seekr_full")
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HEADTUNE_CACHE", str(tmp_path_factory.mktemp("cache")))
-    monkeypatch.delenv("RANK", raising=False)
+@pytest.fixture(scope="module", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HEADTUNE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.delenv("RANK", raising=False)
+        yield
 
 
 class References:
@@ -176,12 +184,53 @@ def assert_same(expected: Path, found: Path, steps: int = STEPS) -> None:
         assert gap <= 1e-5, f"{name}: {gap:.2g}"
 
 
-def trained_by(engine: str, names: tuple[str, ...], one: References, folder: Path) -> dict[str, Path]:
-    """Each recipe's run, of one launch."""
-    commands = [[str(one.recipe(folder / name, name, per_device_train_batch_size=2))] for name in names]
-    for name, error in zip(names, run_recipes(engine, commands, folder), strict=True):
-        assert not error, f"{name} under {engine}:\n{error}"
-    return {name: folder / name / "run" for name in names}
+@dataclass(frozen=True)
+class Launched:
+    """All runs of one engine, each in a folder of its name: `lofit`, `late_lofit`, `middle_seekr`, ..."""
+
+    engine: str
+    folder: Path
+    errors: dict[str, str]
+
+    def run(self, name: str) -> Path:
+        assert not self.errors[name], f"{name} under {self.engine}:\n{self.errors[name]}"
+        return self.folder / name / "run"
+
+    def log(self) -> str:
+        return (self.folder / f"{self.engine}.log").read_text(encoding="utf-8")
+
+
+def launched_by(engine: str, folder: Path, commands: dict[str, list[list[str]]]) -> Launched:
+    """Each name's commands, in one launch: starting two processes takes longer than most recipes."""
+    errors = iter(run_recipes(engine, [command for words in commands.values() for command in words], folder))
+    found = {name: next(filter(None, [next(errors) for _ in words]), "") for name, words in commands.items()}
+    return Launched(engine, folder, found)
+
+
+class Launches:
+    """Everything that an engine is asked for, launched once."""
+
+    def __init__(self, folder: Path, one: References, with_momentum: References) -> None:
+        self.folder, self.one, self.with_momentum = folder, one, with_momentum
+
+    @cache  # noqa: B019  lives as long as the module's tests
+    def of(self, engine: str) -> Launched:
+        folder, half = self.folder / engine, {"per_device_train_batch_size": 2}
+        commands = {name: [[str(self.one.recipe(folder / name, name, **half))]] for name in (*RECIPES, *SEQUENCES)}
+        if engine in WITH_RESUMING:
+            for name in LATE:
+                recipe = str(self.one.recipe(folder / f"late_{name}", name, **half, save_steps=STEPS))
+                commands[f"late_{name}"] = [[recipe], [recipe, RESUMED]]
+        if engine in WITH_BREAKING:
+            for name in MIDDLE:
+                recipe = str(self.with_momentum.recipe(folder / f"middle_{name}", name, **half, save_steps=1))
+                commands[f"middle_{name}"] = [[recipe, BROKEN], [recipe, RESUMED]]
+        return launched_by(engine, folder, commands)
+
+
+@pytest.fixture(scope="module")
+def launches(tmp_path_factory: pytest.TempPathFactory, one: References, with_momentum: References) -> Launches:
+    return Launches(tmp_path_factory.mktemp("launches"), one, with_momentum)
 
 
 # --- without a launch -------------------------------------------------------------------------------------------------
@@ -309,71 +358,60 @@ def test_an_epoch_fills_its_last_step(rows: int, step: int, expected: int) -> No
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
-def test_every_engine_trains_what_one_process_does(engine: str, one: References, tmp_path: Path) -> None:
-    names = (*QUICK, "seekr") if engine == "zero3_cpu_2" else QUICK
-    for name, run in trained_by(engine, names, one, tmp_path).items():
-        assert_same(one.run(name), run, SEQUENCE_STEPS if name == "seekr" else STEPS)
-        stored = load_file(run / "adapter" / "adapter_model.safetensors")
-        assert stored and all(tensor.numel() for tensor in stored.values())
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("engine", ENGINES)
-def test_every_recipe_trains_alike_under_every_engine(engine: str, one: References, tmp_path: Path) -> None:
-    names = tuple(name for name in RECIPES if name not in QUICK)
-    for name, run in trained_by(engine, names, one, tmp_path).items():
+def test_every_recipe_trains_alike_under_every_engine(engine: str, launches: Launches, one: References) -> None:
+    launched = launches.of(engine)
+    for name in RECIPES:
+        run = launched.run(name)
         assert_same(one.run(name), run)
+        if (run / "adapter").is_dir():
+            stored = load_file(run / "adapter" / "adapter_model.safetensors")
+            assert stored and all(tensor.numel() for tensor in stored.values()), name
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
-def test_sequences_of_tasks_are_learnt_alike_under_every_engine(engine: str, one: References, tmp_path: Path) -> None:
-    for name, run in trained_by(engine, tuple(SEQUENCES), one, tmp_path).items():
-        assert_same(one.run(name), run, SEQUENCE_STEPS)
+def test_sequences_of_tasks_are_learnt_alike_under_every_engine(
+    engine: str, launches: Launches, one: References
+) -> None:
+    for name in SEQUENCES:
+        assert_same(one.run(name), launches.of(engine).run(name), SEQUENCE_STEPS)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ["ddp_cpu_2", "zero3_cpu_2", "fsdp2_cpu_2"])
+@pytest.mark.parametrize("engine", WITH_RESUMING)
 def test_a_run_killed_before_its_adapter_was_written_ends_as_one_that_was_not(
-    engine: str, one: References, tmp_path: Path
+    engine: str, launches: Launches, one: References
 ) -> None:
-    names = ("lofit", "full")
-    recipes = [
-        str(one.recipe(tmp_path / name, name, per_device_train_batch_size=2, save_steps=STEPS)) for name in names
-    ]
-    again = [words for recipe in recipes for words in ([recipe], [recipe, RESUMED])]
-    assert run_recipes(engine, again, tmp_path) == [""] * len(again)
-    for name in names:
-        assert_same(one.run(name), tmp_path / name / "run")
+    for name in LATE:
+        assert_same(one.run(name), launches.of(engine).run(f"late_{name}"))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ["zero3_cpu_2", "fsdp2_cpu_2"])
+@pytest.mark.parametrize("engine", WITH_BREAKING)
 def test_a_run_broken_off_in_the_middle_ends_as_one_that_was_not(
-    engine: str, with_momentum: References, tmp_path: Path
+    engine: str, launches: Launches, with_momentum: References
 ) -> None:
-    """A sequence breaks off in its second task, after the buffer and the teacher's rows of the first were written."""
-    names = ("held_lora", "pruned_full", "seekr", "seekr_full")
-    small = {"per_device_train_batch_size": 2, "save_steps": 1}
-    recipes = [str(with_momentum.recipe(tmp_path / name, name, **small)) for name in names]
-    again = [[recipe, word] for recipe in recipes for word in (BROKEN, RESUMED)]
-    assert run_recipes(engine, again, tmp_path) == [""] * len(again)
-    log = (tmp_path / f"{engine}.log").read_text(encoding="utf-8")
-    for name in names:
-        assert f"going on from {tmp_path / name / 'run'}" in log
-        assert_same(with_momentum.run(name), tmp_path / name / "run", SEQUENCE_STEPS if name in SEQUENCES else STEPS)
+    launched = launches.of(engine)
+    for name in MIDDLE:
+        run = launched.run(f"middle_{name}")
+        assert f"going on from {run}" in launched.log()
+        assert_same(with_momentum.run(name), run, SEQUENCE_STEPS if name in SEQUENCES else STEPS)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ["ddp_cpu_2", "zero3_cpu_2", "fsdp2_cpu_2"])
+@pytest.mark.parametrize("engine", WITH_RESUMING)
 def test_the_built_in_model_trains_alike(
     engine: str, built_in: References, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Thirty layers in float32: sums in another order differ more."""
     monkeypatch.delenv("HEADTUNE_CACHE")  # converting the model takes longer than training it
-    for name, run in trained_by(engine, QUICK, built_in, tmp_path).items():
-        expected_run = built_in.run(name)
+    half = {"per_device_train_batch_size": 2}
+    names = ("lofit", "lora")
+    commands = {name: [[str(built_in.recipe(tmp_path / name, name, **half))]] for name in names}
+    found = launched_by(engine, tmp_path, commands)
+    for name in names:
+        expected_run, run = built_in.run(name), found.run(name)
         assert losses(run) == pytest.approx(losses(expected_run), rel=1e-4)
-        expected, found = (load_file(of / "adapter" / "adapter_model.safetensors") for of in (expected_run, run))
+        expected, stored = (load_file(of / "adapter" / "adapter_model.safetensors") for of in (expected_run, run))
         for key, tensor in expected.items():
-            assert torch.allclose(found[key], tensor, atol=1e-4 * float(tensor.abs().max())), key
+            assert torch.allclose(stored[key], tensor, atol=1e-4 * float(tensor.abs().max())), key

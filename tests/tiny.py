@@ -7,7 +7,7 @@ folder = save_tiny(tmp_path / "model", "gpt2")          what a command line take
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -207,6 +207,14 @@ def save_tiny(folder: Path, family: str, seed: int = 0, **config: Any) -> Path:
     tiny_model(family, seed, **config).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder
+
+
+def shorten_neutral_text(set_attribute: Callable[[object, str, object], None] = setattr) -> None:
+    """Measure perplexity on the first sentences of the text: the tiny tokenizer makes 5,000 tokens of the whole."""
+    from headtune.train import evaluate
+
+    text = evaluate.neutral_text()[:500]
+    set_attribute(evaluate, "neutral_text", lambda: text)
 
 
 def quick_among(values: Iterable[str], quick: Collection[str]) -> list[Any]:

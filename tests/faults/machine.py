@@ -27,9 +27,10 @@ FAMILIES = ("lofit", "full", "seekr")
 STEPS = 24  # of lofit and full, and of each of the three tasks of seekr
 
 _PARENT = """
-import json, os, resource, signal, sys
+import gc, json, os, resource, signal, sys
 import trl, datasets, peft, torch, transformers.models.llama.modeling_llama
 from headtune.train import cli, run
+gc.collect(); gc.freeze()  # what is imported is not looked through after every training
 print("ready", flush=True)
 for line in sys.stdin:
     order = json.loads(line)
@@ -113,10 +114,12 @@ class Child:
     def wait_for(self, words: str) -> None:
         """Until the run says this, after what was waited for before."""
         while words not in self.said()[self._heard :]:
-            state = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0]
-            assert state != "Z", f"it ended without saying {words!r}: {self.said()}"
+            assert not self.ended(), f"it ended without saying {words!r}: {self.said()}"
             time.sleep(0.002)
         self._heard += self.said()[self._heard :].index(words) + len(words)
+
+    def ended(self) -> bool:
+        return Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
 
     def signal(self, signum: int) -> None:
         os.kill(self.pid, signum)

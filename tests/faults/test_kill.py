@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import os
 import random
-import subprocess
-import sys
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import machine as machines
 import pytest
 import torch
+from machine import Child, Machine
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from small_runs import train, write_sequence_recipe
@@ -23,16 +22,12 @@ from headtune.analysis.errors import CheckError
 from headtune.train import checkpoints, continual, sequence, snapshots
 
 
-def read(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
 def require_same(run: Path, whole: Path) -> None:
     """Matrix, heads, metrics and every weight of two runs are equal."""
-    ours, theirs = read(run / "sequence.json"), read(whole / "sequence.json")
+    ours, theirs = machines.read(run / "sequence.json"), machines.read(whole / "sequence.json")
     for key in ("before", "after", "heads", "n_steps"):
         assert ours[key] == theirs[key], key
-    assert read(run / "evaluation.json") == read(whole / "evaluation.json")
+    assert machines.read(run / "evaluation.json") == machines.read(whole / "evaluation.json")
     first, second = (load_file(folder / "model" / "model.safetensors") for folder in (run, whole))
     assert first.keys() == second.keys()
     assert all(torch.equal(value, second[name]) for name, value in first.items())
@@ -41,17 +36,8 @@ def require_same(run: Path, whole: Path) -> None:
 # --- kill -9 ----------------------------------------------------------------------------------------------------------
 
 
-def start(recipe: Path, log: Path) -> subprocess.Popen[bytes]:
-    """`headtune train` in a process of its own, resuming where there is something to resume."""
-    words = ["--resume"] if (recipe.parent / "run" / "recipe.yaml").is_file() else []
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}
-    with log.open("ab") as file:
-        command = [sys.executable, "-m", "headtune.train", str(recipe), *words]
-        return subprocess.Popen(command, stdout=file, stderr=file, env=environment)
-
-
 def begun(run: Path) -> Callable[[], bool]:
-    """Whether a process has got so far as to say that it runs (imports take longer than the training)."""
+    """Whether a process has got so far as to say that it runs (loading takes about as long as the training)."""
     state = run / "run.json"
     before = state.stat().st_mtime_ns if state.is_file() else 0
     return lambda: state.is_file() and state.stat().st_mtime_ns != before
@@ -67,9 +53,9 @@ def writing(run: Path, pattern: str) -> Callable[[], bool]:
     return lambda: bool(half_written() - old)
 
 
-def wait(process: subprocess.Popen[bytes], event: Callable[[], bool]) -> bool:
+def wait(child: Child, event: Callable[[], bool]) -> bool:
     """Wait for an event; False where the process ended first."""
-    while process.poll() is None:
+    while not child.ended():
         if event():
             return True
         time.sleep(0.0002)
@@ -77,19 +63,22 @@ def wait(process: subprocess.Popen[bytes], event: Callable[[], bool]) -> bool:
 
 
 @pytest.mark.slow
-def test_killed_over_and_over_it_ends_as_the_unbroken_run(tiny_llama: Path, tmp_path: Path) -> None:
+def test_killed_over_and_over_it_ends_as_the_unbroken_run(machine: Machine, tiny_llama: Path, tmp_path: Path) -> None:
     """SIGKILL at random moments and in the middle of writing; each start goes on from what was whole."""
-    recipes, log = {}, tmp_path / "log"
-    for name in ("whole", "killed"):
-        (tmp_path / name).mkdir()
-        recipes[name] = write_sequence_recipe(tmp_path / name, tiny_llama, {})
-    whole, run = (tmp_path / name / "run" for name in ("whole", "killed"))
-    process = start(recipes["whole"], log)
-    assert wait(process, begun(whole)), log.read_text()
+    whole, run = (
+        machines.write("seekr", tmp_path / name, tiny_llama, max_steps=20, save_steps=2) / "run"
+        for name in ("whole", "killed")
+    )
+    child = machine.start(whole.parent)
+    assert wait(child, begun(whole)), child.said()
     clock = time.monotonic()
-    assert wait(process, (whole / "evaluation.json").is_file), log.read_text()
+    assert wait(child, (whole / "evaluation.json").is_file), child.said()
     length = time.monotonic() - clock
-    assert process.wait() == 0, log.read_text()
+    assert child.wait() == 0, child.said()
+
+    def start() -> Child:
+        """It resumes where there is something to resume."""
+        return machine.start(run.parent, *(["--resume"] if (run / "recipe.yaml").is_file() else []))
 
     generator = random.Random(0)
     patterns = [  # what is caught half written, if it is there long enough to be seen
@@ -100,21 +89,21 @@ def test_killed_over_and_over_it_ends_as_the_unbroken_run(tiny_llama: Path, tmp_
         "tasks/*/.model.*",
         ".model.*",
     ]
-    kills = 0
+    kills, log = 0, run.parent / "log"
     for pattern in [*patterns, *patterns]:
-        process = start(recipes["killed"], log)
+        child = start()
         caught, late = writing(run, pattern), generator.uniform(0.1, 0.4) * length
-        if wait(process, begun(run)):
+        if wait(child, begun(run)):
             end = time.monotonic() + late
-            if wait(process, lambda: caught() or time.monotonic() >= end):  # noqa: B023  used at once
-                process.kill()
+            if wait(child, lambda: caught() or time.monotonic() >= end):  # noqa: B023  used at once
+                child.signal(signal.SIGKILL)
                 kills += 1
-        if process.wait() == 0:
+        if child.wait() == 0:
             break
     assert kills >= 4, f"only {kills} came before the end: {log.read_text()}"
-    if read(run / "run.json")["state"] != "done":
-        process = start(recipes["killed"], log)
-        assert process.wait() == 0, log.read_text()
+    if machines.state(run.parent) != "done":
+        code, said = machine.run(run.parent, "--resume")
+        assert code == 0, said
     require_same(run, whole)
     for pattern in ("teachers", ".model.*", "tasks/*/model", "tasks/*/checkpoints", "tasks/*/.model.*"):
         assert not list(run.glob(pattern)), pattern
@@ -166,7 +155,7 @@ def test_broken_while_tidying_up_the_run_is_done(
     with monkeypatch.context() as patch, pytest.raises(Broken):
         break_in(patch, sequence, "clear")
         train(recipe)
-    assert read(run / "run.json")["state"] == "done" and len(list(run.glob("tasks/*/model"))) == 3
+    assert machines.read(run / "run.json")["state"] == "done" and len(list(run.glob("tasks/*/model"))) == 3
     assert train(recipe, "--resume") == 0
     assert not list(run.glob("tasks/*/model")) and not (run / "teachers").exists()
 
