@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -149,9 +149,26 @@ def first_token(
     Args:
         special: add the tokenizer's special tokens, as for `prompt_ids`.
     """
-    ids = tokenizer(prompt + continuation(prompt, answer), add_special_tokens=special).input_ids
-    n = len(prompt_ids)
-    return int(ids[n]) if len(ids) > n and ids[:n] == list(prompt_ids) else None
+    return first_tokens(tokenizer, prompt, prompt_ids, [answer], special)[answer]
+
+
+def first_tokens(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    prompt_ids: Sequence[int],
+    answers: Collection[str],
+    special: bool = True,
+) -> dict[str, int | None]:
+    """`first_token` of each answer, tokenised together."""
+    if not answers:
+        return {}
+    written = [prompt + continuation(prompt, answer) for answer in answers]
+    n, border = len(prompt_ids), list(prompt_ids)
+    rows = tokenizer(written, add_special_tokens=special).input_ids
+    return {
+        answer: int(ids[n]) if len(ids) > n and ids[:n] == border else None
+        for answer, ids in zip(answers, rows, strict=True)
+    }
 
 
 def encode(task: Task, tokenizer: PreTrainedTokenizerBase) -> EncodedTask:
@@ -202,11 +219,11 @@ def _encode_one(
         cursor = start
     if not subject or not all(spans):
         return None, "span without tokens"
-    firsts = {answer: first_token(tokenizer, example.prompt, ids, answer, special) for answer in example.remaining}
-    targets = {token for token in firsts.values() if token is not None}
+    firsts = first_tokens(tokenizer, example.prompt, ids, [*example.remaining, *example.previous], special)
+    targets = {token for answer in example.remaining if (token := firsts[answer]) is not None}
     if not targets:
         return None, "tokens merge across the end of the prompt"
-    given = [first_token(tokenizer, example.prompt, ids, answer, special) for answer in example.previous]
+    given = [firsts[answer] for answer in example.previous]
     ambiguous = targets & {token for token in given if token is not None}
     targets -= ambiguous
     previous = tuple(token for token in given if token is not None and token not in ambiguous)

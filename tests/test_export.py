@@ -26,7 +26,7 @@ from headtune.train.adapter import HeadTuningConfig
 from headtune.train.card import Origin, adapter_card, checkpoint_card, is_hub_id, licence_of, origin_of
 from headtune.train.cli import main
 from headtune.train.convert import fold
-from headtune.train.export import Answers, compare, export, export_adapter, export_run
+from headtune.train.export import Answers, Prompts, answers_of, compare, export, export_adapter, export_run
 from headtune.train.run import load_run
 
 HEADS = [[0, 1], [2, 0], [2, 3]]
@@ -179,6 +179,26 @@ def test_another_tokenizer_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(exporting, "write_stock", lambda model, _, folder, *rest: write(model, other, folder, *rest))
     with pytest.raises(CheckError, match="the tokenizer has changed"):
         run_export(adapted("llama"), tmp_path / "exported")
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt2", "opt", "gpt_neox", "phi"])
+def test_prompts_that_go_on_together_go_on_as_each_alone(family: str) -> None:
+    """More than a batch, of uneven lengths: what was padded is what generation of one row gives."""
+    model: Any = tiny_model(family)
+    rows = [torch.arange(10, 10 + 3 + 5 * i % 14).tolist() for i in range(12)]
+    found = answers_of(model, Prompts(rows, None, 6, 0))
+    assert len(found.greedy) == len(found.logits) == len(rows)
+    for row, logits, greedy in zip(rows, found.logits, found.greedy, strict=True):
+        tokens = torch.tensor([row])
+        with torch.no_grad():
+            torch.testing.assert_close(logits, model(tokens).logits[0], atol=1e-5, rtol=0)
+        alone = model.generate(
+            tokens, attention_mask=torch.ones_like(tokens), do_sample=False, max_new_tokens=6, pad_token_id=0
+        )[0].tolist()
+        said = greedy.tolist()
+        start = said.index(row[0])
+        assert said[:start] == [0] * start
+        assert said[start : start + len(alone)] == alone and not any(said[start + len(alone) :])
 
 
 def test_the_verdict() -> None:

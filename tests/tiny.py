@@ -6,6 +6,7 @@ folder = save_tiny(tmp_path / "model", "gpt2")          what a command line take
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
@@ -176,12 +177,24 @@ KINDS = {
 }
 
 
+_MADE: dict[str, tuple[PreTrainedModel, torch.Tensor]] = {}
+
+
 def tiny_model(family: str, seed: int = 0, attn_implementation: str | None = None, **config: Any) -> PreTrainedModel:
     """A random float32 model in eval mode; the same `family`, `seed` and `config` give the same weights.
 
     `attn_implementation` None is the library's choice: SDPA, or eager attention where a family has no SDPA (gemma2).
     Biases and norms start at 0 and 1, where a forgotten one goes unnoticed: they get noise too.
     """
+    key = repr((family, seed, attn_implementation, sorted(config.items())))
+    if key not in _MADE:
+        _MADE[key] = (_tiny_model(family, seed, attn_implementation, config), torch.get_rng_state())
+    model, random_state = _MADE[key]
+    torch.set_rng_state(random_state)  # what is drawn after it is the same each time
+    return copy.deepcopy(model)
+
+
+def _tiny_model(family: str, seed: int, attn_implementation: str | None, config: dict[str, Any]) -> PreTrainedModel:
     vocabulary = len(tiny_tokenizer())
     settings = _CONFIGS.get(family, {}) | {
         "vocab_size": vocabulary,

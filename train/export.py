@@ -45,6 +45,7 @@ FLOAT32_TOLERANCE = (
 )
 # Rounding every weight to 8 (or 11) bits of mantissa moves logits by a few per cent of their scale.
 HALF_TOLERANCE = 0.1
+_TOGETHER = 10  # prompts that are continued in one batch
 
 # Runs under `python -I`: no PYTHONPATH, no current folder, so nothing but installed packages can be imported.
 _PROBE = """
@@ -66,11 +67,12 @@ for job in json.load(open(sys.argv[1])):
     with torch.no_grad():
         for index, row in enumerate(job["prompts"]):
             assert job["texts"] is None or tokenizer(job["texts"][index]).input_ids == row, "the tokenizer has changed"
-            tokens = torch.tensor([row])
-            result[f"logits.{index}"] = model(tokens).logits[0].float().contiguous()
-            result[f"greedy.{index}"] = model.generate(
-                tokens, attention_mask=torch.ones_like(tokens), do_sample=False,
-                max_new_tokens=job["new_tokens"], pad_token_id=job["pad"])[0]
+            result[f"logits.{index}"] = model(torch.tensor([row])).logits[0].float().contiguous()
+        for first, rows, mask in job["batches"]:
+            generated = model.generate(
+                torch.tensor(rows), attention_mask=torch.tensor(mask), do_sample=False,
+                max_new_tokens=job["new_tokens"], pad_token_id=job["pad"])
+            result |= {f"greedy.{first + i}": row.clone() for i, row in enumerate(generated)}
     save_file(result, job["answer"])
 """
 
@@ -91,10 +93,26 @@ class Prompts:
     new_tokens: int
     pad: int | None
 
+    def batches(self) -> list[tuple[int, list[list[int]], list[list[int]]]]:
+        """Rows that are continued together: the first one's number, the rows padded on the left, and their mask."""
+        result = []
+        for first in range(0, len(self.rows), _TOGETHER):
+            rows = self.rows[first : first + _TOGETHER]
+            short = [max(map(len, rows)) - len(row) for row in rows]
+            padded = [[self.pad or 0] * n + row for n, row in zip(short, rows, strict=True)]
+            mask = [[0] * n + [1] * len(row) for n, row in zip(short, rows, strict=True)]
+            result.append((first, padded, mask))
+        return result
+
 
 @dataclass(frozen=True)
 class Answers:
-    """`logits[i]` float32 `[n_tokens, vocabulary]` and `greedy[i]` token ids (prompt and continuation) of prompt i."""
+    """What a model says to prompt i.
+
+    Attributes:
+        logits: float32 `[n_tokens, vocabulary]` each.
+        greedy: token ids of the prompt and its continuation, padded to its batch on the left and after its end.
+    """
 
     logits: Sequence[Tensor]
     greedy: Sequence[Tensor]
@@ -111,13 +129,15 @@ def prompts_of(tokenizer: PreTrainedTokenizerBase, task: Task, n: int = 20, new_
 def answers_of(model: Any, prompts: Prompts, progress: Progress = silent) -> Answers:
     """What a model in this process computes, on its own device."""
     model.eval()
-    logits, greedy = [], []
-    for row in progress(prompts.rows, "asking the adapted model"):
-        tokens = torch.tensor([row], device=model.device)
-        logits.append(model(tokens).logits[0].float().cpu())
-        settings = {"do_sample": False, "max_new_tokens": prompts.new_tokens, "pad_token_id": prompts.pad}
-        generated = model.generate(input_ids=tokens, attention_mask=torch.ones_like(tokens), **settings)
-        greedy.append(generated[0].cpu())
+    logits = [
+        model(torch.tensor([row], device=model.device)).logits[0].float().cpu()
+        for row in progress(prompts.rows, "asking the adapted model")
+    ]
+    greedy: list[Tensor] = []
+    settings = {"do_sample": False, "max_new_tokens": prompts.new_tokens, "pad_token_id": prompts.pad}
+    for _, *batch in progress(prompts.batches(), "letting it go on"):
+        tokens, mask = (torch.tensor(part, device=model.device) for part in batch)
+        greedy += model.generate(input_ids=tokens, attention_mask=mask, **settings).cpu()
     return Answers(logits, greedy)
 
 
@@ -134,6 +154,7 @@ def answers_elsewhere(folders: Sequence[Path], prompts: Prompts) -> list[Answers
                 "folder": str(folder),
                 "answer": str(answer),
                 "prompts": prompts.rows,
+                "batches": prompts.batches(),
                 "texts": prompts.texts,
                 "new_tokens": prompts.new_tokens,
                 "pad": prompts.pad,
