@@ -62,13 +62,18 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
         yield temporary
-        for file in temporary.rglob("*.safetensors"):  # which safetensors makes readable to their owner alone
-            file.chmod(_allowed(0o666))
+        share_weights(temporary)
         temporary.chmod(_allowed(0o777))
         temporary.rename(path)
     finally:
         if temporary.exists():
             shutil.rmtree(temporary)
+
+
+def share_weights(folder: Path) -> None:
+    """Let others read a folder's weights as the process's umask says: safetensors lets their owner alone."""
+    for file in folder.rglob("*.safetensors"):
+        file.chmod(_allowed(0o666))
 
 
 def leftovers(path: Path) -> list[Path]:

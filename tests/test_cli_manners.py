@@ -184,6 +184,14 @@ def test_a_mistyped_file_beside_others(capsys: pytest.CaptureFixture[str]) -> No
     ("words", "expected"),
     [
         (
+            ["trian", "lofit/relations"],
+            "headtune: error: argument COMMAND: invalid choice: 'trian': did you mean 'train'?; see: headtune --help",
+        ),
+        (
+            ["recipes", "xyz"],
+            "headtune recipes: error: argument ACTION: invalid choice: 'xyz': known: ",
+        ),
+        (
             ["identify", "m", "--task", "t", "--out", "h", "--max-exmples", "4"],
             "headtune identify: error: unrecognized arguments: --max-exmples 4; did you mean --max-examples?; "
             "see: headtune identify --help",

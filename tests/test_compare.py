@@ -211,7 +211,14 @@ def test_the_command_writes_table_csv_json_and_a_page_of_its_own(
     parser.feed(page.read_text())
     assert parser.references and all(value.startswith("data:image/png;base64,") for value in parser.references)
     assert not re.search(r"url\((?!data:)", page.read_text())
-    for words in ("Jaccard", "method.top", "chosen-s0-abcdef</pre>", "subject 0 & <b>", "by seed 0.667, 0.75"):
+    for words in (
+        "facts:test, 12 prompts, ",
+        "Jaccard",
+        "method.top",
+        "chosen-s0-abcdef</pre>",
+        "subject 0 & <b>",
+        "by seed 0.667, 0.75",
+    ):
         assert words in parser.text
     rows = list(csv.DictReader(lines.open()))
     (row,) = [r for r in rows if r["group"] == "chosen" and r["metric"] == "exact_match"]

@@ -25,7 +25,7 @@ from torch import distributed
 from transformers import TrainerCallback, TrainerState
 
 from ..analysis.errors import InputError
-from ..analysis.files import sha256_of, write_json
+from ..analysis.files import sha256_of, share_weights, write_json
 from ..analysis.inside import inside, require_no_way_out
 from .snapshots import remove_card
 
@@ -142,6 +142,7 @@ class Mark(TrainerCallback):
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if state.is_world_process_zero and folder.is_dir():
             remove_card(folder)
+            share_weights(folder)
             mark(folder, state.global_step)
             self._remove_older(folder.parent, state)
 

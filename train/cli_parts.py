@@ -43,6 +43,14 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message}; see: {self.prog} --help\n")
 
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        """A word that is none of an argument's, with the one that was perhaps meant in place of them all."""
+        from ..analysis.errors import nearest
+
+        if action.choices is not None and value not in action.choices:
+            known = [str(choice) for choice in action.choices]
+            raise argparse.ArgumentError(action, f"invalid choice: {value!r}: {nearest(str(value), known)}")
+
     def unknown(self, words: Sequence[str]) -> NoReturn:
         """Refuse words that no argument takes, with the option that was perhaps meant."""
         options = [word.partition("=")[0] for word in words if word.startswith("-")]

@@ -287,7 +287,7 @@ def tables(found: Comparison, width: int) -> list[Table]:
         keys = [key for key in found.metrics if any(key in group.metrics for group in own)]
         columns |= {METRIC_NAMES[key]: [_cell(found, group, key) for group in own] for key in keys}
         for part in _parts(columns, width):
-            title = Text(_title(own) + (", continued" if "seeds" not in part else ""))
+            title = Text(titled(own) + (", continued" if "seeds" not in part else ""))
             result.append(Table(title=title, title_justify="left", caption_justify="left"))
             for name in part:
                 result[-1].add_column(name, justify="left" if name == "run" else "right", overflow="fold")
@@ -303,7 +303,7 @@ def tables(found: Comparison, width: int) -> list[Table]:
     return result
 
 
-def _title(groups: Sequence[Group]) -> str:
+def titled(groups: Sequence[Group]) -> str:
     """The task and the number of prompts of groups that were measured on the same."""
     n = next((len(run.subjects) for group in groups for run in group.runs), 0)
     return f"{groups[0].task}, {n} prompt{'s' * (n != 1)}" if n else groups[0].task

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..analysis.page import html_table, number, picture, png_of, signed, with_interval, write_page
-from .compare import LOWER_IS_BETTER, Comparison, Group, Metric, jaccard
+from .compare import LOWER_IS_BETTER, Comparison, Group, Metric, jaccard, titled
 from .console import METRIC_NAMES
 
 if TYPE_CHECKING:
@@ -45,9 +45,9 @@ def _lead(found: Comparison) -> str:
 
 
 def _measured(groups: Sequence[Group]) -> str:
-    """The task, and the model that was trained from."""
+    """The task and how many prompts of it, and the model that was trained from."""
     models = {str(run.recipe.get("model.name")) for group in groups for run in group.runs}
-    return f"{groups[0].task}, {', '.join(sorted(models))}"
+    return f"{titled(groups)}, {', '.join(sorted(models))}"
 
 
 # --- numbers ----------------------------------------------------------------------------------------------------------
