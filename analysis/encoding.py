@@ -141,17 +141,6 @@ def _last_lines(prompt: str, reply: str) -> tuple[str, str]:
     return user.rstrip("\n"), "\n".join(lines)
 
 
-def first_token(
-    tokenizer: PreTrainedTokenizerBase, prompt: str, prompt_ids: Sequence[int], answer: str, special: bool = True
-) -> int | None:
-    """The first token of `answer` after `prompt`; None where tokens merge across the border, so there is none.
-
-    Args:
-        special: add the tokenizer's special tokens, as for `prompt_ids`.
-    """
-    return first_tokens(tokenizer, prompt, prompt_ids, [answer], special)[answer]
-
-
 def first_tokens(
     tokenizer: PreTrainedTokenizerBase,
     prompt: str,
@@ -159,7 +148,11 @@ def first_tokens(
     answers: Collection[str],
     special: bool = True,
 ) -> dict[str, int | None]:
-    """`first_token` of each answer, tokenised together."""
+    """The first token of each answer after `prompt`; None where tokens merge across the border, so there is none.
+
+    Args:
+        special: add the tokenizer's special tokens, as for `prompt_ids`.
+    """
     if not answers:
         return {}
     written = [prompt + continuation(prompt, answer) for answer in answers]

@@ -14,7 +14,7 @@ import tiny
 from transformers import PreTrainedTokenizerFast
 
 from headtune.analysis import tasks
-from headtune.analysis.encoding import Encoded, as_chat, continuation, encode, first_token
+from headtune.analysis.encoding import Encoded, as_chat, continuation, encode, first_tokens
 from headtune.analysis.errors import InputError
 from headtune.analysis.tasks import (
     Example,
@@ -561,12 +561,15 @@ def test_first_tokens(tokenizer: PreTrainedTokenizerFast) -> None:
     """The space belongs to the answer; after white space there is none; merging across the border gives no token."""
     assert continuation("1.", "Rome") == " Rome"
     assert continuation("1.\n", "Rome") == continuation("", "Rome") == "Rome"
-    ids = tokenizer("1.").input_ids
-    assert first_token(tokenizer, "1.", ids, "Rome") == tokenizer(" Rome").input_ids[0]
-    assert first_token(tokenizer, "1.\n", tokenizer("1.\n").input_ids, "Rome") == tokenizer("Rome").input_ids[0]
+
+    def firsts(prompt: str, *answers: str) -> list[int | None]:
+        return list(first_tokens(tokenizer, prompt, tokenizer(prompt).input_ids, answers).values())
+
+    rome, york = (tokenizer(word).input_ids[0] for word in (" Rome", " York"))
+    assert firsts("1.", "Rome", "York") == [rome, york] and firsts("1.") == []
+    assert firsts("1.\n", "Rome") == [tokenizer("Rome").input_ids[0]]
     # "1. " ends in a space that the tokenizer would have joined to " Rome".
-    for answer in ("Rome", "New York"):
-        assert first_token(tokenizer, "1. ", tokenizer("1. ").input_ids, answer) is None
+    assert firsts("1. ", "Rome", "New York") == [None, None]
     spaced = replace(parse_example(ROW, "here"), prompt=ROW["prompt"] + " ")
     with pytest.raises(InputError, match=r"first tokens: tokens merge across the end of the prompt \(1\)$"):
         encode(Task("one", (spaced,)), tokenizer)
