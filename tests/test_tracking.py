@@ -6,6 +6,7 @@ import logging
 import math
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +17,7 @@ import pytest
 import torch
 
 from headtune.analysis.errors import InputError
-from headtune.train import wandb_run
+from headtune.train import offline_runs, wandb_run
 from headtune.train.lineage import tree_sha256
 from headtune.train.tracking import Tracker, trainer_callback, without_secrets
 
@@ -315,6 +316,43 @@ def test_an_upload_that_does_not_end_is_given_up_with_the_way_to_repeat_it(
     tracker.finish()
     (folder,) = (tmp_path / "wandb").glob("offline-run-*")
     assert f"wandb sync {folder}" in caplog.text
+
+
+@pytest.fixture
+def slow_service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tracker:
+    """A tracker whose W&B says that it is done when its file has no more than a header, as a busy machine's may."""
+    tracker = Tracker(tmp_path, "x", {}, wandb_mode="offline")
+    run = tracker._run
+    assert run is not None
+    file = Path(run.settings.sync_file)
+    really_finish = run.finish
+
+    def finish(exit_code: int) -> None:
+        really_finish(exit_code)
+        while not offline_runs.has_end(file):
+            time.sleep(0.01)
+        whole = file.read_bytes()
+        file.write_bytes(whole[:7])
+        threading.Timer(0.5, file.write_bytes, [whole]).start()
+
+    monkeypatch.setattr(run, "finish", finish)
+    return tracker
+
+
+def test_an_offline_run_has_its_end_when_it_is_finished(slow_service: Tracker, tmp_path: Path) -> None:
+    slow_service.log({"a": 1}, 1)
+    slow_service.finish()
+    (found,) = offline_runs.offline_runs(tmp_path)
+    assert (found.state, found.steps) == ("ready", 1)
+
+
+def test_an_offline_run_that_gets_no_end_is_given_up(
+    slow_service: Tracker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    clock = iter(range(0, 10_000, 50))
+    monkeypatch.setattr(wandb_run, "time", SimpleNamespace(monotonic=lambda: next(clock), sleep=lambda _: None))
+    slow_service.finish()
+    assert "has no end after 60 seconds" in caplog.text
 
 
 KEY = "0123456789abcdef0123456789abcdef01234567"

@@ -93,6 +93,11 @@ def read(file: Path) -> OfflineRun:
     return OfflineRun(folder, steps=steps, upload_bytes=size, missing=tuple(missing), state=state, **own)
 
 
+def has_end(file: Path) -> bool:
+    """Whether an offline run's file has been written to its end."""
+    return file.is_file() and any(record.WhichOneof("record_type") == "exit" for record in records(file))
+
+
 def _steps(history: Any) -> Iterator[float]:
     for item in history.item:
         if (item.key or "/".join(item.nested_key)) == "step":

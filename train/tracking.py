@@ -24,7 +24,7 @@ from ..analysis.redaction import is_secret_name, redact
 from .lineage import artifact_name, digests, tree_sha256
 from .wandb_run import METRICS as METRICS
 from .wandb_run import MODES as MODES
-from .wandb_run import SECONDS, first_line, requested_mode, staging, start
+from .wandb_run import SECONDS, finish, first_line, requested_mode, staging, start
 
 if TYPE_CHECKING:
     import wandb
@@ -232,7 +232,7 @@ class Tracker:
             return
         run, folder = self._run, Path(self._run.settings.sync_dir)
         try:
-            run.finish(exit_code=int(failed))
+            finish(run, int(failed))
         except TimeoutError:
             log.warning("W&B did not take everything in time; nothing is lost: wandb sync %s", folder)
         except Exception as error:

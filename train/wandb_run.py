@@ -9,12 +9,14 @@ import contextlib
 import logging
 import os
 import secrets
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..analysis.errors import InputError
 from ..analysis.redaction import redact
+from .offline_runs import has_end
 
 if TYPE_CHECKING:
     import wandb
@@ -75,6 +77,23 @@ def start(mode: str | None, run_dir: Path, options: dict[str, Any], resume_id: s
                     wandb.teardown()
                     silence()
     return None
+
+
+def finish(run: wandb.Run, exit_code: int) -> None:
+    """End a run. Offline W&B says that it is done while its service still writes: wait until the file has its end.
+
+    Raises:
+        TimeoutError: online, W&B's own, after `finish_timeout` seconds.
+        OSError: offline, the file has no end after as long.
+    """
+    run.finish(exit_code=exit_code)
+    if not run.offline:
+        return
+    file, until = Path(run.settings.sync_file), time.monotonic() + run.settings.finish_timeout
+    while not has_end(file):
+        if time.monotonic() > until:
+            raise OSError(f"{file.name} has no end after {run.settings.finish_timeout:g} seconds")
+        time.sleep(0.05)
 
 
 def silence() -> None:
