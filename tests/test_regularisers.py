@@ -657,9 +657,9 @@ def in_step(processes: Sequence[Callable[[Any], Tensor]]) -> list[Tensor]:
     def one(index: int) -> Tensor:
         def pooled(size: Tensor) -> Tensor:
             shown[index] = size.detach()
-            meeting.wait(10)
+            meeting.wait(60)
             mean = torch.stack(shown).mean(0)
-            meeting.wait(10)
+            meeting.wait(60)
             return mean
 
         return processes[index](pooled)

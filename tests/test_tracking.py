@@ -411,7 +411,7 @@ def test_an_unreachable_server_costs_seconds_and_no_step(
     command = [sys.executable, "-c", UNREACHABLE, str(tmp_path), mode]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
-    assert time.monotonic() - start < 60  # W&B left to itself waits 100 s to start and for ever to finish
+    assert time.monotonic() - start < 90  # W&B left to itself waits 100 s to start and for ever to finish
     warnings = result.stderr.strip().splitlines()
     assert len(warnings) == 1 and "offline" in warnings[0], result.stderr
     assert [line["train/loss"] for line in lines(tmp_path)] == [step / 4 for step in range(20)]

@@ -25,9 +25,10 @@ from headtune.train import checkpoints
 
 FAMILIES = ("lofit", "full", "seekr")
 STEPS = 24  # of lofit and full, and of each of the three tasks of seekr
+PACE = 0.02
 
 _PARENT = """
-import gc, json, os, resource, signal, sys
+import gc, json, os, resource, signal, sys, time
 import trl, datasets, peft, torch, transformers.models.llama.modeling_llama
 from headtune.train import cli, run
 gc.collect(); gc.freeze()  # what is imported is not looked through after every training
@@ -49,6 +50,10 @@ for line in sys.stdin:
         if order["file_limit"]:
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (order["file_limit"], order["file_limit"]))
+        model, pace = transformers.models.llama.modeling_llama.LlamaModel, order["pace"]
+        at_once = model.forward
+        if pace:
+            model.forward = lambda *args, **words: time.sleep(pace) or at_once(*args, **words)
         code = 70
         try:
             code = cli.main(["train", "recipe.yaml", *order["words"]])
@@ -83,16 +88,23 @@ class Machine:
         self._parent.stdin.flush()
         return int(self._read())
 
-    def start(self, folder: Path, *words: str, log: Path | None = None, file_limit: int = 0) -> Child:
-        """`headtune train recipe.yaml WORDS` in `folder`; it may write files of `file_limit` bytes (0: of any size)."""
+    def start(
+        self, folder: Path, *words: str, log: Path | None = None, file_limit: int = 0, pace: float = PACE
+    ) -> Child:
+        """Start `headtune train recipe.yaml WORDS` in `folder`.
+
+        Args:
+            file_limit: bytes that a file of the run may have; 0: any number.
+            pace: seconds that a forward pass takes at least, so that a busy machine still meets it in the middle.
+        """
         log = log or folder / "log"
         begin = log.stat().st_size if log.is_file() else 0
-        pid = self.ask(folder=str(folder), log=str(log), words=list(words), file_limit=file_limit)
+        pid = self.ask(folder=str(folder), log=str(log), words=list(words), file_limit=file_limit, pace=pace)
         return Child(self, pid, log, begin)
 
     def run(self, folder: Path, *words: str) -> tuple[int, str]:
         """The exit code of a run left alone, and what it said."""
-        child = self.start(folder, *words)
+        child = self.start(folder, *words, pace=0)
         return child.wait(), child.said()
 
     def close(self) -> None:

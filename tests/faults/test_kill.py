@@ -69,7 +69,7 @@ def test_killed_over_and_over_it_ends_as_the_unbroken_run(machine: Machine, tiny
         machines.write("seekr", tmp_path / name, tiny_llama, max_steps=20, save_steps=2) / "run"
         for name in ("whole", "killed")
     )
-    child = machine.start(whole.parent)
+    child = machine.start(whole.parent, pace=0)
     assert wait(child, begun(whole)), child.said()
     clock = time.monotonic()
     assert wait(child, (whole / "evaluation.json").is_file), child.said()
@@ -78,7 +78,7 @@ def test_killed_over_and_over_it_ends_as_the_unbroken_run(machine: Machine, tiny
 
     def start() -> Child:
         """It resumes where there is something to resume."""
-        return machine.start(run.parent, *(["--resume"] if (run / "recipe.yaml").is_file() else []))
+        return machine.start(run.parent, *(["--resume"] if (run / "recipe.yaml").is_file() else []), pace=0)
 
     generator = random.Random(0)
     patterns = [  # what is caught half written, if it is there long enough to be seen
