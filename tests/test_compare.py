@@ -113,6 +113,17 @@ def test_a_damaged_run_is_left_out_and_named(runs: Path, caplog: pytest.LogCaptu
     assert len(read_runs(runs)) == 3 and "random-s0 (damaged: JSONDecodeError)" in caplog.text
 
 
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_finished_run_that_measured_nothing_is_left_out(
+    when: str, runs: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = runs / "random-s0" / "evaluation.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {when: None}))
+    found = compare.compare(read_runs(runs))
+    assert "random" not in [group.name for group in found.groups]
+    assert "random-s0 (damaged: TypeError)" in caplog.text
+
+
 def test_a_run_that_changed_nothing_may_be_the_reference(tmp_path: Path) -> None:
     write_run(tmp_path, "a", 0, BEFORE)
     found = compare.compare(read_runs(tmp_path), "a")
@@ -183,6 +194,18 @@ def test_a_step_that_was_logged_twice_counts_once(runs: Path) -> None:
     assert read_runs(runs)[0].curve() == [(5, 2.0), (10, 1.0)]
     assert flat({"a": {"b": 1, "c": [2]}, "d": None}) == {"a.b": 1, "a.c": [2], "d": None}
     assert compare.jaccard(frozenset({(0, 1), (1, 1)}), frozenset({(1, 1)})) == 0.5
+
+
+def test_a_line_that_was_cut_short_is_passed_over_and_counted(runs: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As a process leaves it that is killed while it writes."""
+    path = runs / "chosen-s0-abcdef" / "metrics.jsonl"
+    whole = path.read_bytes()
+    for cut in (b'{"step": 15, "train/lo', '{"step": 15, "said": "\u00e9'.encode()[:-1]):
+        path.write_bytes(whole + cut)
+        assert read_runs(runs)[0].curve() == [(5, 2.0), (10, 1.0)]
+        assert f"{path}: 1 line that cannot be read is left out" in caplog.text
+        caplog.clear()
+    assert read_runs(runs)[1].curve() and not caplog.text
 
 
 class Page(HTMLParser):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import pytest
 import torch
 import yaml
 from peft import PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from small_runs import train, write_recipe
 from tiny import save_tiny, tiny_model, tiny_task, tiny_tokenizer
 from torch import Tensor
@@ -377,8 +379,6 @@ def test_the_import_that_an_adapters_card_names_is_enough(llama_run: Path, tmp_p
 
 
 def test_a_broken_adapter_or_none_is_refused(llama_run: Path, tmp_path: Path) -> None:
-    from safetensors.torch import save_file
-
     weights = llama_run / "adapter" / "adapter_model.safetensors"
     state = load_file(weights)
     save_file({name: tensor * float("nan") for name, tensor in state.items()}, weights)
@@ -390,6 +390,55 @@ def test_a_broken_adapter_or_none_is_refused(llama_run: Path, tmp_path: Path) ->
     with pytest.raises(InputError, match="is not a run"):
         export_adapter(tmp_path / "base", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_is_loaded_whole_or_not_at_all(
+    llama_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """PEFT alone would put initial values where the file has none."""
+    weights = llama_run / "adapter" / "adapter_model.safetensors"
+    state = load_file(weights)
+    name = next(name for name in state if "layers.2." in name)
+    lacking = {key: tensor for key, tensor in state.items() if "layers.2." not in key}
+    for content, said in (
+        (lacking, f"lacks {len(state) - len(lacking)} weights of {len(state)}, such as {re.escape(name)}"),
+        (state | {"other": torch.ones(1)}, "holds 1 that are none of this adapter's, such as other"),
+        (state | {name: torch.ones(1, 99)}, f"holds 1 of another shape, such as {re.escape(name)}"),
+    ):
+        save_file(content, weights)
+        with warnings.catch_warnings(record=True) as warned, pytest.raises(CheckError, match=f"safetensors {said}"):
+            load_run(llama_run)
+        assert not [warning for warning in warned if "weights" in str(warning.message)]
+    save_file(lacking, weights)
+    capsys.readouterr()
+    assert main(["export", str(llama_run), str(tmp_path / "out")]) == 1
+    assert f"{weights} lacks" in complaint(capsys) and not (tmp_path / "out").exists()
+
+
+def test_what_is_cut_short_in_a_run_is_told_in_one_line(
+    llama_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    capsys.readouterr()
+    for name, code in (
+        ("run.json", 2),
+        ("evaluation.json", 2),
+        ("adapter/adapter_config.json", 2),
+        ("adapter/adapter_model.safetensors", 1),
+    ):
+        path = llama_run / name
+        whole = path.read_bytes()
+        path.write_bytes(whole[: len(whole) // 2])
+        for options in ([], ["--adapter"]):
+            assert main(["export", str(llama_run), str(tmp_path / "out"), *options]) == code
+            assert str(path) in complaint(capsys)
+        path.write_bytes(whole)
+    assert not (tmp_path / "out").exists()
+
+
+def complaint(capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line in which a command says why it failed."""
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("headtune: "))
+    return line
 
 
 def test_a_run_without_an_evaluation_has_an_origin_all_the_same(tmp_path: Path) -> None:

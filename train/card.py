@@ -18,6 +18,7 @@ import yaml
 from ..analysis import builtin
 from ..analysis.inside import require_no_way_out
 from ..analysis.redaction import redact
+from .faults import read_state
 from .lineage import made_from
 
 OWN = ("recipe.yaml", "run.json", "evaluation.json", "adapter", "model")  # what is read of a run that is done
@@ -81,13 +82,14 @@ def origin_of(run: Path, recipe: Mapping[str, Any]) -> Origin:
         recipe: the run's recipe, as `Recipe.dump()` gives it.
 
     Raises:
-        InputError: a link in the run that leads out of it: what is exported is what the run wrote.
+        InputError: a file that is damaged, or a link in the run that leads out of it: what is exported is what the run
+            wrote.
     """
     require_no_way_out(run, "run", OWN)
 
     def read(name: str) -> dict[str, Any]:
         path = run / name
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        return read_state(path) if path.is_file() else {}
 
     state = read("run.json")
     return Origin(

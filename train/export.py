@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import itertools
-import json
 import logging
 import re
 import subprocess
@@ -36,7 +35,9 @@ from ..analysis.tasks import Task
 from .blocks import TaskBlock
 from .card import Origin, adapter_card, checkpoint_card, origin_of
 from .convert import conversion, fold
+from .faults import read_state
 from .quiet import libraries_quiet
+from .snapshots import ADAPTER, read_adapter
 
 log = logging.getLogger(__name__)
 Say = Callable[[str], None]
@@ -281,8 +282,9 @@ def export_adapter(run: Path, target: Path) -> dict[str, Any]:
         The content of `export.json`: the adapter's type, the origin, the SHA-256 of every file written.
 
     Raises:
-        InputError: the folder is not a run, has no adapter (full fine-tuning), or `target` is not free.
-        CheckError: the adapter holds numbers that are not finite.
+        InputError: the folder is not a run, has no adapter (full fine-tuning) or a damaged file, or `target` is not
+            free.
+        CheckError: the adapter's weights cannot be read, or hold numbers that are not finite.
     """
     from . import recipe as recipes
     from .follow_up import tracked_export
@@ -303,10 +305,9 @@ def export_adapter(run: Path, target: Path) -> dict[str, Any]:
 def _write_adapter(run: Path, target: Path, origin: Origin) -> dict[str, Any]:
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
-    config = json.loads((run / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))
+    config = read_state(run / "adapter" / "adapter_config.json")
     config |= {"base_model_name_or_path": origin.base, "revision": origin.revision}
-    weights = run / "adapter" / "adapter_model.safetensors"
-    for name, tensor in load_file(weights).items():
+    for name, tensor in read_adapter(run / "adapter").items():
         if not tensor.isfinite().all():
             raise CheckError(f"the adapter's {name} holds numbers that are not finite")
     module = PEFT_TYPE_TO_CONFIG_MAPPING[config["peft_type"]].__module__
@@ -315,7 +316,7 @@ def _write_adapter(run: Path, target: Path, origin: Origin) -> dict[str, Any]:
     if target.is_dir():
         target.rmdir()
     with atomic_folder(target) as temporary:
-        (temporary / weights.name).write_bytes(weights.read_bytes())
+        (temporary / ADAPTER).write_bytes((run / "adapter" / ADAPTER).read_bytes())
         write_json(temporary / "adapter_config.json", config)
         write_text(temporary / "README.md", adapter_card(origin, own))
         _finish(temporary, result)

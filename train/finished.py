@@ -57,15 +57,26 @@ class Finished:
         return list(data.get("examples", [])[:n])
 
     def curve(self, name: str = "train/loss") -> list[tuple[int, float]]:
-        """(step, value) of a logged number; of a step that was logged twice, after a resume, the later one."""
+        """(step, value) of a logged number; of a step that was logged twice, after a resume, the later one.
+
+        A line that a process did not write to its end, because it was killed, is left out with a warning.
+        """
         path = self.folder / "metrics.jsonl"
         if not path.is_file():
             return []
         found: dict[int, float] = {}
-        for line in path.read_text(encoding="utf-8").splitlines():
-            row = json.loads(line)
+        damaged = 0
+        for line in path.read_bytes().splitlines():
+            try:
+                row = json.loads(line)
+            except ValueError:
+                damaged += 1
+                continue
             if row.get(name) is not None and row.get("step") is not None:
                 found[row["step"]] = float(row[name])
+        if damaged:
+            lines = "1 line that cannot be read is" if damaged == 1 else f"{damaged} lines that cannot be read are"
+            log.warning("%s: %s left out", path, lines)
         return sorted(found.items())
 
 
@@ -113,6 +124,9 @@ def read_runs(
 def _read(folder: Path, state: Mapping[str, Any], evaluation: Mapping[str, Any]) -> Finished:
     path = folder / "recipe.yaml"
     recipe = flat(yaml.safe_load(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+    for when in ("before", "after"):
+        if not isinstance(evaluation[when], Mapping):
+            raise TypeError(f"{when} holds no metrics")
     examples = evaluation.get("examples") or []
 
     def values(when: str) -> dict[str, NDArray[np.float64]]:
