@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from small_runs import STEPS, train, write_recipe
 from tiny import FACTS, N_HEADS, quick_among, save_tiny, tiny_model
@@ -194,6 +195,35 @@ def test_fisher_information_is_of_the_model_below_the_adapter(
         assert not torch.allclose(other[name], value)
 
 
+def test_fisher_information_stays_the_bases_while_an_adapter_learns(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One LoRA through two tasks: that of the same prompts is the same before both; then the LoRA learns on."""
+    caught: list[dict[str, torch.Tensor]] = []
+
+    class Caught(penalties.Regularisers):
+        def __init__(self, heads: Any, specs: Any, fisher: Any = None) -> None:
+            if fisher:  # the check beforehand has none
+                caught.append(dict(fisher))
+                layers = [module for module in heads.model.modules() if isinstance(module, LoraLayer)]
+                assert layers and not any(layer.disable_adapters for layer in layers)
+                trained = [name for name, weight in heads.model.named_parameters() if weight.requires_grad]
+                assert len(trained) == 2 * len(layers) and all("lora_" in name for name in trained)
+            super().__init__(heads, specs, fisher=fisher)
+
+    monkeypatch.setattr(penalties, "Regularisers", Caught)
+    tasks = sequence_of(tmp_path)
+    method = {"tune": "lora", "regularisers": [KINDS["fisher"] | {"task": tasks[0]}]}
+    assert train(write_sequence(tmp_path, llama, tasks, method)) == 0
+    first, second = caught
+    assert len(first) == 4 and first.keys() == second.keys()
+    for name, value in first.items():
+        assert value.any()
+        torch.testing.assert_close(second[name], value)
+    drift = logged(tmp_path / "run", "weight_drift")
+    assert len(drift) == 6 and 0 < drift[3] != drift[5] > 0
+
+
 # --- other families and objectives ------------------------------------------------------------------------------------
 
 BOTH = [KINDS["attention_kl"], KINDS["output_drift"] | {"heads": {"all": True}}]
@@ -227,29 +257,34 @@ def test_regularisers_go_with_any_family_and_objective(name: str, llama: Path, a
         assert logged(run, "output_drift")[0] == pytest.approx(0.0, abs=1e-7)
 
 
+def sequence_of(folder: Path) -> list[str]:
+    """Two tasks."""
+    tasks = []
+    for index, template in enumerate(("Some city in {}:", "List cities in {}. 1.")):
+        path = folder / f"task{index}.jsonl"
+        write_text(path, to_jsonl([Example(template.format(n), n, (FACTS[n][index],)) for n in FACTS]))
+        tasks.append(str(path))
+    return tasks
+
+
+def write_sequence(folder: Path, model: Path, tasks: list[str], method: dict[str, Any]) -> Path:
+    sequence = {
+        "recipe": "seekr",
+        "task": {"sequence": tasks, "kind": "exact_match"},
+        "method": {"replay": {"count": 2}, "distil": {"queries": 4}} | method,
+        "training": {"max_steps": 3, "per_device_train_batch_size": 3, "learning_rate": 0.003}
+        | {"logging_steps": 1, "use_cpu": True},
+    }
+    return write_recipe(folder, model, **sequence)
+
+
 @pytest.mark.parametrize("strategy", ["seekr", "ewc"])
 @pytest.mark.parametrize("kind", ["attention_kl", "output_drift"])
 def test_regularisers_in_a_sequence_of_tasks(
     strategy: str, kind: str, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tasks = []
-    for index, template in enumerate(("Some city in {}:", "List cities in {}. 1.")):
-        path = tmp_path / f"task{index}.jsonl"
-        write_text(path, to_jsonl([Example(template.format(n), n, (FACTS[n][index],)) for n in FACTS]))
-        tasks.append(str(path))
-    sequence = {
-        "recipe": "seekr",
-        "task": {"sequence": tasks, "kind": "exact_match"},
-        "method": {
-            "strategy": strategy,
-            "replay": {"count": 2},
-            "distil": {"queries": 4},
-            "regularisers": [KINDS[kind]],
-        },
-        "training": {"max_steps": 3, "per_device_train_batch_size": 3, "learning_rate": 0.003}
-        | {"logging_steps": 1, "use_cpu": True},
-    }
-    assert train(write_recipe(tmp_path, llama, **sequence)) == 0
+    method = {"strategy": strategy, "regularisers": [KINDS[kind]]}
+    assert train(write_sequence(tmp_path, llama, sequence_of(tmp_path), method)) == 0
     run = tmp_path / "run"
     values = logged(run, kind)
     assert len(values) == 6 and values[0] == pytest.approx(0.0, abs=1e-7) and values[2] > 0

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import pytest
 
 from headtune.analysis.errors import InputError
+from headtune.train.sequence import evaluation_of
 from headtune.train.sequence_metrics import backward_transfer, forgetting, overall_performance, sequence_metrics
 
 A = [
@@ -29,7 +34,7 @@ def test_two_tasks_forget_what_they_transferred_back() -> None:
 
 def test_one_task_has_nothing_to_forget() -> None:
     assert (overall_performance([[0.4]]), backward_transfer([[0.4]]), forgetting([[0.4]])) == (0.4, None, None)
-    found = sequence_metrics([[[1, 0, 0, 1]]])
+    found = sequence_metrics([[[1, 0, 0, 1]]], [list("abcd")])
     assert (found["accuracy"], found["op"], found["bwt"], found["bwt_ci"], found["forgetting"]) == (
         [[0.5]],
         0.5,
@@ -47,10 +52,16 @@ def random_values(seed: int, sizes: tuple[int, ...] = (40, 25, 60)) -> list[list
     ]
 
 
-def test_intervals_are_those_of_resampled_examples() -> None:
+def subjects_of(values: list[list[np.ndarray | None]], each: int = 1) -> list[list[str]]:
+    """Every `each` consecutive examples are of one subject."""
+    return [[f"subject {index // each}" for index in range(len(np.asarray(row[-1])))] for row in values]
+
+
+@pytest.mark.parametrize("each", [1, 3])  # 40 and 25 examples: the last subject has fewer
+def test_intervals_are_those_of_resampled_subjects(each: int) -> None:
     """Against the resampling written out, with other random numbers: bounds agree to what 20,000 draws allow."""
     values = random_values(1)
-    found = sequence_metrics(values, n=20_000)
+    found = sequence_metrics(values, subjects_of(values, each), n=20_000)
     generator = np.random.default_rng(9)
     ops, bwts = [], []
     for _ in range(20_000):
@@ -58,7 +69,8 @@ def test_intervals_are_those_of_resampled_examples() -> None:
         for i, row in enumerate(values):
             final, first = row[-1], row[i]
             assert final is not None and first is not None
-            drawn = generator.integers(0, len(final), len(final))
+            own = np.split(np.arange(len(final)), range(each, len(final), each))
+            drawn = np.concatenate([own[k] for k in generator.integers(0, len(own), len(own))])
             last.append(final[drawn].mean())
             change.append((final[drawn] - first[drawn]).mean())
         ops.append(np.mean(last))
@@ -78,12 +90,13 @@ def test_intervals_are_paired_and_seeded() -> None:
     """Examples that all lose the same leave nothing to doubt, however much they differ among themselves."""
     first = np.random.default_rng(0).random(30)
     values = [[first, first - 0.25], [None, first[:7]]]
-    found = sequence_metrics(values)
+    subjects = subjects_of(values)
+    found = sequence_metrics(values, subjects)
     np.testing.assert_allclose(found["bwt_ci"], [-0.25, -0.25])
     assert found["op_ci"][1] - found["op_ci"][0] > 0.05
-    assert sequence_metrics(values) == found
-    assert sequence_metrics(values, seed=1)["op_ci"] != found["op_ci"]
-    wide, narrow = (sequence_metrics(values, level=level)["op_ci"] for level in (0.99, 0.5))
+    assert sequence_metrics(values, subjects) == found
+    assert sequence_metrics(values, subjects, seed=1)["op_ci"] != found["op_ci"]
+    wide, narrow = (sequence_metrics(values, subjects, level=level)["op_ci"] for level in (0.99, 0.5))
     assert wide[0] < found["op_ci"][0] < narrow[0] < found["op"] < narrow[1] < found["op_ci"][1] < wide[1]
 
 
@@ -117,4 +130,37 @@ def test_bad_matrices(accuracy: list[list[float | None]], message: str) -> None:
 )
 def test_bad_values(values: list[list[list[float] | None]], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        sequence_metrics(values)
+        sequence_metrics(values, [["a"] * len(row[-1] or []) for row in values])
+
+
+@pytest.mark.parametrize("subjects", [[], [["a", "b"]], [["a", "b"], ["a", "b"]]])
+def test_every_example_has_a_subject(subjects: list[list[str]]) -> None:
+    with pytest.raises(InputError, match=r"tasks of \[2, 1\] examples have .* subjects; give one for each"):
+        sequence_metrics([[[1.0, 0.0], [1.0, 1.0]], [None, [1.0]]], subjects)
+
+
+def saved(each: int) -> dict[str, Any]:
+    """A sequence.json of two tasks of 24 subjects, whose `each` prompts all get the same value."""
+    generator = np.random.default_rng(2)
+
+    def measured() -> dict[str, Any]:
+        values = [float(value) for value in generator.integers(0, 2, 24) for _ in range(each)]
+        rows = [
+            {"subject": f"s{i // each}", "prompt": "", "text": "", "kinds": [], "values": {"exact_match": value}}
+            for i, value in enumerate(values)
+        ]
+        return {"metric": "exact_match", "values": values, "rows": rows}
+
+    before, after = [measured(), measured()], [[measured()], [measured(), measured()]]
+    none: dict[str, Any] = {"general_before": {}, "general_after": {}}
+    return {"before": before, "after": after, "perplexity_before": 1.0, "perplexity_after": 1.0, **none}
+
+
+def test_more_prompts_of_the_same_subjects_say_no_more(tmp_path: Path) -> None:
+    """Prompts of one subject that all go alike are one: evaluation.json has the intervals of a prompt a subject."""
+    steps: Any = [SimpleNamespace(name="one"), SimpleNamespace(name="two")]
+    once, often = (evaluation_of({}, tmp_path, steps, [], saved(each), together=False) for each in (1, 4))
+    for part, key in [("before", "op"), ("after", "op"), ("after", "bwt"), ("after", "two/exact_match")]:
+        low, high = once[part][key]["ci"]
+        assert high - low > 0.1
+        np.testing.assert_allclose(often[part][key]["ci"], [low, high], atol=1e-12)

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from peft import PeftModel
 from torch import Tensor
 
 from ..analysis.errors import InputError
@@ -105,7 +106,9 @@ def held(
         if specs:
             if any(isinstance(spec, penalties.AttentionKl | penalties.NegativeAttention) for spec in specs):
                 during.enter_context(_recorded(heads))
-            watching = penalties.Regularisers(heads, specs, fisher=_fisher(recipe, heads, train, terms, say))
+            watching = penalties.Regularisers(
+                heads, specs, fisher=_fisher(recipe, heads, train, terms, trainer.model, say)
+            )
             during.enter_context(watching.installed())
             trainer.penalty = combined(trainer.penalty, watching)
             during.callback(_tell_skipped, watching, say)
@@ -161,9 +164,15 @@ def _fisher_task(recipe: Recipe, train: Task, term: blocks.WeightDrift) -> Task:
 
 
 def _fisher(
-    recipe: Recipe, heads: HeadModel, train: Task, terms: Sequence[tuple[Any, Pairs]], say: Say
+    recipe: Recipe, heads: HeadModel, train: Task, terms: Sequence[tuple[Any, Pairs]], model: Any, say: Say
 ) -> dict[str, Tensor] | None:
-    """The Fisher diagonal of the untrained model's weights that are held by it, by their names without an adapter."""
+    """The Fisher diagonal of the weights that are held by it, by their names without an adapter.
+
+    It is that of the model they are held to: the one that training starts from, with its adapter off where it has one.
+
+    Args:
+        model: what is trained: `heads.model`, or the PeftModel around it.
+    """
     stiff = [(term, of) for term, of in terms if isinstance(term, blocks.WeightDrift) and term.fisher]
     if not stiff:
         return None
@@ -172,5 +181,6 @@ def _fisher(
     rows = [row.plain for row in replay.rows_of(task, heads.tokenizer, 0, recipe.seed)]
     wanted = {slices.weight for term, of in stiff for slices in held_slices(heads, of, term.parts)}
     names = {name: name.replace(".base_layer", "") for name, _ in heads.model.named_parameters()}
-    found = fisher_diagonal(heads.model, rows, [name for name, plain in names.items() if plain in wanted])
+    with model.disable_adapter() if isinstance(model, PeftModel) else contextlib.nullcontext():
+        found = fisher_diagonal(heads.model, rows, [name for name, plain in names.items() if plain in wanted])
     return {names[name]: value for name, value in found.items()}

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ..analysis.errors import InputError
+from ..analysis.scores import subject_weights
 
 Matrix = Sequence[Sequence[float | None]]  # [i][j]: task i after training task j; None for j < i
 
@@ -50,18 +51,24 @@ def forgetting(accuracy: Matrix) -> float | None:
 
 
 def sequence_metrics(
-    values: Sequence[Sequence[ArrayLike | None]], n: int = 2000, seed: int = 0, level: float = 0.95
+    values: Sequence[Sequence[ArrayLike | None]],
+    subjects: Sequence[Sequence[str]],
+    n: int = 2000,
+    seed: int = 0,
+    level: float = 0.95,
 ) -> dict[str, Any]:
     """The matrix and its three numbers from the values of every example, with paired bootstrap intervals.
 
-    Every resampling draws the examples of each task anew and uses the same draw for that task after every training
-    step: what an example loses is a difference of its own values. Tasks are not resampled, nor is the training: the
-    intervals are those of this run.
+    Every resampling draws the subjects of each task anew, with all their examples, and uses the same draw for that task
+    after every training step: what an example loses is a difference of its own values. Tasks are not resampled, nor is
+    the training: the intervals are those of this run.
 
     Args:
         values: `values[i][j]`, `[n_examples of task i]`: each example's accuracy after training task j, in the same
             order for all j; None for j < i.
+        subjects: `subjects[i]`, `[n_examples of task i]`: of each example, in that order.
         n: resamplings.
+        seed: of the first task's draws; each later task's is one higher.
         level: of the percentile intervals.
 
     Returns:
@@ -69,21 +76,24 @@ def sequence_metrics(
         "forgetting"}`; for one task `bwt`, `bwt_ci` and `forgetting` are None.
 
     Raises:
-        InputError: as `overall_performance`, or a task whose examples differ in number between steps or are none.
+        InputError: as `overall_performance`, or a task whose examples differ in number between steps, or from its
+            subjects, or are none.
     """
     tables = [_table(row, i, len(values)) for i, row in enumerate(values)]
+    examples, named = [table.shape[1] for table in tables], [len(of) for of in subjects]
+    if examples != named:
+        raise InputError(f"tasks of {examples} examples have {named} subjects; give one for each example")
     accuracy: list[list[float | None]] = [
         [None] * i + [float(x) for x in table.mean(1)] for i, table in enumerate(tables)
     ]
-    generator = np.random.default_rng(seed)
     final, change = [], []  # of each task in each resampling: [T or T - 1, n]
-    for i, table in enumerate(tables):
-        size = table.shape[1]
-        counts = generator.multinomial(size, np.full(size, 1 / size), size=n)  # [n, size]
-        last = counts @ table[-1] / size
+    for i, (table, of) in enumerate(zip(tables, subjects, strict=True)):
+        weights = subject_weights(of, n, seed + i)  # [n, n_examples]
+        total = weights.sum(1)
+        last = weights @ table[-1] / total
         final.append(last)
         if i < len(tables) - 1:
-            change.append(last - counts @ table[0] / size)
+            change.append(last - weights @ table[0] / total)
     return {
         "accuracy": accuracy,
         "op": overall_performance(accuracy),
