@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .errors import InputError
 from .tasks import Example, Task
@@ -25,7 +25,7 @@ class Encoded:
         subject: positions of the subject's tokens (its first occurrence).
         previous: positions of each previous answer's tokens, in order.
         target_tokens: first tokens of the remaining answers, sorted.
-        previous_tokens: first tokens of the previous answers, in order.
+        previous_tokens: first tokens of the previous answers, in order, each once.
         ambiguous: first tokens left out of both because a remaining and a previous answer share them.
         corrupt: `[seq]` ids of the example's own counterpart prompt, if it has one.
     """
@@ -66,12 +66,18 @@ class EncodedTask:
     dropped: Counter[str] = field(default_factory=Counter)
     ambiguous_tokens: int = 0
 
+    @property
+    def n_subjects(self) -> int:
+        """About how many subjects the examples are; intervals resample these."""
+        return len({encoded.example.subject for encoded in self.examples})
+
     def summary(self) -> dict[str, Any]:
         """The `task` block of heads.json."""
         return {
             "name": self.task.name,
             "sha256": self.task.sha256,
             "n_examples": len(self.examples),
+            "n_subjects": self.n_subjects,
             "n_dropped": sum(self.dropped.values()),
             "dropped": dict(self.dropped),
             "n_ambiguous_first_tokens": self.ambiguous_tokens,
@@ -164,17 +170,59 @@ def first_tokens(
     }
 
 
-def encode(task: Task, tokenizer: PreTrainedTokenizerBase) -> EncodedTask:
+def positions_of(model: PreTrainedModel) -> int | None:
+    """How many tokens a model takes; None where its configuration does not say.
+
+    Learned positions end there; rotary ones go on, but the model was not made for them.
+    """
+    limit: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return limit
+
+
+def require_room(
+    task: Task, tokenizer: PreTrainedTokenizerBase, positions: int | None, more: int = 0, corrupt: bool = False
+) -> None:
+    """Refuse a task with a prompt that is too long for the model.
+
+    Args:
+        positions: how many tokens the model takes; None: any number.
+        more: tokens that come after a prompt.
+        corrupt: look at the `corrupt` prompts as well.
+
+    Raises:
+        InputError: with the longest prompt.
+    """
+    if positions is None or not task.examples:
+        return
+    written = as_chat(task, tokenizer).examples
+    prompts = [example.prompt for example in written]
+    if corrupt:
+        prompts += [example.corrupt for example in written if example.corrupt is not None]
+    lengths = [len(row) for row in tokenizer(prompts, add_special_tokens=not task.chat_template).input_ids]
+    longest = max(range(len(prompts)), key=lengths.__getitem__)
+    if lengths[longest] + more > positions:
+        after = f" and what comes after it up to {more}" if more else ""
+        raise InputError(
+            f"task {task.name!r}: prompt {prompts[longest][:60]!r}... takes {lengths[longest]} tokens{after}, and the "
+            f"model takes {positions}; shorten it or leave it out"
+        )
+
+
+def encode(task: Task, tokenizer: PreTrainedTokenizerBase, positions: int | None = None) -> EncodedTask:
     """Tokenise a task and locate spans by character offsets.
 
     First tokens shared by a remaining and a previous answer say nothing about either and are left out of both; an
     example left without targets, or without previous tokens though it has previous answers, is dropped and counted.
 
+    Args:
+        positions: how many tokens the model takes (see `positions_of`); None: any number.
+
     Raises:
-        InputError: the tokenizer gives no offsets, or no example is left.
+        InputError: the tokenizer gives no offsets, a prompt is too long for the model, or no example is left.
     """
     if not tokenizer.is_fast:
         raise InputError(f"tokenizer {tokenizer.name_or_path!r} gives no character offsets; use its fast version")
+    require_room(task, tokenizer, positions, corrupt=True)
     result = EncodedTask(task)
     for example, written in zip(task.examples, as_chat(task, tokenizer).examples, strict=True):
         # A chat template may say a subject's name before the user does.
@@ -219,7 +267,7 @@ def _encode_one(
     given = [firsts[answer] for answer in example.previous]
     ambiguous = targets & {token for token in given if token is not None}
     targets -= ambiguous
-    previous = tuple(token for token in given if token is not None and token not in ambiguous)
+    previous = tuple(dict.fromkeys(token for token in given if token is not None and token not in ambiguous))
     if not targets or (example.previous and not previous):
         return None, "remaining and previous answers share first tokens"
     corrupt = None

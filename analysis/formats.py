@@ -267,7 +267,7 @@ def _mquake(row: Row, where: str) -> dict[str, Any]:
     try:
         edits = [(e["prompt"].replace("{}", e["subject"]), e["target_new"]["str"]) for e in row["requested_rewrite"]]
         subject, question = row["requested_rewrite"][0]["subject"], row["questions"][0].strip()
-        answers = _distinct([row["new_answer"], *(row.get("new_answer_alias") or ())])
+        answers = _distinct(name.strip() for name in (row["new_answer"], *(row.get("new_answer_alias") or ())))
     except (AttributeError, IndexError, KeyError, TypeError) as error:
         raise InputError(
             f"{where}: not a case of MQuAKE ({type(error).__name__}: {error}); it needs requested_rewrite with prompt, "
@@ -296,7 +296,7 @@ def _relations(path: Path) -> Iterator[Example]:
         template = _template(read_json(file, "relation", object), file)
         objects: dict[str, list[str]] = {}
         for subject, thing in samples:
-            objects.setdefault(subject, []).append(thing)
+            objects.setdefault(subject, []).append(thing.strip())
         if not objects:
             raise InputError(f"relation file {str(file)!r} holds no samples; remove it")
         for subject, things in objects.items():

@@ -54,17 +54,27 @@ class Frequencies:
         return {"seen": ordinary & (self.counts > 0), "all": ordinary}
 
     def correlate(self, logits: ArrayLike) -> dict[str, float | None]:
-        """Correlation of `[>= len(tokenizer)]` logits with `log_p`.
+        """Correlation of logits with `log_p`, over the tokens that have both.
+
+        A tokenizer may have more entries than the model has logits, such as special tokens added to it, and a model
+        more logits than its tokenizer has entries.
 
         Returns:
             `pearson_seen`, `spearman_seen`, `pearson_all`, `spearman_all`; None where one side does not vary.
         """
-        values, logs = np.asarray(logits, dtype=np.float64)[: len(self.counts)], self.log_p
         result = {}
-        for name, mask in self.masks().items():
-            result[f"pearson_{name}"] = pearson(values[mask], logs[mask])
-            result[f"spearman_{name}"] = pearson(ranks(values[mask]), ranks(logs[mask]))
+        for name in self.masks():
+            values, logs = self.pairs(logits, name)
+            result[f"pearson_{name}"] = pearson(values, logs)
+            result[f"spearman_{name}"] = pearson(ranks(values), ranks(logs))
         return result
+
+    def pairs(self, logits: ArrayLike, mask: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Logit and `log_p` of each token of a mask that has both."""
+        values = np.asarray(logits, dtype=np.float64)
+        n = min(len(values), len(self.counts))
+        chosen = self.masks()[mask][:n]
+        return values[:n][chosen], self.log_p[:n][chosen]
 
 
 def pearson(a: ArrayLike, b: ArrayLike) -> float | None:

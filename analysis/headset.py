@@ -61,6 +61,11 @@ class HeadSet:
     command: str = ""
     schema: int = SCHEMA
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Layers and heads per layer of the model."""
+        return self.model["n_layers"], self.model["n_heads"]
+
     def top(self, role: str, k: int | None = None) -> list[tuple[int, int]]:
         """The best `k` heads of a role (all, when `k` is None), best first.
 
@@ -139,11 +144,36 @@ def read(path: Path) -> HeadSet:
     for key in ("model", "task", "method", "roles"):
         if not isinstance(data.get(key), dict):
             raise InputError(f"{where}: block {key!r} is missing; run headtune identify again")
+    for key in ("stability", "versions", "verification"):
+        if not isinstance(data.get(key, {}), dict):
+            raise InputError(f"{where}: block {key!r} must be an object, found {data[key]!r}"[:300])
+    if not isinstance(data["task"].get("dropped", {}), dict):
+        raise InputError(f"{where}: task.dropped must be an object, found {data['task']['dropped']!r}"[:300])
+    _require_verified(data.get("verification", {}), where)
+    for role, value in data.get("stability", {}).items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise InputError(f"{where}: stability.{role} must be a number or null, found {value!r}"[:300])
     for key in ("n_layers", "n_heads", "head_dim"):
         if not isinstance(data["model"].get(key), int):
             raise InputError(f"{where}: model.{key} must be a whole number, found {data['model'].get(key)!r}")
     roles = {role: _ranked(entries, role, data["model"], where) for role, entries in data["roles"].items()}
     return HeadSet(**{**data, "roles": roles})
+
+
+def _require_verified(block: dict[str, Any], where: str) -> None:
+    try:
+        for name, entry in block.items():
+            if name == "dissociation":
+                for result in entry.values():
+                    keys = ("baseline", "ablated", "most_extreme_random_set", "ratio")
+                    _ = [result[key] for key in ("held", *(keys if "quantity" in result else ("reason",)))]
+            elif name != "baseline" and "sets" not in entry:
+                _ = len(entry["heads"])
+            for numbers in (entry[key] for key in ("p_remaining", "p_previous") if key in entry):
+                _, (_, _) = float(numbers["mean"]), numbers["ci"]
+    except (AttributeError, KeyError, TypeError, ValueError):
+        what = "block 'verification' is not what identify writes"
+        raise InputError(f"{where}: {what}; run headtune identify again") from None
 
 
 def _ranked(entries: Any, role: str, model: dict[str, Any], where: str) -> tuple[RankedHead, ...]:

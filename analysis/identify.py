@@ -19,7 +19,7 @@ from .headset import ROLES, HeadSet, RankedHead, provenance, random_like
 from .methods import Progress, chosen, score_examples, silent
 from .model import HeadModel
 from .patching import set_probabilities
-from .scores import Array, Scores, mean_interval
+from .scores import ENOUGH_SUBJECTS, FEW_SUBJECTS, Array, Scores, mean_interval
 from .selection import elbow, lowest, rank, rule_for, stability
 from .shards import Shards
 from .tasks import Task
@@ -70,8 +70,8 @@ def identify(
         share: divide the examples among the processes of `accelerate launch`.
 
     Raises:
-        InputError: an unknown method, a `top` beyond the model's heads, a control of another model, or a task that
-            cannot be scored on this model.
+        InputError: an unknown method, a `top` beyond the model's heads, a control of another model, a task that
+            cannot be scored on this model, or one of a single subject.
     """
     names = [found.name for found in chosen(method)]
     if top != "elbow" and (isinstance(top, str) or top < 1):
@@ -83,7 +83,19 @@ def identify(
     for name, control in (controls or {}).items():
         for warning in control.require_fit(model.identity()):
             log.warning("control %s: %s", name, warning)
-    encoded = encode(task, model.tokenizer)
+    encoded = encode(task, model.tokenizer, model.positions)
+    if encoded.n_subjects < 2:
+        raise InputError(
+            f"task {task.name!r} has prompts about one subject alone, {encoded.examples[0].example.subject!r}, and "
+            "heads are confirmed by intervals over subjects; add examples of others"
+        )
+    if encoded.n_subjects < FEW_SUBJECTS:
+        log.warning(
+            "task %s has prompts about %d subjects alone: intervals over so few say little; give %d or more",
+            task.name,
+            encoded.n_subjects,
+            ENOUGH_SUBJECTS,
+        )
     silenced = {name: control.roles for name, control in (controls or {}).items()}
     options = (names, verify_top, n_random, seed, top, threshold, silenced)
     shards = Shards(partial, _key(model, encoded, *options), share)

@@ -274,7 +274,9 @@ def turned(
                 blocks.append(scale_sink_heads(heads, knob.tau, knob.gamma))
                 note = {"knob": "sink", "tau": knob.tau, "gamma": knob.gamma, **note}
             else:
-                found, r2 = decompose(heads, encode(knob.task(), heads.tokenizer).examples, progress=progress)
+                found, r2 = decompose(
+                    heads, encode(knob.task(), heads.tokenizer, heads.positions).examples, progress=progress
+                )
                 blocks.append(subtract_mlp_intercept(heads, found.intercept[-1], knob.beta))
                 note = {"knob": "intercept", "beta": knob.beta, "fit": knob.fit, **note}
                 note |= {"fit_examples": found.n, "held_out_r2": r2[-1]}

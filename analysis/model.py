@@ -25,6 +25,7 @@ from . import builtin
 from .architectures import Architecture, architecture_of
 from .attention import IMPLEMENTATION
 from .checks import check, probe, probe_logits
+from .encoding import positions_of
 from .errors import InputError, nearest
 from .inside import require_safe_weights
 
@@ -59,6 +60,11 @@ class HeadModel:
     revision: str | None = None
     max_memory: int = 1 << 30
     plain_attention: str = "sdpa"
+
+    @property
+    def positions(self) -> int | None:
+        """How many tokens the model takes; None where its configuration does not say."""
+        return positions_of(self.model)
 
     def record_attention(self, on: bool) -> None:
         """Switch between the attention whose rows can be recorded and the model's own, which training uses."""
@@ -326,7 +332,8 @@ def load_plain(
         device_map: as transformers takes it; None loads on the CPU.
 
     Raises:
-        InputError: there is no such model, its folder cannot be read, or its weights are no safetensors of its own.
+        InputError: there is no such model, its folder cannot be read, its weights are no safetensors of its own, or
+            some are lacking.
     """
     source = resolve(name)
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
@@ -337,8 +344,18 @@ def load_plain(
     with _refused_by_name(name):
         architecture_of(AutoConfig.from_pretrained(source, **options).get_text_config().model_type)
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        model = AutoModelForCausalLM.from_pretrained(
-            source, dtype=parse_dtype(dtype), device_map=device_map, use_safetensors=True, **options
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source,
+            dtype=parse_dtype(dtype),
+            device_map=device_map,
+            use_safetensors=True,
+            output_loading_info=True,
+            **options,
+        )
+    model, info = loaded
+    if lacking := sorted(info["missing_keys"]):  # transformers draws them at random
+        raise InputError(
+            f"model {name!r} lacks {len(lacking)} of its weights, such as {lacking[0]}; give a whole copy of it"
         )
     return model, tokenizer
 

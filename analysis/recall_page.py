@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from .analyses import Figure, Table
 from .frequency import Frequencies
@@ -244,9 +244,8 @@ def _correlations(found: dict[str, Any]) -> Table:
 
 def _scatter(table: Frequencies, intercept_logits: ArrayLike) -> Figure:
     canvas, axes = _canvas(6, 4)
-    seen: NDArray[np.bool_] = table.masks()["seen"]
-    logits = np.asarray(intercept_logits, dtype=np.float64)[: len(seen)][seen]
-    axes.scatter(table.log_p[seen], logits, s=5, alpha=0.35, color=_BLUE, linewidths=0)
+    logits, log_p = table.pairs(intercept_logits, "seen")
+    axes.scatter(log_p, logits, s=5, alpha=0.35, color=_BLUE, linewidths=0)
     axes.set(title="The last MLP's intercept and token frequency", xlabel="log p(token)", ylabel="logit it writes")
     return Figure(
         "intercept_frequency",

@@ -264,7 +264,9 @@ def _about(heads: HeadSet) -> str:
         "Revision": model.get("revision"),
         "Weights": f"sha256 {model['weights_sha256']}" if model.get("weights_sha256") else None,
         "Task": task.get("name"),
-        "Examples": f"{task.get('n_examples')} used, {task.get('n_dropped', 0)} left out"
+        "Examples": f"{task.get('n_examples')} used"
+        + (f", about {task['n_subjects']} subjects" if "n_subjects" in task else "")
+        + f", {task.get('n_dropped', 0)} left out"
         + (f": {dropped}" if dropped else ""),
         "Method": method.get("name"),
         "Parameters": _flat(method.get("parameters") or {}),

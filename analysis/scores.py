@@ -14,6 +14,7 @@ from .errors import InputError
 from .files import atomic_path
 
 Array = NDArray[np.float32]
+FEW_SUBJECTS, ENOUGH_SUBJECTS = 5, 20  # intervals over fewer than the first say little; over the second they do
 
 
 @dataclass
@@ -88,14 +89,25 @@ class Scores:
             save_file({name: np.ascontiguousarray(value) for name, value in self.means().items()}, temporary)
 
 
-def load_means(path: Path) -> dict[str, Array]:
-    """Read `scores.safetensors`: name -> `[n_layers, n_heads]`."""
+def load_means(path: Path, shape: tuple[int, int] | None = None) -> dict[str, Array]:
+    """Read `scores.safetensors`: name -> `[n_layers, n_heads]`.
+
+    Raises:
+        InputError: not there, not readable, or maps of another shape than `shape`.
+    """
     if not path.is_file():
         raise InputError(f"scores file {str(path)!r} does not exist; headtune identify writes it beside heads.json")
     try:
-        return load_file(path)
+        means = load_file(path)
     except Exception as error:  # safetensors raises its own error type for every kind of damage
         raise InputError(f"scores file {str(path)!r} cannot be read ({error}); run headtune identify again") from None
+    for name, mean in means.items():
+        if shape is not None and mean.shape != shape:
+            raise InputError(
+                f"scores file {str(path)!r} has {name} of shape {list(mean.shape)}, and the head set beside it is of a "
+                f"model with {shape[0]} layers of {shape[1]} heads; run headtune identify again"
+            )
+    return means
 
 
 def subject_weights(subjects: Sequence[str], n: int, seed: int) -> NDArray[np.float64]:

@@ -163,7 +163,7 @@ def build(
     drawn, seeded, from the subject's `familiar` best known, and always leaves at least one answer to give.
 
     Raises:
-        InputError: a subject with too few answers, an empty or repeated answer.
+        InputError: a subject with too few answers, an empty or repeated answer, or one with white space around it.
     """
     examples = []
     for subject, answers in facts.items():
@@ -171,6 +171,8 @@ def build(
         repeated = [a for a in answers if seen[canonical(a, subject)] > 1 or not normalise(a)]
         if repeated:
             raise InputError(f"facts of {subject!r} repeat or leave empty the answer {repeated[0]!r}; remove it")
+        for answer in answers:
+            _require_bare(answer, f"facts of {subject!r}")
         if len(answers) <= (most := max(previous)):
             has, gives = (f"{n} answer{'s' * (n != 1)}" for n in (len(answers), most))
             raise InputError(
@@ -198,7 +200,7 @@ def invert(samples: Iterable[tuple[str, str]], at_least: int) -> dict[str, list[
     for subject, thing in samples:
         known = {canonical(answer, thing) for answer in table.setdefault(thing, [])}
         if canonical(subject, thing) not in known and normalise(subject):
-            table[thing].append(subject)
+            table[thing].append(subject.strip())
     return {thing: subjects for thing, subjects in table.items() if len(subjects) >= at_least}
 
 
@@ -459,12 +461,20 @@ def hub_rows(name: str, split: str, config: str | None = None) -> Iterator[tuple
         yield f"{name} row {number}", dict(row)
 
 
+def _require_bare(answer: str, what: str) -> None:
+    """Refuse an answer with white space around it, whose first token would be that of a space (InputError)."""
+    if answer != answer.strip():
+        raise InputError(
+            f"{what}: {answer!r} has white space around it; write {answer.strip()!r}, a space before it is added"
+        )
+
+
 def parse_example(row: Any, where: str) -> Example:
     """Check one example strictly.
 
     Raises:
-        InputError: a missing, unknown or ill-typed key, a subject or previous answer that the prompt does not hold, or
-            a prompt that ends in a space.
+        InputError: a missing, unknown or ill-typed key, a subject or previous answer that the prompt does not hold, a
+            prompt that ends in a space, or an answer with white space around it.
     """
     if not isinstance(row, dict):
         raise InputError(f"{where}: expected a JSON object, found {type(row).__name__}")
@@ -481,8 +491,11 @@ def parse_example(row: Any, where: str) -> Example:
             raise InputError(f"{where}: {key!r} must be a {kind.__name__}, found {row[key]!r}"[:300])
         if kind is list and not all(isinstance(item, str) and item.strip() for item in row[key]):
             raise InputError(f"{where}: {key!r} must hold non-empty strings, found {row[key]!r}"[:300])
-    if row["prompt"].endswith((" ", "\t")):
-        raise InputError(f"{where}: the prompt ends in a space; remove it: the space before an answer is the answer's")
+        for item in row[key] if kind is list else ():
+            _require_bare(item, f"{where}: {key!r}")
+    for key in ("prompt", "corrupt"):
+        if (row.get(key) or "").endswith((" ", "\t")):
+            raise InputError(f"{where}: the {key} ends in a space; remove it: an answer is written after a space")
     example = Example(
         row["prompt"],
         row["subject"],

@@ -12,7 +12,7 @@ from tiny import tiny_model, tiny_task, tiny_tokenizer
 
 from headtune.analysis.encoding import encode
 from headtune.analysis.errors import InputError
-from headtune.analysis.tasks import Example, Task
+from headtune.analysis.tasks import Example, Kind, Task
 from headtune.train import evaluate as evaluation
 from headtune.train.evaluate import (
     KINDS,
@@ -26,6 +26,7 @@ from headtune.train.evaluate import (
     perplexity,
     read_answer,
     score_items,
+    score_task,
 )
 from headtune.train.multiple_choice import choice_log_likelihoods, choices, multiple_choice
 
@@ -379,13 +380,24 @@ def test_answer_mass_is_the_direct_sum(model: Any, cities: Task) -> None:
         assert previous[index] == pytest.approx(sum(p[t].item() for t in set(example.previous_tokens)), rel=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["lists", "exact_match"])
+def test_what_is_written_must_fit_into_the_model(kind: Kind) -> None:
+    task, tokenizer = replace(tiny_task(subjects=2), kind=kind), tiny_tokenizer()
+    longest = max(len(ids) for ids in tokenizer([example.prompt for example in task.examples]).input_ids)
+    names = {answer for example in task.examples for answer in example.answers}
+    more = 12 * 2 if kind == "lists" else 8 + max(len(tokenizer(" " + name).input_ids) for name in names)
+    score_task(tiny_model("gpt2", n_positions=longest + more), tokenizer, task, n_items=2)
+    with pytest.raises(InputError, match=f"{longest} tokens and what comes after it up to {more}, and the model takes"):
+        score_task(tiny_model("gpt2", n_positions=longest + more - 1), tokenizer, task, n_items=2)
+
+
 def test_answer_mass_counts_a_first_token_once() -> None:
     """Two given answers with the same first token are one entry of the distribution."""
     example = Example(
         "Cities in America:\n1. New York\n2. New Boston\n3.", "America", ("Denver",), ("New York", "New Boston")
     )
     encoded = encode(Task("x", (example,)), tiny_tokenizer())
-    assert len(encoded.examples[0].previous_tokens) == 2 and len(set(encoded.examples[0].previous_tokens)) == 1
+    assert len(encoded.examples[0].previous) == 2 and len(encoded.examples[0].previous_tokens) == 1
     model = tiny_model("llama")
     with torch.no_grad():
         p = model(encoded.examples[0].tokens[None], use_cache=False).logits[0, -1].softmax(-1)

@@ -142,6 +142,15 @@ def test_truthfulqa(tmp_path: Path, suffix: str) -> None:
     )
 
 
+def test_spaces_around_answers_of_published_data_are_left_out(tmp_path: Path) -> None:
+    samples = [{"subject": "Chile", "object": " Santiago "}]
+    (example,) = load_task(f"relation:{as_json(tmp_path / 'r.json', CAPITALS | {'samples': samples})}").examples
+    assert example.answers == ("Santiago",)
+    case = MQUAKE[0] | {"new_answer": " Chad", "new_answer_alias": ["Chad ", "Tchad"]}
+    (example,) = load_task(f"mquake:{as_json(tmp_path / 'm.json', [case])}").examples
+    assert example.answers == ("Chad", "Tchad")
+
+
 @pytest.mark.parametrize("suffix", [".json", ".jsonl"])
 def test_mquake(tmp_path: Path, suffix: str) -> None:
     task = load_task(f"mquake:{WRITERS[suffix](tmp_path / f'm{suffix}', MQUAKE)}")

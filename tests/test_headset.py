@@ -112,6 +112,14 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "effect of words": (with_entries(entry(effect={"x": "high"})), "needs layer, head, score and ci"),
     "a pair": (with_entries([1, 1]), "needs layer, head, score and ci"),
     "role not a list": ({"roles": {"recall": None}}, "role 'recall' must be a list of heads"),
+    "stability null": ({"stability": None}, "block 'stability' must be an object, found None"),
+    "stability of words": ({"stability": {"recall": "x"}}, "stability.recall must be a number or null, found 'x'"),
+    "versions null": ({"versions": None}, "block 'versions' must be an object, found None"),
+    "dropped of words": ({"task": {"dropped": "x"}}, "task.dropped must be an object, found 'x'"),
+    "verification null": ({"verification": None}, "block 'verification' must be an object, found None"),
+    "baseline a number": ({"verification": {"baseline": 5}}, "'verification' is not what identify writes"),
+    "no interval": ({"verification": {"baseline": {"p_remaining": {"mean": 0.5}}}}, "is not what identify writes"),
+    "no reason": ({"verification": {"dissociation": {"recall": {}}}}, "is not what identify writes"),
     "role a number": ({"roles": {"recall": 3}}, "role 'recall' must be a list of heads"),
 }
 

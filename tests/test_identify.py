@@ -299,6 +299,15 @@ def test_dissociation(block: dict[str, Any], suppression: bool, recall: bool) ->
     assert verdict["recall"]["ratio"] == block["ablate_recall"]["p_remaining"]["mean"] / 0.5
 
 
+def test_one_subject_is_refused_and_few_are_named(model: HeadModel, caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(InputError, match="prompts about one subject alone, 'Italy', and heads are confirmed by interv"):
+        identify.identify(model, tiny_task(subjects=1))
+    assert not caplog.messages
+    found = identify.identify(model, tiny_task(subjects=2), "dla", top=1, verify_top=1, n_random=1)
+    assert "about 2 subjects alone: intervals over so few say little; give 20 or more" in caplog.messages[0]
+    assert found.heads.task["n_subjects"] == 2
+
+
 def test_a_task_that_cannot_be_scored_is_refused(model: HeadModel) -> None:
     with pytest.raises(InputError, match="no example can be scored on first tokens"):
         identify.identify(model, Task("empty", ()))
@@ -471,7 +480,8 @@ def test_another_tasks_heads_are_a_control(chance: HeadModel, tmp_path: Path, ca
         n_random=2,
         controls={"capitals": other_task(chance), "x_recall": other_task(chance)},
     )
-    assert caplog.messages == []
+    (few,) = caplog.messages
+    assert "about 2 subjects alone" in few
     block = found.heads.verification
     assert set(block) == {"baseline", "dissociation"} | {
         f"ablate_{name}"

@@ -118,6 +118,16 @@ def test_correlations_leave_out_what_no_text_holds() -> None:
     assert found["pearson_all"] == pytest.approx(np.corrcoef(logits[1:6], log_p[1:6])[0, 1])
 
 
+def test_a_tokenizer_with_more_entries_than_the_model_has_logits() -> None:
+    counts = np.array([10, 100, 0, 1000, 50, 7])
+    table, logits = Frequencies("a text", counts), np.array([1.0, 2.0, -7.0, 3.0])
+    log_p = np.log((counts + 1) / (counts.sum() + 6))
+    assert table.correlate(logits)["pearson_seen"] == pytest.approx(
+        np.corrcoef(logits[[0, 1, 3]], log_p[[0, 1, 3]])[0, 1]
+    )
+    assert [len(values) for values in table.pairs(logits, "all")] == [4, 4]
+
+
 def test_counts_are_those_of_the_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = tiny_tokenizer(bos=True)
     (tmp_path / "deeper").mkdir()

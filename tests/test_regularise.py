@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from small_runs import STEPS, train, write_recipe
@@ -19,6 +20,7 @@ from headtune.analysis.tasks import Example, to_jsonl
 from headtune.train import holding, trainers
 from headtune.train import regularisers as penalties
 from headtune.train.cli import main
+from headtune.train.head_passes import told_of_dropout
 from headtune.train.run import load_run
 
 HEADS = {"list": [[1, 1], [2, 0], [2, 3]]}
@@ -458,3 +460,33 @@ def test_bad_recipes_are_refused_in_one_line(
     error = capsys.readouterr().err.strip()
     assert message in error and "\n" not in error
     assert not (tmp_path / "run").exists(), "refused before anything is written"
+
+
+# --- dropout ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("family", "config", "told"),
+    [
+        ("gpt2", {}, "Dropout.p is 0.1"),
+        ("gpt2", {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}, None),
+        ("opt", {}, "dropout is 0.1"),
+        ("llama", {}, None),
+    ],
+)
+def test_a_model_that_drops_at_random_is_told_of(family: str, config: dict[str, Any], told: str | None) -> None:
+    """Not of an adapter's dropout, which the pass of the base has not."""
+    said: list[str] = []
+    targets = {"llama": ["q_proj"], "opt": ["q_proj"], "gpt2": ["c_attn"]}[family]
+    lora = LoraConfig(r=2, lora_dropout=0.5, target_modules=targets, task_type="CAUSAL_LM")
+    told_of_dropout(get_peft_model(tiny_model(family, **config), lora), "output_drift", said.append)
+    assert [told in line and "output_drift would not be 0" in line for line in said] == ([] if told is None else [True])
+
+
+def test_a_run_tells_of_dropout(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = save_tiny(tmp_path / "model", "gpt2")
+    for name, regularisers in (("drifts", [DRIFT]), ("weights", [KINDS["weight_drift"]])):
+        method = {**SFT, "tune": "lora", "lora": {"r": 2, "alpha": 4}, "regularisers": regularisers}
+        recipe = write_recipe(tmp_path / name, model, recipe="regularise", heads=HEADS, method=method)
+        assert train(recipe) == 0
+        assert ("drops at random in training" in capsys.readouterr().err) == (name == "drifts")

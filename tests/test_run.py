@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,9 +14,9 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from small_runs import STEPS, head_set, train, write_recipe, write_task
-from tiny import FACTS, N_HEADS, N_LAYERS, save_tiny
+from tiny import FACTS, N_HEADS, N_LAYERS, save_tiny, tiny_model, tiny_tokenizer
 from torch import Tensor
 
 from headtune.analysis import model as models
@@ -400,6 +401,50 @@ def test_subjects_shared_by_train_and_eval_are_refused(
     recipe = write_recipe(tmp_path, tiny_llama, task={"train": str(one), "eval": str(two)})
     assert train(recipe) == 2
     assert "share 2 subjects" in one_line(capsys) and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("objective", ["answer_set", "sft"])
+@pytest.mark.parametrize("side", ["train", "eval"])
+def test_prompts_too_long_for_the_model_are_refused_before_anything_is_written(
+    side: str, objective: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """gpt2's learned positions would end in an IndexError, rotary ones in what the model was not made for."""
+    model = tmp_path / "model"
+    tiny_model("gpt2", n_positions=64).save_pretrained(model)
+    tiny_tokenizer().save_pretrained(model)
+    short, long = write_task(tmp_path / "short"), write_task(tmp_path / "long", subjects=1)
+    rows = [json.loads(line) for line in long.read_text().splitlines()]
+    long.write_text("".join(json.dumps(row | {"prompt": "so " * 50 + row["prompt"]}) + "\n" for row in rows))
+    files = {"train": str(short), "eval": str(short)} | {side: str(long)}
+    method = {"objective": objective}
+    recipe = write_recipe(tmp_path, model, task={**files, "split": {"by": "file"}}, method=method)
+    assert train(recipe) == 2
+    said = one_line(capsys)
+    assert "takes 64" in said or "the 64 tokens that the model takes" in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_model_that_lacks_weights_is_refused(
+    tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = Path(shutil.copytree(tiny_llama, tmp_path / "model"))
+    weights = load_file(model / "model.safetensors")
+    del weights["model.layers.2.self_attn.o_proj.weight"]
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    assert train(write_recipe(tmp_path, model)) == 2
+    assert "lacks 1 of its weights, such as model.layers.2.self_attn.o_proj.weight; give a whole" in one_line(capsys)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_torn_evaluation_is_one_line(tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe, run = write_recipe(tmp_path, tiny_llama), tmp_path / "run"
+    assert train(recipe) == 0
+    capsys.readouterr()
+    (run / "evaluation.json").write_bytes((run / "evaluation.json").read_bytes()[:200])
+    assert main(["report", str(run)]) == 2
+    assert "evaluation.json' is damaged" in one_line(capsys)
+    assert train(recipe, "--resume") == 2
+    assert "evaluation.json' is damaged" in one_line(capsys)
 
 
 def test_what_only_transformers_can_judge_is_refused_before_anything_is_written(

@@ -121,6 +121,16 @@ def test_save_and_load(tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["scores.safetensors"]
 
 
+def test_scores_of_a_model_of_another_shape_are_refused(tmp_path: Path) -> None:
+    path, scores = tmp_path / "scores.safetensors", noise(5)
+    scores.save(path)
+    layers, heads = scores.mean("dla.target").shape
+    assert load_means(path, (layers, heads)).keys() == load_means(path).keys()
+    for shape in ((layers + 1, heads), (heads * layers, 1)):
+        with pytest.raises(InputError, match=rf"dla.target of shape \[{layers}, {heads}\], and the head set beside it"):
+            load_means(path, shape)
+
+
 def test_scores_files_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="does not exist; headtune identify writes it"):
         load_means(tmp_path / "scores.safetensors")

@@ -141,8 +141,17 @@ BAD_ROWS = {
     "previous elsewhere": (ROW | {"previous": ["Turin"]}, "does not contain the previous answer 'Turin'"),
     "incorrect not a list": (ROW | {"incorrect": "Lyon"}, "'incorrect' must be a list, found 'Lyon'"),
     "blank incorrect": (ROW | {"incorrect": ["Lyon", ""]}, "'incorrect' must hold non-empty strings"),
+    "corrupt ends in a space": (ROW | {"corrupt": ROW["prompt"] + " "}, "the corrupt ends in a space; remove it"),
+    "answer with a space": (
+        ROW | {"answers": ["Rome", " Turin"]},
+        "'answers': ' Turin' has white space around it; write 'Turin'",
+    ),
+    "incorrect with a space": (
+        ROW | {"incorrect": ["Lyon "]},
+        "'incorrect': 'Lyon ' has white space around it; write 'Lyon'",
+    ),
     "prompt ends in a space": (ROW | {"prompt": ROW["prompt"] + " "}, "the prompt ends in a space; remove it"),
-    "nothing remains": (ROW | {"answers": ["rome", "Milan "]}, "every accepted answer is already given"),
+    "nothing remains": (ROW | {"answers": ["rome", "milan"]}, "every accepted answer is already given"),
 }
 
 
@@ -273,6 +282,7 @@ def test_templates() -> None:
         (["Rome", "Milan", "rome"], "facts of 'Italy' repeat or leave empty the answer 'Rome'"),
         (["Rome", "Milan", "Rome City"], "repeat or leave empty the answer 'Rome'"),
         (["Rome", "Milan", " . "], "repeat or leave empty the answer ' . '"),
+        (["Rome", "Milan", " Turin"], "facts of 'Italy': ' Turin' has white space around it; write 'Turin'"),
         (["Rome", "Milan"], "have 2 answers, and a prompt that gives 2 answers needs at least 3: add answers or lower"),
         (["Rome"], "'Italy' have 1 answer, and"),
     ],
@@ -537,6 +547,27 @@ def test_shared_first_tokens_are_left_out_of_both_sets_and_counted(tokenizer: Pr
     assert encoded.previous_tokens == (boston,)
     assert encoded.ambiguous == (new,)
     assert found.summary()["n_ambiguous_first_tokens"] == 1
+
+
+def test_a_first_token_of_two_previous_answers_is_one(tokenizer: PreTrainedTokenizerFast) -> None:
+    row = ROW | {
+        "prompt": "Cities in America:\n1. New York\n2. New Boston\n3. Boston\n4.",
+        "subject": "America",
+        "previous": ["New York", "New Boston", "Boston"],
+        "answers": ["Denver"],
+    }
+    (encoded,) = encode(one(row), tokenizer).examples
+    assert encoded.previous_tokens == tuple(tokenizer(text).input_ids[0] for text in (" New", " Boston"))
+
+
+@pytest.mark.parametrize("key", ["prompt", "corrupt"])
+def test_a_prompt_that_is_too_long_for_the_model_is_refused(key: str, tokenizer: PreTrainedTokenizerFast) -> None:
+    row = ROW | {"corrupt": ROW["prompt"]}
+    task = one(row | {key: "so " * 40 + row[key]})
+    length = len(tokenizer("so " * 40 + row[key]).input_ids)
+    assert len(encode(task, tokenizer, length).examples) == 1
+    with pytest.raises(InputError, match=f"'so so .* takes {length} tokens, and the model takes {length - 1}; shorten"):
+        encode(task, tokenizer, length - 1)
 
 
 def test_examples_that_first_tokens_cannot_score_are_counted(tokenizer: PreTrainedTokenizerFast) -> None:

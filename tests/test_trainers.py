@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from small_runs import write_recipe
 from tiny import tiny_model, tiny_tokenizer
 from torch import Tensor
 from trl import SFTConfig
 
+from headtune.analysis import model as models
 from headtune.analysis.encoding import encode
 from headtune.analysis.errors import InputError
-from headtune.analysis.tasks import Example, Task
-from headtune.train import trainers
+from headtune.analysis.tasks import Example, Kind, Task
+from headtune.train import fit, trainers
 from headtune.train.adapter import HeadTuningConfig
 from headtune.train.blocks import AnswerSetBlock
 from headtune.train.evaluate import Scored, parse_items, score_items
 from headtune.train.objectives import answer_set, retention
+from headtune.train.recipe import load
 from headtune.train.trainers import (
     AnswerSetCollator,
     AnswerSetTrainer,
@@ -160,6 +164,40 @@ def test_sft_rows(cities: Task) -> None:
         assert row["completion"][1:-1] in example.remaining
     assert sft_rows(cities, seed=0)["completion"] == rows["completion"]
     assert sft_rows(cities, seed=1)["completion"] != rows["completion"]
+
+
+@pytest.mark.parametrize(("kind", "end"), [("lists", ["\n"]), ("exact_match", ["\n", "<eos>"])])
+def test_a_list_stays_open_and_one_answer_ends(
+    kind: Kind, end: list[str], cities: Task, tiny_llama: Path, tmp_path: Path
+) -> None:
+    """What TRL is given has a loss on the answer and its line's end, and on the text's end where there is no more."""
+    heads, task = models.load(str(tiny_llama)), replace(cities, kind=kind)
+    recipe = load(str(write_recipe(tmp_path, tiny_llama, method={"objective": "sft"})))
+    rows = fit.text_rows(recipe, heads.tokenizer, task)
+    trainer = trainers.SFT(heads.model, args=fit.training_arguments(recipe), train_dataset=rows)
+    for row, example in zip(trainer.train_dataset, task.examples, strict=False):
+        learnt = [token for token in row["labels"] if token != -100]
+        prompt = heads.tokenizer(example.prompt).input_ids
+        assert row["input_ids"] == prompt + learnt and row["labels"][: len(prompt)] == [-100] * len(prompt)
+        words = heads.tokenizer.convert_ids_to_tokens(learnt)
+        assert [heads.tokenizer.convert_tokens_to_string([word]) for word in words][-len(end) :] == end
+
+
+def test_a_list_s_prompt_has_a_loss_where_that_is_asked_for(cities: Task) -> None:
+    for row in trainers.open_rows(sft_rows(cities, 0), tiny_tokenizer(), whole=True):
+        assert row["labels"] == row["input_ids"]
+
+
+def test_rows_that_are_too_long_for_the_model_are_refused(cities: Task) -> None:
+    tokenizer, rows = tiny_tokenizer(), sft_rows(cities, 0)
+    lengths = [len(tokenizer(row["prompt"] + row["completion"]).input_ids) for row in rows]
+    longest = max(lengths)
+    trainers.require_room_in("x", rows, tokenizer, longest + 1)  # with the text's end
+    trainers.require_room_in("x", trainers.open_rows(rows, tokenizer), tokenizer, longest)
+    trainers.require_room_in("x", rows, tokenizer, None)
+    for made, positions in ((rows, longest), (trainers.open_rows(rows, tokenizer), longest - 1)):
+        with pytest.raises(InputError, match=f"'x': .* training rows are longer than the {positions} tokens"):
+            trainers.require_room_in("x", made, tokenizer, positions)
 
 
 def test_the_collator_pads_on_the_left() -> None:

@@ -86,7 +86,7 @@ def choose_heads(
         heads.write(folder / "heads.json")
         if (seen := scores.with_name("portraits.json")).is_file():
             cards.write(cards.read(seen), folder / "portraits.json")
-    return Chosen(pairs, heads, load_means(scores) if scores.is_file() else None)
+    return Chosen(pairs, heads, load_means(scores, heads.shape) if scores.is_file() else None)
 
 
 def _top(heads: headset.HeadSet, block: HeadsBlock, where: str, say: Say) -> list[tuple[int, int]]:

@@ -347,10 +347,11 @@ def report_command(arguments: argparse.Namespace) -> int:
     from ..analysis import cards, headset, report
     from ..analysis.errors import InputError
     from ..analysis.scores import load_means
+    from .faults import read_state
 
     folder: Path = arguments.folder
     path = folder / "evaluation.json"
-    evaluation = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    evaluation = read_state(path) if path.is_file() else None
     if evaluation is not None and evaluation.get("after") is None:
         evaluation = None  # a run that has not finished has nothing to compare yet
     if (folder / "recipe.yaml").is_file() and not (folder / "heads.json").is_file():
@@ -368,7 +369,7 @@ def report_command(arguments: argparse.Namespace) -> int:
             "train or headtune identify wrote"
         )
     heads = headset.read(folder / "heads.json")
-    means = load_means(folder / "scores.safetensors") if (folder / "scores.safetensors").is_file() else {}
+    means = load_means(folder / "scores.safetensors", heads.shape) if (folder / "scores.safetensors").is_file() else {}
     portraits = cards.read(folder / "portraits.json") if (folder / "portraits.json").is_file() else []
     report.write_report(folder / "report.html", heads, means, evaluation, portraits=portraits)
     print(folder / "report.html")

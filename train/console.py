@@ -20,8 +20,6 @@ T = TypeVar("T")
 console = Console(highlight=False, width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 240)
 errors = Console(stderr=True, highlight=False, soft_wrap=True)
 
-_FEW, _ENOUGH = 5, 20  # subjects: fewer than this have a note below their intervals, which asks for so many
-
 METRIC_NAMES = {
     "op": "OP, mean of the tasks",
     "bwt": "BWT, earlier tasks since learnt",
@@ -102,10 +100,13 @@ def metrics_table(columns: Mapping[str, Mapping[str, Any]], title: str = "") -> 
 
     Below it a note where few subjects stand behind the intervals: a bootstrap of two has three outcomes.
     """
-    subjects = min((metrics["n"].get("subjects", _FEW) for metrics in columns.values() if "n" in metrics), default=_FEW)
-    note = f"{subjects} subject{'s' * (subjects != 1)}: the intervals say little; give {_ENOUGH} or more"
+    from ..analysis.scores import ENOUGH_SUBJECTS, FEW_SUBJECTS
+
+    counts = [metrics["n"].get("subjects", FEW_SUBJECTS) for metrics in columns.values() if "n" in metrics]
+    subjects = min(counts, default=FEW_SUBJECTS)
+    note = f"{subjects} subject{'s' * (subjects != 1)}: the intervals say little; give {ENOUGH_SUBJECTS} or more"
     table = Table(title=title or None, title_justify="left", caption_justify="left")
-    table.caption = note if subjects < _FEW else None
+    table.caption = note if subjects < FEW_SUBJECTS else None
     table.add_column("metric")
     for name in columns:
         table.add_column(name)

@@ -39,6 +39,7 @@ from . import checkpoints, engines, faults, fit, holding, importance, replay, sn
 from .blocks import SeekrMethod
 from .choosing import choose_heads
 from .distillation import query_positions
+from .head_passes import told_of_dropout
 from .recipe import Recipe
 from .replay import Row
 from .seekr import Held, SequenceTrainer, collate
@@ -255,6 +256,8 @@ class Learner:
     def _train(self, index: int, held: Held, resume: bool) -> dict[str, Any]:
         rows, name = self.units[index].rows, self.units[index].name
         self.say(f"task {index + 1} of {len(self.units)}, {name}: {len(rows)} rows")
+        if held.teachers is not None:
+            told_of_dropout(self.heads.model, "distillation", self.say)
         arguments = self.arguments(index)
         timer, marking = fit.Timer(), checkpoints.Mark(arguments)
         table = [{"row": at, **row.plain} for at, row in enumerate(rows)]

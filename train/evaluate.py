@@ -23,13 +23,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
-from ..analysis.encoding import EncodedTask, as_chat, encode
+from ..analysis.encoding import EncodedTask, as_chat, encode, positions_of, require_room
 from ..analysis.errors import InputError
 from ..analysis.scores import mean_interval
 from ..analysis.tasks import Example, Task, canonical, normalise
 from .multiple_choice import choice_log_likelihoods, choices, multiple_choice
 
 KINDS = ("repeat", "correct_new", "wrong", "missing")
+TOKENS_OF_ITEM = 12  # written for each item of a list, at most
 
 
 @dataclass(frozen=True)
@@ -160,7 +161,9 @@ def generate_lists(
 
     An example's `values` are its shares of the items asked for: `repeat_rate`, `correct_new_rate` and so on.
     """
-    texts = _generate(model, tokenizer, task, n_items, batch_size, max_new_tokens or 12 * n_items, sample_seed)
+    texts = _generate(
+        model, tokenizer, task, n_items, batch_size, max_new_tokens or TOKENS_OF_ITEM * n_items, sample_seed
+    )
     results = []
     for example, text in zip(task.examples, texts, strict=True):
         items = parse_items(text, n_items, example)
@@ -197,15 +200,29 @@ def generate_answers(
     As many tokens are written as the task's longest accepted answer has, and 8 more: an answer that goes on beyond
     them would not be one of the accepted.
     """
-    answers = sorted({answer for example in task.examples for answer in example.answers})
-    longest = max(len(ids) for ids in tokenizer([" " + answer for answer in answers]).input_ids)
+    texts = _generate(model, tokenizer, task, 1, batch_size, _tokens_of_answer(tokenizer, task))
     results = []
-    for example, text in zip(task.examples, _generate(model, tokenizer, task, 1, batch_size, longest + 8), strict=True):
+    for example, text in zip(task.examples, texts, strict=True):
         answer, exact, begins = read_answer(text, example)
         kind = "correct" if exact else "wrong" if answer else "missing"
         values = {"exact_match": exact, "prefix_match": begins}
         results.append(Scored(example, text, (answer,) if answer else (), (kind,), values))
     return results
+
+
+def _tokens_of_answer(tokenizer: PreTrainedTokenizerBase, task: Task) -> int:
+    answers = sorted({answer for example in task.examples for answer in example.answers})
+    return max(len(ids) for ids in tokenizer([" " + answer for answer in answers]).input_ids) + 8
+
+
+def require_room_for(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, n_items: int = 3) -> None:
+    """Refuse a task whose prompts, with what is written after them, are too long for the model (InputError).
+
+    Choices are looked at where they are scored: their length depends on the preamble.
+    """
+    if task.kind != "multiple_choice":
+        more = TOKENS_OF_ITEM * n_items if task.kind == "lists" else _tokens_of_answer(tokenizer, task)
+        require_room(task, tokenizer, positions_of(model), more)
 
 
 def choose(
@@ -244,7 +261,7 @@ def perplexity(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str | None = None, window: int = 512
 ) -> float:
     """`exp(mean negative log-likelihood)` per token of `text` in consecutive windows of `window` tokens."""
-    window = min(window, getattr(model.config.get_text_config(), "max_position_embeddings", None) or window)
+    window = min(window, positions_of(model) or window)
     tokens = tokenizer(neutral_text() if text is None else text, return_tensors="pt").input_ids[0].to(model.device)
     total, count = 0.0, 0
     for start in range(0, len(tokens) - 1, window):
@@ -301,10 +318,11 @@ def score_task(
         scored: what the model did with each example.
 
     Raises:
-        InputError: a preamble for another kind of task; see `choice_log_likelihoods` for multiple choice.
+        InputError: a preamble for another kind of task, or a prompt that is too long for the model.
     """
     if preamble and task.kind != "multiple_choice":
         raise InputError(f"task {task.name!r} is no multiple choice but {task.kind}; leave the preamble out")
+    require_room_for(model, tokenizer, task, n_items)
     model.eval()
     if task.kind == "lists":
         scored = generate_lists(model, tokenizer, task, n_items, batch_size)

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 from peft import LNTuningConfig, LoraConfig, PeftConfig, PeftModel
 from torch import Tensor, nn
-from transformers import PrinterCallback, TrainerCallback, TrainerState, set_seed
+from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallback, TrainerState, set_seed
 
 from ..analysis.encoding import encode
 from ..analysis.errors import CheckError, InputError
@@ -134,6 +135,18 @@ class Material:
     n_rows: int
 
 
+def text_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, train: Task) -> datasets.Dataset:
+    """The rows of TRL's own objectives: text, which it tokenises and ends, or, of lists, tokens without an end."""
+    method: Any = recipe.method
+    part = train.limited(recipe.task.max_train_examples, recipe.seed)
+    if method.objective == "dpo":
+        return trainers.dpo_rows(part, method.dpo.pairs)
+    rows = trainers.sft_rows(part, recipe.seed)
+    if part.kind != "lists":
+        return rows
+    return trainers.open_rows(rows, tokenizer, whole=recipe.training.get("completion_only_loss") is False)
+
+
 def material(recipe: Recipe, heads: HeadModel, train: Task, state: dict[str, Any], say: Say) -> Material:
     """The rows of a recipe's objective; notes what they are in `state["training_data"]`."""
     method: Any = recipe.method
@@ -151,16 +164,13 @@ def material(recipe: Recipe, heads: HeadModel, train: Task, state: dict[str, Any
             recipe.evaluation.batch_size,
             heads.weights_sha256,
         )
-        encoded = encode(task, tokenizer)
+        encoded = encode(task, tokenizer, heads.positions)
         state["training_data"] = encoded.summary()
         rows = trainers.answer_set_rows(encoded)
         collator = trainers.AnswerSetCollator(tokenizer.pad_token_id)
         own = {"train_dataset": rows, "data_collator": collator, "block": method.answer_set}
         return Material(trainers.AnswerSetTrainer, own, len(rows))
-    part = train.limited(limit, recipe.seed)
-    rows = (
-        trainers.sft_rows(part, recipe.seed) if method.objective == "sft" else trainers.dpo_rows(part, method.dpo.pairs)
-    )
+    rows, part = text_rows(recipe, tokenizer, train), train.limited(limit, recipe.seed)
     state["training_data"] = {"name": part.name, "sha256": part.sha256, "n_examples": len(part.examples)}
     kind = trainers.SFT if method.objective == "sft" else trainers.DPO
     return Material(kind, {"train_dataset": rows}, len(rows))

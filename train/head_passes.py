@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -259,6 +259,25 @@ def head_contributions(
         z = of_heads(view, at_end(made.z[layer]), heads)
         found[layer] = contributions(z, output_slices(view, layer, heads), stacked)
     return found
+
+
+def dropout_of(module: nn.Module) -> str | None:
+    """What of its input a module drops at random in training, as `Dropout.p is 0.1`; its parts are not looked at."""
+    rates = {"p": module.p} if isinstance(module, nn.Dropout) else vars(module)
+    for name, value in rates.items():
+        if (name == "p" or "drop" in name) and isinstance(value, int | float) and value > 0:
+            return f"{type(module).__name__}.{name} is {value}"
+    return None
+
+
+def told_of_dropout(model: nn.Module, compared: str, say: Callable[[str], None]) -> None:
+    """Say so where a model drops at random what is compared with the pass of a model that does not."""
+    parts = (module for name, module in model.named_modules() if "lora_dropout" not in name)
+    if drops := next(filter(None, map(dropout_of, parts)), None):
+        say(
+            f"the model drops at random in training ({drops}), what it is compared with does not: {compared} would not "
+            "be 0 in a model that has not changed; to be rid of that, set dropout to 0 in its config.json"
+        )
 
 
 def option_tokens(view: HeadModel, *options: str) -> list[int]:

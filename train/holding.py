@@ -15,6 +15,7 @@ from ..analysis.tasks import Task, load_task, take_split
 from . import blocks, pruning, replay
 from . import regularisers as penalties
 from .choosing import choose_heads
+from .head_passes import told_of_dropout
 from .held_slices import held_slices
 from .recipe import Recipe
 from .weight_drift import fisher_diagonal
@@ -106,6 +107,12 @@ def held(
         if specs:
             if any(isinstance(spec, penalties.AttentionKl | penalties.NegativeAttention) for spec in specs):
                 during.enter_context(_recorded(heads))
+            activations = penalties.AttentionKl | penalties.OutputDrift
+            compared = [
+                spec.kind for spec in specs if isinstance(spec, activations) or getattr(spec, "role", None) == "recall"
+            ]
+            if compared:
+                told_of_dropout(heads.model, " and ".join(compared), say)
             watching = penalties.Regularisers(
                 heads, specs, fisher=_fisher(recipe, heads, train, terms, trainer.model, say)
             )

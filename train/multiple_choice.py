@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..analysis.encoding import as_chat, continuation
+from ..analysis.encoding import as_chat, continuation, positions_of
 from ..analysis.errors import InputError
 from ..analysis.tasks import Example, Task
 
@@ -95,7 +95,7 @@ def choice_log_likelihoods(
         raise InputError(f"task {task.name!r} is given as a chat, where a preamble has no place; leave one of them out")
     model.eval()
     before = f"{preamble.strip()}\n\n" if preamble.strip() else ""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    limit = positions_of(model) or math.inf
     contexts: list[list[int]] = []
     options: list[list[list[int]]] = []
     for plain, example in zip(task.examples, as_chat(task, tokenizer).examples, strict=True):

@@ -49,6 +49,7 @@ from torch import Tensor, nn
 from ..analysis.architectures import architecture_of
 from ..analysis.errors import CheckError, InputError
 from . import engines
+from .head_passes import dropout_of
 from .paging import page_out
 from .row_store import RowStore
 
@@ -122,10 +123,8 @@ def refusal(model: Any, trainer: Any = None, rows_change: bool = False) -> str |
     for where, module in [("the model", parts.backbone), *below]:
         if isinstance(module, BaseTunerLayer):
             return f"{where} carries an adapter that is not trained, and which one is active may change"
-        drops = {"p": module.p} if isinstance(module, nn.Dropout) else vars(module)
-        for name, value in drops.items():
-            if (name == "p" or "drop" in name) and isinstance(value, int | float) and value > 0:
-                return f"{where} drops at random ({type(module).__name__}.{name} is {value}); set dropout to 0"
+        if drops := dropout_of(module):
+            return f"{where} drops at random ({drops}); set dropout to 0"
     if any(parameter.device.type == "meta" for parameter in parts.backbone.parameters()):
         return "weights are offloaded"
     return None if trainer is None else _trainer_refusal(trainer)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -34,6 +33,7 @@ from . import recipe as recipes
 from .blocks import FullMethod, JolaMethod, LofitMethod, ModelBlock, ObjectiveBlock, RegulariseMethod, SeekrMethod
 from .card import OWN
 from .choosing import Chosen, choose_heads
+from .evaluate import require_room_for
 from .multiple_choice import require_choices
 from .quiet import libraries_quiet
 from .recipe import Recipe
@@ -101,7 +101,7 @@ def _run(recipe: Recipe, resume: bool, progress: identify.Progress, say: Say) ->
             if isinstance(recipe.method, SeekrMethod) and main:
                 sequence.clear(recipe)
             done = folder / "evaluation.json"
-            return json.loads(done.read_text(encoding="utf-8")) if done.is_file() else {}
+            return faults.read_state(done) if done.is_file() else {}
     elif main:
         fix = "choose another output_dir or name, or continue it with --resume (resume=True in Python)"
         require_new_folder(folder, fix, FIRST)
@@ -284,10 +284,12 @@ def _require_usable(recipe: Recipe, heads: HeadModel, train: Task, held_out: Tas
                 f"task {train.name!r} is multiple choice, whose answers are no first tokens; set method.objective "
                 "to sft or dpo, and choose heads on another task (heads.from)"
             )
-        encode(train, heads.tokenizer)
-    if objective == "dpo":
-        trainers.dpo_rows(train.limited(recipe.task.max_train_examples, recipe.seed), "one")
+        encode(train, heads.tokenizer, heads.positions)
+    if objective in ("sft", "dpo"):
+        rows = fit.text_rows(recipe, heads.tokenizer, train)
+        trainers.require_room_in(train.name, rows, heads.tokenizer, heads.positions)
     require_choices(held_out)
+    require_room_for(heads.model, heads.tokenizer, held_out, recipe.evaluation.n_items)
     if block is not None and block.identify is None and not block.learnt:
         choose_heads(block, heads, train, say=lambda _line: None)
     if objective is not None:
@@ -409,7 +411,8 @@ def load_run(folder: Path) -> tuple[Any, Any, Recipe]:
     """The adapted model in float32 (a PeftModel; after full fine-tuning a plain one), its tokenizer, its recipe.
 
     Raises:
-        InputError: the folder is not a run, holds no trained model, or links that lead out of it.
+        InputError: the folder is not a run, holds no trained model, a damaged file, or links that lead out of it.
+        CheckError: the adapter's weights are damaged, or not all there.
     """
     if not (folder / "recipe.yaml").is_file():
         raise InputError(
@@ -434,4 +437,4 @@ def load_run(folder: Path) -> tuple[Any, Any, Recipe]:
         raise InputError(f"run {str(folder)!r} has an adapter without adapter_model.safetensors; train it anew")
     _warn_of_code(block)
     model, tokenizer = load_plain(block.name, "float32", block.revision, block.trust_remote_code)
-    return PeftModel.from_pretrained(model, str(folder / "adapter")).eval(), tokenizer, recipe
+    return snapshots.with_adapter(model, folder / "adapter").eval(), tokenizer, recipe

@@ -30,11 +30,11 @@ from ..analysis.headset import RankedHead
 from ..analysis.model import HeadModel
 from ..analysis.scores import load_means, mean_interval
 from ..analysis.tasks import Task, load_task
-from . import fit, replay, shown, snapshots
+from . import fit, replay, shown, snapshots, trainers
 from .blocks import EvaluationBlock, SeekrMethod, TaskBlock
 from .choosing import choose_heads
 from .continual import Learner, Unit
-from .evaluate import perplexity, score_task
+from .evaluate import perplexity, require_room_for, score_task
 from .faults import read_state
 from .multiple_choice import require_choices, truthfulqa_preamble
 from .recipe import Recipe
@@ -100,6 +100,7 @@ def require_usable(recipe: Recipe, heads: HeadModel, steps: Sequence[Step]) -> N
         raise InputError(f"two of the tasks measured are called {twice[0]!r}; rename a file, or name the step")
     for task in [step.held_out for step in steps] + general:
         require_choices(task)
+        require_room_for(heads.model, heads.tokenizer, task, recipe.evaluation.n_items)
     if recipe.heads is not None and recipe.heads.identify is None:
         choose_heads(recipe.heads, heads, steps[0].train, say=lambda _line: None)
     elif recipe.heads is not None:
@@ -107,7 +108,7 @@ def require_usable(recipe: Recipe, heads: HeadModel, steps: Sequence[Step]) -> N
             raise InputError(
                 f"task {steps[0].name!r} is multiple choice, on which heads cannot be identified; use heads.from"
             )
-        encode(steps[0].train, heads.tokenizer)
+        encode(steps[0].train, heads.tokenizer, heads.positions)
     distil = method.distil
     everywhere = heads.n_layers * heads.n_heads
     if method.strategy == "seekr" and recipe.heads is None:
@@ -122,7 +123,8 @@ def require_usable(recipe: Recipe, heads: HeadModel, steps: Sequence[Step]) -> N
     vocabulary = heads.model.get_output_embeddings().weight.shape[0]
     if distil.logits_top is not None and distil.logits_top >= vocabulary:
         raise InputError(f"method.distil.logits_top is {distil.logits_top} of {vocabulary} logits; lower or remove it")
-    rows_of(recipe, heads, steps)
+    for step, rows in zip(steps, rows_of(recipe, heads, steps), strict=True):
+        trainers.require_fit(step.name, [row.length for row in rows], heads.positions)
     for key in ("packing", "loss_type", "label_smoothing_factor", "completion_only_loss", "assistant_only_loss"):
         if recipe.training.get(key):
             raise InputError(f"training.{key} is not read by recipe seekr, whose loss is its own; remove it")
@@ -346,7 +348,8 @@ def evaluation_of(
     if not together:
         columns = saved["after"]
         found = sequence_metrics(
-            [[columns[j][i]["values"] if j >= i else None for j in range(len(steps))] for i in range(len(steps))]
+            [[columns[j][i]["values"] if j >= i else None for j in range(len(steps))] for i in range(len(steps))],
+            [_subjects(one) for one in last],
         )
         after |= {"bwt": {"mean": found["bwt"], "ci": found["bwt_ci"]}, "forgetting": found["forgetting"]}
     counts = {name: len(of["values"]) for name, of in zip(names, last, strict=True)}
@@ -362,17 +365,21 @@ def _averages(
 ) -> dict[str, Any]:
     """`op`, each task's main metric, the general tasks' metrics, all as `{"mean", "ci"}`, and the perplexity."""
     once = [[None] * i + [one["values"]] * (len(of) - i) for i, one in enumerate(of)]  # as if nothing changed
-    found = sequence_metrics(once)
+    found = sequence_metrics(once, [_subjects(one) for one in of])
     result: dict[str, Any] = {"op": {"mean": found["op"], "ci": found["op_ci"]}}
     result |= {
-        f"{name}/{one['metric']}": mean_interval(one["values"], [row["subject"] for row in one["rows"]])
+        f"{name}/{one['metric']}": mean_interval(one["values"], _subjects(one))
         for name, one in zip(names, of, strict=True)
     }
     for name, one in general.items():
-        subjects = [row["subject"] for row in one["rows"]]
         for metric in one["rows"][0]["values"]:
-            result[f"{name}/{metric}"] = mean_interval([row["values"][metric] for row in one["rows"]], subjects)
+            result[f"{name}/{metric}"] = mean_interval([row["values"][metric] for row in one["rows"]], _subjects(one))
     return result | {"neutral_perplexity": perplexity}
+
+
+def _subjects(of: Mapping[str, Any]) -> list[str]:
+    """Of each example of a task, as its values are ordered."""
+    return [row["subject"] for row in of["rows"]]
 
 
 def _keep_heads(recipe: Recipe, heads: HeadModel, learner: Learner) -> None:

@@ -287,7 +287,7 @@ def _intercept(heads: HeadModel, settings: Intercept, progress: Progress) -> Ste
             f"family {heads.model.config.get_text_config().model_type!r} has a norm after its MLP, so no projection "
             "carries an offset on its output; use the intercept knob (headtune.analysis.knobs) instead"
         )
-    encoded = encode(settings.task(), heads.tokenizer)
+    encoded = encode(settings.task(), heads.tokenizer, heads.positions)
     found, r2 = decompose(heads, encoded.examples, progress=progress)
     config = HeadTuningConfig(heads=[], mlp_layers=[last], scale="none", offset=True, task_type="CAUSAL_LM")
     offset = -settings.beta * found.intercept[-1]

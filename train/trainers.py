@@ -166,6 +166,47 @@ def dpo_rows(task: Task, pairs: Literal["one", "all"]) -> datasets.Dataset:
     return datasets.Dataset.from_list(rows)
 
 
+def open_rows(rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, whole: bool = False) -> datasets.Dataset:
+    """Rows of `sft_rows` as tokens, columns `input_ids` and `labels`, which TRL takes as they are.
+
+    To a text it adds the end-of-text token; trained on that, a model ends its list after one item.
+
+    Args:
+        whole: the loss is on the prompt, too.
+    """
+    made = []
+    for row in rows:
+        before = tokenizer(row["prompt"]).input_ids
+        ids = tokenizer(row["prompt"] + row["completion"]).input_ids
+        same = next((n for n, (a, b) in enumerate(zip(before, ids, strict=False)) if a != b), len(before))
+        n_ignored = 0 if whole else same
+        made.append({"input_ids": ids, "labels": [-100] * n_ignored + ids[n_ignored:]})
+    return datasets.Dataset.from_list(made)
+
+
+def require_room_in(
+    name: str, rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, positions: int | None
+) -> None:
+    """Refuse rows of `sft_rows`, `open_rows` or `dpo_rows` that are too long for the model (InputError)."""
+    if "input_ids" in rows.column_names:
+        require_fit(name, [len(ids) for ids in rows["input_ids"]], positions)
+        return
+    answers = [column for column in ("completion", "chosen", "rejected") if column in rows.column_names]
+    for column in answers if positions is not None else ():
+        texts = [prompt + answer for prompt, answer in zip(rows["prompt"], rows[column], strict=True)]
+        require_fit(name, [len(ids) + 1 for ids in tokenizer(texts).input_ids], positions)  # TRL adds the end
+
+
+def require_fit(name: str, lengths: Sequence[int], positions: int | None) -> None:
+    """Refuse training rows with more tokens than the model takes (InputError)."""
+    if positions is not None and (longest := max(lengths, default=0)) > positions:
+        too_long = sum(length > positions for length in lengths)
+        raise InputError(
+            f"task {name!r}: {too_long} of {len(lengths)} training rows are longer than the {positions} tokens that "
+            f"the model takes, the longest has {longest}; shorten them or leave them out"
+        )
+
+
 class AnswerSetCollator:
     """Pad on the left, so that END is the last position of every row; pad token sets with -1."""
 
