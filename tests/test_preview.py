@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_runs import head_set, train, write_recipe, write_sequence_recipe
+from small_runs import head_set, train, write_recipe, write_sequence_recipe, write_task
 
 from headtune.analysis import model as models
 from headtune.analysis.tasks import Example, to_jsonl
@@ -70,15 +70,17 @@ def load_examples(folder: Path) -> list[Example]:
     return list(load_task(str(folder / "cities.jsonl")).examples)
 
 
-def test_completions(tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    recipe = write_recipe(tmp_path, tiny_llama, method={"objective": "sft"}, training={"use_cpu": True})
+@pytest.mark.parametrize(("kind", "end"), [("lists", "\n"), ("exact_match", "\n<eos>")])
+def test_completions(kind: str, end: str, tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    task = {"train": str(write_task(tmp_path)), "kind": kind}
+    recipe = write_recipe(tmp_path, tiny_llama, task=task, method={"objective": "sft"}, training={"use_cpu": True})
     found = dry(recipe, capsys)
     examples = load_examples(tmp_path)
     for row in found["batch_rows"]:
         (prompt, learnt_before), (answer, learnt) = row["parts"]
         assert not learnt_before and learnt
         example = next(example for example in examples if example.prompt == prompt)
-        assert answer.endswith("\n<eos>") and answer.removesuffix("\n<eos>").strip() in example.remaining
+        assert answer.endswith(end) and answer.removesuffix(end).strip() in example.remaining
     # Three epochs of the training subjects' prompts, sixteen a step.
     assert found["steps"] == 3 * -(-found["train_examples"] // 16)
 
