@@ -16,6 +16,7 @@ import pytest
 import torch
 import yaml
 from small_runs import write_recipe
+from tiny import save_tiny
 
 from headtune.analysis.errors import InputError
 from headtune.train import ending, launch
@@ -307,9 +308,10 @@ def test_a_rank_that_dies_ends_all(tiny_llama: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_signal_while_one_rank_measures_ends_all_well(tiny_llama: Path, tmp_path: Path) -> None:
+def test_a_signal_while_one_rank_measures_ends_all_well(tmp_path: Path) -> None:
     """Rank 0 answers it; the other one waits in a collective, where it cannot."""
-    recipe = write_recipe(tmp_path, tiny_llama, evaluation={"n_items": 200, "batch_size": 1})
+    model = save_tiny(tmp_path / "model", "llama", max_position_embeddings=4096)  # room for the long lists
+    recipe = write_recipe(tmp_path, model, evaluation={"n_items": 200, "batch_size": 1})
     log = tmp_path / "log"
     with log.open("w") as said:
         process = subprocess.Popen(
