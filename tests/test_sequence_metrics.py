@@ -64,12 +64,13 @@ def test_intervals_are_those_of_resampled_subjects(each: int) -> None:
     found = sequence_metrics(values, subjects_of(values, each), n=20_000)
     generator = np.random.default_rng(9)
     ops, bwts = [], []
+    tasks = []
+    for i, row in enumerate(values):
+        final, first = (np.asarray(row[step]) for step in (-1, i))
+        tasks.append((final, first, np.split(np.arange(len(final)), range(each, len(final), each))))
     for _ in range(20_000):
         last, change = [], []
-        for i, row in enumerate(values):
-            final, first = row[-1], row[i]
-            assert final is not None and first is not None
-            own = np.split(np.arange(len(final)), range(each, len(final), each))
+        for final, first, own in tasks:
             drawn = np.concatenate([own[k] for k in generator.integers(0, len(own), len(own))])
             last.append(final[drawn].mean())
             change.append((final[drawn] - first[drawn]).mean())
