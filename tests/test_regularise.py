@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -172,19 +173,28 @@ def test_heads_that_the_run_finds_itself_are_held(source: str, llama: Path, tmp_
     assert len(logged(run, "output_drift")) == len(logged(run, "weight_drift")) == STEPS
 
 
-def test_fisher_information_is_of_the_model_below_the_adapter(
-    llama: Path, asked: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """By the names of the plain model; of the held weights alone; of `task` where it is named."""
+def caught_fisher(
+    monkeypatch: pytest.MonkeyPatch, look: Callable[[Any], None] = lambda _model: None
+) -> list[dict[str, torch.Tensor]]:
+    """Of each training from now on its Fisher information; `look` is shown the model that is then trained."""
     caught: list[dict[str, torch.Tensor]] = []
 
     class Caught(penalties.Regularisers):
         def __init__(self, heads: Any, specs: Any, fisher: Any = None) -> None:
             if fisher:  # the check beforehand has none
                 caught.append(dict(fisher))
+                look(heads.model)
             super().__init__(heads, specs, fisher=fisher)
 
     monkeypatch.setattr(penalties, "Regularisers", Caught)
+    return caught
+
+
+def test_fisher_information_is_of_the_model_below_the_adapter(
+    llama: Path, asked: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the names of the plain model; of the held weights alone; of `task` where it is named."""
+    caught = caught_fisher(monkeypatch)
     for name, changes in {"full": {}, "lora": {"tune": "lora"}, "other": {"tune": "lora"}}.items():
         (tmp_path / name).mkdir()
         term = KINDS["fisher"] | ({"task": str(tmp_path / "full" / "cities.jsonl")} if name == "other" else {})
@@ -201,19 +211,14 @@ def test_fisher_information_stays_the_bases_while_an_adapter_learns(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One LoRA through two tasks: that of the same prompts is the same before both; then the LoRA learns on."""
-    caught: list[dict[str, torch.Tensor]] = []
 
-    class Caught(penalties.Regularisers):
-        def __init__(self, heads: Any, specs: Any, fisher: Any = None) -> None:
-            if fisher:  # the check beforehand has none
-                caught.append(dict(fisher))
-                layers = [module for module in heads.model.modules() if isinstance(module, LoraLayer)]
-                assert layers and not any(layer.disable_adapters for layer in layers)
-                trained = [name for name, weight in heads.model.named_parameters() if weight.requires_grad]
-                assert len(trained) == 2 * len(layers) and all("lora_" in name for name in trained)
-            super().__init__(heads, specs, fisher=fisher)
+    def learns(model: Any) -> None:
+        layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+        assert layers and not any(layer.disable_adapters for layer in layers)
+        trained = [name for name, weight in model.named_parameters() if weight.requires_grad]
+        assert len(trained) == 2 * len(layers) and all("lora_" in name for name in trained)
 
-    monkeypatch.setattr(penalties, "Regularisers", Caught)
+    caught = caught_fisher(monkeypatch, learns)
     tasks = sequence_of(tmp_path)
     method = {"tune": "lora", "regularisers": [KINDS["fisher"] | {"task": tasks[0]}]}
     assert train(write_sequence(tmp_path, llama, tasks, method)) == 0
