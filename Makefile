@@ -1,6 +1,6 @@
 # make demo        install if needed, then the quickstart
 # make test        the quick tests        make test-slow   only the slow ones      make test-all   every test
-# make lint        ruff and mypy          make install     the environment alone   make clean      caches and builds
+# make lint        ruff, mypy, rooms        make install     the environment alone   make clean      caches and builds
 # make docs        these documents as a site, in build/site                        make notebook   runs it again, with its outputs
 #
 # No virtual environment needs to be active: everything runs from .venv, made with PYTHON (3.11 or newer).
@@ -42,6 +42,7 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 docs: $(STAMP)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet

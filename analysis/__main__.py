@@ -2,6 +2,6 @@
 
 import sys
 
-from ..train.cli import main  # the one place where analysis looks up: an entry point, imported by nothing
+from headtune.cli.main import main
 
 sys.exit(main())

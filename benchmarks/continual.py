@@ -275,7 +275,7 @@ def search(data: Path, folder: Path, jobs: int, threads: int) -> None:
 
 def identify(data: Path, folder: Path) -> None:
     """Recall heads, on training subjects of the first tasks, where they are not there yet."""
-    from headtune.train.cli import main
+    from headtune.cli.main import main
 
     out = folder / "heads"
     if not (out / "heads.json").is_file():

@@ -21,7 +21,7 @@ from typing import Any
 
 import yaml
 
-from headtune.train.recipe import parse
+from headtune.train.config.recipe import parse
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -73,7 +73,7 @@ def carry_out(recipe: Path, log: Path, threads: int, resume: bool) -> None:
     """One run, in a process of its own, that talks to `log`."""
     import torch
 
-    from headtune.train.cli import main
+    from headtune.cli.main import main
 
     torch.set_num_threads(threads)
     with log.open("a") as file:
@@ -89,7 +89,7 @@ def run_all(runs: Iterable[Run], jobs: int, threads: int, keep: Callable[[Run], 
         keep: told of each that is finished.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["headtune.train.cli", "headtune.train.run"])
+    context.set_forkserver_preload(["headtune.cli.main", "headtune.train.runs.run"])
     going: dict[Any, Run] = {}
 
     def wait(at_most: int) -> None:

@@ -4,8 +4,8 @@
     python benchmarks/identification.py --part planted     one part
     python benchmarks/identification.py --quick            one seed, two kinds, no real model: to see it work
 
-Planted models (`headtune.analysis.planted`): recall heads are judged by `<method>.target`, suppression heads by
-`<method>.previous`. Head AUROC, average precision, precision at k (k = how many there are), sign accuracy, and the
+Planted models (`headtune.analysis.synthetic.planted`): recall heads are judged by `<method>.target`, suppression heads
+by `<method>.previous`. Head AUROC, average precision, precision at k (k = how many there are), sign accuracy, and the
 bootstrap Jaccard of the best k. Besides the methods: `composite` (direct attribution where exact ablation agrees in
 sign: what identify ranks by), `attention` (mass on the subject, on the previous answers: where a head looks, not what
 it does) and `random`.
@@ -35,15 +35,19 @@ import numpy as np
 import torch
 from speed_analysis import code_sha256
 
-from headtune.analysis import model, planted, selection, studies
-from headtune.analysis.encoding import Encoded, encode
-from headtune.analysis.files import write_json
-from headtune.analysis.headset import provenance
-from headtune.analysis.methods import METHODS, score_examples
-from headtune.analysis.references import References
-from headtune.analysis.scores import Scores
-from headtune.analysis.tasks import load_task
-from headtune.train.console import progress
+from headtune.analysis.identify import ranking
+from headtune.analysis.identify.head_set import provenance
+from headtune.analysis.interventions.counterfactuals import References
+from headtune.analysis.methods.registry import METHODS, score_examples
+from headtune.analysis.methods.scores import Scores
+from headtune.analysis.models import loading
+from headtune.analysis.models.head_model import HeadModel
+from headtune.analysis.studies import head_sets
+from headtune.analysis.synthetic import planted
+from headtune.analysis.tasks.loading import load_task
+from headtune.analysis.tasks.tokenized import Encoded, encode
+from headtune.analysis.utils.files import write_json
+from headtune.cli.console import progress
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "identification.json"
@@ -74,7 +78,7 @@ def graded(found: planted.PlantedModel, examples: int) -> list[dict[str, Any]]:
     for role, quantity in QUANTITY.items():
         k = len(found.truth(role)[0])
         maps = {name: of.mean(f"{name}.{quantity}") for name, of in scores.items()}
-        maps["composite"] = selection.composite(both, role)
+        maps["composite"] = ranking.composite(both, role)
         maps["attention"] = planted.SIGNS[role] * both.mean(SEEN[role])
         for name, values in maps.items():
             record = {
@@ -112,8 +116,8 @@ def group_of(planting: planted.Planting) -> str:
 def stability(name: str, scores: dict[str, Scores], both: Scores, role: str, k: int) -> float | None:
     """Bootstrap Jaccard of the best k; None where a method has one value for the task, or none to resample."""
     if name == "composite":
-        return selection.stability(both, role, k)
-    return None if name in ("attention", "random") else selection.stability(scores[name], role, k)
+        return ranking.stability(both, role, k)
+    return None if name in ("attention", "random") else ranking.stability(scores[name], role, k)
 
 
 def summary(records: Sequence[dict[str, Any]], group: str) -> dict[str, dict[str, dict[str, float | None]]]:
@@ -146,14 +150,14 @@ def halves(examples: Sequence[Encoded]) -> tuple[list[Encoded], list[Encoded]]:
 
 def real(results: dict[str, Any], out: Path, prompts: int, seed: int) -> None:
     """Add CMD and CPR of every method that is not there yet; writes after each."""
-    heads = model.load("smollm2-135m")
+    heads = loading.load("smollm2-135m")
     encoded = encode(load_task("country_cities").limited(2 * prompts, seed), heads.tokenizer)
     scored, judged = halves(encoded.examples)
     block = part(results, "real", {"prompts": prompts, "seed": seed})
     block |= {"model": heads.identity(), "task": encoded.summary(), "scored_on": len(scored), "judged_on": len(judged)}
     block.setdefault("methods", {})
     references = References(heads, judged, seed)
-    pairs = studies.every_head(heads)
+    pairs = head_sets.every_head(heads)
     for name in ROWS:
         if name in block["methods"]:
             continue
@@ -164,18 +168,18 @@ def real(results: dict[str, Any], out: Path, prompts: int, seed: int) -> None:
             rankings = {f"draw {i}": [pairs[j] for j in generator.permutation(len(pairs))] for i in range(5)}
         else:
             values = estimate(name, heads, scored, seed)
-            rankings = {"signed": studies.order(values), "absolute": studies.order(np.abs(values))}
+            rankings = {"signed": head_sets.order(values), "absolute": head_sets.order(np.abs(values))}
         seconds = time.monotonic() - start
-        curves = studies.faithfulness_curves(heads, references, rankings, progress)
-        f = {key: studies.faithfulness_of(value) for key, value in curves.items()}
+        curves = head_sets.faithfulness_curves(heads, references, rankings, progress)
+        f = {key: head_sets.faithfulness_of(value) for key, value in curves.items()}
         if name == "random":
-            cmd = [studies.area(studies.PROPORTIONS, np.abs(1 - value)) for value in f.values()]
-            cpr = [studies.area(studies.PROPORTIONS, value) for value in f.values()]
+            cmd = [head_sets.area(head_sets.PROPORTIONS, np.abs(1 - value)) for value in f.values()]
+            cpr = [head_sets.area(head_sets.PROPORTIONS, value) for value in f.values()]
             entry = {"CMD": float(np.mean(cmd)), "CPR": float(np.mean(cpr)), "CMD_draws": cmd, "CPR_draws": cpr}
         else:
             entry = {
-                "CMD": studies.area(studies.PROPORTIONS, np.abs(1 - f["absolute"])),
-                "CPR": studies.area(studies.PROPORTIONS, f["signed"]),
+                "CMD": head_sets.area(head_sets.PROPORTIONS, np.abs(1 - f["absolute"])),
+                "CPR": head_sets.area(head_sets.PROPORTIONS, f["signed"]),
                 "seconds_per_example": seconds / len(scored),
                 "f_absolute": f["absolute"].tolist(),
                 "f_signed": f["signed"].tolist(),
@@ -185,10 +189,10 @@ def real(results: dict[str, Any], out: Path, prompts: int, seed: int) -> None:
         print(f"{name}: CMD {entry['CMD']:.3f}, CPR {entry['CPR']:.3f}", flush=True)
 
 
-def estimate(name: str, heads: model.HeadModel, examples: Sequence[Encoded], seed: int) -> Any:
+def estimate(name: str, heads: HeadModel, examples: Sequence[Encoded], seed: int) -> Any:
     """`[n_layers, n_heads]`: the method's estimate of how far a head raises the remaining answers."""
     if name == "composite":
-        return selection.composite(score_examples(heads, examples, "dla,ablation", seed, progress), "recall")
+        return ranking.composite(score_examples(heads, examples, "dla,ablation", seed, progress), "recall")
     if name == "attention":
         return score_examples(heads, examples, "dla", seed, progress).mean(SEEN["recall"])
     return score_examples(heads, examples, name, seed, progress).mean(f"{name}.target")

@@ -37,9 +37,11 @@ from safetensors.torch import load_file
 from transformers import TrainerState
 from transformers.models.llama import modeling_llama  # noqa: F401
 
-from headtune.analysis import headset
-from headtune.analysis.files import write_json
-from headtune.train import checkpoints, cli, run  # noqa: F401
+from headtune.analysis.identify import head_set
+from headtune.analysis.utils.files import write_json
+from headtune.cli import main as cli
+from headtune.train.runs import run  # noqa: F401
+from headtune.train.trainer import checkpoints
 
 ROOT = Path(__file__).parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "kill_cycles.json"
@@ -164,7 +166,7 @@ def main() -> None:
         assert result_of(folder) == expected, f"{folder} ended otherwise"
         result = {
             "made": datetime.now(UTC).date().isoformat(),
-            **headset.provenance(),
+            **head_set.provenance(),
             "recipe": "lofit",
             "model": "tiny llama",
             "steps": STEPS,

@@ -30,9 +30,16 @@ from typing import Any
 
 import torch
 
-from headtune.analysis.model import HeadModel, load
-from headtune.analysis.tasks import Example, Task, load_task
-from headtune.train.multiple_choice import choice_log_likelihoods, choices, multiple_choice, truthfulqa_preamble
+from headtune.analysis.models.head_model import HeadModel
+from headtune.analysis.models.loading import load
+from headtune.analysis.tasks.loading import load_task
+from headtune.analysis.tasks.task import Example, Task
+from headtune.train.evaluation.multiple_choice import (
+    choice_log_likelihoods,
+    choices,
+    multiple_choice,
+    truthfulqa_preamble,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "multiple_choice.json"

@@ -26,9 +26,9 @@ from typing import Any
 
 import numpy as np
 
-from headtune.train.evaluate import parse_items, score_items
-from headtune.train.recipe import load
-from headtune.train.splits import tasks_of
+from headtune.train.config.recipe import load
+from headtune.train.config.resolve_tasks import tasks_of
+from headtune.train.evaluation.evaluate import parse_items, score_items
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "one_to_many.json"
@@ -77,7 +77,7 @@ def launch(command: list[str]) -> float:
     """Run a headtune command; seconds."""
     start = time.monotonic()
     print("$ headtune " + " ".join(command), flush=True)
-    done = subprocess.run([sys.executable, "-m", "headtune.train.cli", *command], cwd=ROOT, check=False)
+    done = subprocess.run([sys.executable, "-m", "headtune", *command], cwd=ROOT, check=False)
     if done.returncode:
         sys.exit(f"headtune {' '.join(command)} ended with {done.returncode}")
     return time.monotonic() - start

@@ -60,8 +60,8 @@ CASES: dict[str, tuple[str, dict[str, Any], int, int]] = {
 
 def write_task(path: Path, tokenizer: Any, length: int, n_rows: int) -> None:
     """Rows of `length` tokens or a few less, about `LABELS` of them an answer."""
-    from headtune.analysis.files import write_text
-    from headtune.analysis.tasks import load_task
+    from headtune.analysis.tasks.loading import load_task
+    from headtune.analysis.utils.files import write_text
 
     text = "\n\n".join(example.prompt for example in load_task("country_cities:train").limited(4000).examples)
     tokens = tokenizer(text).input_ids
@@ -157,8 +157,10 @@ def work(name: str) -> dict[str, Any]:
     """Run one case in this process; what was measured and what was planned."""
     import torch
 
-    from headtune.analysis.model import load
-    from headtune.train import model_shape, plan, plan_recipe, recipe
+    from headtune.analysis.models.loading import load
+    from headtune.train.config import recipe
+    from headtune.train.runs import memory as plan
+    from headtune.train.runs import memory_of_recipe, model_shape
 
     torch.set_num_threads(1)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -176,8 +178,8 @@ def work(name: str) -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as place:
             parsed = recipe.parse(recipe_of(name, Path(place), heads.tokenizer))
             sizes = _train(parsed, heads, found)
-        setup = plan_recipe.setup_of(parsed, "single", 1, sizes["length"], sizes["labels"], device)
-        memory = plan_recipe.stages(parsed, shape, setup)[-1].memory
+        setup = memory_of_recipe.setup_of(parsed, "single", 1, sizes["length"], sizes["labels"], device)
+        memory = memory_of_recipe.stages(parsed, shape, setup)[-1].memory
     planned = memory.peak - plan.OVERHEAD[device]
     return {
         "name": name,
@@ -193,8 +195,8 @@ def work(name: str) -> dict[str, Any]:
 
 def _identify(heads: Any, found: list[int]) -> int:
     """Identify heads on three prompts; the longest one's tokens."""
-    from headtune.analysis.identify import identify
-    from headtune.analysis.tasks import load_task
+    from headtune.analysis.identify.pipeline import identify
+    from headtune.analysis.tasks.loading import load_task
 
     task = load_task("country_cities:train").limited(3)
     with measured(heads.model, found):
@@ -204,11 +206,12 @@ def _identify(heads: Any, found: list[int]) -> int:
 
 def _train(parsed: Any, heads: Any, found: list[int]) -> dict[str, int]:
     """Train by a recipe, without the evaluations around it; the sizes of its rows."""
-    from headtune.analysis.methods import silent
-    from headtune.train import fit, sequence
-    from headtune.train.continual import Learner, Unit
-    from headtune.train.splits import tasks_of
-    from headtune.train.tracking import Tracker
+    from headtune.analysis.utils.progress import silent
+    from headtune.train.config.resolve_tasks import tasks_of
+    from headtune.train.continual import sequence
+    from headtune.train.continual.learner import Learner, Unit
+    from headtune.train.tracking.tracker import Tracker
+    from headtune.train.trainer import training
 
     sizes: dict[str, int] = {}
     watch_training(found, sizes)
@@ -226,7 +229,7 @@ def _train(parsed: Any, heads: Any, found: list[int]) -> dict[str, int]:
         else:
             heads.record_attention(False)
             pairs = parsed.heads.pairs if parsed.heads else []
-            fit.fit(parsed, heads, pairs, tasks_of(parsed.task)[0], tracker, {}, False, say)
+            training.fit(parsed, heads, pairs, tasks_of(parsed.task)[0], tracker, {}, False, say)
     return sizes
 
 
@@ -239,7 +242,7 @@ def _answer(name: str, quiet: bool, answers: Any) -> None:
 
 def main(arguments: argparse.Namespace) -> None:
     # Imported once; each case is a fork of this process, with nothing of another's in memory.
-    import headtune.train.run  # noqa: F401
+    import headtune.train.runs.run  # noqa: F401
 
     names = [name for name in CASES if not arguments.only or name in arguments.only]
     old = json.loads(RESULT.read_text(encoding="utf-8")) if arguments.only and RESULT.exists() else {"cases": []}
@@ -296,7 +299,7 @@ GPUS, GPU_GIB = (1, 8, 64), 80
 
 def scale_recipes(shape: Any) -> dict[str, tuple[Any, int]]:
     """What the document plans: recipe, tokens of a row."""
-    from headtune.train import recipe
+    from headtune.train.config import recipe
 
     upper = [[layer, head] for head in (0, 1) for layer in range(shape.n_layers // 2, shape.n_layers)][:16]
     lofit = {
@@ -324,7 +327,7 @@ def scale_recipes(shape: Any) -> dict[str, tuple[Any, int]]:
 
 def scale_table(name: str) -> str:
     """A model's stages on 1, 8 and 64 GPUs."""
-    from headtune.train import model_shape
+    from headtune.train.runs import model_shape
 
     shape = model_shape.shape_of(name)
     lines = [["identify, 100 prompts", *(_identify_cell(shape, gpus) for gpus in GPUS)]]
@@ -335,12 +338,13 @@ def scale_table(name: str) -> str:
 
 
 def _identify_cell(shape: Any, gpus: int) -> str:
-    from headtune.train import plan, plan_recipe
-    from headtune.train.cli_plan import gib, span
+    from headtune.cli.plan import gib, span
+    from headtune.train.runs import memory as plan
+    from headtune.train.runs import memory_of_recipe
 
-    for spread in (1, plan_recipe.MACHINE):
+    for spread in (1, memory_of_recipe.MACHINE):
         setup = plan.Setup("ddp" if gpus > 1 else "single", gpus, length=128, half=True)
-        stage = plan_recipe.identify_stage(shape, setup, 100, spread)
+        stage = memory_of_recipe.identify_stage(shape, setup, 100, spread)
         if spread <= gpus and stage.memory.peak <= GPU_GIB * plan.GIB:
             how = f"spread over {spread}" if spread > 1 else "whole on each" if gpus > 1 else "whole"
             return f"{how}: {gib(stage.memory.peak)} GiB, {span(stage.seconds())}"
@@ -348,25 +352,26 @@ def _identify_cell(shape: Any, gpus: int) -> str:
 
 
 def _cell(parsed: Any, shape: Any, gpus: int, length: int) -> str:
-    from headtune.train import plan, plan_recipe
-    from headtune.train.cli_plan import gib, span
+    from headtune.cli.plan import gib, span
+    from headtune.train.runs import memory as plan
+    from headtune.train.runs import memory_of_recipe
 
-    setup = plan_recipe.setup_of(parsed, "ddp" if gpus > 1 else "single", gpus, length, 16)
-    found = plan_recipe.cheapest(parsed, shape, setup, GPU_GIB * plan.GIB, most=gpus)
+    setup = memory_of_recipe.setup_of(parsed, "ddp" if gpus > 1 else "single", gpus, length, 16)
+    found = memory_of_recipe.cheapest(parsed, shape, setup, GPU_GIB * plan.GIB, most=gpus)
     if found is None:
-        return f"no: {gib(plan_recipe.least(parsed, shape, setup))} GiB at least"
-    *_, stage = plan_recipe.stages(parsed, shape, found)
+        return f"no: {gib(memory_of_recipe.least(parsed, shape, setup))} GiB at least"
+    *_, stage = memory_of_recipe.stages(parsed, shape, found)
     how = found.engine
     if found.batch < setup.batch:
         how += f", batch {found.batch} x {found.accumulation}"
     if found.checkpointing:
         how += ", checkpointing"
-    return f"{how}: {gib(plan_recipe.peak(parsed, shape, found))} GiB, {span(stage.seconds())}"
+    return f"{how}: {gib(memory_of_recipe.peak(parsed, shape, found))} GiB, {span(stage.seconds())}"
 
 
 def fill(check: bool = False) -> list[str]:
     """Write the document's tables, or (`check`) only say which of them are not what they should be."""
-    from headtune.train import model_shape
+    from headtune.train.runs import model_shape
 
     tables = {"measured": measured_table()} | {name: scale_table(name) for name in model_shape.known()}
     return [name for name, table in tables.items() if not put(DOCUMENT, name, table, check)]

@@ -36,7 +36,8 @@ import yaml
 from grid import RESULTS
 from readme import cell, put, rows
 
-from headtune.analysis.tasks import Example, Task, load_task, to_jsonl
+from headtune.analysis.tasks.loading import load_task
+from headtune.analysis.tasks.task import Example, Task, to_jsonl
 
 NEW = "person_father"
 KNOWN = {  # how many of each are tried
@@ -161,9 +162,9 @@ def is_measured(example: Example) -> bool:
 
 def prepare(data: Path, folder: Path) -> None:
     """The facts, and the recall heads, where they are not there yet."""
-    from headtune.analysis.model import load_plain
-    from headtune.train.cli import main
-    from headtune.train.evaluate import evaluate
+    from headtune.analysis.models.loading import load_plain
+    from headtune.cli.main import main
+    from headtune.train.evaluation.evaluate import evaluate
 
     target = folder / "data"
     target.mkdir(parents=True, exist_ok=True)

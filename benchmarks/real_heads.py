@@ -26,12 +26,16 @@ from typing import Any
 import torch
 from speed_analysis import code_sha256
 
-from headtune.analysis import identify, selection
-from headtune.analysis.files import write_json
-from headtune.analysis.headset import ROLES, provenance
-from headtune.analysis.model import HeadModel, load
-from headtune.analysis.tasks import Example, Task, Template, build, invert, load_task, read_relation
-from headtune.train.console import progress
+from headtune.analysis.identify import pipeline, ranking
+from headtune.analysis.identify.head_set import ROLES, provenance
+from headtune.analysis.models.head_model import HeadModel
+from headtune.analysis.models.loading import load
+from headtune.analysis.tasks.build import Template, build, invert
+from headtune.analysis.tasks.loading import load_task
+from headtune.analysis.tasks.readers import read_relation
+from headtune.analysis.tasks.task import Example, Task
+from headtune.analysis.utils.files import write_json
+from headtune.cli.console import progress
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "real_heads.json"
@@ -70,7 +74,7 @@ TASKS: dict[str, Callable[[Path], Task]] = {
 
 def measure(model: HeadModel, task: Task, seed: int) -> dict[str, Any]:
     task = task.limited(PROMPTS, seed)
-    found = identify.identify(model, task, top=TOP, verify_top=VERIFY_TOP, seed=seed, progress=progress)
+    found = pipeline.identify(model, task, top=TOP, verify_top=VERIFY_TOP, seed=seed, progress=progress)
     result: dict[str, Any] = {
         "task": found.heads.task,
         "heads": {role: [f"L{layer}H{head}" for layer, head in found.heads.top(role)] for role in ROLES},
@@ -84,9 +88,9 @@ def measure(model: HeadModel, task: Task, seed: int) -> dict[str, Any]:
         inside = [i for i, example in enumerate(found.examples) if example.example.subject in chosen_on]
         outside = [example for example in found.examples if example.example.subject in tested_on]
         scores = found.scores.subset(inside)
-        roles = {role: tuple(selection.rank(scores, role, TOP, seed=seed)) for role in ROLES}
+        roles = {role: tuple(ranking.rank(scores, role, TOP, seed=seed)) for role in ROLES}
         heads = replace(found.heads, roles=roles)
-        verified = identify.verify(model, heads, outside, VERIFY_TOP, 10, seed, progress, scores)
+        verified = pipeline.verify(model, heads, outside, VERIFY_TOP, 10, seed, progress, scores)
         result[name] = verified.verification | {"chosen_on": len(inside), "tested_on": len(outside)}
     return result
 

@@ -218,7 +218,7 @@ def make_prompts(folder: str, task: Any, n: int, lengths: Sequence[int]) -> tupl
     """
     from transformers import AutoTokenizer
 
-    from headtune.analysis.encoding import encode
+    from headtune.analysis.tasks.tokenized import encode
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     pool = [encoded for encoded in encode(task, tokenizer).examples if encoded.previous_tokens]
@@ -247,8 +247,8 @@ def make_prompts(folder: str, task: Any, n: int, lengths: Sequence[int]) -> tupl
 @contextmanager
 def model_and_task(quick: bool) -> Iterator[tuple[str, str, Any]]:
     """Model name, folder and task."""
-    from headtune.analysis.model import EMBEDDED, resolve
-    from headtune.analysis.tasks import load_task
+    from headtune.analysis.models.loading import EMBEDDED, resolve
+    from headtune.analysis.tasks.loading import load_task
 
     if not quick:
         yield EMBEDDED, resolve(EMBEDDED), load_task(TASK).limited(64)

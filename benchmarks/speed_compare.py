@@ -89,7 +89,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "runs"
         write_runs(folder, arguments.runs)
-        compare = [sys.executable, "-m", "headtune.train.cli", "compare", str(folder)]
+        compare = [sys.executable, "-m", "headtune", "compare", str(folder)]
         found = {
             "table": measure(compare, arguments.rounds),
             "table and page": measure([*compare, "--html", f"{scratch}/page.html"], arguments.rounds),

@@ -69,11 +69,11 @@ Losses = dict[str, Tensor]
 
 def prepare(arguments: argparse.Namespace) -> None:
     """Write the row, the heads and the queries, and the teacher's rows and logits, into the work folder."""
-    from headtune.analysis.model import load
-    from headtune.analysis.tasks import load_task
-    from headtune.train.distillation import query_positions
-    from headtune.train.replay import Row
-    from headtune.train.teacher_store import TeacherStore, compute_teacher
+    from headtune.analysis.models.loading import load
+    from headtune.analysis.tasks.loading import load_task
+    from headtune.train.continual.teacher_store import TeacherStore, compute_teacher
+    from headtune.train.losses.attention_distillation import query_positions
+    from headtune.train.trainer.rows import Row
 
     torch.set_num_threads(arguments.threads)
     model = load(arguments.model, device="cpu")
@@ -140,9 +140,9 @@ def headtune_route(
     targets: Tensor,
     tokens: int,
 ) -> tuple[Any, Callable[[], Losses]]:
-    from headtune.analysis.model import load
-    from headtune.train.distillation import RowRecorder, attention_distillation, logit_kl
-    from headtune.train.teacher_store import TeacherStore
+    from headtune.analysis.models.loading import load
+    from headtune.train.continual.teacher_store import TeacherStore
+    from headtune.train.losses.attention_distillation import RowRecorder, attention_distillation, logit_kl
 
     viewed = load(folder, device="cpu")
     model = viewed.model.train()
@@ -178,7 +178,7 @@ def eager_route(
 ) -> tuple[Any, Callable[[], Losses]]:
     from transformers import AutoModelForCausalLM
 
-    from headtune.train.teacher_store import TeacherStore
+    from headtune.train.continual.teacher_store import TeacherStore
 
     def load() -> Any:
         return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
@@ -300,7 +300,7 @@ def require_same_values(values: Mapping[str, Mapping[str, float]]) -> dict[str, 
 
 
 def main(arguments: argparse.Namespace) -> None:
-    from headtune.analysis.model import resolve
+    from headtune.analysis.models.loading import resolve
 
     with contextlib.ExitStack() as stack:
         arguments.work = Path(stack.enter_context(tempfile.TemporaryDirectory()))

@@ -37,9 +37,9 @@ Route = Callable[[Prompt, Heads], Values]
 
 
 def headtune_side(folder: str) -> dict[str, Route]:
-    from headtune.analysis.attribution import attribute
-    from headtune.analysis.model import load
-    from headtune.analysis.patching import ablation_effects, answer_probabilities, silenced_logits
+    from headtune.analysis.methods.logit_attribution import attribute
+    from headtune.analysis.methods.patching import ablation_effects, answer_probabilities, silenced_logits
+    from headtune.analysis.models.loading import load
 
     model = load(folder, device="cpu")
 
@@ -184,8 +184,8 @@ def encode_json(encoded: Any) -> Prompt:
 
 def decode(prompt: Prompt) -> Any:
     """The `Encoded` behind a prompt."""
-    from headtune.analysis.encoding import Encoded
-    from headtune.analysis.tasks import Example
+    from headtune.analysis.tasks.task import Example
+    from headtune.analysis.tasks.tokenized import Encoded
 
     def fixed(value: Any) -> Any:
         return tuple(fixed(item) for item in value) if isinstance(value, list | tuple) else value

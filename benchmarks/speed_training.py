@@ -11,8 +11,8 @@ each, 8 a step, pieces of the `country_cities` prompts whose last `--completion`
     LoRA all-linear, LoRA q,v     rank 8
     adapter, identified heads     offsets on the 8 heads that the project identified, layers 23-29
     adapter, layer 20 up          offsets on 8 heads, the lowest in layer 20
-    ..., cache                    the same with headtune.train.prefix_cache
-    ..., TRL's head               the same without headtune.train.labelled
+    ..., cache                    the same with headtune.train.trainer.prefix_cache
+    ..., TRL's head               the same without headtune.train.losses.label_logits
 
 On a CPU, TRL projects every position onto the vocabulary, whether it carries loss or not. All routes but those marked
 train with `labelled_positions`, which leaves out the others: LoRA and full fine-tuning have that advantage too.
@@ -94,7 +94,7 @@ def routes(quick: bool) -> list[Route]:
 
 def make_rows(tokenizer: Any, n: int, completion: int, quick: bool) -> list[dict[str, list[int]]]:
     """`n` different rows of `TOKENS` tokens from list prompts; the last `completion` carry the loss."""
-    from headtune.analysis.tasks import load_task
+    from headtune.analysis.tasks.loading import load_task
 
     if quick:
         sys.path.insert(0, str(ROOT / "tests"))
@@ -120,10 +120,10 @@ def work(name: str, arguments: argparse.Namespace) -> None:
     from transformers import TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
-    from headtune.analysis.model import load_plain
-    from headtune.train.adapter import HeadTuningConfig
-    from headtune.train.labelled import labelled_positions
-    from headtune.train.prefix_cache import PrefixCache
+    from headtune.analysis.models.loading import load_plain
+    from headtune.train.losses.label_logits import labelled_positions
+    from headtune.train.trainer.prefix_cache import PrefixCache
+    from headtune.train.tuners.head_tuning import HeadTuningConfig
 
     torch.set_num_threads(arguments.threads)
     route = next(route for route in routes(arguments.quick) if route.name == name)
@@ -268,7 +268,7 @@ def require_same_losses(ends: dict[str, dict[str, Any]]) -> dict[str, float]:
 
 
 def main(arguments: argparse.Namespace) -> None:
-    from headtune.analysis.model import resolve
+    from headtune.analysis.models.loading import resolve
 
     chosen = [route for route in routes(arguments.quick) if not arguments.only or route.name in arguments.only]
     with contextlib.ExitStack() as stack:

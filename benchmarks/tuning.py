@@ -33,9 +33,9 @@ import yaml
 from grid import RESULTS, ROOT
 from readme import cell, put, rows
 
-from headtune.analysis.tasks import Example
-from headtune.train.blocks import TaskBlock
-from headtune.train.splits import tasks_of
+from headtune.analysis.tasks.task import Example
+from headtune.train.config.methods import TaskBlock
+from headtune.train.config.resolve_tasks import tasks_of
 
 K = 16  # heads tuned, 6% of 270
 BATCH = 8
@@ -413,7 +413,7 @@ def prior(setting: Setting, seeds: list[int]) -> None:
 def identify(folder: Path, wanted: set[str]) -> None:
     """Head sets, on training subjects, where they are not there yet."""
     tasks = {"one_to_many": ("one_to_many:train", 96), "relations": (f"relation:{folder}/data-relations:train", 96)}
-    from headtune.train.cli import main
+    from headtune.cli.main import main
 
     for name in sorted(wanted):
         task, n = tasks[name]

@@ -46,8 +46,8 @@ def reference() -> dict[str, str]:
 
 
 def recipe_reference() -> str:
-    from headtune.train import blocks
-    from headtune.train.recipe import Recipe
+    from headtune.train.config import methods
+    from headtune.train.config.schema import Recipe
 
     parts = [
         "# Recipe keys\n",
@@ -63,20 +63,20 @@ def recipe_reference() -> str:
         (block,) = _blocks(Recipe.model_fields[key].annotation)
         parts += [f"## {key}\n", *_described(block, f"{key}.")]
     parts.append("## method\n\nWhich keys there are depends on `recipe`.\n")
-    shared = frozenset(blocks.ObjectiveBlock.model_fields)
+    shared = frozenset(methods.ObjectiveBlock.model_fields)
     parts += ["### What every trained family takes\n", "All but `steer` and `seekr`.\n"]
-    parts += _described(blocks.ObjectiveBlock, "method.")
-    for family, block in blocks.METHODS.items():
-        without = shared if issubclass(block, blocks.ObjectiveBlock) else frozenset()
-        for kind, each in (blocks.STEERING if family == "steer" else {"": block}).items():
+    parts += _described(methods.ObjectiveBlock, "method.")
+    for family, block in methods.METHODS.items():
+        without = shared if issubclass(block, methods.ObjectiveBlock) else frozenset()
+        for kind, each in (methods.STEERING if family == "steer" else {"": block}).items():
             parts += [f"### {family}{f', kind {kind}' if kind else ''}\n", *_described(each, "method.", without)]
     parts.append("## method.regularisers\n\nA list; each entry has a `kind` and the keys of all of them:\n")
-    parts += _described(blocks.Regulariser, "")
-    for block in _blocks(blocks.AnyRegulariser):
+    parts += _described(methods.Regulariser, "")
+    for block in _blocks(methods.AnyRegulariser):
         (kind,) = typing.get_args(block.model_fields["kind"].annotation)
         parts += [
             f"### {kind}\n",
-            *_described(block, "", without=frozenset({*blocks.Regulariser.model_fields, "kind"})),
+            *_described(block, "", without=frozenset({*methods.Regulariser.model_fields, "kind"})),
         ]
     return "\n".join(parts)
 
@@ -192,11 +192,11 @@ def _blocks(annotation: Any) -> list[Any]:
 
 
 def command_reference() -> str:
-    from headtune.train import cli
+    from headtune.cli import main
 
     os.environ["COLUMNS"] = "100"  # what argparse wraps its help to
     text = "# Commands\n\nWhat `--help` prints. Exit codes: 0 done; 1 a check failed; 2 bad usage or bad input.\n"
-    return text + "".join(_helps("headtune", cli._parser(), 2))
+    return text + "".join(_helps("headtune", main._parser(), 2))
 
 
 def _helps(name: str, parser: argparse.ArgumentParser, level: int) -> Iterator[str]:

@@ -13,10 +13,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import tiny
 from transformers import PreTrainedTokenizerFast
 
-from headtune.analysis.tasks import Task
+from headtune.analysis.tasks.task import Task
+from helpers import tiny
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -6,8 +6,9 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import machine as machines
 import pytest
+
+from helpers import machine as machines
 
 
 @pytest.fixture(scope="session")

@@ -8,11 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
-import machine as machines
 import pytest
-from machine import FAMILIES, Machine
 
-from headtune.train import checkpoints
+from headtune.train.trainer import checkpoints
+from helpers import machine as machines
+from helpers.machine import FAMILIES, Machine
 
 pytestmark = pytest.mark.slow  # every fault needs processes of its own
 

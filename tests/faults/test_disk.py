@@ -10,13 +10,14 @@ import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import machine as machines
 import pytest
-from machine import FAMILIES, Machine
-from small_runs import train, write_recipe
 
-from headtune.analysis.errors import CheckError
-from headtune.train import faults
+from headtune.analysis.utils import state_files
+from headtune.analysis.utils.errors import CheckError
+from headtune.train.trainer import failures
+from helpers import machine as machines
+from helpers.machine import FAMILIES, Machine
+from helpers.small_runs import train, write_recipe
 
 Unbroken = Callable[[str], Path]
 
@@ -118,7 +119,7 @@ def test_a_limit_on_the_size_of_files(machine: Machine, unbroken: Unbroken, tiny
 
 def test_errors_that_are_not_of_the_disk_or_of_memory_stay_as_they_are(tmp_path: Path) -> None:
     for error in (RuntimeError("shapes"), FileNotFoundError(2, "No such file"), CheckError("one")):
-        with pytest.raises(type(error)) as caught, faults.in_one_line(tmp_path):
+        with pytest.raises(type(error)) as caught, failures.in_one_line(tmp_path):
             raise error
         assert caught.value is error
 
@@ -128,7 +129,7 @@ def test_a_file_elsewhere_that_cannot_be_read_is_not_the_disk_of_the_run(number:
     folder = tmp_path / "run"
 
     def told(*where: str) -> type[BaseException]:
-        with pytest.raises((CheckError, OSError)) as caught, faults.in_one_line(folder):
+        with pytest.raises((CheckError, OSError)) as caught, failures.in_one_line(folder):
             raise OSError(number, os.strerror(number), *where)
         return caught.type
 
@@ -140,7 +141,7 @@ def test_a_file_elsewhere_that_cannot_be_read_is_not_the_disk_of_the_run(number:
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])
 def test_a_disk_that_refuses_a_file_elsewhere_cannot_be_written(number: int, tmp_path: Path) -> None:
-    with pytest.raises(CheckError, match="cannot write '/cache/rows'"), faults.in_one_line(tmp_path):
+    with pytest.raises(CheckError, match="cannot write '/cache/rows'"), failures.in_one_line(tmp_path):
         raise OSError(number, os.strerror(number), "/cache/rows")
 
 
@@ -158,9 +159,9 @@ def test_an_unreadable_task_is_told_as_one(
 
 def test_half_a_line_of_metrics_is_cut_off(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    faults.mend_lines(path)
+    state_files.mend_lines(path)
     assert not path.exists()
     for content, expected in ((b'{"a": 1}\n{"b"', b'{"a": 1}\n'), (b'{"a": 1}\n', b'{"a": 1}\n'), (b'{"a', b"")):
         path.write_bytes(content)
-        faults.mend_lines(path)
+        state_files.mend_lines(path)
         assert path.read_bytes() == expected

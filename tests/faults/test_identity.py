@@ -6,11 +6,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import machine as machines
 import pytest
-from small_runs import train, write_recipe
 
-from headtune.train import tracking
+from headtune.train.tracking import tracker
+from helpers import machine as machines
+from helpers.small_runs import train, write_recipe
 
 
 class Board:
@@ -43,16 +43,16 @@ def test_a_killed_run_goes_on_in_the_same_run_of_wandb(
         assert resume_id == (None if len(boards) == 1 else "abc123")
         return boards[-1]
 
-    monkeypatch.setattr(tracking, "start", start)
+    monkeypatch.setattr(tracker, "start", start)
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="went away"):
-        real = tracking.Tracker.log
+        real = tracker.Tracker.log
 
         def log(self: Any, values: Any, step: int | None = None) -> None:
             real(self, values, step)
             if step == 3:
                 raise RuntimeError("the machine went away")
 
-        patch.setattr(tracking.Tracker, "log", log)
+        patch.setattr(tracker.Tracker, "log", log)
         train(recipe)
     assert boards[0].noted == ["abc123"] * 3, "it was there while the training went on"
     assert train(recipe, "--resume") == 0 and len(boards) == 2

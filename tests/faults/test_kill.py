@@ -9,17 +9,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import machine as machines
 import pytest
 import torch
-from machine import Child, Machine
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from small_runs import train, write_sequence_recipe
-from tiny import tiny_model
 
-from headtune.analysis.errors import CheckError
-from headtune.train import checkpoints, continual, sequence, snapshots
+from headtune.analysis.utils.errors import CheckError
+from headtune.train.continual import learner, sequence
+from headtune.train.trainer import checkpoints
+from headtune.train.tuners import weights_io
+from helpers import machine as machines
+from helpers.machine import Child, Machine
+from helpers.small_runs import train, write_sequence_recipe
+from helpers.tiny import tiny_model
 
 
 def require_same(run: Path, whole: Path) -> None:
@@ -166,7 +168,7 @@ def test_a_damaged_model_of_an_earlier_task_is_one_clear_line(
 ) -> None:
     recipe = write_sequence_recipe(tmp_path, tiny_llama, {"tune": tune, "lora": {"r": 2, "alpha": 4}})
     with monkeypatch.context() as patch, pytest.raises(Broken):
-        break_in(patch, continual.SequenceTrainer, "training_step", times=22)  # in the second task
+        break_in(patch, learner.SequenceTrainer, "training_step", times=22)  # in the second task
         train(recipe)
     (path,) = (tmp_path / "run" / "tasks").glob("01-*/*/*.safetensors")
     path.write_bytes(path.read_bytes()[:-100])
@@ -185,8 +187,8 @@ def test_weights_of_another_model_are_refused(tune: str, tmp_path: Path) -> None
         targets = ["q_proj"] if shape else ["q_proj", "v_proj"]
         return get_peft_model(model, LoraConfig(r=2, target_modules=targets, task_type="CAUSAL_LM"))
 
-    snapshots.save(made(num_hidden_layers=2), tmp_path / "weights")
+    weights_io.save(made(num_hidden_layers=2), tmp_path / "weights")
     with pytest.raises(CheckError, match=r"lacks \d+ weights|are there or in the adapter"):
-        snapshots.restore(made(), tmp_path / "weights")
+        weights_io.restore(made(), tmp_path / "weights")
     with pytest.raises(CheckError):
-        snapshots.restore(made(), tmp_path / "nothing")
+        weights_io.restore(made(), tmp_path / "nothing")

@@ -10,15 +10,15 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import machine as machines
 import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from headtune.train import checkpoints
+from headtune.train.trainer import checkpoints
+from helpers import machine as machines
+from helpers.paths import ROOT
 
-ROOT = Path(__file__).parent.parent.parent
 STEPS = 200
 
 

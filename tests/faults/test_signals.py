@@ -8,11 +8,11 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-import machine as machines
 import pytest
-from machine import FAMILIES, Machine
 
-from headtune.train import interruption
+from headtune.train.trainer import signals
+from helpers import machine as machines
+from helpers.machine import FAMILIES, Machine
 
 pytestmark = pytest.mark.slow  # every fault needs processes of its own
 
@@ -70,7 +70,7 @@ def test_where_nothing_is_trained_it_ends_at_once(
 
 
 def test_what_was_refused_before_it_began_says_to_start_again(tmp_path: Path) -> None:
-    with pytest.raises(interruption.Interrupted, match="start it again") as stop, interruption.watched(tmp_path):
+    with pytest.raises(signals.Interrupted, match="start it again") as stop, signals.watched(tmp_path):
         os.kill(os.getpid(), signal.SIGTERM)
     assert stop.value.exit_code == 0 and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
@@ -86,12 +86,12 @@ class Trainer:
 def test_a_second_ctrl_c_does_not_wait_for_the_step(tmp_path: Path) -> None:
     with (
         pytest.raises(KeyboardInterrupt) as stop,
-        interruption.watched(tmp_path),
-        interruption.between_steps(Trainer()),
+        signals.watched(tmp_path),
+        signals.between_steps(Trainer()),
     ):
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
-    assert not isinstance(stop.value, interruption.Interrupted)
+    assert not isinstance(stop.value, signals.Interrupted)
 
 
 @pytest.mark.parametrize("when", ["before it is noticed", "after"])
@@ -106,9 +106,9 @@ def test_a_process_that_has_lost_another_is_not_interrupted(
     child = os.fork()
     if child == 0:
         try:
-            with interruption.watched(tmp_path):
+            with signals.watched(tmp_path):
                 try:
-                    with interruption.between_steps(Trainer()):
+                    with signals.between_steps(Trainer()):
                         if when != "after":
                             os.kill(os.getpid(), signal.SIGTERM)
                         raise RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer")
@@ -117,7 +117,7 @@ def test_a_process_that_has_lost_another_is_not_interrupted(
                         os.kill(os.getpid(), signal.SIGTERM)
                     note.write_text("failed")
                     raise
-        except interruption.Interrupted:
+        except signals.Interrupted:
             os._exit(50)
         except BaseException:
             os._exit(51)
@@ -132,7 +132,7 @@ def test_outside_the_main_thread_signals_stay_as_they_were(tmp_path: Path) -> No
     before, seen = signal.getsignal(signal.SIGTERM), []
 
     def work() -> None:
-        with interruption.watched(tmp_path), interruption.between_steps(None):
+        with signals.watched(tmp_path), signals.between_steps(None):
             seen.append(signal.getsignal(signal.SIGTERM))
 
     thread = threading.Thread(target=work)

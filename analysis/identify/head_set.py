@@ -1,0 +1,237 @@
+"""heads.json: which heads recall and which suppress, for which model, found how, and how surely.
+
+The format is `schema` 1; `read` refuses what does not match the model it is used on.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import math
+import random
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from headtune.analysis.utils.errors import InputError, nearest
+from headtune.analysis.utils.files import write_json
+from headtune.analysis.utils.secrets import redact
+
+SCHEMA = 1
+ROLES = ("recall", "suppression")
+
+
+@dataclass(frozen=True)
+class RankedHead:
+    """One head of a role, with what speaks for it.
+
+    Attributes:
+        layer, head: zero-based.
+        score: the ranking score (positive = the head raises the quantity).
+        ci: its 95% bootstrap interval; None where the method has one value for the whole task.
+        effect: further named numbers, such as the ablation effects.
+    """
+
+    layer: int
+    head: int
+    score: float
+    ci: tuple[float, float] | None
+    effect: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return f"L{self.layer}H{self.head}"
+
+
+@dataclass(frozen=True)
+class HeadSet:
+    """The content of heads.json; the README lists what each block holds."""
+
+    model: dict[str, Any]
+    task: dict[str, Any]
+    method: dict[str, Any]
+    roles: dict[str, tuple[RankedHead, ...]]
+    verification: dict[str, Any] = field(default_factory=dict)
+    stability: dict[str, Any] = field(default_factory=dict)
+    created: str = ""
+    versions: dict[str, str] = field(default_factory=dict)
+    command: str = ""
+    schema: int = SCHEMA
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Layers and heads per layer of the model."""
+        return self.model["n_layers"], self.model["n_heads"]
+
+    def top(self, role: str, k: int | None = None) -> list[tuple[int, int]]:
+        """The best `k` heads of a role (all, when `k` is None), best first.
+
+        Raises:
+            InputError: no such role, or fewer heads than asked for.
+        """
+        if role not in self.roles:
+            raise InputError(f"head role {role!r} is not in this head set; {nearest(role, self.roles)}")
+        ranked = self.roles[role]
+        if k is not None and k > len(ranked):
+            raise InputError(f"asked for the top {k} {role} heads, the head set holds {len(ranked)}; lower top")
+        return [(entry.layer, entry.head) for entry in ranked[:k]]
+
+    def write(self, path: Path) -> None:
+        write_json(path, asdict(self))
+
+    def require_fit(self, model: dict[str, Any]) -> list[str]:
+        """Refuse a head set of another model; return warnings (other weights of the same shape).
+
+        Args:
+            model: the `identity()` of the model the heads are to be used on.
+
+        Raises:
+            InputError: another number of layers, heads or head dimensions.
+        """
+        for key in ("n_layers", "n_heads", "head_dim"):
+            if self.model.get(key) != model[key]:
+                raise InputError(
+                    f"head set of {self.model.get('name')!r} has {key} {self.model.get(key)}, but {model['name']!r} "
+                    f"has {model[key]}; run headtune identify on this model"
+                )
+        if self.model.get("weights_sha256") != model["weights_sha256"]:
+            return [f"the heads were identified on other weights ({self.model.get('name')!r}) than {model['name']!r}'s"]
+        return []
+
+
+def provenance() -> dict[str, Any]:
+    """`created`, `versions`, `command` of a file written now; secrets in the command are struck out."""
+    packages = ("headtune", "torch", "transformers", "peft", "trl")
+    versions = {}
+    for package in packages:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    command = redact(" ".join(["headtune", *sys.argv[1:]]))
+    return {"created": datetime.now(UTC).isoformat(timespec="seconds"), "versions": versions, "command": command}
+
+
+def read(path: Path) -> HeadSet:
+    """Read and check heads.json.
+
+    Raises:
+        InputError: not there, not JSON, unknown schema, missing blocks, heads out of range, twice, or not finite.
+    """
+    where = f"head set {str(path)!r}"
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{where} does not exist; headtune identify writes one") from None
+    except IsADirectoryError:
+        raise InputError(f"{where} is a folder; name the heads.json in it") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        if path.suffix != ".json":
+            raise InputError(f"{where} is not JSON; give the folder that holds it, or its heads.json") from None
+        raise InputError(f"{where} is not JSON: {error}; run headtune identify again") from None
+    if not isinstance(data, dict) or data.get("schema") != SCHEMA:
+        found = data.get("schema") if isinstance(data, dict) else type(data).__name__
+        raise InputError(
+            f"{where} has schema {found!r}, this version reads schema {SCHEMA}; run headtune identify again"
+        )
+    known = set(HeadSet.__dataclass_fields__)
+    for key in data:
+        if key not in known:
+            raise InputError(f"{where}: unknown key {key!r}; {nearest(key, known)}")
+    for key in ("model", "task", "method", "roles"):
+        if not isinstance(data.get(key), dict):
+            raise InputError(f"{where}: block {key!r} is missing; run headtune identify again")
+    for key in ("stability", "versions", "verification"):
+        if not isinstance(data.get(key, {}), dict):
+            raise InputError(f"{where}: block {key!r} must be an object, found {data[key]!r}"[:300])
+    if not isinstance(data["task"].get("dropped", {}), dict):
+        raise InputError(f"{where}: task.dropped must be an object, found {data['task']['dropped']!r}"[:300])
+    _require_verified(data.get("verification", {}), where)
+    for role, value in data.get("stability", {}).items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise InputError(f"{where}: stability.{role} must be a number or null, found {value!r}"[:300])
+    for key in ("n_layers", "n_heads", "head_dim"):
+        if not isinstance(data["model"].get(key), int):
+            raise InputError(f"{where}: model.{key} must be a whole number, found {data['model'].get(key)!r}")
+    roles = {role: _ranked(entries, role, data["model"], where) for role, entries in data["roles"].items()}
+    return HeadSet(**{**data, "roles": roles})
+
+
+def _require_verified(block: dict[str, Any], where: str) -> None:
+    try:
+        for name, entry in block.items():
+            if name == "dissociation":
+                for result in entry.values():
+                    keys = ("baseline", "ablated", "most_extreme_random_set", "ratio")
+                    _ = [result[key] for key in ("held", *(keys if "quantity" in result else ("reason",)))]
+            elif name != "baseline" and "sets" not in entry:
+                _ = len(entry["heads"])
+            for numbers in (entry[key] for key in ("p_remaining", "p_previous") if key in entry):
+                _, (_, _) = float(numbers["mean"]), numbers["ci"]
+    except (AttributeError, KeyError, TypeError, ValueError):
+        what = "block 'verification' is not what identify writes"
+        raise InputError(f"{where}: {what}; run headtune identify again") from None
+
+
+def _ranked(entries: Any, role: str, model: dict[str, Any], where: str) -> tuple[RankedHead, ...]:
+    if not isinstance(entries, list):
+        raise InputError(f"{where}: role {role!r} must be a list of heads, found {entries!r}"[:300])
+    ranked: list[RankedHead] = []
+    for entry in entries:
+        try:
+            low, high = (None, None) if entry["ci"] is None else (float(bound) for bound in entry["ci"])
+            effect = {name: float(value) for name, value in entry.get("effect", {}).items()}
+            interval = None if low is None or high is None else (low, high)
+            head = RankedHead(entry["layer"], entry["head"], float(entry["score"]), interval, effect)
+        except (AttributeError, KeyError, TypeError, ValueError):
+            raise InputError(f"{where}: {role} entry {entry!r} needs layer, head, score and ci"[:300]) from None
+        for value, limit, what in ((head.layer, model["n_layers"], "layers"), (head.head, model["n_heads"], "heads")):
+            if type(value) is not int or not 0 <= value < limit:
+                raise InputError(f"{where}: {role} head {head.name} is out of range; the model has {limit} {what}")
+        if not all(math.isfinite(x) for x in (head.score, *(head.ci or ()), *head.effect.values())):
+            raise InputError(f"{where}: {role} head {head.name} has a score that is not finite")
+        if any((other.layer, other.head) == (head.layer, head.head) for other in ranked):
+            raise InputError(f"{where}: {role} names {head.name} twice; remove one")
+        ranked.append(head)
+    return tuple(ranked)
+
+
+def random_like(
+    heads: Sequence[tuple[int, int]],
+    n_heads: int,
+    seed: int,
+    exclude: Sequence[tuple[int, int]] = (),
+    overlap: bool = False,
+) -> list[tuple[int, int]]:
+    """Random heads, as many in each layer as `heads` has, none of `heads`, none of `exclude` where that is possible.
+
+    Args:
+        overlap: where more than half of a layer is chosen, take all its other heads and fill up with chosen ones drawn
+            at random, instead of refusing.
+
+    Raises:
+        InputError: a layer has too few other heads to draw from, and `overlap` is False.
+    """
+    generator = random.Random(seed)
+    drawn = []
+    for layer in sorted({layer for layer, _ in heads}):
+        taken = sorted({head for of, head in heads if of == layer})
+        barred = {head for of, head in exclude if of == layer}
+        others = [head for head in range(n_heads) if head not in taken]
+        allowed = [head for head in others if head not in barred]
+        if len(allowed) >= len(taken):
+            picked = generator.sample(allowed, len(taken))
+        elif len(others) >= len(taken):
+            picked = generator.sample(others, len(taken))
+        elif overlap:
+            picked = others + generator.sample(taken, len(taken) - len(others))
+        else:
+            raise InputError(
+                f"layer {layer} has {len(taken)} of its {n_heads} heads chosen, which leaves too few others for a "
+                "matched random set; choose fewer heads"
+            )
+        drawn += [(layer, head) for head in picked]
+    return drawn

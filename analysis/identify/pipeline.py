@@ -1,0 +1,312 @@
+"""The identify stage: scores of every head on a task, ranking into roles, causal verification, files."""
+
+from __future__ import annotations
+
+import logging
+import math
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from headtune.analysis.methods.parallel_map import Shards
+from headtune.analysis.methods.patching import set_probabilities
+from headtune.analysis.methods.registry import chosen, score_examples
+from headtune.analysis.methods.scores import ENOUGH_SUBJECTS, FEW_SUBJECTS, Array, Scores, mean_interval
+from headtune.analysis.models.head_model import HeadModel
+from headtune.analysis.tasks.task import Task
+from headtune.analysis.tasks.tokenized import Encoded, EncodedTask, encode
+from headtune.analysis.utils.errors import InputError
+from headtune.analysis.utils.files import require_new_folder
+from headtune.analysis.utils.progress import Progress, silent
+
+from .head_set import ROLES, HeadSet, RankedHead, provenance, random_like
+from .ranking import elbow, lowest, rank, rule_for, stability
+
+log = logging.getLogger(__name__)
+
+ELBOW_UP_TO = 16  # heads considered when the elbow says how many
+Heads = Sequence[tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class Identified:
+    """What identify found: the head set, the scores, and the examples behind them."""
+
+    heads: HeadSet
+    scores: Scores
+    examples: list[Encoded]
+    shards: Shards = field(default_factory=Shards)  # what is kept of finished examples, until `write`
+
+
+def identify(
+    model: HeadModel,
+    task: Task,
+    method: str = "all",
+    top: int | Literal["elbow"] = 8,
+    verify_top: int = 4,
+    n_random: int = 10,
+    seed: int = 0,
+    progress: Progress = silent,
+    threshold: float | None = None,
+    controls: Mapping[str, HeadSet] | None = None,
+    partial: Path | None = None,
+    share: bool = False,
+) -> Identified:
+    """Score every head, rank recall and suppression heads, verify them against controls.
+
+    Args:
+        method: names of `methods.METHODS` with commas, or `all`: direct attribution ranks, exact ablation confirms.
+            With others see `selection.rule_for`.
+        top: heads kept per role; `elbow` silences the best 1, 2, ... together and stops where the effect bends.
+        verify_top: heads silenced together in the verification.
+        n_random: matched random sets drawn for the verification.
+        progress: wraps the list of examples while it is worked through.
+        threshold: keep only heads whose score is at least this far from zero, in the ranking score's unit.
+        controls: name -> another task's head set of the same model, silenced too: its heads of the same role.
+        partial: where finished examples are kept until `write` has written the result; a second call with the same
+            arguments goes on there.
+        share: divide the examples among the processes of `accelerate launch`.
+
+    Raises:
+        InputError: an unknown method, a `top` beyond the model's heads, a control of another model, a task that
+            cannot be scored on this model, or one of a single subject.
+    """
+    names = [found.name for found in chosen(method)]
+    if top != "elbow" and (isinstance(top, str) or top < 1):
+        raise InputError(f"top {top!r} must be at least 1, or 'elbow'")
+    if top != "elbow" and top > (total := model.n_layers * model.n_heads):
+        raise InputError(f"top {top} is more than the {total} heads of {model.name}; give at most {total}")
+    if threshold is not None and not 0 <= threshold < math.inf:
+        raise InputError(f"threshold {threshold!r} must be a number of at least 0: a distance from zero")
+    for name, control in (controls or {}).items():
+        for warning in control.require_fit(model.identity()):
+            log.warning("control %s: %s", name, warning)
+    encoded = encode(task, model.tokenizer, model.positions)
+    if encoded.n_subjects < 2:
+        raise InputError(
+            f"task {task.name!r} has prompts about one subject alone, {encoded.examples[0].example.subject!r}, and "
+            "heads are confirmed by intervals over subjects; add examples of others"
+        )
+    if encoded.n_subjects < FEW_SUBJECTS:
+        log.warning(
+            "task %s has prompts about %d subjects alone: intervals over so few say little; give %d or more",
+            task.name,
+            encoded.n_subjects,
+            ENOUGH_SUBJECTS,
+        )
+    silenced = {name: control.roles for name, control in (controls or {}).items()}
+    options = (names, verify_top, n_random, seed, top, threshold, silenced)
+    shards = Shards(partial, _key(model, encoded, *options), share)
+    scores = score_examples(model, encoded.examples, method, seed, progress, shards)
+    ranked = {
+        role: rank(scores, role, ELBOW_UP_TO if top == "elbow" else top, seed=seed, threshold=threshold)
+        for role in ROLES
+    }
+    if top == "elbow":
+        ranked = {
+            role: _to_elbow(model, encoded.examples, found, role, shards, progress) for role, found in ranked.items()
+        }
+    heads = HeadSet(
+        model=model.identity(),
+        task=encoded.summary(),
+        method={
+            "name": method,
+            "parameters": {
+                "top": top,
+                "threshold": threshold,
+                "verify_top": verify_top,
+                "n_random": n_random,
+                "controls": {name: control.task.get("name") for name, control in (controls or {}).items()},
+                "examples_scored": scores.counts(),
+                "rules": {
+                    role: dict(zip(("rank", "sign", "confirm"), rule_for(role, scores), strict=True)) for role in ROLES
+                },
+            },
+            "seed": seed,
+        },
+        roles={role: tuple(found) for role, found in ranked.items()},
+        stability={
+            role: stability(scores, role, max(1, len(ranked[role])) if top == "elbow" else top, seed=seed)
+            for role in ROLES
+        }
+        | {"bootstrap": 200},
+        **provenance(),
+    )
+    verified = verify(model, heads, encoded.examples, verify_top, n_random, seed, progress, scores, controls, shards)
+    return Identified(verified, scores, encoded.examples, shards)
+
+
+def _key(model: HeadModel, task: EncodedTask, *options: Any) -> dict[str, Any]:
+    # Tokens too: they depend on the tokenizer and its chat template, which may be changed between two calls.
+    tokens = [example.tokens.tolist() for example in task.examples]
+    versions = provenance()["versions"]
+    return {
+        "model": model.identity(),
+        "task": task.summary(),
+        "tokens": tokens,
+        "options": options,
+        "versions": versions,
+    }
+
+
+def _to_elbow(
+    model: HeadModel,
+    examples: Sequence[Encoded],
+    found: list[RankedHead],
+    role: str,
+    shards: Shards,
+    progress: Progress,
+) -> list[RankedHead]:
+    """The best heads up to the bend of their cumulative effect on the role's quantity."""
+    if not found:
+        return found
+    sets = {str(k): [(entry.layer, entry.head) for entry in found[:k]] for k in range(len(found) + 1)}
+    values = _probabilities(model, examples, sets, shards, progress, f"elbow {role}")
+    listing = [index for index, encoded in enumerate(examples) if encoded.previous_tokens]
+    curve = values[:, 1, listing] if role == "suppression" and listing else values[:, 0]
+    return found[: elbow(curve.mean(-1).tolist())]
+
+
+def _probabilities(
+    model: HeadModel,
+    examples: Sequence[Encoded],
+    sets: Mapping[str, Heads],
+    shards: Shards,
+    progress: Progress,
+    what: str,
+) -> Array:
+    """p(remaining) and p(previous) with each named set silenced at END: `[sets, 2, examples]`."""
+
+    def one(index: int) -> dict[str, Array]:
+        return {"p": set_probabilities(model, examples[index], list(sets.values()))}
+
+    return np.stack([row["p"] for row in shards.map(len(examples), one, progress, what)], axis=2)
+
+
+def verify(
+    model: HeadModel,
+    heads: HeadSet,
+    examples: Sequence[Encoded],
+    top: int,
+    n_random: int,
+    seed: int,
+    progress: Progress = silent,
+    scores: Scores | None = None,
+    controls: Mapping[str, HeadSet] | None = None,
+    shards: Shards | None = None,
+) -> HeadSet:
+    """Silence the chosen heads together at END, and the controls.
+
+    Adds the `verification` block: `baseline`, `ablate_<role>`, `ablate_random_like_<role>` (random sets with as many
+    heads in each of the same layers: mean over the sets, and the largest and smallest set mean),
+    `ablate_lowest_like_<role>` (the heads of the same layers with the scores nearest to zero; where `scores` are
+    given), `ablate_control_<name>_<role>` (another task's heads of that role), each with p(remaining) and p(previous);
+    and `dissociation`, what was expected and whether it was seen. p(previous) is over the examples that have previous
+    answers. A role whose layers have too few other heads for a matched set has `{"sets": 0, "reason"}` in its place.
+    """
+    selected = {role: heads.top(role)[:top] for role in ROLES}
+    generator = random.Random(seed)
+    everyone = [head for pairs in selected.values() for head in pairs]
+    sets: dict[str, Heads] = {"baseline": ()}
+    named: dict[str, Heads] = {}  # reported with their heads
+    unmatched: dict[str, str] = {}
+    for role, pairs in selected.items():
+        if not pairs:
+            continue
+        named[f"ablate_{role}"] = pairs
+        if scores is not None and (control := lowest(scores, role, pairs)):
+            named[f"ablate_lowest_like_{role}"] = control
+        for name, other in (controls or {}).items():
+            if found := [(entry.layer, entry.head) for entry in other.roles.get(role, ())[:top]]:
+                named[f"ablate_control_{name}_{role}"] = found
+            else:
+                log.warning("control %s has no %s heads: there is nothing of it to silence", name, role)
+        try:
+            drawn = [random_like(pairs, model.n_heads, generator.randrange(2**31), everyone) for _ in range(n_random)]
+        except InputError as error:  # the scores behind these heads took long: they are not thrown away for this
+            unmatched[role] = str(error)
+        else:
+            sets |= {f"random_{role}_{index}": heads_drawn for index, heads_drawn in enumerate(drawn)}
+    sets |= named
+    values = dict(
+        zip(sets, _probabilities(model, examples, sets, shards or Shards(), progress, "verifying"), strict=True)
+    )
+    subjects = [example.example.subject for example in examples]
+    listing = [index for index, example in enumerate(examples) if example.previous_tokens]
+    of_listing = [subjects[index] for index in listing]
+
+    def numbers(of_set: Array) -> dict[str, Any]:
+        result: dict[str, Any] = {"p_remaining": mean_interval(of_set[0].tolist(), subjects, seed=seed)}
+        if listing:
+            result["p_previous"] = mean_interval(of_set[1, listing].tolist(), of_listing, seed=seed)
+        return result
+
+    block: dict[str, Any] = {"baseline": numbers(values["baseline"])}
+    for name, of_set in named.items():
+        block[name] = {"heads": [list(pair) for pair in of_set]} | numbers(values[name])
+    for role, pairs in selected.items():
+        if role in unmatched:
+            block[f"ablate_random_like_{role}"] = {"sets": 0, "reason": unmatched[role]}
+        elif pairs and n_random:
+            of_sets = np.stack([values[f"random_{role}_{index}"] for index in range(n_random)])  # [sets, 2, examples]
+            pooled = numbers(of_sets.mean(0))
+            for column, (name, counted) in enumerate((("p_remaining", range(len(examples))), ("p_previous", listing))):
+                if name in pooled:
+                    means = of_sets[:, column, list(counted)].mean(-1)
+                    pooled[name] |= {"lowest_set": float(means.min()), "highest_set": float(means.max())}
+            block[f"ablate_random_like_{role}"] = {"sets": n_random} | pooled
+        elif pairs:
+            block[f"ablate_random_like_{role}"] = {"sets": 0, "reason": "no random sets were asked for"}
+    block["dissociation"] = dissociation(block)
+    return HeadSet(**{**heads.__dict__, "verification": block})
+
+
+def dissociation(block: dict[str, Any]) -> dict[str, Any]:
+    """Compare each role's ablation with the most extreme matched random set.
+
+    Silencing suppression heads must raise p(previous) above every random set; silencing recall heads must lower
+    p(remaining) below every random set. On single facts, suppression heads must raise p(remaining).
+    """
+    result: dict[str, Any] = {}
+    baseline = block["baseline"]
+    quantity = "p_previous" if "p_previous" in baseline else "p_remaining"
+    for role, name, raises in (("suppression", quantity, True), ("recall", "p_remaining", False)):
+        if f"ablate_{role}" not in block:
+            result[role] = {"held": False, "reason": "no confirmed heads"}
+            continue
+        if reason := block[f"ablate_random_like_{role}"].get("reason"):
+            result[role] = {"held": False, "reason": reason}
+            continue
+        before, after = baseline[name]["mean"], block[f"ablate_{role}"][name]["mean"]
+        extreme = block[f"ablate_random_like_{role}"][name]["highest_set" if raises else "lowest_set"]
+        held = after > max(before, extreme) if raises else after < min(before, extreme)
+        result[role] = {
+            "quantity": name,
+            "baseline": before,
+            "ablated": after,
+            "ratio": after / before if before else None,
+            "most_extreme_random_set": extreme,
+            "held": bool(held),
+        }
+    return result
+
+
+def write(found: Identified, folder: Path) -> None:
+    """Write heads.json and scores.safetensors into a new folder, both or neither; then drop what was kept on the way.
+
+    Raises:
+        InputError: the folder exists with contents or cannot be written.
+    """
+    require_new_folder(folder, "choose another --out")
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        found.scores.save(folder / "scores.safetensors")
+        found.heads.write(folder / "heads.json")
+    except BaseException:
+        (folder / "scores.safetensors").unlink(missing_ok=True)
+        raise
+    found.shards.finish()

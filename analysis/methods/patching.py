@@ -1,0 +1,202 @@
+"""Exact causal effects of heads: ablation, patching and path patching, without one forward pass per head.
+
+    effect[l, h](quantity) = quantity(clean run) - quantity(run with z[l, h] := reference)
+
+so positive = the head, as it is, raises the quantity. References are zeros (ablation) or what `references` offers: the
+mean over other examples, another example, the corrupted counterpart. See `interventions` for why this is fast.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from headtune.analysis.interventions.last_token import CLEAN, EndRun, Head, Row, everywhere, silenced
+from headtune.analysis.models.head_model import HeadModel
+from headtune.analysis.tasks.tokenized import Encoded
+
+from .scores import Array
+
+
+@dataclass(frozen=True)
+class AnswerProbabilities:
+    """What next-token logits say of the answers' first tokens.
+
+    Attributes:
+        target: `[rows]` total probability of the remaining answers' first tokens.
+        previous: `[rows]` total probability of the previous answers' first tokens (0 where there are none).
+        logs: name -> `[rows]` natural logarithm of the total, finite where the probability itself underflows to 0.
+        logits: name -> `[rows]` mean logit of each of the two sets.
+    """
+
+    target: Tensor
+    previous: Tensor
+    logs: dict[str, Tensor]
+    logits: dict[str, Tensor]
+
+
+def answer_probabilities(logits: Tensor, encoded: Encoded) -> AnswerProbabilities:
+    """Reduce `[rows, vocabulary]` logits in float32."""
+    logits = logits.float()
+    norm = logits.logsumexp(-1, keepdim=True)
+    # Only the columns asked for are copied: rows x vocabulary is the largest tensor of the whole step.
+    chosen = {"target": sorted(set(encoded.target_tokens)), "previous": sorted(set(encoded.previous_tokens))}
+    parts = {name: logits[:, tokens] for name, tokens in chosen.items()}  # [rows, n]
+    present = {name: part for name, part in parts.items() if part.shape[1]}
+    return AnswerProbabilities(
+        (parts["target"] - norm).exp().sum(-1),
+        (parts["previous"] - norm).exp().sum(-1),
+        {name: (part - norm).logsumexp(-1) for name, part in present.items()},
+        {name: part.mean(-1) for name, part in present.items()},
+    )
+
+
+def every_head(heads: HeadModel) -> list[Head]:
+    """All (layer, head) pairs, layer by layer: the order of `[n_layers, n_heads]` flattened."""
+    return [(layer, head) for layer in range(heads.n_layers) for head in range(heads.n_heads)]
+
+
+def silenced_logits(
+    heads: HeadModel, tokens: Tensor, rows: Sequence[Sequence[Head]], max_rows: int | None = None
+) -> Tensor:
+    """Next-token logits with each row's heads silenced at END, `z[l, h, END] := 0`.
+
+    Args:
+        tokens: `[seq]` ids of one prompt.
+        rows: the heads to silence, row by row; an empty row is the clean run.
+        max_rows: rows per pass; default: as many as the view's `max_memory` allows.
+
+    Returns:
+        `[len(rows), vocabulary]` in the model's dtype.
+    """
+    return EndRun(heads, tokens).step([silenced(row) for row in rows], max_rows=max_rows).logits
+
+
+def effects(method: str, heads: HeadModel, logits: Tensor, encoded: Encoded) -> dict[str, Array]:
+    """Clean minus changed, for every head.
+
+    Args:
+        logits: `[1 + n_layers * n_heads, vocabulary]`: the clean run, then each head of `every_head` changed.
+
+    Returns:
+        name -> `[n_layers, n_heads]`: `<method>.target` and `<method>.previous` in logits (mean over the answers'
+        first tokens, the unit of direct attribution), `<method>.target_logp` / `<method>.previous_logp` in nats of the
+        answers' total probability, `<method>.target_p` / `<method>.previous_p` in probability. The `previous` ones are
+        absent where there are no previous answers.
+    """
+    result = answer_probabilities(logits, encoded)
+    quantities = {
+        "target": result.logits["target"],
+        "target_logp": result.logs["target"],
+        "target_p": result.target,
+    }
+    if encoded.previous_tokens:
+        quantities |= {
+            "previous": result.logits["previous"],
+            "previous_logp": result.logs["previous"],
+            "previous_p": result.previous,
+        }
+    return {
+        f"{method}.{name}": (value[0] - value[1:]).reshape(heads.n_layers, heads.n_heads).cpu().numpy()
+        for name, value in quantities.items()
+    }
+
+
+def ablation_effects(heads: HeadModel, encoded: Encoded, max_rows: int | None = None) -> dict[str, Array]:
+    """What every head does to the answers at END, by silencing it: see `effects`, names `ablation.*`."""
+    rows: list[list[Head]] = [[], *([head] for head in every_head(heads))]
+    return effects("ablation", heads, silenced_logits(heads, encoded.tokens, rows, max_rows), encoded)
+
+
+def patching_effects(method: str, heads: HeadModel, encoded: Encoded, reference: Tensor) -> dict[str, Array]:
+    """What every head does to the answers at END, by putting `reference` (`[n_layers, n_heads, head_dim]`) in its
+    place."""
+    rows = [CLEAN, *(Row(outputs={head: reference[head]}) for head in every_head(heads))]
+    return effects(method, heads, EndRun(heads, encoded.tokens).step(rows).logits, encoded)
+
+
+def everywhere_effects(
+    method: str, heads: HeadModel, encoded: Encoded, reference: Tensor | None = None
+) -> dict[str, Array]:
+    """What every head does at all positions together.
+
+    Args:
+        reference: `[n_layers, n_heads, seq or 1, head_dim]` put in a head's place; None silences it.
+    """
+    pairs = every_head(heads)
+    rows = [{head: 0.0 if reference is None else reference[head]} for head in pairs]
+    return effects(method, heads, everywhere(heads, encoded.tokens, [{}, *rows]), encoded)
+
+
+# --- path patching ----------------------------------------------------------------------------------------------------
+
+
+def path_logits(heads: HeadModel, encoded: Encoded, reference: Tensor) -> Tensor:
+    """Logits with one head's output at END replaced while all other heads keep theirs; MLPs are recomputed.
+
+    This is the path from a head to the logits, direct or through MLPs (Wang et al. 2023; Lv et al. 2024 freeze the
+    other heads' queries, keys and values, which at END is the same as freezing their outputs).
+
+    Args:
+        reference: `[n_layers, n_heads, head_dim]`.
+
+    Returns:
+        `[1 + n_layers * n_heads, vocabulary]`: the clean run, then every head of `every_head`.
+    """
+    rows = [Row(outputs={head: reference[head]}, freeze="heads") for head in every_head(heads)]
+    return EndRun(heads, encoded.tokens).step([CLEAN, *rows]).logits
+
+
+def path_effects(method: str, heads: HeadModel, encoded: Encoded, reference: Tensor) -> dict[str, Array]:
+    """What every head does to the answers on the path to the logits that passes no other head: see `effects`."""
+    return effects(method, heads, path_logits(heads, encoded, reference), encoded)
+
+
+INPUTS = ("query", "key", "value")
+
+
+def head_to_head_logits(
+    heads: HeadModel, encoded: Encoded, receiver: Head, through: str, reference: Tensor
+) -> tuple[list[Head], Tensor]:
+    """Logits when a receiver head hears, at END, what it would with one sender replaced; nothing else hears it.
+
+    First each sender is replaced, all other heads' outputs frozen and MLPs recomputed, to see the receiver's query, key
+    or value at END; then that alone is put into the clean run. Senders are the heads of earlier layers. Changes at END
+    only: END's own key and value are read by END alone.
+
+    Args:
+        through: one of INPUTS.
+        reference: `[n_layers, n_heads, head_dim]`, the senders' replacements.
+
+    Returns:
+        The senders, and `[1 + senders, vocabulary]` logits, the clean run first.
+    """
+    run = EndRun(heads, encoded.tokens)
+    layer, head = receiver
+    senders = [pair for pair in every_head(heads) if pair[0] < layer]
+    rows = [Row(outputs={pair: reference[pair]}, freeze="heads") for pair in senders]
+    heard = run.step(rows, keep=[through], layers=[layer]).kept[through][:, 0, head] if rows else torch.empty(0)  # type: ignore[list-item]
+    names = {"query": "queries", "key": "keys", "value": "values"}
+    changed = [Row(**{names[through]: {receiver: value}}) for value in heard]  # type: ignore[arg-type]
+    return senders, run.step([CLEAN, *changed]).logits
+
+
+def head_to_head_effects(
+    heads: HeadModel, encoded: Encoded, receiver: Head, through: str, reference: Tensor
+) -> dict[str, Array]:
+    """`effects` of each sender through one input of one receiver; 0 for heads that are not before it.
+
+    Names `path_L<l>H<h>_<through>.target` and so on.
+    """
+    senders, logits = head_to_head_logits(heads, encoded, receiver, through, reference)
+    full = torch.cat([logits, logits[:1].expand(heads.n_layers * heads.n_heads - len(senders), -1)])
+    return effects(f"path_L{receiver[0]}H{receiver[1]}_{through}", heads, full, encoded)
+
+
+def set_probabilities(heads: HeadModel, encoded: Encoded, sets: Sequence[Sequence[Head]]) -> Array:
+    """p(remaining) and p(previous) of one example with each set of heads silenced together at END: `[sets, 2]`."""
+    found = answer_probabilities(silenced_logits(heads, encoded.tokens, sets), encoded)
+    return torch.stack([found.target, found.previous], 1).cpu().numpy()

@@ -1,0 +1,211 @@
+"""Every way of scoring heads behind one signature: `score(model, task, method) -> Scores`.
+
+    from headtune.analysis import methods, model, tasks
+    scores = methods.score(model.load("smollm2-135m"), tasks.load_task("country_cities"), "attribution_patching")
+    scores.mean("attribution_patching.previous")          # [n_layers, n_heads], positive = the head raises it
+
+Whatever the method, `<method>.target` is its estimate of how far a head raises the mean logit of the remaining answers
+(first tokens), `<method>.previous` that of the answers already given, in logits unless the table says otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from headtune.analysis.interventions.counterfactuals import Reference, References
+from headtune.analysis.models.head_model import HeadModel
+from headtune.analysis.tasks.task import Task
+from headtune.analysis.tasks.tokenized import Encoded, EncodedTask, encode
+from headtune.analysis.utils.errors import InputError, nearest
+from headtune.analysis.utils.progress import Progress, silent
+
+from . import attribution_patching, head_gating, logit_attribution, patching
+from .parallel_map import Shards
+from .scores import Array, Scores, stack
+
+Shared = Any  # what a method computes once from all examples
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way of scoring heads.
+
+    Attributes:
+        name: prefix of its quantities.
+        summary: one line for people.
+        score: (model, examples, index, shared) -> quantities of that example, `[n_layers, n_heads]` each; none where
+            the example has no counterpart to patch from, which `Scores.counts` tells.
+        prepare: what all examples share, computed once: (model, examples, seed) -> anything.
+        whole: instead of `score`: quantities that only the task as a whole has.
+        causal: an intervention, as against a reading or a linear estimate.
+    """
+
+    name: str
+    summary: str
+    score: Callable[[HeadModel, Sequence[Encoded], int, Shared], dict[str, Array]] | None = None
+    prepare: Callable[[HeadModel, Sequence[Encoded], int], Shared] = lambda *_: None
+    whole: Callable[[HeadModel, Sequence[Encoded], int, Progress], dict[str, Array]] | None = None
+    causal: bool = True
+
+
+def _patched(name: str, summary: str, reference: Callable[[References, int], Tensor]) -> Method:
+    def one(model: HeadModel, examples: Sequence[Encoded], index: int, shared: References) -> dict[str, Array]:
+        return patching.patching_effects(name, model, examples[index], reference(shared, index))
+
+    return Method(name, summary, one, prepare=References)
+
+
+def _everywhere(name: str, summary: str, reference: Reference | None) -> Method:
+    def one(model: HeadModel, examples: Sequence[Encoded], index: int, shared: References) -> dict[str, Array]:
+        if reference is None:
+            return patching.everywhere_effects(name, model, examples[index])
+        values = reference(shared, index)
+        return {} if values is None else patching.everywhere_effects(name, model, examples[index], values)
+
+    return Method(name, summary, one, prepare=(lambda *_: None) if reference is None else References)
+
+
+def _path(name: str, summary: str, reference: Callable[[References, int], Tensor]) -> Method:
+    def one(model: HeadModel, examples: Sequence[Encoded], index: int, shared: References) -> dict[str, Array]:
+        return patching.path_effects(name, model, examples[index], reference(shared, index))
+
+    return Method(name, summary, one, prepare=References)
+
+
+_ALL = (
+    Method(
+        "dla",
+        "direct logit attribution, and the Token Lens: split by the tokens a head reads",
+        lambda model, examples, index, _shared: logit_attribution.attribute(model, examples[index]),
+        causal=False,
+    ),
+    Method(
+        "ablation",
+        "exact: each head silenced at END",
+        lambda model, examples, index, _shared: patching.ablation_effects(model, examples[index]),
+    ),
+    _patched("mean", "exact: each head at END set to its mean over other subjects", References.mean),
+    _patched("resample", "exact: each head at END set to what it is in another example", References.resample),
+    _patched("corrupt", "exact: each head at END set to what it is in the corrupted counterpart", References.corrupt),
+    _everywhere("ablation_all", "exact: each head silenced at all positions", None),
+    _everywhere("mean_all", "exact: each head set to its mean, at all positions", References.mean_everywhere),
+    _everywhere(
+        "resample_all", "exact: another example's run put in, at all positions", References.resample_everywhere
+    ),
+    _everywhere("corrupt_all", "exact: the corrupted run put in, at all positions", References.corrupt_everywhere),
+    _path("path", "path patching head -> logits at END, mean over other subjects, other heads frozen", References.mean),
+    Method(
+        "attribution_patching",
+        "gradient estimate of silencing each head at END: one forward and one backward pass",
+        lambda model, examples, index, _shared: attribution_patching.attribution_patching(model, examples[index]),
+        causal=False,
+    ),
+    Method(
+        "attribution_patching_corrupt",
+        "gradient estimate of putting in the corrupted counterpart at END",
+        lambda model, examples, index, shared: attribution_patching.attribution_patching(
+            model, examples[index], shared.corrupt(index), "attribution_patching_corrupt"
+        ),
+        prepare=References,
+        causal=False,
+    ),
+    Method(
+        "integrated_gradients",
+        "the gradient integrated while all heads at END fade to their means together; sums to the effect of that",
+        lambda model, examples, index, shared: attribution_patching.integrated_gradients(
+            model, examples[index], shared.mean(index)
+        ),
+        prepare=References,
+        causal=False,
+    ),
+    Method(
+        "integrated_gradients_corrupt",
+        "the gradient integrated while all heads at END fade to the corrupted counterpart",
+        lambda model, examples, index, shared: attribution_patching.integrated_gradients(
+            model, examples[index], shared.corrupt(index), "integrated_gradients_corrupt"
+        ),
+        prepare=References,
+        causal=False,
+    ),
+    Method(
+        "gates",
+        "learned gates (causal head gating): facilitating, interfering and irrelevant heads",
+        whole=head_gating.gate_scores,
+    ),
+)
+METHODS: dict[str, Method] = {method.name: method for method in _ALL}
+# What `identify` runs unless told otherwise: attribution finds, exact ablation confirms.
+DEFAULT = ("dla", "ablation")
+
+
+def chosen(names: str) -> list[Method]:
+    """The methods behind `--method`: names with commas; `all` is the pair that identify ranks by.
+
+    Raises:
+        InputError: an unknown name.
+    """
+    wanted = list(DEFAULT) if names == "all" else [name.strip() for name in names.split(",")]
+    for name in wanted:
+        if name not in METHODS:
+            raise InputError(f"method {name!r} is unknown; {nearest(name, ['all', *METHODS])}")
+    return [METHODS[name] for name in dict.fromkeys(wanted)]
+
+
+def score_examples(
+    model: HeadModel,
+    examples: Sequence[Encoded],
+    names: str,
+    seed: int = 0,
+    progress: Progress = silent,
+    shards: Shards | None = None,
+) -> Scores:
+    """Scores of all heads by one or several methods (names with commas) on encoded examples.
+
+    Args:
+        shards: how examples are shared among processes and kept; default: this process alone, nothing kept.
+    """
+    shards = shards or Shards()
+    methods = chosen(names)
+    per_example = [method for method in methods if method.score is not None]
+    shared = {method.name: method.prepare(model, examples, seed) for method in per_example}
+
+    def one(index: int) -> dict[str, Array]:
+        row: dict[str, Array] = {}
+        for method in per_example:
+            row |= method.score(model, examples, index, shared[method.name])  # type: ignore[misc]
+        return row
+
+    rows = shards.map(len(examples), one, progress, "scoring heads") if per_example else []
+    whole: dict[str, Array] = {}
+    for method in methods:
+        if (of_task := method.whole) is not None:
+            whole |= shards.once(method.name, partial(of_task, model, examples, seed, progress))
+    scores = stack(rows, [example.example.subject for example in examples], whole)
+    for method in methods:
+        if f"{method.name}.target" not in scores:
+            raise InputError(
+                f"method {method.name!r} needs examples of other subjects with as many tokens, and there are none: add "
+                "examples or corrupt prompts of equal length, or use a method without _all"
+            )
+    return scores
+
+
+def score(
+    model: HeadModel, task: Task | EncodedTask, method: str, seed: int = 0, progress: Progress = silent
+) -> Scores:
+    """Scores of all heads of a model on a task.
+
+    Args:
+        method: a key of METHODS, several with commas, or `all`.
+        seed: of whatever the method draws.
+
+    Raises:
+        InputError: an unknown method, or a task that cannot be scored on this model.
+    """
+    encoded = task if isinstance(task, EncodedTask) else encode(task, model.tokenizer, model.positions)
+    return score_examples(model, encoded.examples, method, seed, progress)

@@ -1,0 +1,239 @@
+"""Loading a model, and the view of its heads that checks itself before anybody relies on it.
+
+The per-head point is the *input* of the attention output projection, `z[l, h]`, of shape
+`[batch, seq, n_heads, head_dim]`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from headtune.analysis.utils.errors import InputError, nearest
+from headtune.analysis.utils.paths import require_safe_weights
+
+from . import builtin
+from .architectures import architecture_of
+from .attention import IMPLEMENTATION
+from .head_model import HeadModel
+from .self_check import check, probe, probe_logits
+
+EMBEDDED = "smollm2-135m"  # the built-in model that the demo and the recipes use
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def view(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str = "", revision: str | None = None
+) -> HeadModel:
+    """Wrap a loaded model and check the wrapping on a tiny batch (see `check`).
+
+    Raises:
+        InputError: the family, or the layout of this member of it, is not supported, or weights are offloaded.
+        CheckError: the view does not describe the model; the message names the module.
+    """
+    config = model.config.get_text_config()
+    architecture = architecture_of(config.model_type)
+    if getattr(config, "word_embed_proj_dim", config.hidden_size) != config.hidden_size or not getattr(
+        config, "do_layer_norm_before", True
+    ):
+        raise InputError(
+            f"model {name!r} projects its embeddings or normalises after its blocks, which makes head contributions "
+            "non-additive; use another member of the family"
+        )
+    offloaded = [parameter for parameter, value in model.named_parameters() if value.device.type == "meta"]
+    if offloaded:
+        raise InputError(
+            f"model {name!r}: {len(offloaded)} weights, such as {offloaded[0]}, are offloaded and cannot be read; "
+            "use a device_map that keeps every layer in a device's memory, or a smaller dtype"
+        )
+    try:
+        layers: Any = model.get_submodule(architecture.layers)
+    except AttributeError:
+        raise InputError(
+            f"model {name!r}: a {type(model).__name__} has no {architecture.layers!r}, where {config.model_type!r} has "
+            "its layers; give the text-only checkpoint of the family"
+        ) from None
+    projection: Any = layers[0].get_submodule(architecture.attention).get_submodule(architecture.output_projection)
+    in_features, d_model = projection.weight.shape if architecture.in_out_weight else projection.weight.shape[::-1]
+    model.eval()
+    reference = probe_logits(model, probe(model))
+    own = model.config._attn_implementation
+    model.set_attn_implementation(IMPLEMENTATION)
+    heads = HeadModel(
+        model,
+        tokenizer,
+        name or str(model.name_or_path),
+        architecture,
+        n_layers=len(layers),
+        n_heads=config.num_attention_heads,
+        n_kv_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
+        head_dim=in_features // config.num_attention_heads,
+        d_model=d_model,
+        revision=revision,
+        plain_attention=own if own != IMPLEMENTATION else "sdpa",
+    )
+    check(heads, reference)
+    return heads
+
+
+def cache_folder() -> Path:
+    """`$HEADTUNE_CACHE`, else `$XDG_CACHE_HOME/headtune`, else `~/.cache/headtune`."""
+    if own := os.environ.get("HEADTUNE_CACHE"):
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "headtune"
+
+
+def resolve(name: str) -> str:
+    """The folder or hub id behind a model name; a built-in model is converted at the first call (about a minute).
+
+    Raises:
+        InputError: a built-in model whose packages are not installed.
+    """
+    if name not in builtin.BUILT_IN:
+        return name
+    target = cache_folder() / name
+    if not (target / "config.json").exists():
+        builtin.convert(name, target)
+    return str(target)
+
+
+def parse_dtype(dtype: str) -> torch.dtype:
+    if dtype not in DTYPES:
+        raise InputError(f"dtype {dtype!r} is unknown; {nearest(dtype, DTYPES)}")
+    return DTYPES[dtype]
+
+
+def _require_on_hub(name: str, revision: str | None) -> None:
+    """Ask the hub once, briefly: loading an unknown name would be retried for half a minute.
+
+    Raises:
+        InputError: there is no such model, or the hub cannot be reached and the model is not in the local cache.
+    """
+    from huggingface_hub import HfApi, constants, try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    expected = f"{builtin.EXPECTED}, a model folder, or a hub id (org/name)"
+    try:
+        if isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str):
+            return
+        if constants.HF_HUB_OFFLINE:
+            raise InputError(
+                f"model {name!r} is neither a folder nor in the local hub cache (offline mode); {expected}"
+            )
+        HfApi().model_info(name, revision=revision, timeout=10)
+    except HFValidationError:
+        raise InputError(f"model {name!r} is not a folder and not a valid hub id; {expected}") from None
+    except InputError:
+        raise
+    except Exception as error:  # network, HTTP and repository errors come from several libraries
+        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        raise InputError(
+            f"model {name!r} is neither a folder nor reachable on the hub ({reason}); {expected}"
+        ) from None
+
+
+def load_plain(
+    name: str,
+    dtype: str = "float32",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    device_map: str | dict[str, Any] | None = None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load model and tokenizer by built-in name, local folder or hub id.
+
+    Args:
+        device_map: as transformers takes it; None loads on the CPU.
+
+    Raises:
+        InputError: there is no such model, its folder cannot be read, its weights are no safetensors of its own, or
+            some are lacking.
+    """
+    source = resolve(name)
+    options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    if Path(source).is_dir():
+        require_safe_weights(Path(source))
+    else:
+        _require_on_hub(name, revision)
+    with _refused_by_name(name):
+        architecture_of(AutoConfig.from_pretrained(source, **options).get_text_config().model_type)
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source,
+            dtype=parse_dtype(dtype),
+            device_map=device_map,
+            use_safetensors=True,
+            output_loading_info=True,
+            **options,
+        )
+    model, info = loaded
+    if lacking := sorted(info["missing_keys"]):  # transformers draws them at random
+        raise InputError(
+            f"model {name!r} lacks {len(lacking)} of its weights, such as {lacking[0]}; give a whole copy of it"
+        )
+    return model, tokenizer
+
+
+def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """Load a model's tokenizer without its weights, by built-in name, local folder or hub id.
+
+    Raises:
+        InputError: there is no such model, or its tokenizer cannot be read.
+    """
+    source = resolve(name)
+    if not Path(source).is_dir():
+        _require_on_hub(name, revision)
+    with _refused_by_name(name):
+        return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
+
+
+@contextlib.contextmanager
+def _refused_by_name(name: str) -> Iterator[None]:
+    try:
+        yield
+    except InputError:
+        raise
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(
+            f"model {name!r} cannot be loaded: {builtin.EXPECTED}, a model folder or a hub id you can reach ({reason})"
+        ) from error
+
+
+def load(
+    name: str,
+    dtype: str = "float32",
+    device: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    device_map: str | dict[str, Any] | None = None,
+) -> HeadModel:
+    """Load a model and return its checked head view.
+
+    Args:
+        name: a built-in model (`smollm2-135m`, `gemma3-270m`), a local folder, or a hub id.
+        dtype: float32, bfloat16 or float16.
+        device: where to put it; default: the process's own GPU, else the CPU.
+        device_map: instead of `device`, how to spread it, as transformers takes it (`"auto"`, `{"": "cpu"}`).
+
+    Raises:
+        InputError: no such model, an unsupported family, `device` and `device_map` together, or a map that offloads.
+        CheckError: the view does not describe the model.
+    """
+    if device is not None and device_map is not None:
+        raise InputError(f"device {device!r} and device_map {device_map!r} are both given; give one of them")
+    model, tokenizer = load_plain(name, dtype, revision, trust_remote_code, device_map)
+    if device_map is not None:
+        return view(model, tokenizer, name, revision)
+    rank, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if device is None and gpus and rank >= gpus:
+        raise InputError(f"process {rank + 1} of this machine has no GPU: there are {gpus}; start one process a GPU")
+    own_gpu = f"cuda:{rank}"
+    target = device or (own_gpu if torch.cuda.is_available() else "cpu")
+    return view(model.to(target), tokenizer, name, revision)  # type: ignore[arg-type]

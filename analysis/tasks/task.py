@@ -1,0 +1,197 @@
+"""Examples and tasks: prompts whose next words are known answers, checked strictly; splits by subject."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import unicodedata
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+from headtune.analysis.utils.errors import InputError, nearest
+
+SPLITS = {"train": 0.6, "validation": 0.15, "test": 0.25}
+
+
+@dataclass(frozen=True)
+class Example:
+    """One prompt.
+
+    Attributes:
+        prompt: the text up to END; the answer would come next.
+        subject: what is asked about; occurs in the prompt.
+        answers: all accepted answers, those already given included.
+        previous: the answers already given, in order; empty for single-fact prompts.
+        corrupt: counterpart prompt for patching, if there is one.
+        incorrect: wrong answers, for preference pairs and multiple choice; `answers[0]` is then the best right one.
+    """
+
+    prompt: str
+    subject: str
+    answers: tuple[str, ...]
+    previous: tuple[str, ...] = ()
+    corrupt: str | None = None
+    incorrect: tuple[str, ...] = ()
+
+    @property
+    def remaining(self) -> tuple[str, ...]:
+        """Accepted answers not given yet."""
+        given = {canonical(answer, self.subject) for answer in self.previous}
+        return tuple(answer for answer in self.answers if canonical(answer, self.subject) not in given)
+
+
+Kind = Literal["lists", "exact_match", "multiple_choice"]
+
+
+def scored(kind: Kind, n_items: int) -> str:
+    """How answers are scored, in words."""
+    if kind == "lists":
+        return f"scored as lists of {n_items}"
+    return "scored by exact match of one answer" if kind == "exact_match" else "scored by multiple choice"
+
+
+@dataclass(frozen=True)
+class Task:
+    """A named list of examples.
+
+    Attributes:
+        name: of the task.
+        examples: the prompts.
+        chat_template: give the prompts to the model as a chat, in its tokenizer's own template (see `as_chat`).
+        kind: how it is evaluated: the next items of a list, one answer, or a choice among `answers` and `incorrect`.
+        split: which part of a larger task this is, if `take_split` made it.
+    """
+
+    name: str
+    examples: tuple[Example, ...]
+    chat_template: bool = False
+    kind: Kind = "lists"
+    split: str | None = None
+
+    @property
+    def subjects(self) -> list[str]:
+        return sorted({example.subject for example in self.examples})
+
+    @property
+    def sha256(self) -> str:
+        how = "chat" * self.chat_template + ("" if self.kind == "lists" else self.kind)
+        return hashlib.sha256((to_jsonl(self.examples) + how).encode()).hexdigest()
+
+    def limited(self, max_examples: int | None, seed: int = 0) -> Task:
+        """At most `max_examples` examples, spread evenly over subjects (a seeded shuffle, subject by subject)."""
+        if max_examples is None or max_examples >= len(self.examples):
+            return self
+        by_subject: dict[str, list[Example]] = {}
+        for example in self.examples:
+            by_subject.setdefault(example.subject, []).append(example)
+        generator = random.Random(seed)
+        queues = list(by_subject.values())
+        generator.shuffle(queues)
+        for queue in queues:
+            generator.shuffle(queue)
+        rounds = (queue[i] for i in range(max(map(len, queues))) for queue in queues if i < len(queue))
+        return replace(self, examples=tuple(example for example, _ in zip(rounds, range(max_examples), strict=False)))
+
+
+_LETTERS = str.maketrans({"ł": "l", "ø": "o", "đ": "d", "ð": "d", "ı": "i", "ß": "ss", "æ": "ae", "œ": "oe", "’": "'"})
+
+
+def normalise(answer: str) -> str:
+    """Answers are compared without case, accents, outer punctuation, a leading "the", and with "Saint" as "St"."""
+    plain = unicodedata.normalize("NFKD", answer.casefold().translate(_LETTERS))
+    plain = "".join(c for c in plain if not unicodedata.combining(c))
+    words = plain.strip(" \t\n.,;:!?\"'`*_()[]").removeprefix("the ").replace("saint ", "st ").replace("st. ", "st ")
+    return " ".join(words.split())
+
+
+def canonical(answer: str, subject: str) -> str:
+    """`normalise`, and "Quebec City" is "Quebec", unless what is left is the subject itself ("Mexico City")."""
+    name = normalise(answer)
+    short = name.removesuffix(" city")
+    return name if short == normalise(subject) else short
+
+
+def to_jsonl(examples: Iterable[Example]) -> str:
+    # Without an empty `incorrect`, which came to the format later: files and digests from before stay what they were.
+    rows = ({k: v for k, v in asdict(example).items() if k != "incorrect" or v} for example in examples)
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def split_subjects(subjects: Iterable[str], seed: int = 0) -> dict[str, list[str]]:
+    """Deal subjects, shuffled by `seed`, into train (60%), validation (15%) and test (25%)."""
+    names = sorted(set(subjects))
+    random.Random(seed).shuffle(names)
+    parts, start = {}, 0
+    for index, (split, share) in enumerate(SPLITS.items()):
+        end = len(names) if index == len(SPLITS) - 1 else start + round(share * len(names))
+        parts[split] = sorted(names[start:end])
+        start = end
+    return parts
+
+
+def take_split(task: Task, split: str, seed: int = 0) -> Task:
+    """The examples whose subject falls into `split`; no subject is in two splits."""
+    if split not in SPLITS:
+        raise InputError(f"split {split!r} of task {task.name!r} is unknown; {nearest(split, SPLITS)}")
+    chosen = set(split_subjects(task.subjects, seed)[split])
+    kept = tuple(example for example in task.examples if example.subject in chosen)
+    if not kept:
+        raise InputError(f"split {split!r} of task {task.name!r} is empty: {len(task.subjects)} subjects are too few")
+    return replace(task, name=f"{task.name}:{split}", examples=kept, split=split)
+
+
+def _require_bare(answer: str, what: str) -> None:
+    """Refuse an answer with white space around it, whose first token would be that of a space (InputError)."""
+    if answer != answer.strip():
+        raise InputError(
+            f"{what}: {answer!r} has white space around it; write {answer.strip()!r}, a space before it is added"
+        )
+
+
+def parse_example(row: Any, where: str) -> Example:
+    """Check one example strictly.
+
+    Raises:
+        InputError: a missing, unknown or ill-typed key, a subject or previous answer that the prompt does not hold, a
+            prompt that ends in a space, or an answer with white space around it.
+    """
+    if not isinstance(row, dict):
+        raise InputError(f"{where}: expected a JSON object, found {type(row).__name__}")
+    known = {"prompt": str, "subject": str, "answers": list, "previous": list, "corrupt": str, "incorrect": list}
+    for key in row:
+        if key not in known:
+            raise InputError(f"{where}: unknown key {key!r}; {nearest(key, known)}")
+    for key, kind in known.items():
+        if row.get(key) is None:
+            if key in ("previous", "corrupt", "incorrect"):
+                continue
+            raise InputError(f"{where}: key {key!r} is missing; an example needs prompt, subject and answers")
+        if not isinstance(row[key], kind):
+            raise InputError(f"{where}: {key!r} must be a {kind.__name__}, found {row[key]!r}"[:300])
+        if kind is list and not all(isinstance(item, str) and item.strip() for item in row[key]):
+            raise InputError(f"{where}: {key!r} must hold non-empty strings, found {row[key]!r}"[:300])
+        for item in row[key] if kind is list else ():
+            _require_bare(item, f"{where}: {key!r}")
+    for key in ("prompt", "corrupt"):
+        if (row.get(key) or "").endswith((" ", "\t")):
+            raise InputError(f"{where}: the {key} ends in a space; remove it: an answer is written after a space")
+    example = Example(
+        row["prompt"],
+        row["subject"],
+        tuple(row["answers"]),
+        tuple(row.get("previous") or ()),
+        row.get("corrupt"),
+        tuple(row.get("incorrect") or ()),
+    )
+    if not example.subject or example.subject not in example.prompt:
+        raise InputError(
+            f"{where}: the prompt does not contain its subject {example.subject!r}; write it as in the prompt"
+        )
+    for answer in example.previous:
+        if answer not in example.prompt:
+            raise InputError(f"{where}: the prompt does not contain the previous answer {answer!r}")
+    if not example.remaining:
+        raise InputError(f"{where}: every accepted answer is already given; add the remaining ones to 'answers'")
+    return example

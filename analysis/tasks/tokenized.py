@@ -1,0 +1,280 @@
+"""Examples in tokens: where the subject, each previous answer and END are, and which tokens the answers begin with."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from headtune.analysis.utils.errors import InputError
+
+from .task import Example, Task
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """An example in tokens. END is the last position.
+
+    Attributes:
+        example: where it comes from.
+        tokens: `[seq]` ids.
+        subject: positions of the subject's tokens (its first occurrence).
+        previous: positions of each previous answer's tokens, in order.
+        target_tokens: first tokens of the remaining answers, sorted.
+        previous_tokens: first tokens of the previous answers, in order, each once.
+        ambiguous: first tokens left out of both because a remaining and a previous answer share them.
+        corrupt: `[seq]` ids of the example's own counterpart prompt, if it has one.
+    """
+
+    example: Example
+    tokens: Tensor
+    subject: tuple[int, ...]
+    previous: tuple[tuple[int, ...], ...]
+    target_tokens: tuple[int, ...]
+    previous_tokens: tuple[int, ...]
+    ambiguous: tuple[int, ...] = ()
+    corrupt: Tensor | None = None
+
+    @property
+    def end(self) -> int:
+        return len(self.tokens) - 1
+
+    def sources(self) -> dict[str, list[int]]:
+        """Source groups that partition the positions: subject, previous_1.., end, first, rest (in this precedence)."""
+        groups: dict[str, list[int]] = {"subject": list(self.subject)}
+        for index, span in enumerate(self.previous, start=1):
+            groups[f"previous_{index}"] = list(span)
+        groups |= {"end": [self.end], "first": [0]}
+        taken: set[int] = set()
+        for name, positions in groups.items():
+            groups[name] = [position for position in positions if position not in taken]
+            taken |= set(positions)
+        groups["rest"] = [position for position in range(len(self.tokens)) if position not in taken]
+        return groups
+
+
+@dataclass
+class EncodedTask:
+    """The examples that first-token scores can use, and why others were left out."""
+
+    task: Task
+    examples: list[Encoded] = field(default_factory=list)
+    dropped: Counter[str] = field(default_factory=Counter)
+    ambiguous_tokens: int = 0
+
+    @property
+    def n_subjects(self) -> int:
+        """About how many subjects the examples are; intervals resample these."""
+        return len({encoded.example.subject for encoded in self.examples})
+
+    def summary(self) -> dict[str, Any]:
+        """The `task` block of heads.json."""
+        return {
+            "name": self.task.name,
+            "sha256": self.task.sha256,
+            "n_examples": len(self.examples),
+            "n_subjects": self.n_subjects,
+            "n_dropped": sum(self.dropped.values()),
+            "dropped": dict(self.dropped),
+            "n_ambiguous_first_tokens": self.ambiguous_tokens,
+            **({"chat_template": True} if self.task.chat_template else {}),
+        }
+
+
+def reasons(dropped: Mapping[str, int]) -> str:
+    """Why examples were left out, in words: `tokens merge across the end of the prompt (4)`."""
+    return ", ".join(f"{reason} ({count})" for reason, count in dropped.items())
+
+
+def continuation(prompt: str, answer: str) -> str:
+    """The answer as it would follow the prompt: with a space unless the prompt already ends in white space."""
+    return answer if prompt[-1:].isspace() or not prompt else " " + answer
+
+
+def as_chat(task: Task, tokenizer: PreTrainedTokenizerBase) -> Task:
+    """The task with its prompts written out in the tokenizer's chat template, if it asks for that; else as it is.
+
+    The user's turn is the text before the line of the first answer given, the assistant's turn has begun with the list:
+    so END is still where the next answer comes. Where there is no such text, or no answer is given, the whole prompt is
+    the user's turn, and the answer is the start of the reply. A `corrupt` prompt is written likewise: its reply has as
+    many lines. Tokenise the result without special tokens: the template writes its own.
+
+    Raises:
+        InputError: the tokenizer has no chat template, or a `corrupt` prompt has fewer lines than its prompt's list.
+    """
+    if not task.chat_template:
+        return task
+    if not tokenizer.chat_template:
+        raise InputError(f"tokenizer {tokenizer.name_or_path!r} has no chat template; leave chat_template out")
+
+    def written(user: str, reply: str) -> str:
+        turns = [{"role": "user", "content": user}]
+        return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)) + reply
+
+    examples = []
+    for example in task.examples:
+        user, reply = _turns(example)
+        corrupt = None if example.corrupt is None else written(*_last_lines(example.corrupt, reply))
+        examples.append(replace(example, prompt=written(user, reply), corrupt=corrupt))
+    return replace(task, examples=tuple(examples))
+
+
+def _turns(example: Example) -> tuple[str, str]:
+    """The user's turn, and the reply so far: see `as_chat`."""
+    cursor = len(example.prompt)
+    for answer in reversed(example.previous):
+        found = example.prompt.rfind(answer, 0, cursor)
+        cursor = found if found >= 0 else cursor
+    cut = example.prompt.rfind("\n", 0, cursor) + 1
+    if not example.previous or not example.prompt[:cut].strip():
+        return example.prompt, ""
+    return example.prompt[:cut].rstrip("\n"), example.prompt[cut:]
+
+
+def _last_lines(prompt: str, reply: str) -> tuple[str, str]:
+    """A counterpart's turns: its reply is its last lines, as many as `reply` has."""
+    if not reply:
+        return prompt, ""
+    user, *lines = prompt.rsplit("\n", reply.count("\n") + 1)
+    if len(lines) <= reply.count("\n") or not user.strip():
+        raise InputError(
+            f"the corrupt prompt {prompt!r} must hold a line before its list, which is as long as {reply!r}"
+        )
+    return user.rstrip("\n"), "\n".join(lines)
+
+
+def first_tokens(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    prompt_ids: Sequence[int],
+    answers: Collection[str],
+    special: bool = True,
+) -> dict[str, int | None]:
+    """The first token of each answer after `prompt`; None where tokens merge across the border, so there is none.
+
+    Args:
+        special: add the tokenizer's special tokens, as for `prompt_ids`.
+    """
+    if not answers:
+        return {}
+    written = [prompt + continuation(prompt, answer) for answer in answers]
+    n, border = len(prompt_ids), list(prompt_ids)
+    rows = tokenizer(written, add_special_tokens=special).input_ids
+    return {
+        answer: int(ids[n]) if len(ids) > n and ids[:n] == border else None
+        for answer, ids in zip(answers, rows, strict=True)
+    }
+
+
+def require_room(
+    task: Task, tokenizer: PreTrainedTokenizerBase, positions: int | None, more: int = 0, corrupt: bool = False
+) -> None:
+    """Refuse a task with a prompt that is too long for the model.
+
+    Args:
+        positions: how many tokens the model takes; None: any number.
+        more: tokens that come after a prompt.
+        corrupt: look at the `corrupt` prompts as well.
+
+    Raises:
+        InputError: with the longest prompt.
+    """
+    if positions is None or not task.examples:
+        return
+    written = as_chat(task, tokenizer).examples
+    prompts = [example.prompt for example in written]
+    if corrupt:
+        prompts += [example.corrupt for example in written if example.corrupt is not None]
+    lengths = [len(row) for row in tokenizer(prompts, add_special_tokens=not task.chat_template).input_ids]
+    longest = max(range(len(prompts)), key=lengths.__getitem__)
+    if lengths[longest] + more > positions:
+        after = f" and what comes after it up to {more}" if more else ""
+        raise InputError(
+            f"task {task.name!r}: prompt {prompts[longest][:60]!r}... takes {lengths[longest]} tokens{after}, and the "
+            f"model takes {positions}; shorten it or leave it out"
+        )
+
+
+def encode(task: Task, tokenizer: PreTrainedTokenizerBase, positions: int | None = None) -> EncodedTask:
+    """Tokenise a task and locate spans by character offsets.
+
+    First tokens shared by a remaining and a previous answer say nothing about either and are left out of both; an
+    example left without targets, or without previous tokens though it has previous answers, is dropped and counted.
+
+    Args:
+        positions: how many tokens the model takes (see `positions_of`); None: any number.
+
+    Raises:
+        InputError: the tokenizer gives no offsets, a prompt is too long for the model, or no example is left.
+    """
+    if not tokenizer.is_fast:
+        raise InputError(f"tokenizer {tokenizer.name_or_path!r} gives no character offsets; use its fast version")
+    require_room(task, tokenizer, positions, corrupt=True)
+    result = EncodedTask(task)
+    for example, written in zip(task.examples, as_chat(task, tokenizer).examples, strict=True):
+        # A chat template may say a subject's name before the user does.
+        begin = max(0, written.prompt.find(_turns(example)[0].strip())) if task.chat_template else 0
+        encoded, reason = _encode_one(written, tokenizer, special=not task.chat_template, begin=begin)
+        if encoded is None:
+            result.dropped[reason] += 1
+        else:
+            result.ambiguous_tokens += len(encoded.ambiguous)
+            result.examples.append(encoded)
+    if not result.examples:
+        raise InputError(f"task {task.name!r}: no example can be scored on first tokens: {reasons(result.dropped)}")
+    return result
+
+
+def _encode_one(
+    example: Example, tokenizer: PreTrainedTokenizerBase, special: bool, begin: int
+) -> tuple[Encoded | None, str]:
+    batch = tokenizer(example.prompt, return_offsets_mapping=True, add_special_tokens=special)
+    ids, offsets = list(batch.input_ids), batch["offset_mapping"]
+
+    def span(start: int, text: str) -> tuple[int, ...]:
+        end = start + len(text)
+        return tuple(i for i, (a, b) in enumerate(offsets) if a < end and b > start and b > a)
+
+    subject = span(example.prompt.index(example.subject, begin), example.subject)
+    spans: list[tuple[int, ...]] = []
+    cursor = len(example.prompt)
+    for answer in reversed(example.previous):
+        # From the end backwards: an answer may also occur in the header or inside an earlier one ("York", "New York").
+        start = example.prompt.rfind(answer, 0, cursor)
+        if start < 0:
+            return None, "previous answers not in the prompt's order"
+        spans.insert(0, span(start, answer))
+        cursor = start
+    if not subject or not all(spans):
+        return None, "span without tokens"
+    firsts = first_tokens(tokenizer, example.prompt, ids, [*example.remaining, *example.previous], special)
+    targets = {token for answer in example.remaining if (token := firsts[answer]) is not None}
+    if not targets:
+        return None, "tokens merge across the end of the prompt"
+    given = [firsts[answer] for answer in example.previous]
+    ambiguous = targets & {token for token in given if token is not None}
+    targets -= ambiguous
+    previous = tuple(dict.fromkeys(token for token in given if token is not None and token not in ambiguous))
+    if not targets or (example.previous and not previous):
+        return None, "remaining and previous answers share first tokens"
+    corrupt = None
+    if example.corrupt is not None:
+        corrupt = torch.tensor(tokenizer(example.corrupt, add_special_tokens=special).input_ids)
+    return (
+        Encoded(
+            example,
+            torch.tensor(ids),
+            subject,
+            tuple(spans),
+            tuple(sorted(targets)),
+            previous,
+            tuple(sorted(ambiguous)),
+            corrupt,
+        ),
+        "",
+    )

@@ -1,0 +1,146 @@
+"""What the commands share: arguments written once, sizes, a result as JSON, how much is said."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import difflib
+import importlib
+import io
+import json
+import logging
+import os
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+# `add(name, summary, example, ...)` makes a command's parser, with its examples and --json.
+Add = Callable[..., argparse.ArgumentParser]
+
+
+def positive(text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number, at least 1")
+    return value
+
+
+def memory(text: str) -> int:
+    """`2GiB`, `500MB`, `1g` or a number of bytes."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", text.strip().lower())
+    size = 0.0 if not match else float(match[1]) * 1024 ** " kmgt".index(match[2] or " ")
+    if size < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size; write for example 2GiB or 500MB")
+    return int(size)
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that refuses in one line, without the usage before it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}; see: {self.prog} --help\n")
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        """A word that is none of an argument's, with the one that was perhaps meant in place of them all."""
+        from headtune.analysis.utils.errors import nearest
+
+        if action.choices is not None and value not in action.choices:
+            known = [str(choice) for choice in action.choices]
+            raise argparse.ArgumentError(action, f"invalid choice: {value!r}: {nearest(str(value), known)}")
+
+    def unknown(self, words: Sequence[str]) -> NoReturn:
+        """Refuse words that no argument takes, with the option that was perhaps meant."""
+        options = [word.partition("=")[0] for word in words if word.startswith("-")]
+        known = sorted(self._option_string_actions)
+        close = [name for option in options for name in difflib.get_close_matches(option, known, n=1, cutoff=0.6)]
+        meant = f"; did you mean {', '.join(close)}?" if close else ""
+        self.error(f"unrecognized arguments: {' '.join(words)}{meant}")
+
+
+def adder(commands: Any, prefix: str = "headtune") -> Add:
+    """An `Add` for the subcommands of a parser; examples are given without the prefix."""
+
+    def add(name: str, summary: str, *examples: str, **options: Any) -> argparse.ArgumentParser:
+        parser: argparse.ArgumentParser = commands.add_parser(
+            name,
+            help=summary,
+            description=summary[:1].upper() + summary[1:] + ".",
+            epilog="\n  ".join([f"example{'s' * (len(examples) > 1)}:", *(f"{prefix} {line}" for line in examples)]),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            **options,
+        )
+        parser.set_defaults(own_parser=parser)
+        # Of an action of a command: left to the command, unless it is given.
+        default = False if prefix == "headtune" else argparse.SUPPRESS
+        parser.add_argument("--json", action="store_true", default=default, help="print a machine-readable result")
+        return parser
+
+    return add
+
+
+def recipe_arguments(p: argparse.ArgumentParser, of: str = "override a key; the value is YAML") -> None:
+    """`RECIPE [key.sub=value ...]`."""
+    name = p.add_argument("recipe", help="path, or name without the ending (see: headtune recipes)")
+    completed(name, "recipe")
+    p.add_argument("overrides", nargs="*", metavar="key.sub=value", help=of)
+
+
+def completed(argument: argparse.Action, what: str) -> None:
+    """Say what a shell completes an argument with: `recipe`, `task`, `model`, `file` or `folder`; see `completion`."""
+    argument.complete_with = what  # type: ignore[attr-defined]
+
+
+def volume_arguments(p: argparse.ArgumentParser) -> None:
+    """`--quiet` and `--verbose`, for a command that works long."""
+    group = p.add_mutually_exclusive_group()
+    group.add_argument("-q", "--quiet", action="store_true", help="say nothing but the result, warnings and errors")
+    group.add_argument(
+        "-v", "--verbose", action="store_true", help="let the libraries speak, and show where an error came from"
+    )
+
+
+def set_volume(arguments: argparse.Namespace) -> None:
+    """How much is said, by headtune and by the libraries below it: their telemetry and advice to developers is off."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    quiet, verbose = getattr(arguments, "quiet", False), getattr(arguments, "verbose", False)
+    # The level is what `console` and `model_quiet` look at; without either option the latter sets it.
+    logging.getLogger("headtune").setLevel(logging.WARNING if quiet else logging.DEBUG if verbose else logging.NOTSET)
+    if verbose:
+        return
+    import warnings
+
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=UserWarning, module="torch")
+
+
+def model_quiet() -> None:
+    """Quiet what only commands that load a model bring in; under --verbose the libraries warn and show their bars."""
+    import torch
+    import transformers
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed, once imported, would warn about having to guess
+    if os.environ.get("WANDB_MODE") == "offline":  # transformers prints so on import, into what --json prints
+        with contextlib.redirect_stdout(io.StringIO()):
+            importlib.import_module("transformers.integrations.integration_utils")
+    own = logging.getLogger("headtune")
+    if own.level == logging.DEBUG:
+        transformers.utils.logging.set_verbosity_warning()
+        transformers.utils.logging.enable_progress_bar()
+        return
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    if own.level == logging.NOTSET:
+        own.setLevel(logging.INFO)
+
+
+def print_json(result: Any) -> None:
+    print(json.dumps(result, ensure_ascii=False, indent=1))

@@ -1,0 +1,102 @@
+"""`headtune train RECIPE --dry-run`: what a run would do, for people and as JSON."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from .arguments import model_quiet, print_json
+from .plan import gib
+
+if TYPE_CHECKING:
+    from headtune.train.config.schema import Recipe
+    from headtune.train.runs.dry_run import DryRun
+
+SHOWN = 4  # rows of the first batch
+
+
+def dry_run_command(arguments: argparse.Namespace) -> int:
+    from headtune.analysis.utils.errors import InputError
+    from headtune.train.config.recipe import load
+
+    if arguments.config_file is not None:
+        raise InputError("--dry-run is for one process; leave out --config_file (headtune plan estimates several)")
+    recipe = load(arguments.recipe, arguments.overrides)
+    model_quiet()
+    from headtune.train.runs.dry_run import dry_run
+
+    from . import console
+
+    console.say(f"dry run of {recipe.name} on {recipe.model.name}: nothing is trained, nothing is written")
+    found = dry_run(recipe)
+    if arguments.json:
+        print_json(_plain(found, recipe))
+    else:
+        _print(found, recipe)
+    return 0
+
+
+def _plain(found: DryRun, recipe: Recipe) -> dict[str, Any]:
+    data = {key: value for key, value in vars(found).items() if key not in ("stages", "rows", "examples")}
+    data |= {"train_examples": found.examples[0], "held_out_examples": found.examples[1]}
+    data["memory"] = {stage.name: {"peak": stage.memory.peak, **stage.memory.parts} for stage in found.stages}
+    data["free_memory"] = found.free
+    data["batch_rows"] = [asdict(row) for row in found.rows]
+    plain: dict[str, Any] = json.loads(json.dumps({"name": recipe.name, "output_dir": recipe.output_dir, **data}))
+    return plain
+
+
+def _print(found: DryRun, recipe: Recipe) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    from headtune.train.runs.batch_preview import shown
+
+    from .console import console
+
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+
+    def line(name: str, value: str) -> None:
+        table.add_row(name, Text(value))
+
+    line("run", f"{recipe.folder} ({recipe.recipe})")
+    line("model", f"{recipe.model.name}, {found.model_parameters:,} parameters")
+    if found.heads is not None:
+        line("heads", found.heads)
+    total = sum(found.parameters.values())
+    line("trained", f"{total:,} parameters, {100 * total / found.model_parameters:.4g}% of the model")
+    for kind, count in found.parameters.items():
+        line("", f"{count:,}  {kind}")
+    line("examples", f"{found.examples[0]} to train on, {found.examples[1]} held out")
+    if found.tasks:
+        line("", found.tasks)
+    if found.steps:
+        line("steps", f"{found.steps} of {found.batch} rows; the longest row has {found.longest} tokens")
+    for stage in found.stages:
+        parts = ", ".join(f"{name} {gib(size)}" for name, size in stage.memory.parts.items() if size)
+        line(
+            "memory" if stage is found.stages[0] else "", f"{stage.name}: about {gib(stage.memory.peak)} GiB ({parts})"
+        )
+    if found.stages:
+        peak = max(stage.memory.peak for stage in found.stages)
+        verdict = "enough" if peak <= found.free else "not enough: see headtune plan for what to change"
+        line("", f"free now: {gib(found.free)} GiB of {found.device} memory, {verdict}")
+    for index, note in enumerate(found.notes):
+        line("" if index else "note", note)
+    console.print(table)
+    if not found.rows:
+        return
+    colour = console.is_terminal and not console.no_color
+    how = "in colour" if colour else "in [[brackets]]"
+    console.print(f"\nfirst batch, {min(SHOWN, len(found.rows))} of {len(found.rows)} rows; {how}: what is learnt on",
+                  markup=False)  # fmt: skip
+    sides = [row for row in found.rows if row.side == "rejected"]
+    rows = [row for row in found.rows if row.side != "rejected"]
+    for index, row in enumerate(rows[:SHOWN]):
+        for each in [row, *sides[index : index + 1]]:
+            text = Text.assemble((f"{index + 1} ", "dim"), shown(each, colour))
+            console.print(text, soft_wrap=True)

@@ -1,0 +1,40 @@
+"""How a process ends badly: one line, and only one where several processes end for the same reason."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import time
+
+PATIENCE = 20.0  # seconds that a rank leaves to the launcher to end it because of another
+
+
+def fail(message: str, code: int) -> int:
+    """Print an error as one line and return its exit code; a rank other than 0 only speaks if it fails alone.
+
+    Whatever is wrong with a recipe all ranks notice, and rank 0's exit has the launcher end the others while they wait.
+    """
+    from . import console
+
+    rank = int(os.environ.get("RANK", "0"))
+    if rank:
+        wait_to_be_ended()
+        message = f"rank {rank}: {message}"
+    return console.fail(message, code)
+
+
+def wait_to_be_ended() -> None:
+    """Leave the launcher the time to end this process because another one has ended badly."""
+    with contextlib.suppress(ValueError):  # only the main thread may; training answers SIGTERM in its own way
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    time.sleep(PATIENCE)
+
+
+def fail_with_another(error: RuntimeError) -> int:
+    """The one who is gone is the one to speak, and its launcher names it; this rank speaks only if neither happens."""
+    wait_to_be_ended()
+    from . import console
+
+    reason = str(error).splitlines()[0][:200]
+    return console.fail(f"rank {os.environ.get('RANK', '0')} lost the connection to another process ({reason})", 1)

@@ -1,0 +1,245 @@
+"""The commands about files that a user writes: recipes, validate, task."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .arguments import Add, adder, completed, print_json
+
+if TYPE_CHECKING:
+    from headtune.analysis.tasks.task import Task
+
+_N_ITEMS = 3  # of a list that are scored, unless evaluation.n_items or --items says otherwise
+ACTION = "list, show, validate or schema (default: list)"
+
+
+def add_parsers(add: Add) -> None:
+    p = add("recipes", "list, show and check recipes", "recipes", "recipes show lofit/one_to_many")
+    p.set_defaults(do=_list)
+    actions = adder(p.add_subparsers(dest="action", metavar="ACTION", help=ACTION), "headtune recipes")
+    actions("list", "list the recipes that come with headtune", "list").set_defaults(do=_list)
+    q = actions("show", "print a recipe", "show lofit/one_to_many > my_recipe.yaml")
+    completed(q.add_argument("name", help="path, or name without the ending"), "recipe")
+    q.set_defaults(do=_show)
+    _validate_arguments(actions("validate", "check recipes, and say all that is wrong", "validate my_recipe.yaml"))
+    q = actions("schema", "print the JSON schema of recipes", "schema > recipe.schema.json")
+    q.set_defaults(do=_schema)
+
+    _validate_arguments(
+        add(
+            "validate",
+            "check recipes, and say all that is wrong, by line",
+            "validate my_recipe.yaml",
+            "validate lofit/one_to_many training.max_steps=20",
+        )
+    )
+
+    p = add("task", "build and inspect task files", "task list", "task build facts.json --out my_task.jsonl")
+    actions = adder(
+        p.add_subparsers(dest="action", metavar="ACTION", required=True, help="build, show or list"), "headtune task"
+    )
+    q = actions(
+        "build",
+        "make prompts of facts",
+        "build facts.json --out my_task.jsonl",
+        "build landmarks.json --invert --previous 1,2 --out my_task.jsonl",
+    )
+    completed(q.add_argument("source", help="facts file {subject: [answers]}"), "file")
+    q.add_argument(
+        "--templates", type=Path, help='[{"header": "List five cities in {subject}.", "item": "\\n{i}. {answer}"}]'
+    )
+    q.add_argument("--invert", action="store_true", help="the source is a many-to-one relation, to be turned round")
+    q.add_argument("--previous", default="1,2,3,4", help="numbers of answers already given (default: 1,2,3,4)")
+    q.add_argument("--seed", type=int, default=0)
+    q.add_argument("--out", type=Path, required=True, help="a new file, such as my_task.jsonl")
+    q.set_defaults(do=_build)
+    q = actions(
+        "show", "say what is in a task", "show my.jsonl --model smollm2-135m", "show relation:FOLDER --all > my.jsonl"
+    )
+    completed(q.add_argument("source", help="built-in name, JSONL file or hub id; NAME:train takes a split"), "task")
+    model = q.add_argument("--model", help="say how many prompts identify could score on it, and why not the others")
+    completed(model, "model")
+    q.add_argument("--all", action="store_true", help="print every example, as JSONL (as does --json)")
+    q.set_defaults(do=_show_task)
+    actions("list", "list the built-in tasks", "list").set_defaults(do=_list_tasks)
+
+
+def _validate_arguments(p: argparse.ArgumentParser) -> None:
+    files = p.add_argument("files", nargs="+", metavar="FILE", help="paths or names; key.sub=value overrides in all")
+    completed(files, "recipe")
+    p.set_defaults(do=_validate)
+
+
+def _list(arguments: argparse.Namespace) -> int:
+    from headtune.train.config.recipe import recipe_names
+
+    if arguments.json:
+        print_json(recipe_names())
+    else:
+        print("\n".join(recipe_names()))
+    return 0
+
+
+def _schema(_arguments: argparse.Namespace) -> int:
+    from headtune.train.config.schema import Recipe
+
+    print_json(Recipe.model_json_schema())
+    return 0
+
+
+def _show(arguments: argparse.Namespace) -> int:
+    from headtune.train.config.recipe import read_source
+
+    print(read_source(arguments.name), end="")
+    return 0
+
+
+def _validate(arguments: argparse.Namespace) -> int:
+    from headtune.analysis.utils.errors import InputError
+    from headtune.analysis.utils.secrets import redact
+    from headtune.train.config.errors import RecipeError
+    from headtune.train.config.recipe import load, require_whole
+
+    files, overrides = _files_and_overrides(arguments.files)
+    if not files:
+        raise InputError(
+            f"headtune validate needs a recipe, found overrides alone: {overrides[0].partition('=')[0]}=..."
+        )
+    require_whole(overrides)
+    found: dict[str, list[str]] = {}
+    for name in files:
+        try:
+            loaded = load(name, overrides)
+        except InputError as error:
+            found[name] = error.lines if isinstance(error, RecipeError) else [str(error)]
+            for line in () if arguments.json else found[name]:
+                print(redact(line), file=sys.stderr)
+        else:
+            found[name] = []
+            if not arguments.json:
+                print(f"{name}: valid ({loaded.recipe}, {loaded.name}); paths are checked by train --dry-run")
+    if arguments.json:
+        print_json({name: [redact(line) for line in lines] for name, lines in found.items()})
+    return InputError.exit_code if any(found.values()) else 0
+
+
+def _files_and_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Recipes, and overrides with what a shell cut off them at their spaces."""
+    from headtune.train.config.recipe import is_key, recipe_names
+
+    files: list[str] = []
+    overrides: list[str] = []
+    after = False  # an override
+    for word in words:
+        known = Path(word).is_file() or word in recipe_names()
+        cut_off = after and not word.endswith((".yaml", ".yml"))
+        after = not known and ("=" in word or cut_off or is_key(word))
+        (overrides if after else files).append(word)
+    return files, overrides
+
+
+def _list_tasks(arguments: argparse.Namespace) -> int:
+    from headtune.analysis.tasks.loading import builtin_names
+
+    if arguments.json:
+        print_json(builtin_names())
+    else:
+        print("\n".join(builtin_names()))
+    return 0
+
+
+def _show_task(arguments: argparse.Namespace) -> int:
+    from headtune.analysis.tasks.loading import load_task
+    from headtune.analysis.tasks.task import scored
+
+    task = load_task(arguments.source)
+    if arguments.all or arguments.json:
+        print("".join(f"{line}\n" for line in _lines(task)), end="")
+        return 0
+    print(f"{task.name}: {len(task.subjects)} subjects, {len(task.examples)} prompts, {scored(task.kind, _N_ITEMS)}")
+    if task.split is None:
+        print(_split_sizes(task))
+    given = Counter(len(example.previous) for example in task.examples)
+    if set(given) != {0}:
+        print("answers already given: " + ", ".join(f"{n} in {count} prompts" for n, count in sorted(given.items())))
+    if hint := _too_few(task):
+        print(hint)
+    if arguments.model:
+        print(f"{arguments.model}: {_scorable(task, arguments.model)}")
+    shown = list(_lines(task.limited(3)))
+    print(f"\n{len(shown)} of {len(task.examples)} examples (--all prints them all):", *shown, sep="\n")
+    return 0
+
+
+def _scorable(task: Task, model: str) -> str:
+    """What `identify` would leave out with this model's tokenizer."""
+    from headtune.analysis.models.loading import load_tokenizer
+    from headtune.analysis.tasks.tokenized import encode, reasons
+
+    encoded = encode(task, load_tokenizer(model))
+    left_out = f"; left out: {reasons(encoded.dropped)}" if encoded.dropped else ""
+    return f"{len(encoded.examples)} of {len(task.examples)} prompts can be scored on first tokens{left_out}"
+
+
+def _lines(task: Task) -> Iterator[str]:
+    """A task as JSONL without the keys that say nothing; an empty `previous` says that a task is of lists."""
+    from headtune.analysis.tasks.task import to_jsonl
+
+    for example in task.examples:
+        row = json.loads(to_jsonl([example]))
+        silent = ("corrupt",) if task.kind == "lists" else ("corrupt", "previous")
+        yield json.dumps({k: v for k, v in row.items() if v or k not in silent}, ensure_ascii=False)
+
+
+def _split_sizes(task: Task) -> str:
+    from headtune.analysis.tasks.task import split_subjects
+
+    parts = split_subjects(task.subjects)
+    counts = Counter(example.subject for example in task.examples)
+    words = (f"{part} {len(names)} ({sum(counts[name] for name in names)})" for part, names in parts.items())
+    return f"subjects (prompts) of the split with seed 0: {', '.join(words)}"
+
+
+def _too_few(task: Task) -> str:
+    """Which prompts leave fewer answers than items are scored: some of these are then always wrong. Empty if none."""
+    if task.kind != "lists":
+        return ""
+    short = [example for example in task.examples if len(example.remaining) < _N_ITEMS]
+    if not short:
+        return ""
+    worst = min(short, key=lambda example: (len(example.remaining), -len(example.previous)))
+    left, given = len(worst.remaining), len(worst.previous)
+    fits = sorted({len(example.previous) for example in task.examples} - {len(example.previous) for example in short})
+    instead = f", or --previous {','.join(map(str, fits))}" if fits else ""
+    return (
+        f"{_N_ITEMS} items are scored and only {left} answer{'s' * (left != 1)} remain{'s' * (left == 1)} for prompts "
+        f"with {given} given (such as {worst.subject!r}): give more answers{instead}"
+    )
+
+
+def _build(arguments: argparse.Namespace) -> int:
+    from headtune.analysis.tasks.build import build_files
+    from headtune.analysis.utils.errors import InputError
+
+    if arguments.out.exists():
+        raise InputError(f"task file {str(arguments.out)!r} exists; choose another --out")
+    try:
+        previous = tuple(int(part) for part in arguments.previous.split(","))
+    except ValueError:
+        raise InputError(
+            f"--previous {arguments.previous!r} must be whole numbers with commas, such as 1,2,3"
+        ) from None
+    if min(previous) < 0:
+        raise InputError(f"--previous {arguments.previous!r} must not be negative")
+    options = {"previous": previous, "seed": arguments.seed}
+    task = build_files(Path(arguments.source), arguments.templates, arguments.out, arguments.invert, **options)
+    print(f"{arguments.out}: {len(task.examples)} examples, {len(task.subjects)} subjects")
+    if hint := _too_few(task):
+        print(hint, file=sys.stderr)
+    return 0

@@ -1,0 +1,249 @@
+"""Every way of scoring heads, through the one signature: names, shapes, and what each is by a slow way."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from headtune.analysis.interventions.counterfactuals import References
+from headtune.analysis.methods import attribution_patching, head_gating, patching
+from headtune.analysis.methods.registry import DEFAULT, METHODS, chosen, score, score_examples
+from headtune.analysis.methods.scores import Array, Scores
+from headtune.analysis.models import hooks
+from headtune.analysis.models.head_model import HeadModel
+from headtune.analysis.models.loading import view
+from headtune.analysis.tasks.task import Task
+from headtune.analysis.tasks.tokenized import Encoded, EncodedTask, encode
+from headtune.analysis.utils.errors import InputError
+from helpers.tiny import N_HEADS, N_LAYERS, tiny_model, tiny_task, tiny_tokenizer
+
+EXACT = [name for name, method in METHODS.items() if method.causal and method.score is not None]
+NEEDS_OTHERS = {
+    "mean",
+    "resample",
+    "corrupt",
+    "mean_all",
+    "resample_all",
+    "corrupt_all",
+    "path",
+    "attribution_patching_corrupt",
+    "integrated_gradients",
+    "integrated_gradients_corrupt",
+}
+
+
+@pytest.fixture(autouse=True)
+def short_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gates that are fitted a little: what they come to is tested in test_gates."""
+    monkeypatch.setattr(head_gating, "fit_gates", partial(head_gating.fit_gates, steps=3))
+
+
+@pytest.fixture(scope="module")
+def heads() -> HeadModel:
+    return view(tiny_model("llama", num_key_value_heads=2), tiny_tokenizer(), "tiny llama")
+
+
+@pytest.fixture(scope="module")
+def task(heads: HeadModel) -> EncodedTask:
+    """Four subjects, one template, one and two cities given: each prompt has another of its length."""
+    task = encode(Task("cities", tiny_task(previous=(1, 2), subjects=4).examples[:16]), heads.tokenizer)
+    assert all(References(heads, task.examples).others(i, same_length=True) for i in range(len(task.examples)))
+    return task
+
+
+def by_slow_passes(
+    heads: HeadModel, encoded: Encoded, replaced: Callable[[int, int], Tensor], end_only: bool
+) -> dict[str, Array]:
+    """Clean minus replaced, in mean logits of the answers' first tokens: one whole forward pass a head."""
+    position = torch.tensor([len(encoded.tokens) - 1]) if end_only else None
+    tokens = {"target": list(set(encoded.target_tokens)), "previous": list(set(encoded.previous_tokens))}
+    result = {name: np.zeros((N_LAYERS, N_HEADS), dtype=np.float32) for name in tokens}
+    with torch.no_grad():
+        clean = heads.model(encoded.tokens[None]).logits[0, -1]
+        for layer in range(N_LAYERS):
+            for head in range(N_HEADS):
+                with hooks.replace(heads, {(layer, head): replaced(layer, head)}, position):
+                    logits = heads.model(encoded.tokens[None]).logits[0, -1]
+                for name, ids in tokens.items():
+                    result[name][layer, head] = (clean - logits)[ids].mean()
+    return result
+
+
+# --- the contract -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_scores_both_kinds_of_answers(heads: HeadModel, task: EncodedTask, name: str) -> None:
+    few = EncodedTask(task.task, task.examples[::3])
+    found = score(heads, few, name)
+    assert isinstance(found, Scores)
+    for quantity in (f"{name}.target", f"{name}.previous"):
+        mean = found.mean(quantity)
+        assert mean.shape == (N_LAYERS, N_HEADS) and mean.dtype == np.float32
+        assert np.isfinite(mean).all() and np.abs(mean).max() > 1e-4
+        if METHODS[name].score is not None:
+            assert found.by_example[quantity].shape == (len(few.examples), N_LAYERS, N_HEADS)
+            assert len(found.interval(quantity, n=20)) == 2
+        else:
+            with pytest.raises(InputError, match="no interval"):
+                found.interval(quantity)
+    assert list(found.subjects) == [example.example.subject for example in few.examples]
+    if name != "dla":  # which also reads attention and the lens
+        assert all(quantity.startswith(f"{name}.") for quantity in found.means())
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_single_facts_have_no_previous_answers(heads: HeadModel, name: str) -> None:
+    found = score(heads, Task("single", tiny_task(previous=(0,), subjects=2).examples), name)
+    assert f"{name}.target" in found and np.isfinite(found.mean(f"{name}.target")).all()
+    assert not [quantity for quantity in found.means() if quantity.startswith(f"{name}.previous")]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_same_seed_gives_the_same_scores(heads: HeadModel, task: EncodedTask, name: str) -> None:
+    few = task.examples[::3]
+    first, again = (score_examples(heads, few, name, seed=5).means() for _ in range(2))
+    assert all(np.array_equal(first[quantity], again[quantity]) for quantity in first)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_one_subject_is_enough_where_nothing_is_borrowed(heads: HeadModel, name: str) -> None:
+    one = Task("one", tiny_task(subjects=1).examples)
+    if name in NEEDS_OTHERS:
+        with pytest.raises(InputError, match="at least two subjects"):
+            score(heads, one, name)
+    else:
+        assert f"{name}.target" in score(heads, one, name)
+
+
+def test_names_of_methods_and_their_quantities() -> None:
+    assert all(name == method.name for name, method in METHODS.items())
+    assert all((method.score is None) != (method.whole is None) for method in METHODS.values())
+    assert all(method.summary and "\n" not in method.summary for method in METHODS.values())
+
+
+def test_the_signature_is_a_model_a_task_and_a_name() -> None:
+    parameters = inspect.signature(score).parameters
+    assert list(parameters)[:3] == ["model", "task", "method"]
+    assert all(parameter.default is not inspect.Parameter.empty for parameter in list(parameters.values())[3:])
+
+
+# --- choosing ---------------------------------------------------------------------------------------------------------
+
+
+def test_several_methods_at_once_are_each_alone(heads: HeadModel, task: EncodedTask) -> None:
+    few = EncodedTask(task.task, task.examples[::5])
+    both = score(heads, few, "attribution_patching, ablation,ablation")
+    alone = [score(heads, few, name).means() for name in ("ablation", "attribution_patching")]
+    assert set(both.means()) == set(alone[0]) | set(alone[1])
+    for name, value in (alone[0] | alone[1]).items():
+        assert np.array_equal(both.mean(name), value)
+
+
+def test_all_is_the_pair_that_identify_ranks_by() -> None:
+    assert [method.name for method in chosen("all")] == list(DEFAULT) == ["dla", "ablation"]
+
+
+def test_a_task_is_encoded_where_it_is_not_yet(heads: HeadModel) -> None:
+    task = tiny_task(subjects=2)
+    plain, ready = score(heads, task, "dla"), score(heads, encode(task, heads.tokenizer), "dla")
+    assert np.array_equal(plain.mean("dla.target"), ready.mean("dla.target"))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("ablatoin", "method 'ablatoin' is unknown; did you mean 'ablation'?"),
+        ("dla,integrated_gradient", "method 'integrated_gradient' is unknown; did you mean 'integrated_gradients'?"),
+        ("", "method '' is unknown; known: ablation, ablation_all, all, "),
+    ],
+)
+def test_an_unknown_method_is_refused(heads: HeadModel, given: str, message: str) -> None:
+    with pytest.raises(InputError) as error:
+        score(heads, tiny_task(subjects=2), given)
+    assert str(error.value).startswith(message) and "\n" not in str(error.value)
+
+
+def test_progress_goes_through_every_example_once(heads: HeadModel, task: EncodedTask) -> None:
+    told: list[tuple[int, str]] = []
+
+    def progress(items: Sequence[object], what: str) -> Sequence[object]:
+        told.append((len(items), what))
+        return items
+
+    score_examples(heads, task.examples[:3], "dla,ablation", progress=progress)
+    assert told == [(3, "scoring heads")]
+
+
+# --- against slow references ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [name for name in EXACT if name != "path"])
+def test_exact_methods_are_slow_passes(heads: HeadModel, task: EncodedTask, name: str) -> None:
+    examples, end_only = task.examples[:8], not name.endswith("_all")
+    found = score_examples(heads, examples, name, seed=2)
+    references = References(heads, examples, seed=2)
+    kind = name.removesuffix("_all")
+    for index in (0, 5):
+        if kind == "ablation":
+            value = torch.zeros(N_LAYERS, N_HEADS, heads.head_dim)
+        else:
+            value = getattr(references, kind if end_only else f"{kind}_everywhere")(index)
+        slow = by_slow_passes(heads, examples[index], lambda layer, head, value=value: value[layer, head], end_only)
+        for quantity, expected in slow.items():
+            actual = found.by_example[f"{name}.{quantity}"][index]
+            np.testing.assert_allclose(actual, expected, atol=2e-5)
+
+
+def test_path_is_path_patching_to_the_mean(heads: HeadModel, task: EncodedTask) -> None:
+    """`path_logits` itself is checked against slow passes in test_interventions."""
+    examples = task.examples[:8]
+    found, mean = score_examples(heads, examples, "path"), References(heads, examples).mean(3)
+    logits = patching.path_logits(heads, examples[3], mean)
+    tokens = list(examples[3].target_tokens)
+    expected = (logits[0] - logits[1:])[:, tokens].mean(-1).view(N_LAYERS, N_HEADS)
+    np.testing.assert_allclose(found.by_example["path.target"][3], expected.numpy(), atol=2e-5)
+    # The last layer's heads have no head behind them: patching with all else frozen is patching.
+    patched = score_examples(heads, examples, "mean")
+    np.testing.assert_allclose(
+        found.by_example["path.target"][:, -1], patched.by_example["mean.target"][:, -1], atol=2e-5
+    )
+
+
+@pytest.mark.parametrize(
+    ("estimate", "reference"),
+    [
+        ("attribution_patching", None),
+        ("attribution_patching_corrupt", References.corrupt),
+        ("integrated_gradients", References.mean),
+        ("integrated_gradients_corrupt", References.corrupt),
+    ],
+)
+def test_estimates_use_the_reference_they_name(
+    heads: HeadModel, task: EncodedTask, estimate: str, reference: Callable[[References, int], Tensor] | None
+) -> None:
+    examples = task.examples
+    found = score_examples(heads, examples, estimate, seed=1)
+    value = None if reference is None else reference(References(heads, examples, seed=1), 4)
+    direct = getattr(attribution_patching, estimate.removesuffix("_corrupt"))(heads, examples[4], value, name="x")
+    for quantity in ("target", "previous"):
+        assert np.array_equal(found.by_example[f"{estimate}.{quantity}"][4], direct[f"x.{quantity}"])
+
+
+@pytest.mark.parametrize("name", ["resample_all", "corrupt_all"])
+def test_an_example_without_a_counterpart_has_no_score_and_is_counted(heads: HeadModel, name: str) -> None:
+    """At all positions a counterpart must be as long; the mean is over the examples that have one."""
+    examples = encode(tiny_task(subjects=8), heads.tokenizer).examples
+    has_one = [bool(References(heads, examples).others(i, same_length=True)) for i in range(len(examples))]
+    assert True in has_one and False in has_one
+    found = score_examples(heads, examples, name)
+    rows = found.by_example[f"{name}.target"]
+    assert [bool(np.isfinite(row).all()) for row in rows] == has_one
+    assert np.isfinite(found.mean(f"{name}.target")).all()
+    np.testing.assert_allclose(found.mean(f"{name}.target"), rows[has_one].mean(0), atol=1e-6)

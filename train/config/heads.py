@@ -1,0 +1,105 @@
+"""Which heads a recipe is about, and how it finds them."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from .base import Block
+
+
+class IdentifyBlock(Block):
+    """Find the heads first, on the training task."""
+
+    method: str = "all"
+    max_examples: Annotated[int, Field(ge=1)] | None = None
+
+    @field_validator("method")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        from headtune.analysis.methods.registry import chosen
+
+        chosen(value)
+        return value
+
+
+class SelectBlock(Block):
+    """LoFiT's first stage (Yin et al. 2024, section 3): train a scale on *every* head, rank heads by its size.
+
+        z <- (1 + A) * z,  A ~ N(0, init_std),  minimise  loss + l1 * sum |A|;  score of a head = ||A_h||_2
+
+    The rest of `training` (batch, epochs, schedule) and the objective are the recipe's own. A is thrown away.
+    """
+
+    learning_rate: Annotated[float, Field(gt=0)] = 5e-3
+    l1: Annotated[float, Field(ge=0)] = 5e-4
+    init_std: Annotated[float, Field(ge=0)] = 1e-3
+    max_steps: Annotated[int, Field(ge=1)] | None = None
+
+
+class ProbeBlock(Block):
+    """Rank heads by how well a linear probe on their output tells right answers from wrong ones (ITI).
+
+    `per_prompt` draws so many right and so many wrong answers a prompt; null takes all.
+    """
+
+    folds: Annotated[int, Field(ge=2)] = 5
+    per_prompt: Annotated[int, Field(ge=1)] | None = None
+    max_examples: Annotated[int, Field(ge=1)] | None = None
+
+
+class RandomBlock(Block):
+    """Random heads, as many in each layer as the heads chosen from `like` with this block's role and top."""
+
+    like: str
+    seed: int = 0
+
+
+class HeadsBlock(Block):
+    """Which heads: exactly one of `from`, `identify`, `lofit`, `probe`, `random`, `all`, `list`.
+
+    `role` and `top` choose from a head set; `both` takes the top recall and the top suppression heads. What `lofit`,
+    `probe` and JoLA's gates choose has the role `selected`.
+    """
+
+    source: str | None = Field(None, alias="from")
+    identify: IdentifyBlock | None = None
+    lofit: SelectBlock | None = None
+    probe: ProbeBlock | None = None
+    random: RandomBlock | None = None
+    every: Literal[True] | None = Field(None, alias="all")
+    pairs: Annotated[list[tuple[int, int]], Field(min_length=1)] | None = Field(None, alias="list")
+    role: Literal["recall", "suppression", "both", "selected"] = "both"
+    top: Annotated[int, Field(ge=1)] = 8
+
+    @model_validator(mode="before")
+    @classmethod
+    def _pairs(cls, data: Any) -> Any:
+        # YAML and JSON have no tuples; strict mode would refuse their lists.
+        if isinstance(data, dict) and isinstance(data.get("list"), list):
+            data = data | {"list": [tuple(pair) if isinstance(pair, list) else pair for pair in data["list"]]}
+        return data
+
+    @model_validator(mode="after")
+    def _one_source(self) -> HeadsBlock:
+        sources = {
+            "from": self.source,
+            "identify": self.identify,
+            "lofit": self.lofit,
+            "probe": self.probe,
+            "random": self.random,
+            "all": self.every,
+            "list": self.pairs,
+        }
+        given = [name for name, value in sources.items() if value is not None]
+        if len(given) != 1:
+            names = ", ".join(given) or "none"
+            fix = "; heads='{from: ...}' replaces the block" if given else ""
+            raise ValueError(f"give exactly one of {', '.join(sources)} (found: {names}{fix})")
+        return self
+
+    @property
+    def learnt(self) -> bool:
+        """The heads come out of this run's own first stage."""
+        return self.lofit is not None or self.probe is not None

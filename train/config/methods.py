@@ -1,0 +1,291 @@
+"""The typed blocks of a recipe: what each key may hold. No unknown keys, no conversion between types.
+
+`headtune.train.config.recipe` reads them from YAML and says what is wrong; here is what a recipe can say. Heads,
+penalties on heads and sequences of tasks have files of their own, and are found here as well.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from .base import Block, LoraSizes
+from .continual import DistilBlock, ReplayBlock, SeekrMethod
+from .heads import HeadsBlock, IdentifyBlock, ProbeBlock, RandomBlock, SelectBlock
+from .regularisers import (
+    AnyRegulariser,
+    AttentionKl,
+    AttributionHinge,
+    NegativeAttention,
+    OutputDrift,
+    PruneGates,
+    Regulariser,
+    WeightDrift,
+)
+
+__all__ = [  # of the files beside
+    "AnyRegulariser",
+    "AttentionKl",
+    "AttributionHinge",
+    "Block",
+    "DistilBlock",
+    "HeadsBlock",
+    "IdentifyBlock",
+    "LoraSizes",
+    "NegativeAttention",
+    "OutputDrift",
+    "ProbeBlock",
+    "PruneGates",
+    "RandomBlock",
+    "Regulariser",
+    "ReplayBlock",
+    "SeekrMethod",
+    "SelectBlock",
+    "WeightDrift",
+]
+
+
+class ModelBlock(Block):
+    """Which model: a built-in name, a local folder or a hub id."""
+
+    name: str = "smollm2-135m"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+
+class SplitBlock(Block):
+    """How one task becomes train, validation and test; no subject is in two of them.
+
+    `by: file` takes `train` and `eval` as they are, as published splits are, whose subjects may recur.
+    """
+
+    by: Literal["subject", "file"] = "subject"
+    seed: int = 0
+
+
+class StepBlock(Block):
+    """One task of a sequence: a task to split by subject, or two to train on and to measure on."""
+
+    train: str
+    eval: str | None = None
+    name: str | None = None
+
+
+class TaskBlock(Block):
+    """What is learnt and what is measured. The same name twice is split by subject: train / test.
+
+    `kind` says how answers are scored, where the task's own format does not. `sequence` lists the tasks of recipe seekr
+    in the order they are learnt, and stands in place of `train` and `eval`; the limits then hold for each.
+    """
+
+    train: str = "one_to_many"
+    eval: str | None = None
+    sequence: Annotated[list[StepBlock], Field(min_length=2)] | None = None
+    kind: Literal["lists", "exact_match", "multiple_choice"] | None = None
+    split: SplitBlock = SplitBlock()
+    max_train_examples: Annotated[int, Field(ge=1)] | None = None
+    max_eval_examples: Annotated[int, Field(ge=1)] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _names(cls, data: Any) -> Any:
+        if isinstance(data, dict) and isinstance(data.get("sequence"), list):
+            if data.get("train") is not None or data.get("eval") is not None:
+                raise ValueError("give train (and eval), or a sequence of tasks, not both")
+            steps = [{"train": step} if isinstance(step, str) else step for step in data["sequence"]]
+            return {key: value for key, value in data.items() if key not in ("train", "eval")} | {"sequence": steps}
+        return data
+
+
+class AnswerSetBlock(Block):
+    """The `answer_set` objective: see `headtune.train.losses.answer_set.answer_set`.
+
+    Attributes:
+        unlikelihood: weight of the term against previous answers.
+        own_lists: share of the training prompts whose previous answers are what the base model itself wrote; the rest
+            are the task's own prompts.
+        own_items: how many items the base model writes on a prompt.
+        retention: weight of the KL divergence to the base model at other positions of the same prompts; it is measured
+            on a quarter of each batch.
+        retention_positions: at how many positions, drawn anew at every step.
+    """
+
+    unlikelihood: Annotated[float, Field(ge=0)] = 1.0
+    own_lists: Annotated[float, Field(ge=0, le=1)] = 0.5
+    own_items: Annotated[int, Field(ge=1)] = 4
+    retention: Annotated[float, Field(ge=0)] = 1.0
+    retention_positions: Annotated[int, Field(ge=1)] = 8
+
+
+class PairsBlock(Block):
+    """Preference pairs: `one` a question (best answer, first incorrect one; as LoFiT publishes), or `all` of them."""
+
+    pairs: Literal["one", "all"] = "one"
+
+
+class ObjectiveBlock(Block):
+    """What the training minimises, and whether what lies below the trained layers is run once and kept.
+
+    Attributes:
+        objective: `answer_set` (any answer not given yet), `sft` (cross-entropy on an answer), or `dpo` (preference of
+            right over wrong answers; the reference is the model with the adapter switched off; beta is training.beta).
+        prefix_cache: run the layers below the lowest trained one once per example (see
+            `headtune.train.trainer.prefix_cache`); it switches itself off, with the reason, where it would
+            change the result.
+        prefix_memory_gb: what it may keep in memory; more goes to memory-mapped files in the run's folder.
+        regularisers: penalties on heads that are added to the objective (see `headtune.train.losses.regularisers`).
+    """
+
+    objective: Literal["answer_set", "sft", "dpo"] = "answer_set"
+    answer_set: AnswerSetBlock = AnswerSetBlock()
+    dpo: PairsBlock = PairsBlock()
+    prefix_cache: bool = True
+    prefix_memory_gb: Annotated[float, Field(ge=0)] = 2.0
+    regularisers: list[AnyRegulariser] = Field(default_factory=list)
+
+
+class LofitMethod(ObjectiveBlock):
+    """The head adapter: scale and offset on chosen heads, everything else frozen.
+
+    LoFiT as published trains offsets alone (`scale: none`, `init_std: 1e-3`) on the heads of its own first stage
+    (`heads: {lofit: {...}}`). `select_only` stops after the choice of heads.
+    """
+
+    scale: Literal["none", "head", "vector"] = "vector"
+    offset: bool = True
+    init_std: Annotated[float, Field(ge=0)] = 0.0
+    select_only: bool = False
+
+
+class JolaMethod(ObjectiveBlock):
+    """JoLA: scale and offset with a HardConcrete gate on each, `z <- (1 + g2 a) z + g1 v`; chooses while it tunes.
+
+    Attributes:
+        l0: weight of the mean probability that a gate is open, in 0..1.
+        l0_warmup: share of the steps over which that weight grows from 0.
+        gate_learning_rate: of the gates' log alpha, which travels 4.8 from open to closed; the rest has the run's.
+    """
+
+    init_std: Annotated[float, Field(ge=0)] = 1e-3
+    l0: Annotated[float, Field(ge=0)] = 1.0
+    l0_warmup: Annotated[float, Field(ge=0, le=1)] = 0.2
+    gate_learning_rate: Annotated[float, Field(gt=0)] = 0.2
+
+
+class MaskedMethod(ObjectiveBlock):
+    """Fine-tune the slices of W_Q, W_K, W_V, W_O that belong to chosen heads (K and V by KV group)."""
+
+    parts: Annotated[list[Literal["q", "k", "v", "o"]], Field(min_length=1)] = Field(default=["q", "k", "v", "o"])
+
+
+class LoraMethod(LoraSizes, ObjectiveBlock):
+    """LoRA on all linear layers, the baseline; `heads` is ignored by it and may be left out."""
+
+
+class FullMethod(ObjectiveBlock):
+    """Full fine-tuning, the upper baseline. `keep` writes the whole model to the run's `model/` folder."""
+
+    keep: bool = True
+
+
+class LnMethod(ObjectiveBlock):
+    """Train the gains and biases of all norms (LN tuning, Zhao et al. 2023), a baseline of few parameters."""
+
+
+class RegulariseMethod(ObjectiveBlock):
+    """Train everything else while the heads of `heads` are held by `regularisers` (at least one).
+
+    Attributes:
+        tune: the whole model, or a LoRA.
+        keep: write the whole model to the run's `model/` folder; a LoRA is kept as an adapter, and merged where heads
+            were pruned.
+    """
+
+    tune: Literal["full", "lora"] = "full"
+    lora: LoraSizes = LoraSizes()
+    keep: bool = True
+
+
+class ScaleMethod(Block):
+    """No training: chosen heads multiplied by a factor."""
+
+    kind: Literal["scale"] = "scale"
+    factor: float = 1.25
+
+
+class ItiMethod(Block):
+    """No training: inference-time intervention, `z <- z + alpha * sigma * theta` with mass-mean directions."""
+
+    kind: Literal["iti"]
+    alpha: float = 15.0
+    per_prompt: Annotated[int, Field(ge=1)] | None = None
+    max_examples: Annotated[int, Field(ge=1)] | None = None
+
+
+class SinkMethod(Block):
+    """No training: last-layer heads that look at the first position more than `tau` are multiplied by `gamma`."""
+
+    kind: Literal["sink"]
+    tau: Annotated[float, Field(ge=0, le=1)] = 0.5
+    gamma: Annotated[float, Field(ge=0)] = 0.5
+
+
+class InterceptMethod(Block):
+    """No training: the last MLP's intercept is taken away, `M <- M - beta * b`, fitted on the prompts of `fit`."""
+
+    kind: Literal["intercept"]
+    beta: float = 1.0
+    fit: str | None = None
+
+
+STEERING: dict[str, type[Block]] = {
+    "scale": ScaleMethod,
+    "iti": ItiMethod,
+    "sink": SinkMethod,
+    "intercept": InterceptMethod,
+}
+SteerMethod = ScaleMethod | ItiMethod | SinkMethod | InterceptMethod
+TrainedMethod = LofitMethod | JolaMethod | MaskedMethod | LoraMethod | FullMethod | LnMethod | RegulariseMethod
+METHODS: dict[str, type[Block]] = {
+    "lofit": LofitMethod,
+    "jola": JolaMethod,
+    "masked": MaskedMethod,
+    "steer": ScaleMethod,
+    "lora": LoraMethod,
+    "full": FullMethod,
+    "ln": LnMethod,
+    "regularise": RegulariseMethod,
+    "seekr": SeekrMethod,
+}
+WITHOUT_HEADS = ("lora", "full", "ln", "regularise", "seekr")  # families that change the whole model
+
+
+class EvaluationBlock(Block):
+    """How the model is measured.
+
+    Attributes:
+        n_items: list items scored per prompt.
+        batch_size: prompts generated together.
+        preamble: text before multiple-choice questions: none, or the six questions and answers that the usual
+            TruthfulQA evaluation puts there.
+        before: evaluation.json of another run, whose measurement of the same base model on the same prompts is taken
+            over instead of being repeated.
+        general: tasks measured besides, before and after a sequence: what the model could do anyway.
+    """
+
+    n_items: Annotated[int, Field(ge=1)] = 3
+    batch_size: Annotated[int, Field(ge=1)] = 16
+    preamble: Literal["none", "truthfulqa"] = "none"
+    before: str | None = None
+    general: list[str] = Field(default_factory=list)
+
+
+class TrackingBlock(Block):
+    """Where the run is filed. `wandb`: online, offline, disabled, or null to use W&B where a key is present."""
+
+    project: str = "headtune"
+    group: str | None = None
+    tags: list[str] = Field(default_factory=list)
+    wandb: Literal["online", "offline", "disabled"] | None = None

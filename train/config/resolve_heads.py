@@ -1,0 +1,144 @@
+"""Which heads a run tunes: from a head set, identified now, learnt in a first stage, random, all, or listed."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from headtune.analysis.identify import head_set, pipeline
+from headtune.analysis.identify.head_set import HeadSet, RankedHead, provenance
+from headtune.analysis.methods.scores import Scores, load_means
+from headtune.analysis.models.head_model import HeadModel
+from headtune.analysis.reports import head_cards
+from headtune.analysis.tasks.task import Task
+from headtune.analysis.utils.errors import InputError
+from headtune.train.types import ProbeResult
+
+from .methods import HeadsBlock
+from .schema import Recipe
+
+log = logging.getLogger(__name__)
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The heads of a run.
+
+    Attributes:
+        pairs: (layer, head), sorted.
+        found: the head set they come from, if any.
+        means: its scores, if any, `name -> [n_layers, n_heads]`.
+        probed: what probes read from the heads to choose them, of use to steering along the same directions.
+    """
+
+    pairs: list[tuple[int, int]]
+    found: head_set.HeadSet | None = None
+    means: Mapping[str, Any] | None = None
+    probed: ProbeResult | None = None
+
+
+def choose_heads(
+    block: HeadsBlock,
+    model: HeadModel,
+    task: Task,
+    folder: Path | None = None,
+    progress: pipeline.Progress = pipeline.silent,
+    say: Say = log.info,
+) -> Chosen:
+    """Resolve a recipe's `heads` block on a model.
+
+    Args:
+        folder: where `identify` may write heads.json and scores.safetensors; None writes nothing.
+
+    Raises:
+        InputError: heads that do not exist on this model, a head set of another model, more heads than it could hold.
+    """
+    from headtune.analysis.models.hooks import require_heads
+
+    if block.every:
+        return Chosen([(layer, head) for layer in range(model.n_layers) for head in range(model.n_heads)])
+    if block.pairs:
+        require_heads(model, block.pairs)
+        if len(set(block.pairs)) < len(block.pairs):
+            raise InputError(
+                f"heads.list {[list(pair) for pair in block.pairs]} names a head twice; remove the repeats"
+            )
+        return Chosen(sorted(block.pairs))
+    if block.identify is not None:
+        part = task.limited(block.identify.max_examples)
+        found = pipeline.identify(model, part, block.identify.method, top=block.top, progress=progress)
+        if folder is not None:
+            found.scores.save(folder / "scores.safetensors")
+            found.heads.write(folder / "heads.json")
+        return Chosen(_top(found.heads, block, "the head set", say), found.heads, found.scores.means())
+    path = Path(block.source or (block.random.like if block.random else ""))
+    heads = head_set.read(path / "heads.json" if path.is_dir() else path)
+    for warning in heads.require_fit(model.identity()):
+        log.warning(warning)
+    pairs = _top(heads, block, str(path), say)
+    if block.random is not None:
+        like = set(pairs)
+        pairs = sorted(head_set.random_like(pairs, model.n_heads, block.random.seed, overlap=True))
+        if shared := [f"L{layer}H{head}" for layer, head in pairs if (layer, head) in like]:
+            say(f"{len(shared)} of {len(pairs)} random heads are chosen ones, for want of others: {', '.join(shared)}")
+    scores = path.parent / "scores.safetensors" if path.is_file() else path / "scores.safetensors"
+    if folder is not None:
+        heads.write(folder / "heads.json")
+        if (seen := scores.with_name("portraits.json")).is_file():
+            head_cards.write(head_cards.read(seen), folder / "portraits.json")
+    return Chosen(pairs, heads, load_means(scores, heads.shape) if scores.is_file() else None)
+
+
+def _top(heads: head_set.HeadSet, block: HeadsBlock, where: str, say: Say) -> list[tuple[int, int]]:
+    roles = head_set.ROLES if block.role == "both" else (block.role,)
+    if block.role == "both" and set(heads.roles) == {"selected"}:
+        roles = ("selected",)  # there is no other role in such a set
+    pairs = {pair for role in roles for pair in heads.top(role, min(block.top, len(heads.roles.get(role, ()))))}
+    kept = heads.method.get("parameters", {}).get("top")  # not of every set: heads may be chosen by other means
+    for role in roles:
+        count = len(heads.roles.get(role, ()))
+        if isinstance(kept, int) and block.top > kept:
+            raise InputError(
+                f"only {count} {role} heads in {where}, top={block.top} asked: identify kept at most {kept} a role; "
+                f"lower top, or run identify with --top {block.top}"
+            )
+        if count < block.top:
+            say(f"{role} heads confirmed in {where}: {count}, fewer than top={block.top}")
+    if not pairs:
+        raise InputError(f"the head set holds no {' or '.join(roles)} heads; run identify on more examples")
+    return sorted(pairs)
+
+
+def selected(
+    name: str,
+    scores: dict[str, Tensor],
+    ranked: tuple[RankedHead, ...],
+    recipe: Recipe,
+    heads: HeadModel,
+    data: dict[str, Any],
+    method: dict[str, Any],
+) -> Chosen:
+    """Ranked heads as a head set with the one role `selected`."""
+    found = HeadSet(
+        model=heads.identity(),
+        task=data,
+        method={"name": name, "seed": recipe.seed, **method},
+        roles={"selected": ranked},
+        **provenance(),
+    )
+    means = {quantity: np.ascontiguousarray(values.float().numpy()) for quantity, values in scores.items()}
+    return Chosen(sorted((entry.layer, entry.head) for entry in ranked), found, means)
+
+
+def keep_heads(chosen: Chosen, folder: Path) -> None:
+    """Write a run's own head set and its scores."""
+    assert chosen.found is not None and chosen.means is not None
+    Scores({}, [], dict(chosen.means)).save(folder / "scores.safetensors")
+    chosen.found.write(folder / "heads.json")

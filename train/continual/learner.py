@@ -1,0 +1,362 @@
+"""Learning tasks one after the other: SEEKR and its baselines.
+
+For each task k of a sequence:
+
+    train on it            with what the strategy holds earlier tasks by (see `seekr`)
+    keep the model         tasks/k-name/model or adapter
+    buffer                 a random sample R_k of its rows joins the replay buffer
+    importance             S_k and F_k of every head on R_k are added up; heads are chosen (see `importance`)
+    teachers               logits and chosen heads' attention rows of R_k under the model as it is now
+
+Each part is written whole before the next begins, and one that is there is not done again. What is drawn at random
+follows from the recipe's seed and the place in the sequence, so on one machine a broken run ends as an unbroken one.
+"""
+
+from __future__ import annotations
+
+import random
+import shutil
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from accelerate import PartialState
+from peft import PeftModel, get_peft_model
+from torch import Tensor
+from transformers import PrinterCallback, set_seed
+
+from headtune.analysis.identify import pipeline
+from headtune.analysis.identify.head_set import random_like
+from headtune.analysis.models.head_model import HeadModel
+from headtune.analysis.tasks.task import Task
+from headtune.analysis.utils.errors import InputError
+from headtune.analysis.utils.files import write_json
+from headtune.analysis.utils.state_files import read_state
+from headtune.train import distributed
+from headtune.train.config.methods import SeekrMethod
+from headtune.train.config.resolve_heads import choose_heads
+from headtune.train.config.schema import Recipe
+from headtune.train.losses.activation_capture import told_of_dropout
+from headtune.train.losses.attention_distillation import query_positions
+from headtune.train.losses.weight_penalties import WeightAnchor, fisher_diagonal
+from headtune.train.tracking.tracker import Tracker, trainer_callback
+from headtune.train.trainer import attach_regularisers, checkpoints, training
+from headtune.train.trainer.rows import Row
+from headtune.train.tuners import weights_io
+
+from . import importance, replay
+from .teacher_store import TeacherStore, by_layer, compute_teacher
+from .trainer import Held, SequenceTrainer, collate
+
+Say = Callable[[str], None]
+Pairs = list[tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What is learnt at once: a task's name, the task, its training rows."""
+
+    name: str
+    task: Task
+    rows: Sequence[Row]
+
+
+class Learner:
+    """A model on its way through a sequence of tasks.
+
+    Attributes:
+        recipe: the run's; its method is a SeekrMethod.
+        heads: the model's heads. Its `model` carries the LoRA, where there is one, in place.
+        model: what is trained: `heads.model`, or the PeftModel around it.
+        units: what is learnt, one after the other; one of all tasks' rows for `multitask`.
+        buffer: each one's share of rows that is seen again later.
+        informing: each one's rows that Fisher information is taken from.
+        chosen: after each task, the heads that are distilled from then on.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        heads: HeadModel,
+        units: Sequence[Unit],
+        tracker: Tracker,
+        progress: pipeline.Progress,
+        say: Say,
+    ) -> None:
+        assert isinstance(recipe.method, SeekrMethod)
+        self.recipe, self.heads, self.tracker, self.progress, self.say = recipe, heads, tracker, progress, say
+        self.method: SeekrMethod = recipe.method
+        self.units = list(units)
+        self.model: Any = heads.model
+        self.buffer = [
+            replay.sample(unit.rows, self.method.replay, f"{recipe.seed}/{index}") if self.method.replays else []
+            for index, unit in enumerate(units)
+        ]
+        self.informing = [
+            replay.drawn(unit.rows, self.method.ewc_rows, f"{recipe.seed}/{index}")
+            if self.method.strategy == "ewc"
+            else []
+            for index, unit in enumerate(units)
+        ]
+        self.importance = importance.Importance.none(heads.n_layers, heads.n_heads)
+        self.chosen: list[Pairs] = []
+        self.fixed: Pairs | None = None
+        self.timing: list[dict[str, float]] = []
+        self.n_steps = 0
+        self.anchor = WeightAnchor.empty()
+
+    # --- places -------------------------------------------------------------------------------------------------------
+
+    def place(self, index: int) -> Path:
+        """The folder of a task."""
+        return self.recipe.folder / "tasks" / f"{index + 1:02d}-{safe(self.units[index].name)}"
+
+    def weights(self, index: int) -> Path:
+        return self.place(index) / ("adapter" if isinstance(self.model, PeftModel) else "model")
+
+    def teachers(self, index: int) -> Path:
+        """Where the teachers of earlier rows are while task `index` is learnt."""
+        folder = self.recipe.folder / "teachers"
+        return folder / f"{index:02d}" if self.method.distil.teacher == "latest" else folder / "own"
+
+    # --- one task -----------------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Make the model trainable."""
+        method = self.method
+        set_seed(self.recipe.seed)
+        self.heads.record_attention(True)
+        if method.tune == "lora":
+            self.model = get_peft_model(self.heads.model, training.lora_config(method.lora))
+        else:
+            self.model.requires_grad_(True)
+        if self.recipe.heads is not None:
+            self.say("choosing heads")
+            folder = self.recipe.folder if self.tracker.is_main else None
+            first = self.units[0].task
+            self.fixed = choose_heads(self.recipe.heads, self.heads, first, folder, self.progress, self.say).pairs
+
+    def learn(self, index: int, resume: bool) -> None:
+        """Learn unit `index`; the model is the one after the unit before. Rank 0 writes, all read what it wrote."""
+        self.model.eval()
+        place, last = self.place(index), index + 1 == len(self.units)
+        scored = self.method.strategy == "seekr" and self.fixed is None
+        if scored:
+            self._on_main(lambda: self._remember(index))
+        held = self._held(index)
+        note = place / "training.json"
+        if not self.weights(index).is_dir():
+            trained = self._train(index, held, resume)
+            self._on_main(lambda: self._keep(index, trained))
+        else:  # broken off after the training
+            weights_io.restore(self.model, self.weights(index))
+        noted = read_state(note)
+        self.n_steps += noted["steps"]
+        self.timing.append(noted["timing"])
+        self.model.eval()
+        if scored:
+            self._on_main(lambda: self._score(index))
+            self.importance = importance.Importance.load(place / "importance.safetensors")
+        if self.method.strategy == "seekr":
+            self.chosen.append(self._choose())
+        if self.method.strategy in ("seekr", "der") and not last:
+            self._on_main(lambda: self._teach(index))
+        if self.method.strategy == "ewc" and not last:
+            self._on_main(lambda: self._inform(index))
+            self.anchor = WeightAnchor.load(place / "anchor.safetensors")
+
+    def forget(self, index: int) -> None:
+        """Remove what nothing needs any more once unit `index` has been measured."""
+        self._on_main(lambda: self._remove(index))
+
+    def _remove(self, index: int) -> None:
+        for folder in (self.place(index) / "remembered", self.place(index) / "teachers"):
+            shutil.rmtree(folder, ignore_errors=True)
+        if self.method.distil.teacher == "latest":
+            shutil.rmtree(self.teachers(index), ignore_errors=True)
+        if index:
+            (self.place(index - 1) / "anchor.safetensors").unlink(missing_ok=True)
+
+    def _on_main(self, work: Callable[[], None]) -> None:
+        """Rank 0 works, the others wait. It alone looks whether there is work: others may see what it just wrote."""
+        if self.tracker.is_main:
+            work()
+        PartialState().wait_for_everyone()
+
+    def _remember(self, index: int) -> None:
+        """The attention of the model as it is now, unless a broken run has kept it already."""
+        folder = self.place(index) / "remembered"
+        if not folder.is_dir():
+            rows = [row.plain for row in self.buffer[index]]
+            importance.remember(self.heads, rows, folder, progress=self.progress)
+
+    def _keep(self, index: int, trained: dict[str, Any]) -> None:
+        write_json(self.place(index) / "training.json", trained)
+        weights_io.save(self.model, self.weights(index))
+        shutil.rmtree(self.place(index) / "checkpoints", ignore_errors=True)
+
+    def _score(self, index: int) -> None:
+        """Importance of heads with unit `index`."""
+        rows = [row.plain for row in self.buffer[index]]
+        self.say(f"importance of heads on {len(rows)} rows of {self.units[index].name}")
+        before = importance.Remembered(folder=self.place(index) / "remembered")
+        sensitivity = importance.sensitivity(self.heads, rows, progress=self.progress)
+        moved = importance.forgetting(self.heads, rows, before, progress=self.progress)
+        self.importance.add(sensitivity, moved).save(self.place(index) / "importance.safetensors")
+
+    def _inform(self, index: int) -> None:
+        """Fisher information of unit `index`."""
+        rows = self.informing[index]
+        self.say(f"Fisher information of {self.units[index].name} on {len(rows)} rows")
+        fisher = fisher_diagonal(self.model, [row.plain for row in rows])
+        self.anchor.with_task(self.model, fisher).save(self.place(index) / "anchor.safetensors")
+
+    def recall(self, done: int, chosen: Sequence[Pairs], timing: Sequence[dict[str, float]], n_steps: int) -> None:
+        """Take up a broken run whose first `done` tasks are learnt."""
+        self.chosen, self.timing, self.n_steps = list(chosen), list(timing), n_steps
+        last = self.place(done - 1)
+        weights_io.restore(self.model, self.weights(done - 1))
+        if (saved := last / "importance.safetensors").is_file():
+            self.importance = importance.Importance.load(saved)
+        if (saved := last / "anchor.safetensors").is_file():
+            self.anchor = WeightAnchor.load(saved)
+
+    def _held(self, index: int) -> Held:
+        """What task `index` is held by: replayed rows, their teachers, the previous model's word on the task's rows."""
+        method = self.method
+        if index == 0:
+            return Held()
+        if method.strategy == "lwf":
+            folder = self.place(index) / "teachers"
+            self._on_main(lambda: self._note(self._store(folder), self.units[index].rows, []))
+            return Held(teachers=self._store(folder))
+        if not method.replays:
+            return Held()
+        known = [row for share in self.buffer[:index] for row in share]
+        seed = f"{self.recipe.seed}/{index}"
+        if method.strategy == "replay":
+            return Held(known, seed)
+        heads = None
+        if method.strategy == "seekr" and method.distil.selection == "global":
+            heads = dict.fromkeys((row.key for row in known), by_layer(self.chosen[index - 1]))
+        return Held(known, seed, self._store(self.teachers(index)), heads)
+
+    def arguments(self, index: int) -> Any:
+        """TRL's configuration of one task's training."""
+        # A seed of its own: the trainer would draw every task in the same order.
+        changes: dict[str, Any] = {
+            "output_dir": str(self.place(index) / "checkpoints"),
+            "save_total_limit": 2,
+            "seed": zlib.crc32(f"{self.recipe.seed}/{index}".encode()),
+        }
+        steps = self.recipe.training.get("max_steps", -1)
+        if steps > 0 and self.method.strategy == "multitask":
+            changes["max_steps"] = steps * len(self.recipe.task.sequence or [])
+        return training.training_arguments(self.recipe, **changes)
+
+    def _train(self, index: int, held: Held, resume: bool) -> dict[str, Any]:
+        rows, name = self.units[index].rows, self.units[index].name
+        self.say(f"task {index + 1} of {len(self.units)}, {name}: {len(rows)} rows")
+        if held.teachers is not None:
+            told_of_dropout(self.heads.model, "distillation", self.say)
+        arguments = self.arguments(index)
+        timer, marking = training.Timer(), checkpoints.Mark(arguments)
+        table = [{"row": at, **row.plain} for at, row in enumerate(rows)]
+        try:
+            trainer = SequenceTrainer(
+                self.model,
+                args=arguments,
+                processing_class=self.heads.tokenizer,
+                callbacks=[trainer_callback(self.tracker, self.n_steps), training.told(self.say), timer, marking],
+                train_dataset=datasets.Dataset.from_list(table),
+                data_collator=collate,
+                rows=rows,
+                method=self.method,
+                held=held,
+            )
+        except ValueError as error:
+            raise InputError(f"training: {str(error).splitlines()[0]}") from error
+        distributed.require_launch(trainer.accelerator)
+        distributed.require_full_state(trainer.accelerator)
+        frame = distributed.frame_of(self.model) if distributed.partitioned(trainer.accelerator) else None
+        trainer.remove_callback(PrinterCallback)
+        if self.anchor.tasks:
+            trainer.penalty = self._elastic
+        checkpoint = checkpoints.newest(Path(arguments.output_dir), self.say) if resume else None
+        pairs = self.fixed or (self.chosen[-1] if self.chosen else [])
+        with attach_regularisers.held(self.recipe, self.heads, pairs, self.units[index].task, trainer, self.say):
+            training.carry_out(trainer, checkpoint)
+        if frame is not None:  # every process needs the model whole: to measure it, and to train it again
+            self.model = distributed.consolidated(trainer, frame, everywhere=True)
+            self.heads.model = distributed.base_of(self.model)
+            self.heads.__dict__.pop("layers", None)  # of the model that was split
+        training.unwrapped(trainer)
+        self.heads.record_attention(True)
+        return {"steps": trainer.state.max_steps, "timing": timer.summary()}
+
+    def _elastic(self, model: Any, _progress: float) -> dict[str, tuple[Tensor, float]]:
+        with distributed.whole(distributed.trained(model)):
+            return {"ewc": (self.anchor.penalty(model), self.method.ewc_weight)}
+
+    # --- heads and teachers -------------------------------------------------------------------------------------------
+
+    def _choose(self) -> Pairs:
+        """The heads to distil from now on."""
+        if self.fixed is not None:
+            return self.fixed
+        block, found = self.method.distil, self.importance
+        values = {"sensitivity": found.sensitivity, "forgetting": found.forgetting}.get(block.choice, found.value())
+        n_layers, n_heads = self.heads.n_layers, self.heads.n_heads
+        if block.choice == "random":
+            drawn = random.Random(f"{self.recipe.seed}/heads").sample(range(n_layers * n_heads), block.heads)
+            return sorted(divmod(index, n_heads) for index in drawn)
+        pairs = importance.choose(values, n_layers if block.layers == "all" else block.layers, block.heads)
+        if block.choice == "random_matched":
+            return sorted(random_like(pairs, n_heads, self.recipe.seed, overlap=True))
+        return sorted(pairs)
+
+    def _store(self, folder: Path) -> TeacherStore:
+        return TeacherStore(folder, self.method.distil.dtype, self.method.distil.logits_top)
+
+    def _teach(self, index: int) -> None:
+        """Note what is wanted of the buffer's rows while the next task is learnt; what is there already stays."""
+        distil, store = self.method.distil, self._store(self.teachers(index + 1))
+        if self.method.strategy == "der":
+            self._note(store, self.buffer[index], [])
+            return
+        if distil.teacher == "latest":
+            for earlier in range(index + 1):
+                pairs = self.chosen[earlier if distil.selection == "per_task" else index]
+                self._note(store, self.buffer[earlier], pairs)
+            return
+        self._note(store, self.buffer[index], self.chosen[index])
+        if distil.selection == "per_task":
+            return
+        moved = False
+        for earlier in range(index):
+            wanted = set(self.chosen[index])
+            if any(wanted - set(store.heads(row.key)) for row in self.buffer[earlier]):
+                # Their teacher is the model after their own task.
+                weights_io.restore(self.model, self.weights(earlier))
+                moved = True
+                self._note(store, self.buffer[earlier], self.chosen[index])
+        if moved:
+            weights_io.restore(self.model, self.weights(index))
+
+    def _note(self, store: TeacherStore, rows: Sequence[Row], pairs: Pairs) -> None:
+        """The teachers of rows under the model as it is."""
+        positions = {row.key: self._queries(row) for row in rows} if pairs else {}
+        compute_teacher(self.heads, rows, by_layer(pairs), positions, store, self.recipe.evaluation.batch_size)
+
+    def _queries(self, row: Row) -> list[int]:
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{self.recipe.seed}/{row.key}".encode()))
+        return query_positions(row.length, self.method.distil.queries, generator)
+
+
+def safe(name: str) -> str:
+    """A task's name as a folder's."""
+    return "".join(c if c.isalnum() or c in "-_." else "_" for c in name)

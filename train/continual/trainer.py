@@ -1,0 +1,166 @@
+"""The loss of one task of a sequence: the task's own, and what holds earlier tasks in place.
+
+    seekr       L_task + l1 L_replay + (1 - l1) L_logits + l2 L_attention      (He et al. 2024, arXiv 2411.06171)
+    replay      L_task + L_replay
+    der         L_task + L_replay + a |logits - stored logits|^2               (DER++, Buzzega et al. 2020)
+    lwf         L_task + a KL(previous model || model) on the task's own rows   (Li & Hoiem 2016, temperature 1)
+
+Each term is a mean over label tokens (attention: over heads and query rows). Terms of rows that are seen again carry
+the factor `rows seen again / rows of the task in a full batch`, so that a row weighs the same wherever it comes from,
+and an epoch is one pass over task and buffer together, whatever the ratio of the buffer.
+
+Several processes see other rows each. Their means are weighed by what they are means over: the terms are those of all
+rows together.
+
+Logits are computed where there is a label only; attention is recomputed for chosen heads and query rows of the rows
+seen again only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from trl import SFTTrainer
+
+from headtune.train import distributed
+from headtune.train.config.methods import SeekrMethod
+from headtune.train.losses.attention_distillation import RowRecorder, attention_distillation, logit_kl
+from headtune.train.losses.label_logits import label_mask, positions_only
+from headtune.train.trainer.rows import Row, padded
+from headtune.train.trainer.trl_trainers import Penalised
+
+from .replay import Replay
+from .teacher_store import TeacherStore
+
+Heads = Mapping[int, Sequence[int]]  # layer -> heads
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a task's training is held by.
+
+    Attributes:
+        buffer: rows of earlier tasks that are seen again.
+        seed: of their order.
+        teachers: what models before said about rows, by key.
+        heads: by row's key, the heads whose attention is distilled; None: those that each row's teacher has.
+    """
+
+    buffer: Sequence[Row] = ()
+    seed: str = ""
+    teachers: TeacherStore | None = None
+    heads: Mapping[str, Heads] | None = None
+
+
+def collate(examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+    """The indices of a batch's rows; the trainer has the rows."""
+    return {"row": torch.tensor([example["row"] for example in examples])}
+
+
+class _Sequence(SFTTrainer):
+    penalty: Any = None
+
+    def __init__(self, *args: Any, rows: Sequence[Row], method: SeekrMethod, held: Held, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.rows, self.method, self.held = rows, method, held
+        self.pad_token_id: int = self.processing_class.pad_token_id  # type: ignore[union-attr]
+        self.model_accepts_loss_kwargs = False  # a mean over rows, not over the tokens of a whole step
+        self._passes = (-1, 0)  # optimiser step, batches of it so far
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        rows = [self.rows[index] for index in inputs["row"].tolist()]
+        again: list[Row] = []
+        if self.held.buffer and model.training:
+            again = self._due()
+        terms = self._terms(model, rows, again)
+        mode = "train" if model.training else "eval"
+        for name, (term, _) in terms.items():
+            self._metrics[mode][name].append(self.accelerator.gather(term.detach().reshape(1)).mean().item())
+        loss = torch.stack([weight * term for term, weight in terms.values()]).sum()
+        return (loss, None) if return_outputs else loss
+
+    def _due(self) -> list[Row]:
+        """The rows that are seen again with the batch that is next."""
+        processes = self.accelerator.num_processes
+        loader: Any = self.callback_handler.train_dataloader
+        in_epoch = len(loader)  # batches of this process
+        step, count = self._passes
+        now: int = self.state.global_step
+        self._passes = (now, 0 if step != now else count + 1)
+        # As the trainer counts: an epoch's last step may have fewer batches than are accumulated.
+        epoch, step = divmod(now, -(-in_epoch // self.args.gradient_accumulation_steps))
+        batch = epoch * in_epoch + step * self.args.gradient_accumulation_steps + self._passes[1]
+        replay = Replay(self.held.buffer, len(self.held.buffer) / (in_epoch * processes), self.held.seed)
+        return replay.due(batch, self.accelerator.process_index, processes)
+
+    def _terms(self, model: Any, rows: Sequence[Row], again: Sequence[Row]) -> dict[str, tuple[Tensor, float]]:
+        method, held = self.method, self.held
+        distil = method.distil
+        everything = [*rows, *again]
+        batch = padded(everything, self.pad_token_id, self.accelerator.device)
+        look = getattr(self.penalty, "see", None)
+        if look is not None:
+            look(batch)
+        labels = batch.pop("labels")
+        mask = label_mask(labels)
+        teacher = recorder = None
+        if held.teachers is not None and (again or method.strategy == "lwf"):
+            keys = [row.key for row in (rows if method.strategy == "lwf" else again)]
+            teacher = held.teachers.batch(keys, labels.shape[1], held.heads, labels.device)
+        with contextlib.ExitStack() as during:
+            during.enter_context(positions_only(self.accelerator.unwrap_model(model), mask))
+            seen: dict[int, Tensor] = {}
+            if teacher is not None and method.strategy == "seekr":
+                recorder = RowRecorder(teacher.heads)
+                seen = during.enter_context(recorder.record(teacher.positions, first=len(rows)))
+            logits = model(**batch, use_cache=False).logits[0].float()
+        counts = mask.sum(1)
+        own = int(counts[: len(rows)].sum())  # label positions of the task's rows, which come first
+        # A row that is seen again weighs as much as one of the task in a batch that is full.
+        processes = self.accelerator.num_processes
+        share = len(again) * processes / min(self.args.per_device_train_batch_size * processes, len(self.rows))
+        of_own, of_again = (_part(tokens, logits) for tokens in (own, len(logits) - own))
+        cross_entropy = functional.cross_entropy(logits, labels[:, 1:][mask[:, :-1]], reduction="none")
+        terms: dict[str, tuple[Tensor, float]] = {"task": (of_own * cross_entropy[:own].mean(), 1.0)}
+        if method.strategy == "lwf" and teacher is not None:
+            assert teacher.logits is not None
+            terms["lwf"] = (of_own * logit_kl(logits[:own], teacher.logits), method.lwf_weight)
+        if not again:
+            return terms
+        replayed = of_again * cross_entropy[own:].mean()
+        terms["replay"] = (replayed, share * (distil.replay_weight if method.strategy == "seekr" else 1.0))
+        if teacher is None:
+            return terms
+        assert teacher.logits is not None
+        if method.strategy == "der":
+            assert isinstance(teacher.logits, Tensor)
+            apart = of_again * (logits[own:] - teacher.logits).square().mean()
+            return terms | {"logits": (apart, share * method.der_weight)}
+        n_rows = sum(int(there.sum()) for there in teacher.present.values())
+        attention = _part(n_rows, logits) * attention_distillation(seen, teacher.attention, teacher.present)
+        return terms | {
+            "logits": (of_again * logit_kl(logits[own:], teacher.logits), share * (1 - distil.replay_weight)),
+            "attention": (attention, share * distil.attention_weight),
+        }
+
+
+def _part(count: int, like: Tensor) -> Tensor:
+    """How much a process's mean over so many weighs, beside 1 of an average process."""
+    own = torch.tensor(float(count), device=like.device)
+    return own / distributed.pooled(own).clamp(min=1)
+
+
+class SequenceTrainer(Penalised, _Sequence):
+    """One task of a sequence, with further penalties."""
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """Each row once an epoch, whose last batch may be short; of several processes accelerate fills it up."""
+        return SFTTrainer._get_train_sampler(self, train_dataset)

@@ -1,0 +1,384 @@
+"""Finished runs side by side, from their own files: seeds grouped, intervals, paired differences, what was changed.
+
+    runs = read_runs(Path("runs"), group="study")
+    found = compare(runs, against="lofit-random")
+    found.groups[0].metrics["exact_match"]  # mean over seeds, interval over subjects, difference from the reference
+
+Runs that differ in their seed alone (and in names and places) are one group. A metric's mean is that over seeds of the
+means over examples; its interval is a 95% percentile bootstrap over subjects of that mean, so it says how sure the
+result is for other subjects, with these seeds; the means by seed stand beside it. A difference is paired over examples:
+the same resampled subjects on both sides. Only runs that were measured on the same prompts are compared.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.table import Table
+from rich.text import Text
+
+from headtune.analysis.utils.errors import InputError
+
+from .metric_names import METRIC_NAMES, show
+from .run_reader import Finished
+
+BASE = "base"
+LOWER_IS_BETTER = {
+    "repeat_rate",
+    "wrong_rate",
+    "missing_rate",
+    "p_previous",
+    "neutral_perplexity",
+    "forgetting",
+}
+DRAWS = 2000
+# What two runs of one group may differ in.
+_OWN = re.compile(r"(seed|name|output_dir|tracking\..*|evaluation\.before|heads\.random\.seed)$")
+
+
+# --- groups and numbers -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One metric of a group.
+
+    Attributes:
+        mean: over seeds.
+        interval: 95%, over subjects; None where examples have no such number.
+        by_seed: in order of the seeds.
+        minus: difference from the reference, with its interval and two-sided bootstrap p (twice the smaller tail).
+    """
+
+    mean: float
+    interval: tuple[float, float] | None
+    by_seed: tuple[float, ...]
+    minus: tuple[float, tuple[float, float] | None, float | None] | None = None
+
+    @property
+    def differs(self) -> bool:
+        """The interval of the difference does not hold 0."""
+        return self.minus is not None and self.minus[1] is not None and not self.minus[1][0] <= 0 <= self.minus[1][1]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that differ in their seed alone; `base`, the model before training, is one without runs.
+
+    Attributes:
+        measured: groups that share it were measured on the same prompts, from the same base.
+        changed: the keys of the recipe in which groups differ, with this one's values.
+    """
+
+    name: str
+    runs: tuple[Finished, ...]
+    task: str
+    measured: str
+    parameters: int
+    metrics: Mapping[str, Metric]
+    changed: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Groups in order of their names, the base first, by task they were measured on.
+
+    Attributes:
+        metrics: names, in the order they are shown in.
+        against: the name of the reference.
+        best: (`measured` of groups, metric) -> the names of the groups whose mean is best.
+    """
+
+    groups: tuple[Group, ...]
+    metrics: tuple[str, ...]
+    against: str
+    best: Mapping[tuple[str, str], frozenset[str]]
+
+
+def compare(runs: Sequence[Finished], against: str | None = None) -> Comparison:
+    """Group runs over seeds and compare every group with one of them.
+
+    Args:
+        against: the group, or a run of it, that differences are taken from; default: the model before training.
+
+    Raises:
+        InputError: no such group or run.
+    """
+    together: dict[str, list[Finished]] = {}
+    for run in runs:
+        identity = {key: value for key, value in run.recipe.items() if not _OWN.match(key)}
+        key = json.dumps([run.measured, identity], sort_keys=True)
+        together.setdefault(key, []).append(run)
+    members = [tuple(sorted(of, key=lambda run: (run.seed, run.name))) for of in together.values()]
+    names = _unique([_label(of) for of in members])
+    reference = None
+    if against is not None and against != BASE:
+        found = [of for name, of in zip(names, members, strict=True) if against in (name, *(r.name for r in of))]
+        if not found:
+            raise InputError(f"no run or group is named {against!r}; there are {', '.join([BASE, *sorted(names)])}")
+        reference = found[0]
+    varied = _varied(members)
+    groups = []
+    bases: set[str] = set()
+    for name, of in sorted(zip(names, members, strict=True)):
+        first = of[0]
+        if first.measured not in bases:
+            bases.add(first.measured)
+            groups.append(_base(first, reference))
+        own = {key: first.recipe.get(key) for key in varied}
+        parameters = int(first.state.get("parameters") or 0)
+        groups.append(Group(name, of, first.task, first.measured, parameters, _metrics(of, reference), own))
+    ordered = sorted(groups, key=lambda group: (group.task, group.measured, bool(group.runs)))
+    shown = tuple(key for key in METRIC_NAMES if any(key in group.metrics for group in ordered))
+    return Comparison(tuple(ordered), shown, against or BASE, _best(ordered, shown))
+
+
+def _label(of: Sequence[Finished]) -> str:
+    """What the names of a group's runs share, without the seed and the digest that a default name ends in."""
+    stems = {re.sub(r"[-_]s(eed)?\d+(-[0-9a-f]{6})?$", "", run.name) for run in of}
+    return stems.pop() if len(stems) == 1 else of[0].name
+
+
+def _unique(names: Sequence[str]) -> list[str]:
+    seen = {BASE: 1}  # the model before training
+    found = []
+    for name in names:
+        seen[name] = seen.get(name, 0) + 1
+        found.append(name if seen[name] == 1 else f"{name} ({seen[name]})")
+    return found
+
+
+def _varied(members: Sequence[Sequence[Finished]]) -> list[str]:
+    """Keys of the recipe whose values are not the same in all groups."""
+    recipes = [of[0].recipe for of in members]
+    keys = sorted({key for recipe in recipes for key in recipe if not _OWN.match(key)})
+    return [key for key in keys if len({json.dumps(recipe.get(key), sort_keys=True) for recipe in recipes}) > 1]
+
+
+def _mean(value: Any) -> float:
+    return float(value["mean"] if isinstance(value, Mapping) else value)
+
+
+def _metrics(of: Sequence[Finished], reference: Sequence[Finished] | None) -> dict[str, Metric]:
+    found = {}
+    weights = _draws(of[0].subjects)
+    for key in METRIC_NAMES:
+        if not all(key in run.after for run in of):
+            continue
+        by_seed = tuple(_mean(run.after[key]) for run in of)
+        each = _by_example(of, key)
+        interval = None if each is None else _interval(weights, each)
+        if interval is None and len(of) == 1 and isinstance(of[0].after[key], Mapping):
+            low, high = of[0].after[key]["ci"]
+            interval = (low, high)
+        found[key] = Metric(float(np.mean(by_seed)), interval, by_seed, _minus(of, key, weights, each, reference))
+    return found
+
+
+def _by_example(of: Sequence[Finished], key: str, before: bool = False) -> NDArray[np.float64] | None:
+    """`[n_examples]` mean over seeds; None where the examples have no such value, or their mean is not the metric."""
+    values = [(run.values_before if before else run.values).get(key) for run in of]
+    if any(value is None or not len(value) or not np.isfinite(value).all() for value in values):
+        return None
+    if any(list(run.subjects) != list(of[0].subjects) for run in of) or len(set(of[0].subjects)) < 2:
+        return None  # of one subject every resampling is the same
+    return np.mean(np.stack([value for value in values if value is not None]), axis=0)
+
+
+def _minus(
+    of: Sequence[Finished],
+    key: str,
+    weights: NDArray[np.float64],
+    each: NDArray[np.float64] | None,
+    reference: Sequence[Finished] | None,
+) -> tuple[float, tuple[float, float] | None, float | None] | None:
+    """Difference from the reference, or from the model before training; None for the reference itself."""
+    if reference is not None and (
+        reference[0] in of or reference[0].measured != of[0].measured or key not in reference[0].after
+    ):
+        return None
+    if reference is None:
+        if key not in of[0].before:
+            return None
+        other, there = _by_example(of, key, before=True), _mean(of[0].before[key])
+    else:
+        other, there = _by_example(reference, key), float(np.mean([_mean(run.after[key]) for run in reference]))
+    gap = float(np.mean([_mean(run.after[key]) for run in of])) - there
+    if each is None or other is None or len(each) != len(other):
+        return gap, None, None
+    draws = np.round(weights @ (each - other), 12)  # a resampling without a difference gives 0, not its rounding error
+    low, high = np.percentile(draws, [2.5, 97.5])
+    p = min(1.0, 2 * float(min((draws <= 0).sum(), (draws >= 0).sum()) + 1) / (DRAWS + 1))
+    return gap, (float(low), float(high)), p
+
+
+def _draws(subjects: Sequence[str]) -> NDArray[np.float64]:
+    """`[DRAWS, n_examples]` weights of each example's value in resamplings of the subjects; rows sum to 1."""
+    if not subjects:
+        return np.zeros((DRAWS, 0))
+    names, index = np.unique(np.array(subjects), return_inverse=True)
+    counts = np.random.default_rng(0).multinomial(len(names), np.full(len(names), 1 / len(names)), size=DRAWS)
+    weights = counts[:, index].astype(float)
+    return weights / weights.sum(1, keepdims=True)
+
+
+def _interval(weights: NDArray[np.float64], each: NDArray[np.float64]) -> tuple[float, float]:
+    low, high = np.percentile(weights @ each, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def _base(first: Finished, reference: Sequence[Finished] | None) -> Group:
+    """The model before training, as the first run of a task measured it."""
+    weights = _draws(first.subjects)
+    metrics = {}
+    for key in METRIC_NAMES:
+        if key not in first.before:
+            continue
+        value = first.before[key]
+        interval = (value["ci"][0], value["ci"][1]) if isinstance(value, Mapping) else None
+        minus = None
+        if reference is not None and reference[0].measured == first.measured:
+            untrained = replace(first, after=first.before, values=first.values_before)
+            minus = _minus([untrained], key, weights, _by_example([untrained], key), reference)
+        metrics[key] = Metric(_mean(value), interval, (_mean(value),), minus)
+    return Group(BASE, (), first.task, first.measured, 0, metrics)
+
+
+def _best(groups: Sequence[Group], metrics: Sequence[str]) -> dict[tuple[str, str], frozenset[str]]:
+    best = {}
+    for measured in {group.measured for group in groups}:
+        for key in metrics:
+            means = {g.name: g.metrics[key].mean for g in groups if g.measured == measured and key in g.metrics}
+            if means:
+                top = min(means.values()) if key in LOWER_IS_BETTER else max(means.values())
+                best[measured, key] = frozenset(name for name, mean in means.items() if mean == top)
+    return best
+
+
+def jaccard(a: frozenset[tuple[int, int]], b: frozenset[tuple[int, int]]) -> float:
+    """|a & b| / |a | b|; 1 for two empty sets."""
+    return len(a & b) / len(a | b) if a | b else 1.0
+
+
+# --- as text ----------------------------------------------------------------------------------------------------------
+
+
+def tables(found: Comparison, width: int) -> list[Table]:
+    """Groups as rows, metrics as columns, the best in bold; a star where the difference from the reference is not 0.
+
+    One table for each set of prompts; its columns go on in further tables where `width` characters do not hold them.
+    """
+    result = []
+    kinds = dict.fromkeys((group.task, group.measured) for group in found.groups)
+    for measured in dict.fromkeys(group.measured for group in found.groups):
+        own = [group for group in found.groups if group.measured == measured]
+        columns = {
+            "run": [Text(group.name) for group in own],
+            "seeds": [Text(str(len(group.runs) or "")) for group in own],
+            "parameters": [Text(f"{group.parameters:,}") for group in own],
+        }
+        keys = [key for key in found.metrics if any(key in group.metrics for group in own)]
+        columns |= {METRIC_NAMES[key]: [_cell(found, group, key) for group in own] for key in keys}
+        for part in _parts(columns, width):
+            title = Text(titled(own) + (", continued" if "seeds" not in part else ""))
+            result.append(Table(title=title, title_justify="left", caption_justify="left"))
+            for name in part:
+                result[-1].add_column(name, justify="left" if name == "run" else "right", overflow="fold")
+            for cells in zip(*(columns[name] for name in part), strict=True):
+                result[-1].add_row(*cells)
+    if result:
+        result[-1].caption = f"bold: best; *: differs from {found.against}, paired bootstrap over subjects, 95%"
+        if len(kinds) > len({task for task, _ in kinds}):
+            result[-1].caption += (
+                "\na task in several tables: its runs were measured on other prompts, another way or from another base "
+                "model, and are not compared across tables"
+            )
+    return result
+
+
+def titled(groups: Sequence[Group]) -> str:
+    """The task and the number of prompts of groups that were measured on the same."""
+    n = next((len(run.subjects) for group in groups for run in group.runs), 0)
+    return f"{groups[0].task}, {n} prompt{'s' * (n != 1)}" if n else groups[0].task
+
+
+def _cell(found: Comparison, group: Group, key: str) -> Text:
+    metric = group.metrics.get(key)
+    if metric is None:
+        return Text("–")
+    value = show(metric.mean if metric.interval is None else {"mean": metric.mean, "ci": metric.interval})
+    style = "bold" if group.name in found.best[group.measured, key] else ""
+    return Text(value + ("*" if metric.differs else ""), style=style)
+
+
+def _parts(columns: Mapping[str, Sequence[Text]], width: int) -> list[list[str]]:
+    """Names of columns, the first one in every part, such that each part is at most `width` characters wide."""
+    taken = {name: 3 + max([*map(len, name.split()), *map(len, cells)]) for name, cells in columns.items()}
+    first, *others = columns
+    parts = [[first]]
+    for name in others:
+        if len(parts[-1]) > 1 and 1 + sum(taken[known] for known in [*parts[-1], name]) > width:
+            parts.append([first])
+        parts[-1].append(name)
+    return parts
+
+
+def as_json(found: Comparison) -> dict[str, Any]:
+    """The comparison as plain data."""
+    return {
+        "against": found.against,
+        "groups": [
+            {
+                "name": group.name,
+                "task": group.task,
+                "parameters": group.parameters,
+                "runs": [
+                    {
+                        "name": run.name,
+                        "seed": run.seed,
+                        "folder": str(run.folder),
+                        "before": run.before,
+                        "after": run.after,
+                    }
+                    for run in group.runs
+                ],
+                "changed": dict(group.changed),
+                "metrics": {
+                    key: {
+                        "mean": metric.mean,
+                        "ci": metric.interval,
+                        "by_seed": metric.by_seed,
+                        "minus": None
+                        if metric.minus is None
+                        else dict(zip(("mean", "ci", "p"), metric.minus, strict=True)),
+                        "best": group.name in found.best[group.measured, key],
+                    }
+                    for key, metric in group.metrics.items()
+                },
+            }
+            for group in found.groups
+        ],
+    }
+
+
+def as_csv(found: Comparison) -> str:
+    """One line a group and metric."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    columns = ["group", "task", "seeds", "parameters", "metric", "mean", "low", "high"]
+    writer.writerow([*columns, "minus", "minus_low", "minus_high", "p"])
+    for group in found.groups:
+        for key, metric in group.metrics.items():
+            minus = metric.minus or (None, None, None)
+            row = [group.name, group.task, len(group.runs), group.parameters, key, metric.mean]
+            row += [*(metric.interval or (None, None)), minus[0], *(minus[1] or (None, None)), minus[2]]
+            writer.writerow(["" if cell is None else cell for cell in row])
+    return text.getvalue()

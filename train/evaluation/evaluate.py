@@ -1,0 +1,357 @@
+"""Before and after: what a model writes or prefers on held-out prompts, and a guard against damage.
+
+What is measured goes by the task's kind:
+
+- `lists`: every list item asked for is one of: a **repeat** of an item given or generated earlier, a **correct new**
+  answer, a **wrong** one, or **missing** (the model stopped). Rates are over all items asked for, so they sum to 1.
+- `exact_match`: the answer that the model writes is one of the accepted ones (see `read_answer`).
+- `multiple_choice`: the model finds the right answers likelier than the wrong ones (see `multiple_choice`).
+
+Intervals are percentile bootstraps over subjects.
+"""
+
+from __future__ import annotations
+
+import importlib.resources
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
+
+from headtune.analysis.methods.scores import mean_interval
+from headtune.analysis.models.head_model import positions_of
+from headtune.analysis.tasks.task import Example, Task, canonical, normalise
+from headtune.analysis.tasks.tokenized import EncodedTask, as_chat, encode, require_room
+from headtune.analysis.utils.errors import InputError
+
+from .multiple_choice import choice_log_likelihoods, choices, multiple_choice
+
+KINDS = ("repeat", "correct_new", "wrong", "missing")
+TOKENS_OF_ITEM = 12  # written for each item of a list, at most
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What a model did with one example.
+
+    Attributes:
+        example: the prompt.
+        text: what the model wrote, or the choice that it finds likeliest.
+        items: the list items, the one answer, or the choice, as read from `text`; empty where nothing was written.
+        kinds: of each item asked for: one of KINDS for lists; "correct", "wrong" or "missing" for an answer; "best",
+            "correct" or "incorrect" for a choice.
+        values: the example's own value of each metric of its kind, whose mean over examples is the metric.
+    """
+
+    example: Example
+    text: str
+    items: tuple[str, ...]
+    kinds: tuple[str, ...]
+    values: dict[str, float]
+
+
+def parse_items(text: str, n_items: int, example: Example | None = None) -> list[str]:
+    """The first `n_items` list items of a continuation: lines without their number or bullet, cut at an explanation.
+
+    An item is cut at its first dash, comma, colon, semicolon or bracket, unless a longer part of it is an answer of
+    `example` ("I, Robot").
+    """
+    known = set() if example is None else {canonical(answer, example.subject) for answer in example.answers}
+    items = []
+    for index, line in enumerate(text.split("\n")):
+        bare = re.sub(r"^\s*(\d+[.)]|[-*•])\s*", "", line) if index else line
+        parts = [bare[: match.start()] for match in re.finditer(r"\s[-–—]\s|[,:;(]", bare)]
+        longest = (part for part in (bare, *reversed(parts)) if example and canonical(part, example.subject) in known)
+        bare = next(longest, parts[0] if parts else bare).strip()
+        if bare:
+            items.append(bare)
+        elif index and items:
+            break  # an empty line ends the list
+    return items[:n_items]
+
+
+def score_items(example: Example, items: Sequence[str], n_items: int) -> list[str]:
+    """The kind of each of the `n_items` items asked for."""
+    accepted = {canonical(answer, example.subject) for answer in example.answers}
+    seen = {canonical(answer, example.subject) for answer in example.previous}
+    kinds = []
+    for item in items:
+        name = canonical(item, example.subject)
+        kinds.append("repeat" if name in seen else "correct_new" if name in accepted else "wrong")
+        seen.add(name)
+    return kinds + ["missing"] * (n_items - len(items))
+
+
+class _EnoughLines(StoppingCriteria):
+    """Stop a row once it has written `n` line breaks after some text."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt_length: int, n: int) -> None:
+        self.tokenizer, self.start, self.n = tokenizer, prompt_length, n
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        texts = self.tokenizer.batch_decode(input_ids[:, self.start :])
+        done = [text.lstrip().count("\n") >= self.n for text in texts]
+        return torch.tensor(done, device=input_ids.device)
+
+
+@torch.no_grad()
+def _generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    lines: int,
+    batch_size: int,
+    max_new_tokens: int,
+    sample_seed: int | None = None,
+) -> list[str]:
+    """Continue every prompt, in the task's order, until `lines` line breaks after some text."""
+    side, pad = tokenizer.padding_side, tokenizer.pad_token
+    tokenizer.padding_side = "left"
+    if pad is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if sample_seed is not None:
+        torch.manual_seed(sample_seed)
+    model.eval()
+    prompts = [example.prompt for example in as_chat(task, tokenizer).examples]
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    texts: dict[int, str] = {}
+    try:
+        for start in range(0, len(order), batch_size):
+            indices = order[start : start + batch_size]
+            batch = tokenizer(
+                [prompts[i] for i in indices],
+                return_tensors="pt",
+                padding=True,
+                add_special_tokens=not task.chat_template,
+            )
+            batch = batch.to(model.device)
+            length = batch["input_ids"].shape[1]
+            generate: Any = model.generate
+            output = generate(
+                input_ids=batch["input_ids"],
+                attention_mask=batch["attention_mask"],
+                do_sample=sample_seed is not None,
+                top_k=0 if sample_seed is not None else None,
+                temperature=1.0 if sample_seed is not None else None,
+                top_p=None,
+                max_new_tokens=max_new_tokens,
+                pad_token_id=tokenizer.pad_token_id,
+                stopping_criteria=StoppingCriteriaList([_EnoughLines(tokenizer, length, lines)]),
+            )
+            written = tokenizer.batch_decode(output[:, length:], skip_special_tokens=True)
+            texts |= dict(zip(indices, written, strict=True))
+    finally:
+        tokenizer.padding_side, tokenizer.pad_token = side, pad
+    return [texts[i] for i in range(len(prompts))]
+
+
+def generate_lists(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    n_items: int = 3,
+    batch_size: int = 16,
+    max_new_tokens: int | None = None,
+    sample_seed: int | None = None,
+) -> list[Scored]:
+    """Continue every prompt (greedily, or sampled with `sample_seed`) and score the next `n_items` items.
+
+    An example's `values` are its shares of the items asked for: `repeat_rate`, `correct_new_rate` and so on.
+    """
+    texts = _generate(
+        model, tokenizer, task, n_items, batch_size, max_new_tokens or TOKENS_OF_ITEM * n_items, sample_seed
+    )
+    results = []
+    for example, text in zip(task.examples, texts, strict=True):
+        items = parse_items(text, n_items, example)
+        kinds = score_items(example, items, n_items)
+        shares = {f"{kind}_rate": kinds.count(kind) / n_items for kind in KINDS}
+        results.append(Scored(example, text, tuple(items), tuple(kinds), shares))
+    return results
+
+
+def read_answer(text: str, example: Example) -> tuple[str, float, float]:
+    """The answer in a continuation, and whether it is right: `(answer, exact_match, prefix_match)`.
+
+    Of the first line that is not blank, the parts that begin it and stop at a sentence's end (`.`, `!`, `?` or `;`
+    before a space) or at the line's are what may be the answer: the first of them, unless a longer one is an accepted
+    answer ("St. Louis"). `exact_match` is 1 where that part equals an accepted answer, both after `normalise`.
+
+    `prefix_match` asks less: that the line begins with an accepted answer and a word ends there ("Rome, the capital").
+    A model that knows the answers but not where to stop has this one already.
+    """
+    line = text.strip().split("\n")[0].strip()
+    accepted = {normalise(answer) for answer in example.remaining} - {""}
+    parts = [line[: match.start()] for match in re.finditer(r"[.!?;](?=\s)", line)] + [line]
+    longest = (part for part in reversed(parts) if normalise(part) in accepted)
+    answer = next(longest, parts[0])
+    begins = any(re.match(re.escape(name) + r"(?!\w)", normalise(line)) for name in accepted)
+    return answer, float(normalise(answer) in accepted), float(begins)
+
+
+def generate_answers(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, batch_size: int = 16
+) -> list[Scored]:
+    """Write one answer to every prompt, greedily, and read it with `read_answer`.
+
+    As many tokens are written as the task's longest accepted answer has, and 8 more: an answer that goes on beyond
+    them would not be one of the accepted.
+    """
+    texts = _generate(model, tokenizer, task, 1, batch_size, _tokens_of_answer(tokenizer, task))
+    results = []
+    for example, text in zip(task.examples, texts, strict=True):
+        answer, exact, begins = read_answer(text, example)
+        kind = "correct" if exact else "wrong" if answer else "missing"
+        values = {"exact_match": exact, "prefix_match": begins}
+        results.append(Scored(example, text, (answer,) if answer else (), (kind,), values))
+    return results
+
+
+def _tokens_of_answer(tokenizer: PreTrainedTokenizerBase, task: Task) -> int:
+    answers = sorted({answer for example in task.examples for answer in example.answers})
+    return max(len(ids) for ids in tokenizer([" " + answer for answer in answers]).input_ids) + 8
+
+
+def require_room_for(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, n_items: int = 3) -> None:
+    """Refuse a task whose prompts, with what is written after them, are too long for the model (InputError).
+
+    Choices are looked at where they are scored: their length depends on the preamble.
+    """
+    if task.kind != "multiple_choice":
+        more = TOKENS_OF_ITEM * n_items if task.kind == "lists" else _tokens_of_answer(tokenizer, task)
+        require_room(task, tokenizer, positions_of(model), more)
+
+
+def choose(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, batch_size: int = 16, preamble: str = ""
+) -> list[Scored]:
+    """Score every example's choices: `mc1`, `mc2` and `mc1_norm` (see `multiple_choice`)."""
+    results = []
+    scores = choice_log_likelihoods(model, tokenizer, task, batch_size, preamble)
+    for example, log_likelihoods in zip(task.examples, scores, strict=True):
+        top = max(range(len(log_likelihoods)), key=log_likelihoods.__getitem__)
+        kind = "best" if top == 0 else "correct" if top < len(example.remaining) else "incorrect"
+        choice = choices(example)[top]
+        results.append(Scored(example, choice, (choice,), (kind,), multiple_choice(example, log_likelihoods)))
+    return results
+
+
+@torch.no_grad()
+def answer_mass(model: PreTrainedModel, encoded: EncodedTask) -> tuple[list[float], list[float]]:
+    """p(remaining) and p(previous) at END, summed over first tokens, one value an example."""
+    remaining, previous = [], []
+    for example in encoded.examples:
+        logits = model(example.tokens[None].to(model.device), use_cache=False, logits_to_keep=1).logits[0, -1]
+        p = logits.float().softmax(-1)
+        remaining.append(p[list(example.target_tokens)].sum().item())
+        previous.append(p[sorted(set(example.previous_tokens))].sum().item())
+    return remaining, previous
+
+
+def neutral_text() -> str:
+    """The text, written for this project, on which perplexity is measured."""
+    return (importlib.resources.files("headtune.recipes") / "data" / "neutral.txt").read_text(encoding="utf-8")
+
+
+@torch.no_grad()
+def perplexity(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str | None = None, window: int = 512
+) -> float:
+    """`exp(mean negative log-likelihood)` per token of `text` in consecutive windows of `window` tokens."""
+    window = min(window, positions_of(model) or window)
+    tokens = tokenizer(neutral_text() if text is None else text, return_tensors="pt").input_ids[0].to(model.device)
+    total, count = 0.0, 0
+    for start in range(0, len(tokens) - 1, window):
+        part = tokens[start : start + window + 1][None]
+        log_p = model(part[:, :-1], use_cache=False).logits[0].float().log_softmax(-1)
+        total -= log_p.gather(-1, part[0, 1:, None]).sum().item()
+        count += part.shape[1] - 1
+    return math.exp(total / count)
+
+
+def evaluate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    n_items: int = 3,
+    batch_size: int = 16,
+    preamble: str = "",
+) -> tuple[dict[str, Any], list[Scored]]:
+    """All metrics of a model on a task, by the task's kind, and the guard against damage.
+
+    Args:
+        n_items, batch_size, preamble: as `score_task` takes them.
+
+    Returns:
+        metrics: those of `score_task`, and `neutral_perplexity`, a number.
+        scored: what the model did with each example.
+
+    Raises:
+        InputError: a preamble for another kind of task; see `choice_log_likelihoods` for multiple choice.
+    """
+    metrics, scored = score_task(model, tokenizer, task, n_items, batch_size, preamble)
+    return metrics | {"neutral_perplexity": perplexity(model, tokenizer), "n": metrics["n"]}, scored
+
+
+def score_task(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    n_items: int = 3,
+    batch_size: int = 16,
+    preamble: str = "",
+) -> tuple[dict[str, Any], list[Scored]]:
+    """A task's own metrics.
+
+    Args:
+        n_items: list items scored per prompt; lists only.
+        batch_size: prompts generated, or choices scored, together.
+        preamble: text before every prompt; multiple choice only.
+
+    Returns:
+        metrics: name -> `{"mean", "ci"}`: for lists `repeat_rate`, `correct_new_rate`, `wrong_rate`, `missing_rate`,
+            `p_previous`, `p_remaining`; for one answer `exact_match`, `prefix_match`; for multiple choice `mc1`, `mc2`,
+            `mc1_norm`. For all, `n`: the counts behind them.
+        scored: what the model did with each example.
+
+    Raises:
+        InputError: a preamble for another kind of task, or a prompt that is too long for the model.
+    """
+    if preamble and task.kind != "multiple_choice":
+        raise InputError(f"task {task.name!r} is no multiple choice but {task.kind}; leave the preamble out")
+    require_room_for(model, tokenizer, task, n_items)
+    model.eval()
+    if task.kind == "lists":
+        scored = generate_lists(model, tokenizer, task, n_items, batch_size)
+    elif task.kind == "exact_match":
+        scored = generate_answers(model, tokenizer, task, batch_size)
+    else:
+        scored = choose(model, tokenizer, task, batch_size, preamble)
+    subjects = [one.example.subject for one in scored]
+    metrics: dict[str, Any] = {
+        name: mean_interval([one.values[name] for one in scored], subjects) for name in scored[0].values
+    }
+    counts: dict[str, Any] = {"examples": len(scored), "subjects": len(set(subjects))}
+    if task.kind == "lists":
+        metrics |= _masses(model, encoded := encode(task, tokenizer))
+        counts["items"] = len(scored) * n_items
+        counts |= {"first_token_examples": len(encoded.examples), "dropped": dict(encoded.dropped)}
+    elif task.kind == "multiple_choice":
+        counts["choices"] = sum(len(choices(one.example)) for one in scored)
+    metrics["n"] = counts
+    return metrics, scored
+
+
+def _masses(model: PreTrainedModel, encoded: EncodedTask) -> dict[str, Any]:
+    remaining, previous = answer_mass(model, encoded)
+    subjects = [example.example.subject for example in encoded.examples]
+    metrics = {"p_remaining": mean_interval(remaining, subjects)}
+    given = [index for index, example in enumerate(encoded.examples) if example.previous_tokens]
+    if given:  # examples without previous answers would only dilute it with zeros
+        metrics["p_previous"] = mean_interval([previous[i] for i in given], [subjects[i] for i in given])
+    return metrics

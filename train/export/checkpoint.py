@@ -1,0 +1,391 @@
+"""A stock checkpoint from a run, proven equal before it appears.
+
+Adapters are folded into the weights (see `headtune.train.export.convert`): a scale into the columns of the output
+projection, an offset into its bias. The result is reloaded by plain transformers in a process that never imports
+headtune; logits and greedy generations are compared with those of the adapted model. Only then does the folder get its
+name. Where a family has no place for what was trained, the adapter alone can be written.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import itertools
+import logging
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from headtune.analysis.models.architectures import architecture_of
+from headtune.analysis.models.loading import parse_dtype
+from headtune.analysis.tasks.task import Task
+from headtune.analysis.utils.errors import CheckError, InputError
+from headtune.analysis.utils.files import atomic_folder, require_new_folder, sha256_of, write_json, write_text
+from headtune.analysis.utils.progress import Progress, silent
+from headtune.analysis.utils.state_files import read_state
+from headtune.train.config.methods import TaskBlock
+from headtune.train.trainer.quiet import libraries_quiet
+from headtune.train.tuners.weights_io import ADAPTER, read_adapter
+
+from .convert import conversion, fold
+from .model_card import Origin, adapter_card, checkpoint_card, origin_of
+
+log = logging.getLogger(__name__)
+Say = Callable[[str], None]
+FLOAT32_TOLERANCE = (
+    1e-3  # largest logit difference; folding reorders float32 sums, which moves logits by about 1e-5..1e-4
+)
+# Rounding every weight to 8 (or 11) bits of mantissa moves logits by a few per cent of their scale.
+HALF_TOLERANCE = 0.1
+_TOGETHER = 10  # prompts that are continued in one batch
+
+# Runs under `python -I`: no PYTHONPATH, no current folder, so nothing but installed packages can be imported.
+_PROBE = """
+import json, os, sys
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+for job in json.load(open(sys.argv[1])):
+    folder = job["folder"]
+    model, info = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    config = json.load(open(os.path.join(folder, "config.json")))
+    assert config["architectures"] == [type(model).__name__], config["architectures"]
+    assert not {"auto_map", "quantization_config"} & config.keys(), sorted(config)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert "headtune" not in {name.split(".")[0] for name in sys.modules}
+    model.eval()
+    result = {}
+    with torch.no_grad():
+        for index, row in enumerate(job["prompts"]):
+            assert job["texts"] is None or tokenizer(job["texts"][index]).input_ids == row, "the tokenizer has changed"
+            result[f"logits.{index}"] = model(torch.tensor([row])).logits[0].float().contiguous()
+        for first, rows, mask in job["batches"]:
+            generated = model.generate(
+                torch.tensor(rows), attention_mask=torch.tensor(mask), do_sample=False,
+                max_new_tokens=job["new_tokens"], pad_token_id=job["pad"])
+            result |= {f"greedy.{first + i}": row.clone() for i, row in enumerate(generated)}
+    save_file(result, job["answer"])
+"""
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """What two models are compared on.
+
+    Attributes:
+        rows: token ids of each prompt.
+        texts: the prompts, where the reloaded tokenizer has to give the same ids; None to leave it out.
+        new_tokens: generated greedily after each.
+        pad: the padding token's id.
+    """
+
+    rows: Sequence[list[int]]
+    texts: Sequence[str] | None
+    new_tokens: int
+    pad: int | None
+
+    def batches(self) -> list[tuple[int, list[list[int]], list[list[int]]]]:
+        """Rows that are continued together: the first one's number, the rows padded on the left, and their mask."""
+        result = []
+        for first in range(0, len(self.rows), _TOGETHER):
+            rows = self.rows[first : first + _TOGETHER]
+            short = [max(map(len, rows)) - len(row) for row in rows]
+            padded = [[self.pad or 0] * n + row for n, row in zip(short, rows, strict=True)]
+            mask = [[0] * n + [1] * len(row) for n, row in zip(short, rows, strict=True)]
+            result.append((first, padded, mask))
+        return result
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a model says to prompt i.
+
+    Attributes:
+        logits: float32 `[n_tokens, vocabulary]` each.
+        greedy: token ids of the prompt and its continuation, padded to its batch on the left and after its end.
+    """
+
+    logits: Sequence[Tensor]
+    greedy: Sequence[Tensor]
+
+
+def prompts_of(tokenizer: PreTrainedTokenizerBase, task: Task, n: int = 20, new_tokens: int = 24) -> Prompts:
+    """The first prompts of a task's seeded order."""
+    texts = [example.prompt for example in task.limited(n).examples]
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    return Prompts([tokenizer(text).input_ids for text in texts], texts, new_tokens, pad)
+
+
+@torch.no_grad()
+def answers_of(model: Any, prompts: Prompts, progress: Progress = silent) -> Answers:
+    """What a model in this process computes, on its own device."""
+    model.eval()
+    logits = [
+        model(torch.tensor([row], device=model.device)).logits[0].float().cpu()
+        for row in progress(prompts.rows, "asking the adapted model")
+    ]
+    greedy: list[Tensor] = []
+    settings = {"do_sample": False, "max_new_tokens": prompts.new_tokens, "pad_token_id": prompts.pad}
+    for _, *batch in progress(prompts.batches(), "letting it go on"):
+        tokens, mask = (torch.tensor(part, device=model.device) for part in batch)
+        greedy += model.generate(input_ids=tokens, attention_mask=mask, **settings).cpu()
+    return Answers(logits, greedy)
+
+
+def answers_elsewhere(folders: Sequence[Path], prompts: Prompts) -> list[Answers]:
+    """What plain transformers computes from these folders, one after the other, in one process without headtune.
+
+    Raises:
+        CheckError: a folder does not load there as it stands: parameters too many or too few, another tokenizer.
+    """
+    with tempfile.TemporaryDirectory() as temporary:
+        answers = [Path(temporary) / f"{index}.safetensors" for index in range(len(folders))]
+        jobs = [
+            {
+                "folder": str(folder),
+                "answer": str(answer),
+                "prompts": prompts.rows,
+                "batches": prompts.batches(),
+                "texts": prompts.texts,
+                "new_tokens": prompts.new_tokens,
+                "pad": prompts.pad,
+            }
+            for folder, answer in zip(folders, answers, strict=True)
+        ]
+        request = Path(temporary) / "request.json"
+        write_json(request, jobs)
+        command = [sys.executable, "-I", "-c", _PROBE, str(request)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            raise CheckError(f"the exported checkpoint does not load in plain transformers: {last}")
+        found = [load_file(answer) for answer in answers]
+    numbers = range(len(prompts.rows))
+    return [Answers([row[f"logits.{i}"] for i in numbers], [row[f"greedy.{i}"] for i in numbers]) for row in found]
+
+
+def compare(expected: Answers, found: Answers, dtype: str) -> dict[str, Any]:
+    """Largest and mean logit difference, the logits' scale, generations that agree, and the verdict.
+
+    The verdict is a largest difference within `FLOAT32_TOLERANCE` and all generations identical; for weights in half
+    precision within `HALF_TOLERANCE` of the scale, and generations are reported and not required: rounded weights may
+    flip a near-tie.
+    """
+    gaps = [(mine - other).abs() for mine, other in zip(expected.logits, found.logits, strict=True)]
+    # torch's max, unlike Python's, does not lose a NaN on the way.
+    scale = torch.stack([logits.abs().max() for logits in expected.logits]).max().item()
+    largest = torch.stack([gap.max() for gap in gaps]).max().item()
+    same = sum(torch.equal(mine, other) for mine, other in zip(expected.greedy, found.greedy, strict=True))
+    exact = dtype == "float32"
+    tolerance = FLOAT32_TOLERANCE if exact else HALF_TOLERANCE * scale
+    return {
+        "dtype": dtype,
+        "prompts": len(gaps),
+        "max_logit_difference": largest,
+        "mean_logit_difference": sum(gap.mean().item() for gap in gaps) / len(gaps),
+        "logit_scale": scale,
+        "tolerance": tolerance,
+        "identical_generations": same,
+        "passed": bool(largest <= tolerance and (same == len(gaps) or not exact)),
+    }
+
+
+def write_stock(
+    folded: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, max_shard_size: str = "5GB"
+) -> None:
+    """Safetensors shards, configuration, generation configuration and tokenizer."""
+    folded.save_pretrained(folder, max_shard_size=max_shard_size)
+    tokenizer.save_pretrained(folder)
+
+
+def export(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    target: Path,
+    dtype: str = "float32",
+    origin: Origin | None = None,
+    n_prompts: int = 20,
+    new_tokens: int = 24,
+    max_shard_size: str = "5GB",
+    progress: Progress = silent,
+    say: Say = log.info,
+) -> dict[str, Any]:
+    """Fold, save, reload elsewhere, compare, and only then give the folder its name.
+
+    Args:
+        model: a PeftModel or a fine-tuned model, in float32; it is used up.
+        task: its prompts are those compared.
+        target: a new folder.
+        dtype: of the stored weights. The comparison is always with the adapted float32 model.
+        origin: what the model card says of the run.
+        max_shard_size: of one file of weights, such as "5GB".
+        progress: wraps the prompts.
+        say: told what happens, a line at a time.
+
+    Returns:
+        The content of `export.json`: the comparison (see `compare`), the conversion of the family, the origin, and the
+        SHA-256 of every file written.
+
+    Raises:
+        InputError: the folder exists or cannot be written, an unknown dtype or size, or a model that has no exact stock
+            form (see `fold`).
+        CheckError: the reloaded model differs by more than the tolerance; nothing is left at `target`.
+    """
+    stored = parse_dtype(dtype)
+    _require_size(max_shard_size)
+    require_new_folder(target, "choose another folder")
+    origin = origin or Origin()
+    prompts = prompts_of(tokenizer, task, n_prompts, new_tokens)
+    say(f"logits and generations of the adapted model on {len(prompts.rows)} prompts")
+    expected = answers_of(model, prompts, progress)
+    say("folding the adapter into stock weights")
+    source = copy.deepcopy(model.config)
+    folded = fold(model).to(stored)  # type: ignore[arg-type]
+    converted = conversion(source, folded.config)
+    if target.is_dir():
+        target.rmdir()  # empty, as was checked; rename needs the name free
+    with atomic_folder(target) as temporary:
+        say(f"writing {dtype} weights")
+        write_stock(folded, tokenizer, temporary, max_shard_size)
+        say(f"reloading them in a process of its own, and comparing {len(prompts.rows)} prompts")
+        result = compare(expected, answers_elsewhere([temporary], prompts)[0], dtype)
+        if not result["passed"]:
+            raise CheckError(
+                f"the exported checkpoint differs: largest logit difference {result['max_logit_difference']:.3g} "
+                f"(allowed {result['tolerance']:.3g}), {result['identical_generations']} of {result['prompts']} "
+                "generations identical; nothing was written"
+            )
+        result |= {"conversion": converted, **origin.summary()}
+        caveat = architecture_of(converted["written"]).bias_caveat if converted["flags"] else ""
+        write_text(temporary / "README.md", checkpoint_card(origin, result, caveat))
+        _finish(temporary, result)
+    return result
+
+
+def export_adapter(run: Path, target: Path) -> dict[str, Any]:
+    """Write a run's adapter alone, as PEFT loads it, with a model card that says how.
+
+    The base model is named as the recipe names it, not by where this machine keeps it.
+
+    Returns:
+        The content of `export.json`: the adapter's type, the origin, the SHA-256 of every file written.
+
+    Raises:
+        InputError: the folder is not a run, has no adapter (full fine-tuning) or a damaged file, or `target` is not
+            free.
+        CheckError: the adapter's weights cannot be read, or hold numbers that are not finite.
+    """
+    from headtune.train.config import recipe as recipes
+    from headtune.train.tracking.follow_up import tracked_export
+
+    if not (run / "recipe.yaml").is_file():
+        raise InputError(f"{str(run)!r} is not a run: it holds no recipe.yaml; give a folder that headtune train wrote")
+    if not (run / "adapter" / "adapter_config.json").is_file():
+        raise InputError(
+            f"run {str(run)!r} has no adapter: it is not finished, or trained the model itself; export the checkpoint "
+            "without --adapter"
+        )
+    require_new_folder(target, "choose another folder")
+    recipe = recipes.load(str(run / "recipe.yaml"))
+    origin = origin_of(run, recipe.dump())
+    return tracked_export(run, recipe, target, lambda: _write_adapter(run, target, origin))
+
+
+def _write_adapter(run: Path, target: Path, origin: Origin) -> dict[str, Any]:
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    config = read_state(run / "adapter" / "adapter_config.json")
+    config |= {"base_model_name_or_path": origin.base, "revision": origin.revision}
+    for name, tensor in read_adapter(run / "adapter").items():
+        if not tensor.isfinite().all():
+            raise CheckError(f"the adapter's {name} holds numbers that are not finite")
+    module = PEFT_TYPE_TO_CONFIG_MAPPING[config["peft_type"]].__module__
+    own = "headtune.train" if module.startswith("headtune.train.") else None
+    result = {"adapter": config["peft_type"], "import_first": own, **origin.summary()}
+    if target.is_dir():
+        target.rmdir()
+    with atomic_folder(target) as temporary:
+        (temporary / ADAPTER).write_bytes((run / "adapter" / ADAPTER).read_bytes())
+        write_json(temporary / "adapter_config.json", config)
+        write_text(temporary / "README.md", adapter_card(origin, own))
+        _finish(temporary, result)
+    return result
+
+
+@libraries_quiet()
+def export_run(
+    run: Path,
+    target: Path,
+    dtype: str = "float32",
+    n_prompts: int = 20,
+    max_shard_size: str = "5GB",
+    progress: Progress = silent,
+    say: Say = log.info,
+) -> dict[str, Any]:
+    """Export a finished run; see `export`. The prompts compared are of its held-out task or tasks.
+
+    Raises:
+        InputError, CheckError: as `export`, and where the folder is not a finished run.
+    """
+    from headtune.train.runs.load_run import load_run
+    from headtune.train.tracking.follow_up import tracked_export
+
+    parse_dtype(dtype)  # what is refused is refused before a model is loaded
+    _require_size(max_shard_size)
+    require_new_folder(target, "choose another folder")
+    model, tokenizer, recipe = load_run(run)
+    origin = origin_of(run, recipe.dump())
+    held_out = _held_out(recipe.task, n_prompts)
+
+    def make() -> dict[str, Any]:
+        return export(
+            model,
+            tokenizer,
+            held_out,
+            target,
+            dtype,
+            origin,
+            n_prompts,
+            max_shard_size=max_shard_size,
+            progress=progress,
+            say=say,
+        )
+
+    return tracked_export(run, recipe, target, make)
+
+
+def _held_out(block: TaskBlock, n: int) -> Task:
+    """The held-out prompts to choose `n` from, however few the run was evaluated on; `n` of a sequence's by turns."""
+    from headtune.train.config.resolve_tasks import tasks_of
+    from headtune.train.continual.sequence import steps_of
+
+    block = block.model_copy(update={"max_eval_examples": None})
+    if block.sequence is None:
+        return tasks_of(block)[1]
+    steps = steps_of(block)
+    turns = itertools.zip_longest(*(step.held_out.limited(n).examples for step in steps))
+    examples = [example for turn in turns for example in turn if example is not None]
+    return dataclasses.replace(steps[0].held_out, name="sequence", examples=tuple(examples[:n]))
+
+
+def _require_size(size: str) -> None:
+    if not re.fullmatch(r"[1-9]\d*[KMGT]B", size):
+        raise InputError(f"max shard size {size!r} is not a size; give a whole number of MB or GB, such as 5GB")
+
+
+def _finish(folder: Path, result: dict[str, Any]) -> None:
+    """Record the hash of every file and write export.json."""
+    result["files"] = {path.name: sha256_of(path) for path in sorted(folder.iterdir()) if path.is_file()}
+    write_json(folder / "export.json", result)

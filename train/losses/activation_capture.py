@@ -1,0 +1,301 @@
+"""What a training pass computed in chosen heads, kept with its gradient until the penalties have been added up.
+
+    watcher = PassWatcher(heads, wanted)
+    with watcher.installed():
+        loss = ...                        # a pass in training mode, with gradient
+        watcher.last.z[3]                 # [batch, seq, n_heads * head_dim], as the output projection got it
+
+Only references to tensors that exist anyway are kept and nothing is computed in the hooks, so that gradient
+checkpointing finds the same operations when it runs a layer again. A pass without gradient (a reference's, an
+evaluation's) is not looked at; of several with gradient the last counts. Behind a head-tuning adapter, z is the scaled
+and shifted one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from peft.tuners.ln_tuning.layer import LNTuningLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from headtune.analysis.models.attention import AttentionCall, look_with
+from headtune.analysis.models.head_model import HeadModel
+from headtune.analysis.utils.errors import CheckError, InputError
+from headtune.train.tuners.head_weights import output_slices
+
+from .head_penalties import contributions
+
+FINAL = -1  # stands for a layer where the final norm is meant
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What to keep of a pass.
+
+    Attributes:
+        z: layers whose output projection's input is kept.
+        attention: layers whose queries and keys are kept.
+        norms: layers whose post-attention norm's input is kept (where the family has that norm), `FINAL` for the norm
+            before the unembedding.
+    """
+
+    z: frozenset[int] = frozenset()
+    attention: frozenset[int] = frozenset()
+    norms: frozenset[int] = frozenset()
+
+
+@dataclass(eq=False)
+class HeadPass:
+    """One pass of the backbone.
+
+    Attributes:
+        arguments: what the backbone was called with.
+        present: `[batch, seq]` bool, tokens that are not padding.
+        z: layer -> `[batch, seq, n_heads * head_dim]`.
+        attention: layer -> its attention call.
+        norms: layer, or `FINAL` -> `[batch, seq, d_model]`.
+    """
+
+    arguments: dict[str, Any]
+    present: Tensor
+    z: dict[int, Tensor] = field(default_factory=dict)
+    attention: dict[int, AttentionCall] = field(default_factory=dict)
+    norms: dict[int, Tensor] = field(default_factory=dict)
+
+    def require(self, wanted: Wanted) -> None:
+        """Raise CheckError where something did not come with the pass."""
+        for kind in ("z", "attention", "norms"):
+            if missing := sorted(getattr(wanted, kind) - getattr(self, kind).keys()):
+                raise CheckError(
+                    f"layer {missing[0]} did not run in this pass, or without gradient; switch off the prefix cache "
+                    "(method.prefix_cache=false) and re-entrant gradient checkpointing "
+                    "(gradient_checkpointing_kwargs={'use_reentrant': False})"
+                )
+
+
+def bare(module: nn.Module) -> Any:
+    """A module without the adapters around it; of a norm that LN tuning replaces, the one that acts."""
+    inner: Any = module
+    while isinstance(inner, BaseTunerLayer):
+        layer: Any = inner
+        if isinstance(layer, LNTuningLayer) and not (layer.disable_adapters or layer.merged):
+            return layer.ln_tuning_layers[layer.active_adapters[0]]
+        inner = layer.base_layer
+    return inner
+
+
+def carries_adapter(model: nn.Module) -> bool:
+    return any(isinstance(module, BaseTunerLayer) for module in model.modules())
+
+
+def alike(heads: HeadModel, model: PreTrainedModel) -> HeadModel:
+    """The same view of another model of the same configuration."""
+    return dataclasses.replace(heads, model=model)
+
+
+class PassWatcher:
+    """Keeps what is wanted of each training pass of a model, and of passes of its reference.
+
+    Args:
+        heads: the model; it may carry a PEFT adapter by the time `installed` is entered.
+        wanted: what to keep of training passes.
+    """
+
+    def __init__(self, heads: HeadModel, wanted: Wanted) -> None:
+        self.heads = heads
+        self.wanted = wanted
+        self.last: HeadPass | None = None
+        self._running: HeadPass | None = None
+        self._with_gradient = True  # what the running pass must have for its tensors to be kept
+
+    @contextlib.contextmanager
+    def installed(self, reference: HeadModel | None = None) -> Iterator[None]:
+        """Watch inside the block, and the reference too where it is another model; afterwards nothing is held."""
+        models = [self.heads] if reference is None else [self.heads, reference]
+        implementations = [view.model.config._attn_implementation for view in models]
+        with contextlib.ExitStack() as during:
+            if self.wanted.attention:
+                for view, implementation in zip(models, implementations, strict=True):
+                    view.record_attention(True)
+                    during.callback(view.model.set_attn_implementation, implementation)
+                during.enter_context(look_with(self._look))
+            backbone = _backbone(self.heads)
+            before = backbone.register_forward_pre_hook(self._before, with_kwargs=True)
+            during.callback(before.remove)
+            during.callback(backbone.register_forward_hook(self._after, always_call=True).remove)
+            for view in models:
+                self._watch(view, during)
+            try:
+                yield
+            finally:
+                self.last = self._running = None
+
+    def _watch(self, view: HeadModel, during: contextlib.ExitStack) -> None:
+        def keep(kind: str, layer: int) -> Any:
+            def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                if self._running is not None and torch.is_grad_enabled() == self._with_gradient:
+                    given = args[0] if args else kwargs["hidden_states"]
+                    getattr(self._running, kind)[layer] = given
+
+            return hook
+
+        for layer in self.wanted.z:
+            module = bare(view.projection(layer))
+            during.callback(module.register_forward_pre_hook(keep("z", layer), with_kwargs=True).remove)
+        for layer in self.wanted.norms:
+            norm: Any = view.final_norm if layer == FINAL else view.post_attention_norm(layer)
+            during.callback(norm.register_forward_pre_hook(keep("norms", layer), with_kwargs=True).remove)
+
+    def _look(self, call: AttentionCall) -> None:
+        if (
+            self._running is not None
+            and call.layer in self.wanted.attention
+            and torch.is_grad_enabled() == self._with_gradient
+        ):
+            self._running.attention[call.layer] = call
+
+    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not (module.training and torch.is_grad_enabled()):
+            return
+        tokens = args[0] if args else kwargs.get("input_ids")
+        if not isinstance(tokens, Tensor):
+            raise InputError("a penalty on heads needs the tokens of a pass; call the model with input_ids")
+        self.last = None
+        self._running = HeadPass({"input_ids": tokens, **kwargs}, _present(tokens, kwargs.get("attention_mask")))
+
+    def _after(self, *_: Any) -> None:
+        # Not after a pass within the pass, which a prefix cache makes, without gradient, for rows it does not know.
+        if self._running is not None and self._with_gradient and torch.is_grad_enabled():
+            self.last, self._running = self._running, None
+
+    @torch.no_grad()
+    def again(self, model: HeadModel, made: HeadPass, wanted: Wanted) -> HeadPass:
+        """What the reference computes on a pass's inputs: in eval mode, up to the final norm, without gradient.
+
+        Args:
+            model: the reference, watched by `installed`: another model, or this one with its adapter switched off.
+            made: the pass.
+            wanted: what has to be there afterwards.
+        """
+        backbone = _backbone(model)
+        training = [module for module in backbone.modules() if module.training]
+        self._running, self._with_gradient = HeadPass(made.arguments, made.present), False
+        try:
+            backbone.eval()
+            backbone(**{**made.arguments, "use_cache": False})
+            base = self._running
+        finally:
+            self._running, self._with_gradient = None, True
+            for module in training:
+                module.training = True
+        base.require(wanted)
+        return base
+
+
+def _backbone(view: HeadModel) -> nn.Module:
+    """The module that holds the layers and the final norm; every pass, fused head or not, goes through it."""
+    return view.model.get_submodule(view.architecture.layers.rpartition(".")[0])
+
+
+def _present(tokens: Tensor, mask: Tensor | None) -> Tensor:
+    if mask is None:
+        return torch.ones_like(tokens, dtype=torch.bool)
+    if mask.shape != tokens.shape:
+        raise InputError(
+            f"an attention mask of shape {list(mask.shape)} for tokens {list(tokens.shape)}; give it alike"
+        )
+    return mask.bool()
+
+
+def layers_of(pairs: Collection[tuple[int, int]]) -> frozenset[int]:
+    return frozenset(layer for layer, _ in pairs)
+
+
+def of_heads(view: HeadModel, z: Tensor, heads: Sequence[int]) -> Tensor:
+    """`[..., len(heads), head_dim]` of `[..., n_heads * head_dim]`."""
+    return z.unflatten(-1, (view.n_heads, view.head_dim))[..., list(heads), :]
+
+
+def rows_read(ends: Tensor, tokens: Tensor) -> Tensor:
+    """The rows with a right token."""
+    return ((ends >= 0) & (tokens >= 0).any(-1)).nonzero().flatten()
+
+
+def head_contributions(
+    view: HeadModel, made: HeadPass, by_layer: Mapping[int, Sequence[int]], ends: Tensor, tokens: Tensor
+) -> dict[int, Tensor]:
+    """Layer -> `[rows with a right token, heads, n]`: each head's part of right tokens' logits at END, in logits.
+
+    With gradient through z and W_O; the directions u and the scale of the norms are this pass's, held.
+    """
+    rows = rows_read(ends, tokens)
+    at, wanted = ends[rows], tokens[rows].clamp(min=0)
+
+    def at_end(x: Tensor) -> Tensor:
+        return x[rows.to(x.device), at.to(x.device)]
+
+    with torch.no_grad():
+        unembedding: Any = bare(view.model.get_output_embeddings()).weight
+        norm, residual = bare(view.final_norm), at_end(made.norms[FINAL])
+        directions = [
+            view.norm_directions(norm, x, unembedding[of_row.to(unembedding.device)])
+            for x, of_row in zip(residual, wanted, strict=True)
+        ]
+    found = {}
+    for layer, heads in by_layer.items():
+        post = view.post_attention_norm(layer)
+        with torch.no_grad():
+            inner = directions
+            if post is not None:
+                met = zip(at_end(made.norms[layer]), directions, strict=True)
+                inner = [view.norm_directions(bare(post), x, u) for x, u in met]
+            stacked = torch.stack(inner) if inner else residual.new_zeros(0, wanted.shape[1], view.d_model).float()
+        z = of_heads(view, at_end(made.z[layer]), heads)
+        found[layer] = contributions(z, output_slices(view, layer, heads), stacked)
+    return found
+
+
+def dropout_of(module: nn.Module) -> str | None:
+    """What of its input a module drops at random in training, as `Dropout.p is 0.1`; its parts are not looked at."""
+    rates = {"p": module.p} if isinstance(module, nn.Dropout) else vars(module)
+    for name, value in rates.items():
+        if (name == "p" or "drop" in name) and isinstance(value, int | float) and value > 0:
+            return f"{type(module).__name__}.{name} is {value}"
+    return None
+
+
+def told_of_dropout(model: nn.Module, compared: str, say: Callable[[str], None]) -> None:
+    """Say so where a model drops at random what is compared with the pass of a model that does not."""
+    parts = (module for name, module in model.named_modules() if "lora_dropout" not in name)
+    if drops := next(filter(None, map(dropout_of, parts)), None):
+        say(
+            f"the model drops at random in training ({drops}), what it is compared with does not: {compared} would not "
+            "be 0 in a model that has not changed; to be rid of that, set dropout to 0 in its config.json"
+        )
+
+
+def option_tokens(view: HeadModel, *options: str) -> list[int]:
+    """The token of each option that a prompt may name.
+
+    Raises:
+        InputError: an option that is not one token, or two that are the same.
+    """
+    found: list[int] = []
+    for option in options:
+        tokens = view.tokenizer(option, add_special_tokens=False)["input_ids"]
+        if len(tokens) != 1:
+            raise InputError(
+                f"negative_attention has option {option!r}, which is {len(tokens)} tokens of this model; give one that "
+                "is a single token (mind the leading space)"
+            )
+        if tokens[0] in found:
+            raise InputError(f"negative_attention has options {options} of the same token; give two that differ")
+        found.append(int(tokens[0]))
+    return found

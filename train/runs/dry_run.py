@@ -1,0 +1,264 @@
+"""A recipe checked as far as it can be without training: what it trains, on what, how long, in how much memory."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import psutil  # type: ignore[import-untyped]
+import torch
+from peft import get_peft_model
+from transformers import set_seed
+
+from headtune.analysis.identify.head_set import ROLES, HeadSet
+from headtune.analysis.models.head_model import HeadModel
+from headtune.analysis.reports.head_report import next_step
+from headtune.analysis.tasks.task import scored
+from headtune.analysis.utils.errors import InputError
+from headtune.analysis.utils.files import require_new_folder
+from headtune.train.config import resolve_tasks
+from headtune.train.config.methods import HeadsBlock, ObjectiveBlock, SeekrMethod
+from headtune.train.config.resolve_heads import choose_heads
+from headtune.train.config.schema import Recipe
+from headtune.train.continual import sequence
+from headtune.train.trainer import training
+
+from . import batch_preview, memory_of_recipe, model_shape
+from .memory_of_recipe import Stage
+from .run import FIRST, Ready, prepared
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What a run would do.
+
+    Attributes:
+        heads: in words; None where the method asks for none.
+        parameters: trained, by kind of weight; empty where nothing is trained.
+        model_parameters: of the whole model.
+        examples: trained on and held out.
+        tasks: they are of, and how their answers are scored, in words.
+        batch: rows of a step; steps: of the whole run.
+        longest: tokens of the longest row.
+        stages: with their memory on this machine, in one process.
+        rows: the first batch.
+        notes: what the run will find out, and what was taken in its place.
+    """
+
+    heads: str | None
+    parameters: dict[str, int]
+    model_parameters: int
+    examples: tuple[int, int]
+    tasks: str = ""
+    batch: int = 0
+    steps: int = 0
+    longest: int = 0
+    stages: Sequence[Stage] = ()
+    rows: Sequence[batch_preview.Row] = ()
+    notes: list[str] = field(default_factory=list)
+    device: str = "cpu"
+
+    @property
+    def free(self) -> int:
+        """Bytes that are free now, of the GPU or of this machine."""
+        if self.device == "cuda":
+            return int(torch.cuda.mem_get_info()[0])
+        return int(psutil.virtual_memory().available)
+
+
+def dry_run(recipe: Recipe) -> DryRun:
+    """Check a recipe, its data and its model, and look at the first batch. Nothing is trained, nothing is written.
+
+    Raises:
+        InputError: what a run would refuse before it starts; more than one process.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError("--dry-run is for one process; headtune plan estimates several")
+    fix = "choose another output_dir or name, or continue it with --resume (resume=True in Python)"
+    require_new_folder(recipe.folder, fix, FIRST)
+    ready = prepared(recipe)
+    heads = ready.heads
+    total = sum(p.numel() for p in heads.model.parameters())
+    notes: list[str] = []
+    pairs: list[tuple[int, int]] = []
+    words = None
+    if recipe.heads is not None:
+        pairs, words = _heads(recipe.heads, ready, notes)
+    examples = (len(ready.train.examples), len(ready.held_out.examples))
+    tasks = f"{resolve_tasks.in_words(recipe.task, ready.train, ready.held_out)}, "
+    tasks += scored(ready.held_out.kind, recipe.evaluation.n_items)
+    method: Any = recipe.method
+    if getattr(method, "select_only", False):
+        notes.append("method.select_only: the run ends when heads are chosen")
+    if isinstance(method, SeekrMethod):
+        return _in_order(recipe, ready, words, total, notes)
+    if not isinstance(method, ObjectiveBlock):
+        notes.append("recipe steer trains nothing: what it adds is computed from the training prompts")
+        return DryRun(words, {}, total, examples, tasks, notes=notes)
+    return _trained(recipe, ready, pairs, words, total, tasks, notes)
+
+
+def _trained(
+    recipe: Recipe,
+    ready: Ready,
+    pairs: list[tuple[int, int]],
+    words: str | None,
+    total: int,
+    tasks: str,
+    notes: list[str],
+) -> DryRun:
+    heads, method = ready.heads, recipe.method
+    assert isinstance(method, ObjectiveBlock)
+    if heads.tokenizer.pad_token is None:
+        heads.tokenizer.pad_token = heads.tokenizer.eos_token
+    limit = recipe.task.max_train_examples
+    given = recipe
+    if method.objective == "answer_set" and method.answer_set.own_lists:
+        share = f"{100 * method.answer_set.own_lists:.0f}%"
+        notes.append(f"{share} of the prompts will be lists that the model writes itself; the batch shows the task's")
+        block = method.answer_set.model_copy(update={"own_lists": 0.0})
+        given = recipe.model_copy(update={"method": method.model_copy(update={"answer_set": block})})
+    data = training.material(given, heads, ready.train, {}, lambda _line: None)
+    with tempfile.TemporaryDirectory() as folder:  # a trainer makes its output folder
+        arguments = training.training_arguments(recipe, output_dir=folder)
+        config: Any = training.peft_config(method, pairs, heads.model)
+        if config is None:
+            heads.model.requires_grad_(True)
+        set_seed(recipe.seed)
+        try:
+            trainer = data.kind(
+                heads.model,
+                args=arguments,
+                processing_class=heads.tokenizer,
+                peft_config=config,
+                **data.arguments,
+            )
+        except InputError:
+            raise
+        except ValueError as error:
+            raise InputError(f"training: {str(error).splitlines()[0]}") from error
+        batch = next(iter(trainer.get_train_dataloader()))
+    longest, labels = _sizes(trainer.train_dataset)
+    rows = batch_preview.rows_of(batch, heads.tokenizer)
+    n_rows = data.n_rows
+    at_once = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
+    return DryRun(
+        words,
+        by_kind(trainer.model),
+        total,
+        (n_rows, len(ready.held_out.examples)),
+        tasks,
+        at_once,
+        _steps(arguments, n_rows, at_once),
+        longest,
+        _stages(recipe, heads, arguments, longest, labels, min(limit or n_rows, n_rows)),
+        rows,
+        notes,
+        _device(arguments),
+    )
+
+
+def _in_order(recipe: Recipe, ready: Ready, words: str | None, total: int, notes: list[str]) -> DryRun:
+    """A sequence of tasks: the batch shows the first task's rows in their order, which training shuffles."""
+    method, heads = recipe.method, ready.heads
+    assert isinstance(method, SeekrMethod)
+    tasks = sequence.rows_of(recipe, heads, ready.steps)
+    arguments = training.training_arguments(recipe)
+    if method.tune == "lora":
+        model: Any = get_peft_model(heads.model, training.lora_config(method.lora))
+    else:
+        model = heads.model.requires_grad_(True)
+    at_once = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
+    steps = sum(_steps(arguments, len(rows), at_once) for rows in tasks)
+    longest = max(row.length for rows in tasks for row in rows)
+    labels = max(sum(label != -100 for label in row.labels) for rows in tasks for row in rows)
+    notes.append(f"{len(tasks)} tasks in order: {', '.join(step.name for step in ready.steps)}")
+    notes.append("the batch shows the first task's rows in the order of its file")
+    shown = [
+        batch_preview.Row(batch_preview.parts(row.input_ids, [label != -100 for label in row.labels], heads.tokenizer))
+        for row in tasks[0][: arguments.per_device_train_batch_size]
+    ]
+    examples = (sum(map(len, tasks)), sum(len(step.held_out.examples) for step in ready.steps))
+    stages = _stages(recipe, heads, arguments, longest, labels, max(map(len, tasks)))
+    task = scored(ready.held_out.kind, recipe.evaluation.n_items)
+    return DryRun(
+        words, by_kind(model), total, examples, task, at_once, steps, longest, stages, shown, notes, _device(arguments)
+    )
+
+
+def _heads(block: HeadsBlock, ready: Ready, notes: list[str]) -> tuple[list[tuple[int, int]], str]:
+    """The heads, or as many others where the run has yet to find them; and in words."""
+    heads = ready.heads
+    if block.identify is None and not block.learnt:
+        chosen = choose_heads(block, heads, ready.train, say=notes.append)
+        if chosen.found is not None and block.random is None and (failed := _not_dissociated(block, chosen.found)):
+            notes.append(failed)
+        pairs = chosen.pairs
+        names = [f"L{layer}H{head}" for layer, head in pairs]
+        return pairs, f"{len(pairs)}: {' '.join(names[:16])}{' ...' if len(names) > 16 else ''}"
+    how = "identify" if block.identify else "lofit" if block.lofit else "probe"
+    pairs = memory_of_recipe.heads_of(block, model_shape.of_config(heads.model.config, heads.name))
+    notes.append(f"heads.{how} finds the heads when the run starts; parameters are counted for {len(pairs)} of them")
+    return pairs, f"{'up to ' if block.role == 'both' else ''}{len(pairs)}, to be found by {how}"
+
+
+def _not_dissociated(block: HeadsBlock, found: HeadSet) -> str:
+    """One line where the head set's own check failed for a role that is trained, with what to do; else empty."""
+    tested = found.verification.get("dissociation") or {}
+    roles = ROLES if block.role == "both" else (block.role,)
+    failed = [role for role in roles if role in tested and not tested[role]["held"]]
+    if not failed:
+        return ""
+    said = f"the head set's dissociation FAILS for {' and '.join(failed)}, and these heads are trained"
+    return f"{said}. {next_step(found)}"
+
+
+def by_kind(model: Any) -> dict[str, int]:
+    """Numbers of trained parameters: `o_proj.head_tuning_scale`, `q_proj.lora_A`, `up_proj`, largest first."""
+    counts: Counter[str] = Counter()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            counts[_kind(name)] += parameter.numel()
+    return dict(counts.most_common())
+
+
+def _kind(name: str) -> str:
+    words = [word for word in name.split(".") if not word.isdigit() and word not in ("default", "weight")]
+    return ".".join(words[-2:] if re.match(r"bias$|lora_|head_", words[-1]) else words[-1:])
+
+
+def _device(arguments: Any) -> str:
+    return "cuda" if torch.cuda.is_available() and not arguments.use_cpu else "cpu"
+
+
+def _steps(arguments: Any, rows: int, at_once: int) -> int:
+    if arguments.max_steps > 0:
+        return int(arguments.max_steps)
+    return math.ceil(arguments.num_train_epochs * math.ceil(rows / at_once))
+
+
+def _sizes(rows: Any) -> tuple[int, int]:
+    """Tokens of the longest row, and the most of one row that carry loss."""
+    longest = labels = 1
+    for row in rows:
+        if "chosen_ids" in row:
+            answer = max(len(row["chosen_ids"]), len(row["rejected_ids"]))
+            longest, labels = max(longest, len(row["prompt_ids"]) + answer), max(labels, answer)
+            continue
+        longest = max(longest, len(row["input_ids"]))
+        marked = row["labels"] if "labels" in row else row.get("completion_mask", row["input_ids"])
+        learnt = sum(value != -100 if "labels" in row else bool(value) for value in marked)
+        labels = max(labels, learnt)
+    return longest, labels
+
+
+def _stages(recipe: Recipe, heads: HeadModel, arguments: Any, longest: int, labels: int, rows: int) -> list[Stage]:
+    setup = memory_of_recipe.setup_of(recipe, "single", 1, longest, labels, _device(arguments))
+    shape = model_shape.of_config(heads.model.config, heads.name)
+    return memory_of_recipe.stages(recipe, shape, setup, rows)

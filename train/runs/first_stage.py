@@ -1,0 +1,177 @@
+"""Heads that a run chooses by training or probing, and adapters that it computes without training."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from headtune.analysis.identify import pipeline
+from headtune.analysis.identify.head_set import RankedHead
+from headtune.analysis.interventions.last_layer import Intercept, Sink
+from headtune.analysis.models.head_model import HeadModel
+from headtune.analysis.tasks.task import Task
+from headtune.analysis.utils.errors import CheckError
+from headtune.train import distributed
+from headtune.train.config.methods import InterceptMethod, ItiMethod, ScaleMethod, SinkMethod
+from headtune.train.config.resolve_heads import Chosen, selected
+from headtune.train.config.schema import Recipe
+from headtune.train.tracking.tracker import Tracker
+from headtune.train.trainer import training
+from headtune.train.tuners import head_tuning, probing, steering
+from headtune.train.types import Penalty
+
+Say = Callable[[str], None]
+NORM = "lofit.norm"
+GATE = "jola.gate"
+
+
+def lofit_heads(recipe: Recipe, heads: HeadModel, train: Task, tracker: Tracker, say: Say) -> Chosen:
+    """LoFiT's first stage: the heads whose scale grows most when all heads' scales are trained under an L1 penalty.
+
+        score[l, h] = ||A[l, h]||_2 after training   z <- (1 + A) z   on   loss + l1 * sum |A|
+
+    The adapter is thrown away: `heads.model` is the untouched base afterwards. (Yin et al. 2024, section 3.)
+    """
+    assert recipe.heads is not None and recipe.heads.lofit is not None
+    block, top = recipe.heads.lofit, recipe.heads.top
+    everyone = [(layer, head) for layer in range(heads.n_layers) for head in range(heads.n_heads)]
+    config = head_tuning.HeadTuningConfig(
+        heads=[list(pair) for pair in everyone],
+        scale="vector",
+        offset=False,
+        init_std=block.init_std,
+        task_type="CAUSAL_LM",
+    )
+    if heads.tokenizer.pad_token is None:
+        heads.tokenizer.pad_token = heads.tokenizer.eos_token
+    state: dict[str, Any] = {}
+    data = training.material(recipe, heads, train, state, say)
+    changes: dict[str, Any] = {
+        "learning_rate": block.learning_rate,
+        "output_dir": str(recipe.folder / "select"),
+        "save_strategy": "no",
+    }
+    if block.max_steps is not None:
+        changes["max_steps"] = block.max_steps
+    say(f"choosing heads: scales on all {len(everyone)} heads, {data.n_rows} rows")
+    heads.record_attention(False)
+    arguments = training.training_arguments(recipe, **changes)
+    penalty = l1_penalty(block.l1)
+    stage = tracker.stage("select")
+    trainer = training.train_with(recipe, heads, config, data, arguments, stage, penalty, False, say, everywhere=True)
+    adapted = trainer.accelerator.unwrap_model(trainer.model)
+    norms = scale_norms(adapted, heads.n_layers, heads.n_heads)
+    heads.model = adapted.unload()
+    shutil.rmtree(changes["output_dir"], ignore_errors=True)
+    tracker.log({"select/steps": trainer.state.global_step})
+    method = {"parameters": block.model_dump() | {"objective": recipe.method.objective}, **trainer.timing}  # type: ignore[union-attr]
+    ranked = _ranked(norms, top, "heads.lofit.learning_rate")
+    return selected("lofit", {NORM: norms}, ranked, recipe, heads, state["training_data"], method)
+
+
+def l1_penalty(weight: float) -> Penalty:
+    """`sum |A|` over every trained scale."""
+
+    def penalty(model: Any, _progress: float) -> dict[str, tuple[Tensor, float]]:
+        with distributed.whole(distributed.trained(model)):
+            scales = [p for name, p in model.named_parameters() if "head_tuning_scale" in name and p.requires_grad]
+            return {"l1": (torch.stack([scale.abs().sum() for scale in scales]).sum(), weight)}
+
+    return penalty
+
+
+@torch.no_grad()
+def scale_norms(model: Any, n_layers: int, n_heads: int) -> Tensor:
+    """`[n_layers, n_heads]` ||a||_2 of an adapter's scales; 0 where a head has none."""
+    norms = torch.zeros(n_layers, n_heads)
+    for module in model.modules():
+        if isinstance(module, head_tuning.HeadTuningLayer):
+            for name, scale in module.head_tuning_scale.items():
+                norms[module.layer, module.chosen_heads[name]] = scale.float().norm(dim=-1).cpu()
+    return norms
+
+
+def probed_heads(recipe: Recipe, heads: HeadModel, train: Task, progress: pipeline.Progress) -> Chosen:
+    """The heads whose output a linear probe reads right from wrong answers best (Li et al. 2023)."""
+    assert recipe.heads is not None and recipe.heads.probe is not None
+    block = recipe.heads.probe
+    part = _part(recipe, train, block.max_examples)
+    found = probing.probe_heads(heads, part, recipe.seed, block.folds, block.per_prompt, progress)
+    note = {"name": part.name, "sha256": part.sha256, "n_examples": len(part.examples), "n_dropped": 0, "dropped": {}}
+    ranked = found.ranked(recipe.heads.top)
+    chosen = selected(
+        "probe", {probing.ACCURACY: found.accuracy}, ranked, recipe, heads, note, {"parameters": found.note}
+    )
+    return replace(chosen, probed=found)
+
+
+def open_gates(recipe: Recipe, heads: HeadModel, model: Any, chosen: Chosen, data: dict[str, Any]) -> Chosen:
+    """The heads that JoLA's gates left open; `chosen` says which had gates.
+
+    Ranked by what their gates let through, `||g2 a||_2 + ||g1 v||_2`: many gates are open as far as they go.
+    """
+    gates, through = (torch.zeros(heads.n_layers, heads.n_heads) for _ in range(2))
+    for row in head_tuning.open_heads(model):
+        gates[row.layer, row.head] = max(row.gate_scale or 0.0, row.gate_offset or 0.0)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, head_tuning.HeadTuningLayer):
+                scale, offset = (None if f is None else f.float().cpu() for f in module.factors("default"))
+                changes = [part for part in (None if scale is None else scale - 1, offset) if part is not None]
+                through[module.layer] = sum(part.unflatten(0, (heads.n_heads, -1)).norm(dim=-1) for part in changes)
+    method = {"parameters": {"l0": recipe.method.l0, "gated": len(chosen.pairs)}}  # type: ignore[union-attr]
+    ranked = _ranked(
+        through.masked_fill(gates <= 0, 0.0),
+        int((gates > 0).sum()),
+        "training.learning_rate or method.gate_learning_rate",
+    )
+    return selected("jola", {GATE: gates, "jola.norm": through}, ranked, recipe, heads, data, method)
+
+
+def _ranked(scores: Tensor, top: int, rate: str) -> tuple[RankedHead, ...]:
+    """The `top` heads by score, best first; CheckError where training has left no numbers."""
+    if not torch.isfinite(scores).all():
+        raise CheckError(f"a head's score is not finite after training; lower {rate}")
+    order = scores.flatten().argsort(descending=True, stable=True)[:top].tolist()
+    pairs = (divmod(index, scores.shape[1]) for index in order)
+    return tuple(RankedHead(layer, head, float(scores[layer, head]), None) for layer, head in pairs)
+
+
+def _part(recipe: Recipe, train: Task, max_examples: int | None) -> Task:
+    """The training prompts that a computation may see: those of a training, and of those at most `max_examples`."""
+    return train.limited(recipe.task.max_train_examples, recipe.seed).limited(max_examples, recipe.seed)
+
+
+def steered(
+    recipe: Recipe,
+    heads: HeadModel,
+    chosen: Chosen,
+    train: Task,
+    state: dict[str, Any],
+    progress: pipeline.Progress,
+    say: Say,
+) -> Any:
+    """The model with an adapter that is computed, not trained; notes in `state["steering"]` what was found."""
+    method: Any = recipe.method
+    part = _part(recipe, train, getattr(method, "max_examples", None))
+    match method:
+        case ScaleMethod():
+            settings: steering.Settings = steering.Scale(method.factor)
+        case ItiMethod():
+            settings = steering.ITI(method.alpha, per_prompt=method.per_prompt)
+        case SinkMethod():
+            settings = Sink(method.tau, method.gamma)
+        case InterceptMethod():
+            settings = Intercept(method.beta, *([method.fit] if method.fit else []))
+    say(f"steering: {method.kind}")
+    heads.record_attention(True)
+    found = steering.steer(heads, settings, chosen.pairs or None, part, recipe.seed, progress, chosen.probed)
+    heads.record_attention(False)
+    state["steering"] = found.note
+    state["heads"] = [list(pair) for pair in found.pairs]
+    return steering.apply(heads.model, found)

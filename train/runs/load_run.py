@@ -1,0 +1,64 @@
+"""A finished run as a model."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from headtune.analysis.models.loading import load_plain
+from headtune.analysis.utils.errors import InputError
+from headtune.analysis.utils.paths import require_no_way_out
+from headtune.analysis.utils.state_files import read_state
+from headtune.train.config import recipe as recipes
+from headtune.train.config.methods import LofitMethod, ModelBlock
+from headtune.train.config.schema import Recipe
+from headtune.train.tuners import weights_io
+
+OWN = ("recipe.yaml", "run.json", "evaluation.json", "adapter", "model")  # what is read of a run that is done
+
+log = logging.getLogger(__name__)
+
+
+def _warn_of_code(block: ModelBlock) -> None:
+    """Tell that a model's own code is going to run."""
+    if block.trust_remote_code:
+        log.warning("model.trust_remote_code: code that comes with %s runs with your rights", block.name)
+
+
+def _saved(folder: Path) -> dict[str, Any]:
+    path = folder / "run.json"
+    return read_state(path) if path.is_file() else {}
+
+
+def load_run(folder: Path) -> tuple[Any, Any, Recipe]:
+    """The adapted model in float32 (a PeftModel; after full fine-tuning a plain one), its tokenizer, its recipe.
+
+    Raises:
+        InputError: the folder is not a run, holds no trained model, a damaged file, or links that lead out of it.
+        CheckError: the adapter's weights are damaged, or not all there.
+    """
+    if not (folder / "recipe.yaml").is_file():
+        raise InputError(
+            f"{str(folder)!r} is not a run: it holds no recipe.yaml; give a folder that headtune train wrote"
+        )
+    require_no_way_out(folder, "run", OWN)
+    recipe = recipes.load(str(folder / "recipe.yaml"))
+    block = recipe.model
+    if isinstance(recipe.method, LofitMethod) and recipe.method.select_only:
+        raise InputError(f"run {str(folder)!r} chose heads and trained nothing; tune them with heads.from={folder}")
+    if (state := _saved(folder).get("state")) != "done":
+        raise InputError(f"run {str(folder)!r} is {state}; finish it with: headtune train RECIPE --resume")
+    if (folder / "model" / "config.json").is_file():
+        model, tokenizer = load_plain(str(folder / "model"), "float32")
+        return model.eval(), tokenizer, recipe
+    if not (folder / "adapter" / "adapter_config.json").is_file():
+        if (keep := getattr(recipe.method, "keep", True)) in (False, "none"):
+            wanted = "last" if keep == "none" else "true"
+            raise InputError(f"run {str(folder)!r} did not keep its model; run it again with method.keep={wanted}")
+        raise InputError(f"run {str(folder)!r} has no adapter yet; finish it with: headtune train RECIPE --resume")
+    if not (folder / "adapter" / "adapter_model.safetensors").is_file():  # else PEFT would take a pickle
+        raise InputError(f"run {str(folder)!r} has an adapter without adapter_model.safetensors; train it anew")
+    _warn_of_code(block)
+    model, tokenizer = load_plain(block.name, "float32", block.revision, block.trust_remote_code)
+    return weights_io.with_adapter(model, folder / "adapter").eval(), tokenizer, recipe

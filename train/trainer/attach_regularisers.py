@@ -1,0 +1,197 @@
+"""A recipe's regularisers, put on a trainer for the time of its training."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from peft import PeftModel
+from torch import Tensor
+
+from headtune.analysis.models.head_model import HeadModel
+from headtune.analysis.tasks.loading import load_task
+from headtune.analysis.tasks.task import Task, take_split
+from headtune.analysis.utils.errors import InputError
+from headtune.train.config import methods
+from headtune.train.config.resolve_heads import choose_heads
+from headtune.train.config.schema import Recipe
+from headtune.train.losses import regularisers
+from headtune.train.losses.activation_capture import told_of_dropout
+from headtune.train.losses.weight_penalties import fisher_diagonal
+from headtune.train.tuners import head_pruning
+from headtune.train.tuners.head_weights import held_slices
+
+from .rows import rows_of
+
+Say = Callable[[str], None]
+Pairs = Sequence[tuple[int, int]]
+
+
+def combined(*parts: Any) -> Any:
+    """One penalty of several; None where there is none."""
+    given = [part for part in parts if part is not None]
+    if len(given) < 2:
+        return given[0] if given else None
+    return _Combined(given)
+
+
+class _Combined:
+    def __init__(self, parts: Sequence[Any]) -> None:
+        self.parts = parts
+
+    def see(self, inputs: Any) -> None:
+        for part in self.parts:
+            if hasattr(part, "see"):
+                part.see(inputs)
+
+    def __call__(self, model: Any, progress: float) -> dict[str, tuple[Tensor, float]]:
+        return {name: term for part in self.parts for name, term in part(model, progress).items()}
+
+
+def require_usable(recipe: Recipe, heads: HeadModel, train: Task) -> None:
+    """Refuse, before anything is written, regularisers that do not fit the model, the tokenizer or each other.
+
+    Heads that the recipe is yet to find are taken to be there.
+
+    Raises:
+        InputError: heads that do not exist, options that are no single tokens, a Fisher task that cannot be read, two
+            of them, two terms that prune.
+    """
+    terms = _terms(recipe)
+    if sum(isinstance(term, methods.PruneGates) for term in terms) > 1:
+        raise InputError("method.regularisers prunes twice; give one term of kind prune, with the heads of both")
+    stiff = [term for term in terms if isinstance(term, methods.WeightDrift) and term.fisher]
+    if len({(term.task, term.max_examples) for term in stiff}) > 1:
+        raise InputError(
+            "method.regularisers takes Fisher information from two tasks or numbers of examples; give one task and one "
+            "max_examples"
+        )
+    if stiff:
+        rows_of(_fisher_task(recipe, train, stiff[0]), heads.tokenizer, 0, recipe.seed)
+    for term in terms:
+        own = choose_heads(term.heads, heads, train, say=lambda _line: None).pairs if term.heads else [(0, 0)]
+        if not isinstance(term, methods.PruneGates):
+            regularisers.Regularisers(heads, [_spec(term, own)], fisher={})
+
+
+@contextlib.contextmanager
+def held(
+    recipe: Recipe, heads: HeadModel, pairs: Pairs, train: Task, trainer: Any, say: Say
+) -> Iterator[head_pruning.HeadGates | None]:
+    """Inside the block the trainer's loss has the recipe's regularisers.
+
+    Args:
+        heads: the model that is trained; its adapter, if any, is on it already.
+        pairs: the recipe's own heads.
+        train: the task that is trained on.
+
+    Yields:
+        The gates of a `prune` term, which stay on the model after the block.
+
+    Raises:
+        InputError: heads that do not exist, options that are no single tokens.
+    """
+    terms = [
+        (term, list(pairs) if term.heads is None else choose_heads(term.heads, heads, train, say=say).pairs)
+        for term in _terms(recipe)
+    ]
+    gates: head_pruning.HeadGates | None = None
+    specs: list[regularisers.Spec] = []
+    for term, of in terms:
+        if isinstance(term, methods.PruneGates):
+            gates = head_pruning.attach(trainer.model, of)
+            trainer.rates = {**trainer.rates, head_pruning.NAME: term.learning_rate}
+            trainer.add_callback(head_pruning.GatesInCheckpoints())
+            price = head_pruning.l0_penalty(gates, term.weight, term.warmup, term.sparsity)
+            trainer.penalty = combined(trainer.penalty, price)
+        else:
+            specs.append(_spec(term, of))
+    with contextlib.ExitStack() as during:
+        if specs:
+            if any(isinstance(spec, regularisers.AttentionKl | regularisers.NegativeAttention) for spec in specs):
+                during.enter_context(_recorded(heads))
+            activations = regularisers.AttentionKl | regularisers.OutputDrift
+            compared = [
+                spec.kind for spec in specs if isinstance(spec, activations) or getattr(spec, "role", None) == "recall"
+            ]
+            if compared:
+                told_of_dropout(heads.model, " and ".join(compared), say)
+            watching = regularisers.Regularisers(
+                heads, specs, fisher=_fisher(recipe, heads, train, terms, trainer.model, say)
+            )
+            during.enter_context(watching.installed())
+            trainer.penalty = combined(trainer.penalty, watching)
+            during.callback(_tell_skipped, watching, say)
+        yield gates
+
+
+def _tell_skipped(watching: regularisers.Regularisers, say: Say) -> None:
+    for name in watching.specs:
+        if skipped := watching.counts[f"{name}.skipped"]:
+            say(f"{name} skipped {skipped} of {watching.counts[f'{name}.rows']} rows, which do not name both options")
+
+
+def _terms(recipe: Recipe) -> Sequence[methods.AnyRegulariser]:
+    return getattr(recipe.method, "regularisers", [])
+
+
+def _spec(term: methods.AnyRegulariser, of: Pairs) -> regularisers.Spec:
+    """The penalty that a block of the recipe means, on these heads."""
+    common: dict[str, Any] = {"heads": of, "weight": term.weight, "schedule": term.schedule, "warmup": term.warmup}
+    match term:
+        case methods.AttentionKl():
+            return regularisers.AttentionKl(**common, rows=term.rows)
+        case methods.OutputDrift():
+            return regularisers.OutputDrift(**common, relative=term.relative)
+        case methods.WeightDrift():
+            return regularisers.WeightDrift(**common, fisher=term.fisher, parts=term.parts)
+        case methods.AttributionHinge():
+            return regularisers.AttributionHinge(**common, role=term.role, margin=term.margin)
+        case methods.NegativeAttention():
+            return regularisers.NegativeAttention(**common, positive=term.positive, negative=term.negative)
+    raise InputError(f"regulariser {term.kind!r} is no penalty on what heads compute")
+
+
+@contextlib.contextmanager
+def _recorded(heads: HeadModel) -> Iterator[None]:
+    """Attention rows can be read inside the block, whatever the attention was before."""
+    before = heads.model.config._attn_implementation
+    heads.record_attention(True)
+    try:
+        yield
+    finally:
+        heads.model.set_attn_implementation(before)
+
+
+def _fisher_task(recipe: Recipe, train: Task, term: methods.WeightDrift) -> Task:
+    """The prompts that Fisher information is taken from."""
+    if term.task is None:
+        return train.limited(term.max_examples, recipe.seed)
+    task = load_task(term.task, recipe.task.split.seed)
+    if task.split is None:
+        task = take_split(task, "train", recipe.task.split.seed)
+    return task.limited(term.max_examples, recipe.seed)
+
+
+def _fisher(
+    recipe: Recipe, heads: HeadModel, train: Task, terms: Sequence[tuple[Any, Pairs]], model: Any, say: Say
+) -> dict[str, Tensor] | None:
+    """The Fisher diagonal of the weights that are held by it, by their names without an adapter.
+
+    It is that of the model they are held to: the one that training starts from, with its adapter off where it has one.
+
+    Args:
+        model: what is trained: `heads.model`, or the PeftModel around it.
+    """
+    stiff = [(term, of) for term, of in terms if isinstance(term, methods.WeightDrift) and term.fisher]
+    if not stiff:
+        return None
+    task = _fisher_task(recipe, train, stiff[0][0])
+    say(f"Fisher information on {len(task.examples)} prompts of {task.name}")
+    rows = [row.plain for row in rows_of(task, heads.tokenizer, 0, recipe.seed)]
+    wanted = {slices.weight for term, of in stiff for slices in held_slices(heads, of, term.parts)}
+    names = {name: name.replace(".base_layer", "") for name, _ in heads.model.named_parameters()}
+    with model.disable_adapter() if isinstance(model, PeftModel) else contextlib.nullcontext():
+        found = fisher_diagonal(heads.model, rows, [name for name, plain in names.items() if plain in wanted])
+    return {names[name]: value for name, value in found.items()}

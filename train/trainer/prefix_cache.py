@@ -1,0 +1,443 @@
+"""Layers below the lowest trained one run once per example; later passes start from what they gave.
+
+    with PrefixCache(trainer.model).installed() as stats:
+        trainer.train()
+
+Head adapters mostly sit in upper layers. Everything below the lowest trained layer L is a fixed function of a row's
+tokens and positions. What it gives, `h[L] = layer[L-1](... layer[0](embed(tokens)))`, `[tokens, d_model]`, is kept
+under a digest of both, and a later pass over that row, in whatever batch, puts it in front of layer L. Losses and
+gradients stay the same to rounding. Embeddings, masks and rotary tables are still the model's own, so no family is
+special. Padding is 0 there: a loss must not look at it (the position before a left-padded row's first token).
+
+While installed, layers 0..L-1 have a `forward` of their own on the instance (as accelerate's device hooks do), which
+passes hidden states through. Modules, parameter names and state dicts stay what they are, so checkpoints written in the
+meantime are whole. A pass that the cache cannot serve runs the real layers, and its reason is counted:
+
+    pass over [batch, seq]     all rows known            -> layers 0..L-1 skipped, rows put together, padding 0
+                               some unknown              -> those alone run through the real layers first, without grad
+                               a key-value cache, other inputs than tokens, packed rows, ...   -> as without the cache
+
+On a CPU, once no unknown row has come for a while, the memory of the skipped layers' weights is given back: they are
+read from the checkpoint's file again when they are needed (see `paging`).
+
+The cache checks itself: on the 1st, 2nd, 4th, 8th, ... pass made of known rows alone, one row is computed again and
+compared, so weights that move, noise on embeddings or anything else that makes keeping wrong ends the run.
+
+Each process keeps what it sees; nothing is sent around.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.metadata
+import inspect
+import json
+import logging
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from headtune.analysis.models.architectures import architecture_of
+from headtune.analysis.utils.errors import CheckError, InputError
+from headtune.train import distributed
+from headtune.train.losses.activation_capture import dropout_of
+
+from .paging import page_out
+from .row_store import RowStore
+
+log = logging.getLogger(__name__)
+
+_TOLERANCE, _HALF_TOLERANCE = 1e-3, 5e-2  # of a position's norm, when a row is computed again
+_QUIET_PASSES = 8  # without an unknown row, after which the skipped layers' memory is given back
+_ROW_ARGUMENTS = ("input_ids", "attention_mask", "position_ids")
+_UNUSED = frozenset({"return_dict", "use_cache", "num_items_in_batch"})  # arguments that no layer looks at
+
+
+# --- what may be cached -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """Where a model keeps its layers, and what comes before them."""
+
+    config: Any
+    backbone: nn.Module
+    layers: list[nn.Module]
+    front: dict[str, nn.Module]  # embeddings and the like, by name within the backbone
+
+
+def _parts(model: Any) -> _Parts:
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    row = architecture_of(base.config.get_text_config().model_type)
+    path, _, name = row.layers.rpartition(".")
+    backbone: nn.Module = base.get_submodule(path)
+    layers: Any = backbone.get_submodule(name)
+    later = (name, row.final_norm.rpartition(".")[2])
+    front = {key: module for key, module in backbone.named_children() if key not in later}
+    return _Parts(base.config, backbone, list(layers), front)
+
+
+def lowest_trained(model: Any) -> int:
+    """The lowest layer with a parameter that requires grad, or the number of layers where only later parts are trained.
+
+    Raises:
+        InputError: embeddings are trained, which every layer depends on.
+    """
+    parts = _parts(model)
+    for name, module in parts.front.items():
+        if any(parameter.requires_grad for parameter in module.parameters()):
+            raise InputError(f"{name} is trained, and every layer depends on it; freeze it (or untie the unembedding)")
+    for index, layer in enumerate(parts.layers):
+        if any(parameter.requires_grad for parameter in layer.parameters()):
+            return index
+    return len(parts.layers)
+
+
+def refusal(model: Any, trainer: Any = None, rows_change: bool = False) -> str | None:
+    """Why keeping the layers below the trained ones would be wrong or useless, or None where it is right.
+
+    Args:
+        model: a causal language model of a supported family, with or without a PEFT adapter.
+        trainer: the transformers or TRL trainer that is going to train it; None looks at the model alone.
+        rows_change: the rows of an epoch are drawn anew, so that no row comes twice.
+    """
+    try:
+        lowest = lowest_trained(model)
+    except InputError as error:
+        return str(error)
+    if lowest == 0:
+        return "layer 0 is trained, so there is nothing below to keep"
+    if rows_change:
+        return "rows are drawn anew in every epoch, so none comes twice"
+    parts = _parts(model)
+    named = parts.front | {f"layer {index}": layer for index, layer in enumerate(parts.layers[:lowest])}
+    below = [(where, module) for where, top in named.items() for module in top.modules()]
+    for where, module in [("the model", parts.backbone), *below]:
+        if isinstance(module, BaseTunerLayer):
+            return f"{where} carries an adapter that is not trained, and which one is active may change"
+        if drops := dropout_of(module):
+            return f"{where} drops at random ({drops}); set dropout to 0"
+    if any(parameter.device.type == "meta" for parameter in parts.backbone.parameters()):
+        return "weights are offloaded"
+    return None if trainer is None else _trainer_refusal(trainer)
+
+
+def _trainer_refusal(trainer: Any) -> str | None:
+    arguments, accelerator = trainer.args, trainer.accelerator
+    if distributed.partitioned(accelerator):
+        return f"{distributed.engine(accelerator)} keeps only a part of each layer in a process"
+    if getattr(arguments, "packing", False):
+        return "packing puts several examples into one row"
+    if getattr(arguments, "padding_free", False) or getattr(trainer, "padding_free", False):
+        return "padding_free puts the whole batch into one row"
+    if getattr(arguments, "neftune_noise_alpha", None):
+        return f"neftune_noise_alpha={arguments.neftune_noise_alpha} adds noise to the embeddings"
+    if getattr(arguments, "torch_compile", False):
+        return "torch_compile would compile the layers that are skipped"
+    if arguments.n_gpu > 1:
+        return f"one process copies the model to {arguments.n_gpu} GPUs at every step; launch one process a GPU"
+    return None
+
+
+# --- what it did ------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class CacheStats:
+    """What a cache did, counted in rows and passes of the model.
+
+    Attributes:
+        layers: how many layers are skipped.
+        hits, misses: rows that were known, and rows that were computed.
+        served: passes that skipped the layers; `plain`: passes that could not, by reason.
+        checked: rows computed again and found equal.
+        memory_bytes, disk_bytes: size of the rows kept.
+        lost: shards on disk found damaged and dropped; `unkept`: rows that could not be written.
+    """
+
+    layers: int
+    hits: int = 0
+    misses: int = 0
+    served: int = 0
+    plain: Counter[str] = field(default_factory=Counter)
+    checked: int = 0
+    memory_bytes: int = 0
+    disk_bytes: int = 0
+    lost: int = 0
+    unkept: int = 0
+
+    def summary(self) -> dict[str, int]:
+        """Flat numbers for a log; `plain` summed."""
+        return {**vars(self), "plain": self.plain.total()}
+
+    def __str__(self) -> str:
+        size = f"{self.memory_bytes / 2**20:.1f} MiB in memory, {self.disk_bytes / 2**20:.1f} MiB on disk"
+        plain = "".join(f"; {count} passes as usual: {reason}" for reason, count in self.plain.items())
+        return f"layers 0-{self.layers - 1} kept: {self.hits} rows reused, {self.misses} computed, {size}{plain}"
+
+
+# --- the cache --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One row of a batch: its present tokens are the columns from `start` to `end`."""
+
+    key: str
+    start: int
+    end: int
+
+
+class _Reached(Exception):
+    """Carries the last cached layer's output out of a pass that needs to go no further."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        self.hidden = hidden
+
+
+class PrefixCache:
+    """Hidden states at the input of the lowest trained layer, kept by row.
+
+    Args:
+        model: a causal language model, with or without a PEFT adapter.
+        memory_gb: GiB of rows in memory; more go to disk.
+        folder: where rows beyond memory are kept for later runs, under a digest of the frozen weights, the
+            configuration, the depth and the library versions: another model's rows are never used. For one run at a
+            time. None: a temporary folder.
+
+    Raises:
+        InputError: `refusal(model)` has a reason.
+    """
+
+    def __init__(self, model: Any, memory_gb: float = 2.0, folder: Path | None = None) -> None:
+        if reason := refusal(model):
+            raise InputError(f"layers below the trained ones cannot be kept: {reason}")
+        if not memory_gb >= 0:
+            raise InputError(f"memory_gb is {memory_gb}; expected 0 or more, such as 2")
+        self._parts = _parts(model)
+        self._limit = int(memory_gb * 2**30)
+        self._top = folder
+        self._signature = inspect.signature(self._parts.backbone.forward)
+        self.stats = CacheStats(lowest_trained(model))
+        self._store: RowStore | None = None
+        self._known = self._since_unknown = 0  # passes made of known rows alone: all, and since there was another one
+        self._resident = True  # the real layers ran since their weights were last paged out
+        self._ready: Tensor | None = None  # of the running pass: what the last skipped layer gives
+        self._computing = False
+
+    @contextlib.contextmanager
+    def installed(self) -> Iterator[CacheStats]:
+        """Serve every pass of the model inside the block; afterwards the model is what it was.
+
+        Raises:
+            CheckError: inside the block: a row computed again is not the row that was kept.
+        """
+        if self._store is not None:
+            raise InputError("this prefix cache is installed already; leave the first block before entering another")
+        backbone, layers = self._parts.backbone, self._parts.layers[: self.stats.layers]
+        own = None if self._top is None else self._top / self._digest() / f"rank-{os.environ.get('RANK', '0')}"
+        self._store = store = RowStore(self._limit, own)
+        self._known = self._since_unknown = 0
+        replaced = [layer.__dict__.get("forward") for layer in layers]
+        handles = [
+            backbone.register_forward_pre_hook(self._before, with_kwargs=True),
+            backbone.register_forward_hook(self._after, always_call=True),
+        ]
+        try:
+            for layer in layers:
+                layer.forward = self._skipping(layer.forward, last=layer is layers[-1])
+            yield self.stats
+        finally:
+            for layer, forward in zip(layers, replaced, strict=True):
+                layer.__dict__.pop("forward", None)
+                if forward is not None:
+                    layer.forward = forward
+            for handle in handles:
+                handle.remove()
+            store.close()
+            self._count(store)
+            self._store = None
+
+    def _skipping(self, real: Callable[..., Any], last: bool) -> Callable[..., Any]:
+        def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if self._ready is None:
+                self._resident = True
+                output = real(hidden_states, *args, **kwargs)
+                if last and self._computing:
+                    raise _Reached(output)
+                return output
+            if not last:
+                return hidden_states
+            kept, self._ready = self._ready.to(hidden_states.device), None
+            # Re-entrant checkpointing gives no gradients where no input of a layer asks for one.
+            return kept.requires_grad_() if hidden_states.requires_grad else kept
+
+        return forward
+
+    def _before(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._computing:
+            return
+        assert self._store is not None
+        given: dict[str, Any] = {}
+        for name, value in self._signature.bind_partial(*args, **kwargs).arguments.items():
+            rest = self._signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD
+            given |= value if rest else {name: value}
+        rows = self._rows(given)
+        if isinstance(rows, str):
+            self._leave(rows)
+            return
+        found = {row.key: self._store.get(row.key) for row in rows}
+        unknown = {row.key: index for index, row in enumerate(rows) if found[row.key] is None}
+        if unknown:
+            for key, hidden in self._compute(given, rows, list(unknown.values())).items():
+                found[key] = hidden
+                self._store.put(key, hidden)
+        stats = self.stats
+        stats.served += 1
+        stats.misses += len(unknown)
+        stats.hits += len(rows) - len(unknown)
+        if not unknown:
+            self._known += 1
+            if self._known & (self._known - 1) == 0:
+                self._check(given, rows, self._known % len(rows), found)
+        self._since_unknown = 0 if unknown else self._since_unknown + 1
+        if self._resident and self._since_unknown >= _QUIET_PASSES:
+            self._resident = False
+            page_out(p for layer in self._parts.layers[: stats.layers] for p in layer.parameters())
+        self._count(self._store)
+        self._ready = _assembled(rows, found, given["input_ids"])
+
+    def _count(self, store: RowStore) -> None:
+        for name in ("memory_bytes", "disk_bytes", "lost", "unkept"):
+            setattr(self.stats, name, getattr(store, name))
+
+    def _after(self, *_: Any) -> None:
+        if not self._computing:
+            self._ready = None
+
+    def _leave(self, reason: str) -> None:
+        if reason not in self.stats.plain:
+            log.info("prefix cache: a pass runs every layer: %s", reason)
+        self.stats.plain[reason] += 1
+
+    def _rows(self, given: dict[str, Any]) -> list[_Row] | str:
+        """The rows of a pass, or why it cannot be served."""
+        config = self._parts.config.get_text_config()
+        use_cache = given.get("use_cache")
+        if given.get("past_key_values") is not None or (config.use_cache if use_cache is None else use_cache):
+            return "a key-value cache is in use"
+        tokens, mask, positions = (given.get(name) for name in _ROW_ARGUMENTS)
+        if tokens is None:
+            return "no input_ids"
+        for name, value in given.items():
+            if name not in (*_ROW_ARGUMENTS, *_UNUSED) and value is not None and value is not False:
+                return f"argument {name} is given"
+        for name in ("output_hidden_states", "output_attentions"):
+            if getattr(config, name, False):
+                return f"the configuration asks for {name}"
+        if mask is not None and (not isinstance(mask, Tensor) or mask.shape != tokens.shape):
+            return "an attention mask that is not [batch, positions]"
+        if positions is not None and (positions.ndim != 2 or positions.shape[1] != tokens.shape[1]):
+            return "position_ids that are not [batch, positions]"
+        return self._keyed(tokens, mask, positions)
+
+    def _keyed(self, tokens: Tensor, mask: Tensor | None, positions: Tensor | None) -> list[_Row] | str:
+        tokens = tokens.cpu()
+        columns = torch.arange(tokens.shape[1])
+        present = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask.cpu() != 0
+        starts = present.int().argmax(1)
+        ends = starts + present.sum(1)
+        if not torch.equal(present, (columns >= starts[:, None]) & (columns < ends[:, None])):
+            return "rows with padding between tokens"
+        where = columns.expand_as(tokens) if positions is None else positions.cpu().expand_as(tokens)
+        # Tokens side by side whose positions are not successive are several documents in one row.
+        if ((where.diff(dim=1) != 1) & present[:, 1:] & present[:, :-1]).any():
+            return "packed rows"
+        device = self._device.type
+        kind = [positions is not None, torch.is_autocast_enabled(device), str(torch.get_autocast_dtype(device))]
+        rows = []
+        for index, (start, end) in enumerate(zip(starts.tolist(), ends.tolist(), strict=True)):
+            if start == end:
+                return "a row without tokens"
+            digest = hashlib.blake2b(json.dumps([*kind, int(where[index, start])]).encode(), digest_size=16)
+            digest.update(tokens[index, start:end].long().numpy().tobytes())
+            rows.append(_Row(digest.hexdigest(), start, end))
+        return rows
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self._parts.backbone.parameters()).device
+
+    def _compute(self, given: dict[str, Any], rows: Sequence[_Row], which: Sequence[int]) -> dict[str, Tensor]:
+        """`key -> [tokens, d_model]` on the CPU, of the rows `which`, from the real layers."""
+        backbone, batch = self._parts.backbone, len(rows)
+        chosen = {
+            name: value.expand(batch, -1)[list(which)]
+            for name in _ROW_ARGUMENTS
+            if (value := given.get(name)) is not None
+        }
+        training = [module for module in backbone.modules() if module.training]
+        self._computing = True
+        try:
+            backbone.eval()  # so that nothing is checkpointed
+            with torch.no_grad():
+                backbone(**chosen, use_cache=False)
+        except _Reached as reached:
+            hidden = reached.hidden
+        else:
+            raise CheckError(f"a forward pass did not reach layer {self.stats.layers - 1}; its forward was replaced")
+        finally:
+            self._computing = False
+            for module in training:
+                module.training = True
+        return {
+            rows[index].key: row[rows[index].start : rows[index].end].to("cpu", copy=True)
+            for index, row in zip(which, hidden, strict=True)
+        }
+
+    def _check(self, given: dict[str, Any], rows: Sequence[_Row], index: int, found: dict[str, Any]) -> None:
+        row = rows[index]
+        again = self._compute(given, rows, [index])[row.key]
+        kept = found[row.key].float()
+        gap = ((again.float() - kept).norm(dim=-1) / kept.norm(dim=-1).clamp(min=1e-6)).max().item()
+        half = again.dtype in (torch.float16, torch.bfloat16) or torch.is_autocast_enabled(self._device.type)
+        if not gap <= (_HALF_TOLERANCE if half else _TOLERANCE):
+            raise CheckError(
+                f"layers 0-{self.stats.layers - 1} give something else for a row than before (relative difference "
+                f"{gap:.2g}): something below the trained layers changes; train without the prefix cache"
+            )
+        self.stats.checked += 1
+
+    def _digest(self) -> str:
+        """What kept rows depend on: frozen weights and buffers, configuration, depth, library versions, device."""
+        digest = hashlib.sha256()
+        modules = [*self._parts.front.values(), *self._parts.layers[: self.stats.layers]]
+        for index, module in enumerate(modules):
+            for name, tensor in sorted([*module.named_parameters(), *module.named_buffers()]):
+                digest.update(f"{index} {name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+                stored: Any = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+                digest.update(stored)
+        config = self._parts.config.to_dict()
+        config.pop("_name_or_path", None)
+        versions = [importlib.metadata.version(name) for name in ("headtune", "torch", "transformers")]
+        facts = [config, self.stats.layers, versions, self._device.type, self._parts.config._attn_implementation]
+        digest.update(json.dumps(facts, sort_keys=True, default=str).encode())
+        return digest.hexdigest()[:24]
+
+
+def _assembled(rows: Sequence[_Row], found: dict[str, Any], like: Tensor) -> Tensor:
+    """`[batch, seq, d_model]` on the device of `like`; padding is 0."""
+    first = found[rows[0].key]
+    whole = torch.zeros(*like.shape, first.shape[-1], dtype=first.dtype)
+    for into, row in zip(whole, rows, strict=True):
+        into[row.start : row.end] = found[row.key]
+    return whole.to(like.device)

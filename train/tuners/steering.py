@@ -1,0 +1,303 @@
+"""Steering without training: factors and directions computed from a model and a task, as values of the head adapter.
+
+    steered = steer(heads, ITI(alpha=15, top=48), None, task, seed=0)
+    model = apply(heads.model, steered)       # a PeftModel that evaluates, saves, merges and exports like a trained one
+
+    scale       z[l, h] <- factor * z[l, h]                      the heads given
+    iti         z[l, h] <- z[l, h] + alpha * sigma * theta       theta: from false towards true (Li et al. 2023)
+    sink        z[L, h] <- gamma * z[L, h]                       last-layer heads that look at the first position
+    intercept   M_L <- M_L - beta * b_L                          what the last MLP adds whatever the input
+
+The last two are knobs of `headtune.analysis.interventions.last_layer` in a form that does not depend on the input, so
+that it can be folded into weights.
+
+`probing` says what theta and sigma are. An offset on z lies before W_O, so the residual stream moves by
+alpha * sigma * W_O theta (through the norm after attention, in families that have one). The adapter adds it at every
+position, the paper at the last one of each step of decoding.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from torch import Tensor
+
+from headtune.analysis.identify.head_set import RankedHead
+from headtune.analysis.interventions.last_layer import Intercept, Sink
+from headtune.analysis.interventions.mlp_regression import decompose
+from headtune.analysis.methods.scores import Scores
+from headtune.analysis.models import hooks
+from headtune.analysis.models.attention import record_rows
+from headtune.analysis.models.head_model import HeadModel
+from headtune.analysis.tasks.task import Task
+from headtune.analysis.tasks.tokenized import as_chat, encode
+from headtune.analysis.utils.errors import CheckError, InputError
+from headtune.analysis.utils.progress import Progress, silent
+from headtune.train.types import ProbeResult, require_enough
+
+from .head_tuning import HeadTuningConfig
+from .probing import (
+    ACCURACY,
+    FOLDS,
+    end_batches,
+    mass_mean,
+    probe_heads,
+    read_statements,
+    tokenised,
+)
+
+Pairs = Sequence[tuple[int, int]]  # (layer, head)
+
+
+# --- settings ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Multiply the heads given by one factor."""
+
+    factor: float = 1.25
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.factor):
+            raise InputError(f"scale: factor={self.factor} is not a finite number; 1 changes nothing, 0 silences")
+
+
+@dataclass(frozen=True)
+class ITI:
+    """Inference-time intervention.
+
+    Attributes:
+        alpha: how many standard deviations to move; 0 changes nothing.
+        top: how many heads, the best by probe accuracy; None: the heads are given and only directions are computed.
+        per_prompt: at most so many true and so many false statements a prompt, drawn; None: all of them.
+        folds: of the cross-validation of the probes.
+    """
+
+    alpha: float = 15.0
+    top: int | None = None
+    per_prompt: int | None = None
+    folds: int = FOLDS
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.alpha):
+            raise InputError(f"iti: alpha={self.alpha} is not a finite number; the paper's is 15, 0 changes nothing")
+        for name, value, least in (("top", self.top, 1), ("per_prompt", self.per_prompt, 1), ("folds", self.folds, 2)):
+            if value is not None and value < least:
+                raise InputError(f"iti: {name}={value} is too few; give {least} or more")
+
+
+Settings = Scale | ITI | Sink | Intercept
+
+
+# --- reading attention ------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def sink_attention(heads: HeadModel, task: Task, progress: Progress = silent) -> Tensor:
+    """`[n_heads]` attention of the last layer's heads from END to the first position, mean over a task's prompts."""
+    rows = tokenised(heads, [example.prompt for example in as_chat(task, heads.tokenizer).examples], task)
+    total = torch.zeros(heads.n_heads, dtype=torch.float64)
+    for _, ids, mask, ends in progress(end_batches(heads, rows), "reading attention"):
+        with record_rows(ends) as recorded:
+            heads.model(ids, attention_mask=mask, use_cache=False, logits_to_keep=1)
+        total += recorded.pattern[heads.n_layers - 1][:, :, 0].sum(0).double().cpu()
+    return total / len(rows)
+
+
+# --- adapters ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Steered:
+    """An adapter that nobody trained.
+
+    Attributes:
+        config: which heads and MLPs, and what is set on them.
+        values: the content of the adapter's file: name -> value, float32.
+        note: JSON-able: what was set, and what it was found on.
+        ranked: the heads that were chosen, best first; empty where they were given or there are none.
+        scores: what they were chosen by, if they were.
+    """
+
+    config: HeadTuningConfig
+    values: dict[str, Tensor]
+    note: dict[str, Any]
+    ranked: tuple[RankedHead, ...] = ()
+    scores: Scores | None = None
+
+    @property
+    def pairs(self) -> list[tuple[int, int]]:
+        """The heads changed, (layer, head), sorted; none for an intercept."""
+        return [(layer, head) for layer, head in self.config.heads]
+
+
+def steer(
+    heads: HeadModel,
+    settings: Settings,
+    pairs: Pairs | None,
+    task: Task,
+    seed: int = 0,
+    progress: Progress = silent,
+    probed: ProbeResult | None = None,
+) -> Steered:
+    """Compute an adapter from a model and a task.
+
+    Args:
+        heads: the plain model, before any adapter and with the attention that `view` gave it.
+        pairs: the heads, for `Scale`, and for `ITI` without `top`; the others find theirs themselves: None.
+        task: whose answers, or prompts, are looked at; an intercept is fitted on its own `fit` instead.
+        seed: of what is drawn (see `probe_heads`).
+        probed: what probes have read already: `ITI` takes its directions over where they are of the same statements.
+
+    Raises:
+        InputError: heads missing, given needlessly, twice, or not in the model; no heads that attend to the first
+            position enough; a family whose MLP output has no projection to carry an offset; see also `statements`.
+    """
+    if isinstance(settings, Scale):
+        return _scaled(heads, _given(heads, pairs), settings.factor, {"kind": "scale", **asdict(settings)})
+    if isinstance(settings, ITI):
+        return _iti(heads, settings, pairs, task, seed, progress, probed)
+    if pairs:
+        kind = type(settings).__name__.lower()
+        raise InputError(f"steering {kind!r} finds what it changes itself; leave out the {len(pairs)} heads given")
+    if isinstance(settings, Sink):
+        return _sink(heads, settings, task, progress)
+    return _intercept(heads, settings, progress)
+
+
+def apply(model: Any, steered: Steered) -> PeftModel:
+    """Put an adapter on a plain model: the PeftModel, in eval mode.
+
+    Raises:
+        CheckError: the adapter has other parameters than those computed.
+    """
+    adapted = get_peft_model(model, steered.config)
+    set_peft_model_state_dict(adapted, dict(steered.values))
+    stored = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    if wrong := sorted(stored.keys() ^ steered.values.keys()):
+        raise CheckError(f"the adapter does not hold what was computed for it: {wrong[0]}")
+    return adapted.eval()
+
+
+def _given(heads: HeadModel, pairs: Pairs | None) -> list[tuple[int, int]]:
+    if not pairs:
+        raise InputError("no heads are given to steer; name them, or use iti with top to have them chosen")
+    hooks.require_heads(heads, pairs)
+    if len(set(pairs)) < len(pairs):
+        raise InputError(f"heads {[list(pair) for pair in pairs]} name a head twice; remove the repeats")
+    return sorted(pairs)
+
+
+def _parameter(heads: HeadModel, layer: int, path: str, name: str) -> str:
+    """A parameter's name in an adapter's file; `path` is its module's within a layer."""
+    return f"base_model.model.{heads.architecture.layers}.{layer}.{path}.{name}"
+
+
+def _of_heads(heads: HeadModel, name: str, values: Mapping[tuple[int, int], Tensor]) -> dict[str, Tensor]:
+    """Values of heads as the adapter has them: one tensor a layer, heads in order."""
+    path = f"{heads.architecture.attention}.{heads.architecture.output_projection}"
+    by_layer: dict[int, list[Tensor]] = {}
+    for pair in sorted(values):
+        by_layer.setdefault(pair[0], []).append(values[pair].float().cpu())
+    return {_parameter(heads, layer, path, name): torch.stack(rows) for layer, rows in by_layer.items()}
+
+
+def _scaled(heads: HeadModel, pairs: Pairs, factor: float, note: dict[str, Any]) -> Steered:
+    config = HeadTuningConfig(heads=[list(pair) for pair in pairs], scale="head", offset=False, task_type="CAUSAL_LM")
+    values = _of_heads(heads, "head_tuning_scale", {pair: torch.tensor([factor - 1.0]) for pair in pairs})
+    return Steered(config, values, note | {"heads": [list(pair) for pair in pairs]})
+
+
+def _iti(
+    heads: HeadModel,
+    settings: ITI,
+    pairs: Pairs | None,
+    task: Task,
+    seed: int,
+    progress: Progress,
+    probed: ProbeResult | None,
+) -> Steered:
+    note: dict[str, Any] = {"kind": "iti", **asdict(settings)}
+    ranked: tuple[RankedHead, ...] = ()
+    scores = None
+    if settings.top is not None:
+        if pairs:
+            raise InputError(f"iti chooses its top {settings.top} heads; leave out top or the {len(pairs)} heads given")
+        require_enough(settings.top, heads.n_layers * heads.n_heads)  # before the model runs
+        probed = probe_heads(heads, task, seed, settings.folds, settings.per_prompt, progress)
+        ranked, scores = probed.ranked(settings.top), probed.scores
+        chosen = sorted((entry.layer, entry.head) for entry in ranked)
+    else:
+        chosen = _given(heads, pairs)
+    if probed is not None and probed.read(task, seed, settings.per_prompt):
+        how = probed.note
+        moves = {pair: probed.sigma[pair] * probed.directions[pair] for pair in chosen}
+    else:
+        layers = sorted({layer for layer, _ in chosen})
+        z, true, _, how = read_statements(heads, task, layers, seed, settings.per_prompt, progress)
+        of_layer = {layer: mass_mean(z[layer].to(heads.device).float(), true) for layer in layers}
+        moves = {(layer, head): of_layer[layer][0][head] * of_layer[layer][1][head] for layer, head in chosen}
+    offsets = {pair: settings.alpha * move for pair, move in moves.items()}
+    note |= {"statements": how, "heads": [_described(pair, moves[pair], ranked) for pair in chosen]}
+    config = HeadTuningConfig(heads=[list(pair) for pair in chosen], scale="none", offset=True, task_type="CAUSAL_LM")
+    return Steered(config, _of_heads(heads, "head_tuning_offset", offsets), note, ranked, scores)
+
+
+def _described(pair: tuple[int, int], move: Tensor, ranked: Sequence[RankedHead]) -> dict[str, Any]:
+    accuracy = {(entry.layer, entry.head): {ACCURACY: entry.score} for entry in ranked}
+    return {"layer": pair[0], "head": pair[1], "sigma": float(move.norm()), **accuracy.get(pair, {})}
+
+
+def _sink(heads: HeadModel, settings: Sink, task: Task, progress: Progress) -> Steered:
+    """The static form of `knobs.scale_sink_heads`: heads are chosen once, by their mean over the task's prompts.
+
+    The knob scales a head at those positions where it looks at the first position with more than tau; this scales the
+    heads that do so at END on average, at every position of every prompt.
+    """
+    last, attention = heads.n_layers - 1, sink_attention(heads, task, progress)
+    pairs = [(last, head) for head in range(heads.n_heads) if attention[head] > settings.tau]
+    if not pairs:
+        raise InputError(
+            f"no head of layer {last} attends to the first position with more than tau={settings.tau} on average over "
+            f"task {task.name!r}; the most is {attention.max().item():.3g}: lower tau"
+        )
+    note = {
+        "kind": "sink",
+        **asdict(settings),
+        "layer": last,
+        "task": task.name,
+        "sha256": task.sha256,
+        "prompts": len(task.examples),
+        "attention": [round(value, 6) for value in attention.tolist()],
+    }
+    return _scaled(heads, pairs, settings.gamma, note)
+
+
+def _intercept(heads: HeadModel, settings: Intercept, progress: Progress) -> Steered:
+    """`knobs.subtract_mlp_intercept` as an offset on the last layer's MLP output: the same at every position."""
+    last, path = heads.n_layers - 1, heads.architecture.mlp_projection
+    if path is None:
+        raise InputError(
+            f"family {heads.model.config.get_text_config().model_type!r} has a norm after its MLP, so no projection "
+            "carries an offset on its output; use the intercept knob of headtune.analysis.interventions.last_layer"
+        )
+    encoded = encode(settings.task(), heads.tokenizer, heads.positions)
+    found, r2 = decompose(heads, encoded.examples, progress=progress)
+    config = HeadTuningConfig(heads=[], mlp_layers=[last], scale="none", offset=True, task_type="CAUSAL_LM")
+    offset = -settings.beta * found.intercept[-1]
+    values = {_parameter(heads, last, path, "head_tuning_mlp_offset"): offset.float().cpu()}
+    note = {
+        "kind": "intercept",
+        **asdict(settings),
+        "layer": last,
+        "fit_examples": found.n,
+        "held_out_r2": r2[-1],
+        "fit_data": encoded.summary(),
+    }
+    return Steered(config, values, note)
