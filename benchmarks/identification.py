@@ -150,7 +150,7 @@ def halves(examples: Sequence[Encoded]) -> tuple[list[Encoded], list[Encoded]]:
 
 def real(results: dict[str, Any], out: Path, prompts: int, seed: int) -> None:
     """Add CMD and CPR of every method that is not there yet; writes after each."""
-    heads = loading.load("smollm2-135m")
+    heads = loading.load_model("smollm2-135m")
     encoded = encode(load_task("country_cities").limited(2 * prompts, seed), heads.tokenizer)
     scored, judged = halves(encoded.examples)
     block = part(results, "real", {"prompts": prompts, "seed": seed})
@@ -189,13 +189,13 @@ def real(results: dict[str, Any], out: Path, prompts: int, seed: int) -> None:
         print(f"{name}: CMD {entry['CMD']:.3f}, CPR {entry['CPR']:.3f}", flush=True)
 
 
-def estimate(name: str, heads: HeadModel, examples: Sequence[Encoded], seed: int) -> Any:
+def estimate(name: str, model: HeadModel, examples: Sequence[Encoded], seed: int) -> Any:
     """`[n_layers, n_heads]`: the method's estimate of how far a head raises the remaining answers."""
     if name == "composite":
-        return ranking.composite(score_examples(heads, examples, "dla,ablation", seed, progress), "recall")
+        return ranking.composite(score_examples(model, examples, "dla,ablation", seed, progress), "recall")
     if name == "attention":
-        return score_examples(heads, examples, "dla", seed, progress).mean(SEEN["recall"])
-    return score_examples(heads, examples, name, seed, progress).mean(f"{name}.target")
+        return score_examples(model, examples, "dla", seed, progress).mean(SEEN["recall"])
+    return score_examples(model, examples, name, seed, progress).mean(f"{name}.target")
 
 
 # --- results ----------------------------------------------------------------------------------------------------------

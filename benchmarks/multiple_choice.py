@@ -31,7 +31,7 @@ from typing import Any
 import torch
 
 from headtune.analysis.models.head_model import HeadModel
-from headtune.analysis.models.loading import load
+from headtune.analysis.models.loading import load_model
 from headtune.analysis.tasks.loading import load_task
 from headtune.analysis.tasks.task import Example, Task
 from headtune.train.evaluation.multiple_choice import (
@@ -65,7 +65,7 @@ def harness_rows(task: Task) -> list[dict[str, Any]]:
     ]
 
 
-def by_harness(heads: HeadModel, task: Task, batch_size: int) -> tuple[list[list[float]], list[dict[str, float]]]:
+def by_harness(model: HeadModel, task: Task, batch_size: int) -> tuple[list[list[float]], list[dict[str, float]]]:
     """What the harness makes of it: log-likelihoods of the choices of mc2 and the metrics, a question each."""
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
@@ -77,7 +77,7 @@ def by_harness(heads: HeadModel, task: Task, batch_size: int) -> tuple[list[list
         one, two = ({"task": f"truthfulqa_mc{i}", "validation_split": "train"} | data for i in (1, 2))
         metrics = [{"metric": name, "aggregation": "mean", "higher_is_better": True} for name in ("acc", "acc_norm")]
         output = simple_evaluate(
-            model=HFLM(pretrained=heads.model, tokenizer=heads.tokenizer, batch_size=batch_size),
+            model=HFLM(pretrained=model.hf, tokenizer=model.tokenizer, batch_size=batch_size),
             tasks=[{"group": "local", "task": [one | {"metric_list": metrics}, two]}],
             log_samples=True,
             bootstrap_iters=0,
@@ -107,9 +107,9 @@ def main() -> None:
 
     torch.set_num_threads(1)
     task = load_task(f"truthfulqa:{arguments.data}").limited(arguments.n)
-    heads = load(arguments.model, device="cpu")
+    heads = load_model(arguments.model, device="cpu")
     began = time.process_time()
-    ours = choice_log_likelihoods(heads.model, heads.tokenizer, task, arguments.batch_size, truthfulqa_preamble())
+    ours = choice_log_likelihoods(heads.hf, heads.tokenizer, task, arguments.batch_size, truthfulqa_preamble())
     seconds = time.process_time() - began
     values = [multiple_choice(example, row) for example, row in zip(task.examples, ours, strict=True)]
     began = time.process_time()

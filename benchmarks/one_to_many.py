@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from headtune.train.config.recipe import load
+from headtune.train.config.recipe import load_recipe
 from headtune.train.config.resolve_tasks import tasks_of
 from headtune.train.evaluation.evaluate import parse_items, score_items
 
@@ -146,7 +146,7 @@ def read(name: str, seed: int, out: Path) -> dict[str, Any]:
 
 def rescored(evaluation: dict[str, Any], recipe: Path) -> dict[str, Any]:
     """The same evaluation with every item's kind taken anew from the stored text, so that all rows follow one rule."""
-    settings = load(str(recipe))
+    settings = load_recipe(str(recipe))
     _, task = tasks_of(settings.task)
     if task.sha256 != evaluation["task_sha256"]:
         sys.exit(f"{recipe}: the task has changed since this run; remove the run to repeat it")

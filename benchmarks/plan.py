@@ -157,7 +157,7 @@ def work(name: str) -> dict[str, Any]:
     """Run one case in this process; what was measured and what was planned."""
     import torch
 
-    from headtune.analysis.models.loading import load
+    from headtune.analysis.models.loading import load_model
     from headtune.train.config import recipe
     from headtune.train.runs import memory as plan
     from headtune.train.runs import memory_of_recipe, model_shape
@@ -165,9 +165,9 @@ def work(name: str) -> dict[str, Any]:
     torch.set_num_threads(1)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     shape = model_shape.shape_of(MODEL)
-    heads = load(MODEL)
+    heads = load_model(MODEL)
     if device == "cuda":
-        heads.model.to(device)
+        heads.hf.to(device)
     found: list[int] = []
     if CASES[name][0] == "identify":
         length = _identify(heads, found)
@@ -199,7 +199,7 @@ def _identify(heads: Any, found: list[int]) -> int:
     from headtune.analysis.tasks.loading import load_task
 
     task = load_task("country_cities:train").limited(3)
-    with measured(heads.model, found):
+    with measured(heads.hf, found):
         identify(heads, task, verify_top=1, n_random=1)
     return max(len(heads.tokenizer(example.prompt).input_ids) for example in task.examples)
 

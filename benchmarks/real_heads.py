@@ -29,7 +29,7 @@ from speed_analysis import code_sha256
 from headtune.analysis.identify import pipeline, ranking
 from headtune.analysis.identify.head_set import ROLES, provenance
 from headtune.analysis.models.head_model import HeadModel
-from headtune.analysis.models.loading import load
+from headtune.analysis.models.loading import load_model
 from headtune.analysis.tasks.build import Template, build, invert
 from headtune.analysis.tasks.loading import load_task
 from headtune.analysis.tasks.readers import read_relation
@@ -121,7 +121,7 @@ def main() -> None:
     settings = {"seed": arguments.seed, "prompts": PROMPTS, "code_sha256": code_sha256()}
     stored = json.loads(arguments.out.read_text()) if arguments.out.is_file() else {}
     results: dict[str, Any] = stored["tasks"] if stored.get("settings") == settings else {}
-    model = load("smollm2-135m")
+    model = load_model("smollm2-135m")
     for name, make in TASKS.items():
         if name in results or (arguments.only and name not in arguments.only):
             continue

@@ -69,14 +69,14 @@ Losses = dict[str, Tensor]
 
 def prepare(arguments: argparse.Namespace) -> None:
     """Write the row, the heads and the queries, and the teacher's rows and logits, into the work folder."""
-    from headtune.analysis.models.loading import load
+    from headtune.analysis.models.loading import load_model
     from headtune.analysis.tasks.loading import load_task
     from headtune.train.continual.teacher_store import TeacherStore, compute_teacher
     from headtune.train.losses.attention_distillation import query_positions
     from headtune.train.trainer.rows import Row
 
     torch.set_num_threads(arguments.threads)
-    model = load(arguments.model, device="cpu")
+    model = load_model(arguments.model, device="cpu")
     if arguments.quick:
         sys.path.insert(0, str(ROOT / "tests"))
         from tiny import tiny_task
@@ -140,12 +140,12 @@ def headtune_route(
     targets: Tensor,
     tokens: int,
 ) -> tuple[Any, Callable[[], Losses]]:
-    from headtune.analysis.models.loading import load
+    from headtune.analysis.models.loading import load_model
     from headtune.train.continual.teacher_store import TeacherStore
     from headtune.train.losses.attention_distillation import RowRecorder, attention_distillation, logit_kl
 
-    viewed = load(folder, device="cpu")
-    model = viewed.model.train()
+    viewed = load_model(folder, device="cpu")
+    model = viewed.hf.train()
     disturb(model)
     store, recorder = TeacherStore(work / "teacher"), RowRecorder(heads)
 

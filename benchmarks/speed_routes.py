@@ -39,9 +39,9 @@ Route = Callable[[Prompt, Heads], Values]
 def headtune_side(folder: str) -> dict[str, Route]:
     from headtune.analysis.methods.logit_attribution import attribute
     from headtune.analysis.methods.patching import ablation_effects, answer_probabilities, silenced_logits
-    from headtune.analysis.models.loading import load
+    from headtune.analysis.models.loading import load_model
 
-    model = load(folder, device="cpu")
+    model = load_model(folder, device="cpu")
 
     def flat(scores: dict[str, Any], method: str) -> Values:
         return {name: torch.from_numpy(scores[f"{method}.{name}"]).flatten() for name in QUANTITIES}
@@ -57,7 +57,7 @@ def headtune_side(folder: str) -> dict[str, Route]:
     return {
         "headtune": ablation,
         "headtune attribution": lambda prompt, _heads: flat(attribute(model, decode(prompt)), "dla"),
-        "logits": lambda prompt, _heads: {"logits": last_logits(model.model, prompt)},
+        "logits": lambda prompt, _heads: {"logits": last_logits(model.hf, prompt)},
     }
 
 

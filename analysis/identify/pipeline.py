@@ -33,13 +33,17 @@ Heads = Sequence[tuple[int, int]]
 
 
 @dataclass(frozen=True)
-class Identified:
+class IdentifyResult:
     """What identify found: the head set, the scores, and the examples behind them."""
 
     heads: HeadSet
     scores: Scores
     examples: list[Encoded]
     shards: Shards = field(default_factory=Shards)  # what is kept of finished examples, until `write`
+
+    def save(self, folder: Path | str) -> None:
+        """Write heads.json and scores.safetensors into a new folder (see `write`)."""
+        write(self, Path(folder))
 
 
 def identify(
@@ -55,7 +59,7 @@ def identify(
     controls: Mapping[str, HeadSet] | None = None,
     partial: Path | None = None,
     share: bool = False,
-) -> Identified:
+) -> IdentifyResult:
     """Score every head, rank recall and suppression heads, verify them against controls.
 
     Args:
@@ -137,7 +141,7 @@ def identify(
         **provenance(),
     )
     verified = verify(model, heads, encoded.examples, verify_top, n_random, seed, progress, scores, controls, shards)
-    return Identified(verified, scores, encoded.examples, shards)
+    return IdentifyResult(verified, scores, encoded.examples, shards)
 
 
 def _key(model: HeadModel, task: EncodedTask, *options: Any) -> dict[str, Any]:
@@ -295,7 +299,7 @@ def dissociation(block: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def write(found: Identified, folder: Path) -> None:
+def write(found: IdentifyResult, folder: Path) -> None:
     """Write heads.json and scores.safetensors into a new folder, both or neither; then drop what was kept on the way.
 
     Raises:

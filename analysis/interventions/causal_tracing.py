@@ -90,13 +90,13 @@ def window_of(centre: int, window: int, n_layers: int) -> range:
     return range(max(0, first), min(n_layers, first + window))
 
 
-def noise_of(heads: HeadModel, n_noise: int, n_positions: int, scale: float = 3.0, seed: int = 0) -> Tensor:
+def noise_of(model: HeadModel, n_noise: int, n_positions: int, scale: float = 3.0, seed: int = 0) -> Tensor:
     """Gaussian noise for word embeddings, `[n_noise, n_positions, d_model]` float32.
 
     Its standard deviation is `scale` times that of all entries of the embedding matrix, times the factor that the
     embedding module multiplies its rows by, in families where it does.
     """
-    embedding = heads.model.get_input_embeddings()
+    embedding = model.hf.get_input_embeddings()
     weight: Tensor = embedding.weight  # type: ignore[assignment]
     factor = getattr(embedding, "embed_scale", 1.0)
     deviation = scale * float(weight.detach().float().std()) * float(factor)
@@ -106,7 +106,7 @@ def noise_of(heads: HeadModel, n_noise: int, n_positions: int, scale: float = 3.
 
 @torch.no_grad()
 def causal_trace(
-    heads: HeadModel,
+    model: HeadModel,
     tokens: Tensor,
     noisy: Sequence[int],
     groups: Mapping[str, Sequence[int]],
@@ -136,7 +136,7 @@ def causal_trace(
         InputError: counts below 1, no positions for the noise, or positions or layers out of range.
     """
     seq = len(tokens)
-    centres = range(heads.n_layers) if centres is None else centres
+    centres = range(model.n_layers) if centres is None else centres
     if n_noise < 1 or window < 1:
         raise InputError(f"n_noise={n_noise} and window={window} must be at least 1")
     if not noisy:
@@ -144,22 +144,22 @@ def causal_trace(
     positions = {position for group in (noisy, *groups.values()) for position in group}
     if outside := [p for p in sorted(positions) if not 0 <= p < seq]:
         raise InputError(f"position {outside[0]} is out of range; expected 0 to {seq - 1}, the prompt's positions")
-    if outside := [c for c in centres if not 0 <= c < heads.n_layers]:
-        raise InputError(f"centre {outside[0]} is out of range; expected layers 0 to {heads.n_layers - 1}")
-    noise = noise_of(heads, n_noise, len(noisy), scale, seed)
-    tokens = tokens.to(heads.device)
+    if outside := [c for c in centres if not 0 <= c < model.n_layers]:
+        raise InputError(f"centre {outside[0]} is out of range; expected layers 0 to {model.n_layers - 1}")
+    noise = noise_of(model, n_noise, len(noisy), scale, seed)
+    tokens = tokens.to(model.device)
     traces = []
     # One more row is the clean run; the keys and values of all layers are kept.
-    size = max(1, rows_in_memory(heads, seq, positions=seq, copied=seq * heads.n_layers) - 1)
+    size = max(1, rows_in_memory(model, seq, positions=seq, copied=seq * model.n_layers) - 1)
     for start in range(0, n_noise, size):
-        runs = _NoisyRuns(heads, tokens, noisy, noise[start : start + size])
+        runs = _NoisyRuns(model, tokens, noisy, noise[start : start + size])
         bases = measure(runs.logits).float()
         rows = bases[1:, None, None, None].expand(-1, len(KINDS), len(groups), len(centres), -1).clone()
         for index, at in enumerate(groups.values()):
             # Before the noise, noisy and clean run are the same.
             if after := [position for position in at if position >= min(noisy)]:
                 rows[:, :, index] = runs.restored(
-                    after, [window_of(c, window, heads.n_layers) for c in centres], measure
+                    after, [window_of(c, window, model.n_layers) for c in centres], measure
                 )
         traces.append(Trace(bases[0], bases[1:], rows))
     return Trace(traces[0].clean, torch.cat([t.noisy for t in traces]), torch.cat([t.restored for t in traces]))
@@ -181,8 +181,8 @@ class _NoisyRuns:
         logits: `[1 + n_noise, vocabulary]`, the clean run first.
     """
 
-    def __init__(self, heads: HeadModel, tokens: Tensor, noisy: Sequence[int], noise: Tensor) -> None:
-        self.heads, self.tokens, self.n_noise = heads, tokens, len(noise)
+    def __init__(self, model: HeadModel, tokens: Tensor, noisy: Sequence[int], noise: Tensor) -> None:
+        self.heads, self.tokens, self.n_noise = model, tokens, len(noise)
         self.embedded = torch.empty(0)  # [1 + n_noise, seq, d_model]
         self.keys: dict[int, Tensor] = {}  # layer -> [1 + n_noise, n_kv_heads, seq, head_dim]
         self.values: dict[int, Tensor] = {}
@@ -207,11 +207,11 @@ class _NoisyRuns:
 
         with contextlib.ExitStack() as stack:
             stack.enter_context(attend_with(look))
-            stack.callback(heads.model.get_input_embeddings().register_forward_hook(add_noise).remove)
-            for kind, layer, module in _modules(heads):
+            stack.callback(model.hf.get_input_embeddings().register_forward_hook(add_noise).remove)
+            for kind, layer, module in _modules(model):
                 stack.callback(module.register_forward_hook(keep(kind, layer)).remove)
             batch = tokens[None].expand(1 + self.n_noise, -1)
-            self.logits = heads.model(batch, use_cache=False, logits_to_keep=1).logits[:, -1]
+            self.logits = model.hf(batch, use_cache=False, logits_to_keep=1).logits[:, -1]
 
     def restored(self, at: Sequence[int], windows: Sequence[range], measure: Measure) -> Tensor:
         """`[n_noise, kinds, windows, n_measures]` with the clean outputs put back at positions `at`."""
@@ -273,7 +273,7 @@ class _NoisyRuns:
 
         with contextlib.ExitStack() as stack:
             stack.enter_context(attend_with(attend))
-            stack.callback(heads.model.get_input_embeddings().register_forward_hook(embed).remove)
+            stack.callback(heads.hf.get_input_embeddings().register_forward_hook(embed).remove)
             for layer, new in joining.items():
                 if new:
                     handle = heads.layers[layer].register_forward_pre_hook(join(new), with_kwargs=True)
@@ -283,7 +283,7 @@ class _NoisyRuns:
                     stack.callback(module.register_forward_hook(hook).remove)
             batch = self.tokens[None, start:].expand(len(noises), -1)
             positions = torch.arange(start, len(self.tokens), device=self.tokens.device)[None]
-            logits = heads.model(batch, position_ids=positions, use_cache=False, logits_to_keep=1).logits[:, -1]
+            logits = heads.hf(batch, position_ids=positions, use_cache=False, logits_to_keep=1).logits[:, -1]
         return logits[len(noises) :]
 
     def _attend(self, call: AttentionCall, origin: Tensor, start: int) -> Tensor:
@@ -306,10 +306,10 @@ class _NoisyRuns:
         return out.view(rows, n_heads, n_queries, -1).transpose(1, 2).to(call.query.dtype)
 
 
-def _modules(heads: HeadModel) -> list[tuple[Kind, int, nn.Module]]:
+def _modules(model: HeadModel) -> list[tuple[Kind, int, nn.Module]]:
     """The modules whose outputs are put back: what attention and MLP of each layer add to the residual stream."""
-    by_kind = {"attention": heads.attention_added, "mlp": heads.mlp}
-    return [(kind, layer, by_kind[kind](layer)) for kind in KINDS for layer in range(heads.n_layers)]
+    by_kind = {"attention": model.attention_added, "mlp": model.mlp}
+    return [(kind, layer, by_kind[kind](layer)) for kind in KINDS for layer in range(model.n_layers)]
 
 
 def _first_of(output: Any) -> Tensor:

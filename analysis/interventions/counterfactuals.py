@@ -40,12 +40,12 @@ def shape_of(example: Example) -> str:
 
 
 @torch.no_grad()
-def outputs(heads: HeadModel, tokens: Tensor, end_only: bool = True) -> Tensor:
+def outputs(model: HeadModel, tokens: Tensor, end_only: bool = True) -> Tensor:
     """Head outputs z of one prompt: `[n_layers, n_heads, head_dim]` at END, or `[n_layers, n_heads, seq, head_dim]`."""
-    end = torch.tensor([len(tokens) - 1], device=heads.device) if end_only else None
-    with hooks.capture(heads, positions=end) as z:
-        heads.model(tokens[None].to(heads.device), use_cache=False, logits_to_keep=1)
-    stacked = torch.stack([z[layer][0].float().to(heads.device) for layer in range(heads.n_layers)])
+    end = torch.tensor([len(tokens) - 1], device=model.device) if end_only else None
+    with hooks.capture(model, positions=end) as z:
+        model.hf(tokens[None].to(model.device), use_cache=False, logits_to_keep=1)
+    stacked = torch.stack([z[layer][0].float().to(model.device) for layer in range(model.n_layers)])
     return stacked if end_only else stacked.transpose(1, 2)
 
 

@@ -1,7 +1,7 @@
 """Two knobs on the last layer that give answers back some of the probability it takes from them (Lv et al. 2024).
 
     with scale_sink_heads(heads, tau=0.5, gamma=0.5), subtract_mlp_intercept(heads, b, beta=0.5):
-        heads.model.generate(...)
+        model.hf.generate(...)
 
 Many last-layer heads attend to the first position and bring frequent tokens from there, and the last MLP adds them
 whatever the input (its intercept b, see `mlp`). Both knobs act at every position, in any forward pass inside the block:
@@ -44,7 +44,7 @@ _QUERIES = 64  # attention rows at a time
 
 @contextlib.contextmanager
 def scale_sink_heads(
-    heads: HeadModel, tau: float = 0.5, gamma: float = 0.5, layer: int | None = None
+    model: HeadModel, tau: float = 0.5, gamma: float = 0.5, layer: int | None = None
 ) -> Iterator[None]:
     """Multiply, query by query, the output of heads that attend to the first position with more than `tau` by `gamma`.
 
@@ -61,8 +61,8 @@ def scale_sink_heads(
     """
     if not 0 <= tau <= 1:
         raise InputError(f"tau is {tau}; expected an attention probability between 0 and 1, such as 0.5")
-    chosen = _layer(heads, layer)
-    backbone = heads.model.get_submodule(heads.architecture.layers.rpartition(".")[0])  # what holds the layers
+    chosen = _layer(model, layer)
+    backbone = model.hf.get_submodule(model.architecture.layers.rpartition(".")[0])  # what holds the layers
     first: list[Tensor] = []  # of the running forward pass: position of the first key, counted from the end
     factors: list[Tensor] = []
 
@@ -82,12 +82,12 @@ def scale_sink_heads(
                 f"layer {chosen}'s attention was replaced inside a scale_sink_heads block, which cannot see it then; "
                 "measure with whole forward passes"
             )
-        z = args[0].unflatten(-1, (heads.n_heads, heads.head_dim))
+        z = args[0].unflatten(-1, (model.n_heads, model.head_dim))
         return ((z * factors.pop()[..., None].to(z)).flatten(-2), *args[1:])
 
     handles = [
         backbone.register_forward_pre_hook(before_model, with_kwargs=True),
-        heads.projection(chosen).register_forward_pre_hook(before_projection),
+        model.projection(chosen).register_forward_pre_hook(before_projection),
     ]
     try:
         with attend_with(look):
@@ -97,10 +97,10 @@ def scale_sink_heads(
             handle.remove()
 
 
-def _layer(heads: HeadModel, layer: int | None) -> int:
-    chosen = heads.n_layers - 1 if layer is None else layer
-    if not 0 <= chosen < heads.n_layers:
-        raise InputError(f"layer {chosen} is out of range: {heads.name} has layers 0-{heads.n_layers - 1}")
+def _layer(model: HeadModel, layer: int | None) -> int:
+    chosen = model.n_layers - 1 if layer is None else layer
+    if not 0 <= chosen < model.n_layers:
+        raise InputError(f"layer {chosen} is out of range: {model.name} has layers 0-{model.n_layers - 1}")
     return chosen
 
 
@@ -154,7 +154,7 @@ def attention_to(call: AttentionCall, columns: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def subtract_mlp_intercept(
-    heads: HeadModel, intercept: Tensor, beta: float = 1.0, layer: int | None = None
+    model: HeadModel, intercept: Tensor, beta: float = 1.0, layer: int | None = None
 ) -> Iterator[None]:
     """`M <- M - beta * intercept` at every position, M being what a layer's MLP adds to the residual stream.
 
@@ -171,7 +171,7 @@ def subtract_mlp_intercept(
         tensor = tensor - (beta * intercept).to(tensor)
         return (tensor, *output[1:]) if isinstance(output, tuple) else tensor
 
-    handle = heads.mlp(_layer(heads, layer)).register_forward_hook(hook)
+    handle = model.mlp(_layer(model, layer)).register_forward_hook(hook)
     try:
         yield
     finally:
@@ -258,7 +258,7 @@ def _parse_one(name: str, settings: str) -> Knob:
 
 @contextlib.contextmanager
 def turned(
-    heads: HeadModel,
+    model: HeadModel,
     knobs: Sequence[Knob],
     progress: Callable[[Sequence[Any], str], Iterable[Any]] = lambda items, _what: items,
 ) -> Iterator[list[dict[str, Any]]]:
@@ -271,15 +271,15 @@ def turned(
     with contextlib.ExitStack() as stack:
         blocks: list[contextlib.AbstractContextManager[None]] = []
         for knob in knobs:
-            note: dict[str, Any] = {"layer": heads.n_layers - 1}
+            note: dict[str, Any] = {"layer": model.n_layers - 1}
             if isinstance(knob, Sink):
-                blocks.append(scale_sink_heads(heads, knob.tau, knob.gamma))
+                blocks.append(scale_sink_heads(model, knob.tau, knob.gamma))
                 note = {"knob": "sink", "tau": knob.tau, "gamma": knob.gamma, **note}
             else:
                 found, r2 = decompose(
-                    heads, encode(knob.task(), heads.tokenizer, heads.positions).examples, progress=progress
+                    model, encode(knob.task(), model.tokenizer, model.positions).examples, progress=progress
                 )
-                blocks.append(subtract_mlp_intercept(heads, found.intercept[-1], knob.beta))
+                blocks.append(subtract_mlp_intercept(model, found.intercept[-1], knob.beta))
                 note = {"knob": "intercept", "beta": knob.beta, "fit": knob.fit, **note}
                 note |= {"fit_examples": found.n, "held_out_r2": r2[-1]}
             notes.append(note)

@@ -100,9 +100,9 @@ class EndRun:
     """
 
     @torch.no_grad()
-    def __init__(self, heads: HeadModel, tokens: Tensor) -> None:
-        self.heads = heads
-        self.tokens = tokens.to(heads.device)
+    def __init__(self, model: HeadModel, tokens: Tensor) -> None:
+        self.heads = model
+        self.tokens = tokens.to(model.device)
         self.keys: dict[int, Tensor] = {}
         self.values: dict[int, Tensor] = {}
         self._masks: dict[int, Tensor | None] = {}
@@ -113,7 +113,7 @@ class EndRun:
             self._masks[call.layer] = None if call.mask is None else call.mask[0, :, -1, : call.key.shape[2]]
 
         with attend_with(look):
-            heads.model(self.tokens[None], use_cache=False, logits_to_keep=1)
+            model.hf(self.tokens[None], use_cache=False, logits_to_keep=1)
 
     @torch.no_grad()
     def step(
@@ -240,10 +240,10 @@ class EndRun:
                 on(heads.mlp(layer).register_forward_hook(at_output("mlp", layer)))
                 on(heads.attention_added(layer).register_forward_hook(at_output("attention", layer)))
             if "residual" in taken:
-                norm = heads.model.get_submodule(heads.architecture.final_norm)
+                norm = heads.hf.get_submodule(heads.architecture.final_norm)
                 on(norm.register_forward_pre_hook(lambda _module, args: take("residual", 0, args[0][:, -1])))
             position = torch.tensor([[len(self.tokens) - 1]], device=self.tokens.device)
-            output = heads.model(self.tokens[None, -1:], position_ids=position, use_cache=False)
+            output = heads.hf(self.tokens[None, -1:], position_ids=position, use_cache=False)
         logits = output.logits[:, -1]
         kept = {}
         for name, by_layer in taken.items():
@@ -261,13 +261,13 @@ def _spread(tensor: Tensor, n_rows: int) -> Tensor:
 class _Edits:
     """The rows' changes by layer. Batch index = row index + 1; rows that have not entered yet have no changes."""
 
-    def __init__(self, rows: Sequence[Row], heads: HeadModel, device: torch.device) -> None:
+    def __init__(self, rows: Sequence[Row], model: HeadModel, device: torch.device) -> None:
         self.n_rows = len(rows)
         self.put: dict[tuple[str, int], list[tuple[int, int, Tensor]]] = {}
         self.factors: dict[int, list[tuple[int, int, float]]] = {}
         self.own: dict[int, list[tuple[int, int]]] = {}  # heads that rows name: not frozen
         self.knocked: list[tuple[int, Row]] = []
-        self.entries = [row.entry(heads.n_layers) for row in rows]
+        self.entries = [row.entry(model.n_layers) for row in rows]
         self.frozen = {
             kind: [i for i, row in enumerate(rows, 1) if row.freeze in kinds] for kind, kinds in _FROZEN.items()
         }
@@ -329,7 +329,7 @@ _FROZEN = {"heads": ("heads", "heads and mlps"), "mlps": ("heads and mlps",)}
 
 @torch.no_grad()
 def everywhere(
-    heads: HeadModel, tokens: Tensor, rows: Sequence[Mapping[Head, Tensor | float]], max_rows: int | None = None
+    model: HeadModel, tokens: Tensor, rows: Sequence[Mapping[Head, Tensor | float]], max_rows: int | None = None
 ) -> Tensor:
     """Next-token logits with heads' outputs changed at every position.
 
@@ -344,20 +344,20 @@ def everywhere(
     if not rows:
         raise InputError("no rows to run; give at least one, such as {}")
     for row in rows:
-        require_heads(heads, row)
-    tokens = tokens.to(heads.device)
-    order = sorted(range(len(rows)), key=lambda index: _first(rows[index], heads.n_layers))
-    size = max_rows or rows_in_memory(heads, len(tokens), positions=len(tokens))
+        require_heads(model, row)
+    tokens = tokens.to(model.device)
+    order = sorted(range(len(rows)), key=lambda index: _first(rows[index], model.n_layers))
+    size = max_rows or rows_in_memory(model, len(tokens), positions=len(tokens))
     parts = []
     for start in range(0, len(order), size):
         chunk = [rows[index] for index in order[start : start + size]]
-        sizes = entered([_first(row, heads.n_layers) for row in chunk], heads.n_layers)
+        sizes = entered([_first(row, model.n_layers) for row in chunk], model.n_layers)
         with contextlib.ExitStack() as stack:
-            stack.enter_context(growing(heads, sizes))
+            stack.enter_context(growing(model, sizes))
             for layer in {layer for row in chunk for layer, _ in row}:
-                hook = _changed_everywhere(heads, layer, chunk)
-                stack.callback(heads.projection(layer).register_forward_pre_hook(hook).remove)
-            logits = heads.model(tokens[None], use_cache=False, logits_to_keep=1).logits[:, -1]
+                hook = _changed_everywhere(model, layer, chunk)
+                stack.callback(model.projection(layer).register_forward_pre_hook(hook).remove)
+            logits = model.hf(tokens[None], use_cache=False, logits_to_keep=1).logits[:, -1]
         parts.append(_spread(logits, len(chunk)))
     stacked = torch.cat(parts)
     return stacked[torch.tensor(order, device=stacked.device).argsort()]
@@ -367,11 +367,11 @@ def _first(row: Mapping[Head, Any], n_layers: int) -> int:
     return min((layer for layer, _ in row), default=n_layers)
 
 
-def _changed_everywhere(heads: HeadModel, layer: int, rows: Sequence[Mapping[Head, Tensor | float]]) -> Any:
+def _changed_everywhere(model: HeadModel, layer: int, rows: Sequence[Mapping[Head, Tensor | float]]) -> Any:
     changes = [(i, head, value) for i, row in enumerate(rows, 1) for (of, head), value in row.items() if of == layer]
 
     def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        z = args[0].unflatten(-1, (heads.n_heads, heads.head_dim)).clone()  # [rows, seq, heads, head_dim]
+        z = args[0].unflatten(-1, (model.n_heads, model.head_dim)).clone()  # [rows, seq, heads, head_dim]
         for index, head, value in changes:
             z[index, :, head] = value.to(z) if isinstance(value, Tensor) else z[index, :, head] * value
         return (z.flatten(-2), *args[1:])
@@ -388,7 +388,7 @@ def entered(entries: Sequence[int], n_layers: int) -> list[int]:
 
 
 @contextlib.contextmanager
-def growing(heads: HeadModel, sizes: Sequence[int]) -> Iterator[None]:
+def growing(model: HeadModel, sizes: Sequence[int]) -> Iterator[None]:
     """Let the batch grow to `sizes[layer]` as it enters each layer, by copies of row 0, the clean run."""
 
     def hook_for(layer: int) -> Callable[..., Any]:
@@ -401,8 +401,8 @@ def growing(heads: HeadModel, sizes: Sequence[int]) -> Iterator[None]:
 
         return hook
 
-    growth = [layer for layer in range(heads.n_layers) if sizes[layer] > (sizes[layer - 1] if layer else 1)]
-    handles = [heads.layers[layer].register_forward_pre_hook(hook_for(layer), with_kwargs=True) for layer in growth]
+    growth = [layer for layer in range(model.n_layers) if sizes[layer] > (sizes[layer - 1] if layer else 1)]
+    handles = [model.layers[layer].register_forward_pre_hook(hook_for(layer), with_kwargs=True) for layer in growth]
     try:
         yield
     finally:
@@ -410,7 +410,7 @@ def growing(heads: HeadModel, sizes: Sequence[int]) -> Iterator[None]:
             handle.remove()
 
 
-def rows_in_memory(heads: HeadModel, seq: int, positions: int, copied: int = 0) -> int:
+def rows_in_memory(model: HeadModel, seq: int, positions: int, copied: int = 0) -> int:
     """How many rows of `positions` tokens, in a prompt of `seq`, fit into the view's `max_memory`; at least one.
 
     An estimate of the widest moment, in float32: the MLP's intermediate activations, the attention scores and, once per
@@ -419,12 +419,12 @@ def rows_in_memory(heads: HeadModel, seq: int, positions: int, copied: int = 0) 
     Args:
         copied: keys (and as many values) that each row holds for itself.
     """
-    config = heads.model.config.get_text_config()
-    wide = getattr(config, "intermediate_size", None) or getattr(config, "ffn_dim", None) or 4 * heads.d_model
-    per_position = 6 * heads.d_model + 3 * wide + 6 * heads.n_heads * heads.head_dim + 2 * heads.n_heads * seq
-    own = 2 * copied * heads.n_kv_heads * heads.head_dim
+    config = model.hf.config.get_text_config()
+    wide = getattr(config, "intermediate_size", None) or getattr(config, "ffn_dim", None) or 4 * model.d_model
+    per_position = 6 * model.d_model + 3 * wide + 6 * model.n_heads * model.head_dim + 2 * model.n_heads * seq
+    own = 2 * copied * model.n_kv_heads * model.head_dim
     per_row = 4 * (positions * per_position + 2 * config.vocab_size + own)
-    return max(1, heads.max_memory // per_row)
+    return max(1, model.max_memory // per_row)
 
 
 def masked(scores: Tensor, mask: Tensor | None) -> Tensor:

@@ -51,7 +51,7 @@ class Decoded:
 
 
 @torch.no_grad()
-def decode(heads: HeadModel, step: Step, tokens: Tensor) -> Decoded:
+def decode(model: HeadModel, step: Step, tokens: Tensor) -> Decoded:
     """Decode the rows of a step that kept PARTS, each with its own run's final-norm scale.
 
     Args:
@@ -60,18 +60,18 @@ def decode(heads: HeadModel, step: Step, tokens: Tensor) -> Decoded:
     kept = {name: step.kept[name].float() for name in PARTS}
     start = kept["residual"] - kept["attention"].sum(1) - kept["mlp"].sum(1)
     parts = torch.cat([kept["attention"], kept["mlp"], start[:, None]], 1)  # [rows, 2 * n_layers + 1, d_model]
-    directions = torch.stack([heads.unembedding_directions(residual, tokens) for residual in kept["residual"]])
+    directions = torch.stack([model.unembedding_directions(residual, tokens) for residual in kept["residual"]])
     decoded = torch.einsum("rpm,rnm->rpn", parts, directions.to(parts))
-    n = heads.n_layers
-    return Decoded(decoded[:, :n], decoded[:, n : 2 * n], decoded[:, -1], _constant(heads, tokens).to(parts))
+    n = model.n_layers
+    return Decoded(decoded[:, :n], decoded[:, n : 2 * n], decoded[:, -1], _constant(model, tokens).to(parts))
 
 
-def _constant(heads: HeadModel, tokens: Tensor) -> Tensor:
-    unembedding = heads.model.get_output_embeddings()
+def _constant(model: HeadModel, tokens: Tensor) -> Tensor:
+    unembedding = model.hf.get_output_embeddings()
     weight: Tensor = unembedding.weight
     chosen = tokens.to(weight.device)
     constant = torch.zeros(len(tokens), device=weight.device)
-    norm_bias, bias = getattr(heads.final_norm, "bias", None), getattr(unembedding, "bias", None)
+    norm_bias, bias = getattr(model.final_norm, "bias", None), getattr(unembedding, "bias", None)
     if norm_bias is not None:
         constant = constant + weight[chosen].float() @ norm_bias.to(weight.device).float()
     return constant if bias is None else constant + bias[chosen].float()
@@ -138,7 +138,7 @@ def answer_tokens(tokenizer: PreTrainedTokenizerBase, encoded: Encoded, answer: 
 
 @torch.no_grad()
 def string_logprobs(
-    heads: HeadModel, tokens: Tensor, answers: Sequence[Sequence[int]], rows: Sequence[Row] = (CLEAN,)
+    model: HeadModel, tokens: Tensor, answers: Sequence[Sequence[int]], rows: Sequence[Row] = (CLEAN,)
 ) -> Tensor:
     """Log probability that what follows the prompt begins with an answer, all its tokens, under interventions.
 
@@ -169,21 +169,21 @@ def string_logprobs(
                 "whole answers are scored with head outputs or attention changed, not with queries, keys or values, or "
                 "frozen parts; use factors, outputs or knocked_out"
             )
-    tokens = tokens.to(heads.device)
+    tokens = tokens.to(model.device)
     before = DynamicCache()
-    heads.model(tokens[None, :-1], past_key_values=before, use_cache=True, logits_to_keep=1)
+    model.hf(tokens[None, :-1], past_key_values=before, use_cache=True, logits_to_keep=1)
     longest = max((len(answer) for answer in answers), default=1)
     # Every position has logits of its own here, where the estimate counts them once a row.
-    size = max(1, rows_in_memory(heads, len(tokens) + longest, positions=longest) // longest)
-    result = torch.zeros(len(rows), len(answers), device=heads.device)
+    size = max(1, rows_in_memory(model, len(tokens) + longest, positions=longest) // longest)
+    result = torch.zeros(len(rows), len(answers), device=model.device)
     for start in range(0, len(answers), size):
         chunk = answers[start : start + size]
         for index, row in enumerate(rows):
-            result[index, start : start + size] = _after(heads, tokens, chunk, row, copy.deepcopy(before))
+            result[index, start : start + size] = _after(model, tokens, chunk, row, copy.deepcopy(before))
     return result
 
 
-def _after(heads: HeadModel, tokens: Tensor, answers: Sequence[Sequence[int]], row: Row, cache: DynamicCache) -> Tensor:
+def _after(model: HeadModel, tokens: Tensor, answers: Sequence[Sequence[int]], row: Row, cache: DynamicCache) -> Tensor:
     longest = max(len(answer) for answer in answers)
     targets = torch.zeros(len(answers), longest, dtype=torch.long, device=tokens.device)
     present = torch.zeros(len(answers), longest, dtype=torch.bool, device=tokens.device)
@@ -199,8 +199,8 @@ def _after(heads: HeadModel, tokens: Tensor, answers: Sequence[Sequence[int]], r
     def attend(call: AttentionCall) -> Tensor | None:
         return _knocked_out(call, row) if row.knocked_out and (row.layers is None or call.layer in row.layers) else None
 
-    with attend_with(attend), hooks.scale(heads, row.factors), hooks.replace(heads, row.outputs):
-        logits = heads.model(given, past_key_values=cache, position_ids=positions, use_cache=True).logits
+    with attend_with(attend), hooks.scale(model, row.factors), hooks.replace(model, row.outputs):
+        logits = model.hf(given, past_key_values=cache, position_ids=positions, use_cache=True).logits
     chosen = logits.float().log_softmax(-1).gather(-1, targets.to(logits.device)[..., None])[..., 0]
     return (chosen * present.to(chosen)).sum(-1).to(tokens.device)
 

@@ -71,36 +71,36 @@ class EndParts:
 
 
 @torch.no_grad()
-def end_parts(heads: HeadModel, tokens: Tensor) -> EndParts:
+def end_parts(model: HeadModel, tokens: Tensor) -> EndParts:
     """Take the run of one prompt (`[seq]` ids) apart at END.
 
     Raises:
         CheckError: what attention and MLPs add is not the difference between one layer's input and the next one's.
     """
-    end = torch.tensor([len(tokens) - 1], device=heads.device)
-    all_layers = range(heads.n_layers)
-    added = [heads.attention_added(layer) for layer in all_layers]
-    mlps = [heads.mlp(layer) for layer in all_layers]
-    watched = [*added, *mlps, *heads.layers, heads.final_norm]
-    with record_rows(end) as rows, hooks.capture(heads, positions=end) as z, hooks.watch(watched) as seen:
-        heads.model(tokens[None].to(heads.device), use_cache=False, logits_to_keep=1)
-    entered = {module: _at_end(given, heads.device) for module, (given, _) in seen.items() if given is not None}
-    left = {module: _at_end(output, heads.device) for module, (_, output) in seen.items()}
-    last = heads.n_layers - 1
+    end = torch.tensor([len(tokens) - 1], device=model.device)
+    all_layers = range(model.n_layers)
+    added = [model.attention_added(layer) for layer in all_layers]
+    mlps = [model.mlp(layer) for layer in all_layers]
+    watched = [*added, *mlps, *model.layers, model.final_norm]
+    with record_rows(end) as rows, hooks.capture(model, positions=end) as z, hooks.watch(watched) as seen:
+        model.hf(tokens[None].to(model.device), use_cache=False, logits_to_keep=1)
+    entered = {module: _at_end(given, model.device) for module, (given, _) in seen.items() if given is not None}
+    left = {module: _at_end(output, model.device) for module, (_, output) in seen.items()}
+    last = model.n_layers - 1
     read = rows.pattern[last][0, :, :1] * rows.values[last][0, :, 0].float()  # [n_heads, head_dim]
     parts = EndParts(
-        torch.stack([entered[layer] for layer in heads.layers]),
-        torch.stack([_contributions(heads, layer, z[layer][0].float(), entered) for layer in all_layers]),
+        torch.stack([entered[layer] for layer in model.layers]),
+        torch.stack([_contributions(model, layer, z[layer][0].float(), entered) for layer in all_layers]),
         torch.stack([left[module] for module in mlps]),
-        entered[heads.final_norm],
-        torch.stack([rows.pattern[layer][0].to(heads.device) for layer in all_layers]),
-        _contributions(heads, last, read, entered),
+        entered[model.final_norm],
+        torch.stack([rows.pattern[layer][0].to(model.device) for layer in all_layers]),
+        _contributions(model, last, read, entered),
     )
     total = parts.inputs + torch.stack([left[module] for module in added]) + parts.mlps
-    tolerance = 1e-5 if heads.dtype == torch.float32 else 2e-2
+    tolerance = 1e-5 if model.dtype == torch.float32 else 2e-2
     gap = ((total - parts.after).abs().amax(1) / parts.after.abs().amax(1)).max().item()
     if not gap <= tolerance:
-        raise CheckError(f"{heads.name}: attention and MLP outputs miss the residual stream by {gap:.2g} of it")
+        raise CheckError(f"{model.name}: attention and MLP outputs miss the residual stream by {gap:.2g} of it")
     return parts
 
 
@@ -108,14 +108,14 @@ def _at_end(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.reshape(-1, tensor.shape[-1])[-1].float().to(device)
 
 
-def _contributions(heads: HeadModel, layer: int, z: Tensor, entered: Mapping[nn.Module, Tensor]) -> Tensor:
+def _contributions(model: HeadModel, layer: int, z: Tensor, entered: Mapping[nn.Module, Tensor]) -> Tensor:
     """`[n_heads, d_model]` what heads with outputs `z` (`[n_heads, head_dim]`) add to the residual stream."""
-    parts = torch.einsum("hd,hdm->hm", z, heads.output_weight(layer).float()).to(heads.device)
-    norm = heads.post_attention_norm(layer)
-    return parts if norm is None else through_norm(heads, norm, entered[norm], parts)
+    parts = torch.einsum("hd,hdm->hm", z, model.output_weight(layer).float()).to(model.device)
+    norm = model.post_attention_norm(layer)
+    return parts if norm is None else through_norm(model, norm, entered[norm], parts)
 
 
-def through_norm(heads: HeadModel, norm: nn.Module, x: Tensor, parts: Tensor) -> Tensor:
+def through_norm(model: HeadModel, norm: nn.Module, x: Tensor, parts: Tensor) -> Tensor:
     """Parts of a norm's input as they leave it, its scale held at that of `x`: they add up to its output less its bias.
 
     Args:
@@ -128,13 +128,13 @@ def through_norm(heads: HeadModel, norm: nn.Module, x: Tensor, parts: Tensor) ->
     # `norm_directions` carries directions backwards, d -> J^T d; the derivative of <J^T d, part> by d is J part.
     with torch.enable_grad():
         directions = torch.zeros_like(parts, dtype=torch.float32, requires_grad=True)
-        carried = heads.norm_directions(norm, x, directions)
+        carried = model.norm_directions(norm, x, directions)
         (moved,) = torch.autograd.grad((carried * parts.to(carried)).sum(), directions)
     return moved
 
 
 @torch.no_grad()
-def decoded(heads: HeadModel, residual: Tensor, parts: Tensor) -> Tensor:
+def decoded(model: HeadModel, residual: Tensor, parts: Tensor) -> Tensor:
     """`W_U norm(part)`: the logits that parts of the residual stream write directly.
 
     Args:
@@ -144,8 +144,8 @@ def decoded(heads: HeadModel, residual: Tensor, parts: Tensor) -> Tensor:
     Returns:
         `[n, vocabulary]` float32, before any cap on logits, without biases.
     """
-    weight = heads.model.get_output_embeddings().weight
-    moved = through_norm(heads, heads.final_norm, residual, parts)
+    weight = model.hf.get_output_embeddings().weight
+    moved = through_norm(model, model.final_norm, residual, parts)
     logits: Tensor = functional.linear(moved.to(weight.device), weight.float())
     return logits
 
@@ -172,11 +172,11 @@ class Moments:
     mm: Tensor
 
     @classmethod
-    def empty(cls, heads: HeadModel) -> Moments:
+    def empty(cls, model: HeadModel) -> Moments:
         """Of no example."""
-        n_layers, k, d_model = heads.n_layers, heads.n_heads + 1, heads.d_model
+        n_layers, k, d_model = model.n_layers, model.n_heads + 1, model.d_model
         shapes = ((n_layers, k, d_model), (n_layers, d_model), (n_layers, k, k), (n_layers, k), (n_layers,))
-        return cls(0, *(torch.zeros(shape, dtype=torch.float64, device=heads.device) for shape in shapes))
+        return cls(0, *(torch.zeros(shape, dtype=torch.float64, device=model.device) for shape in shapes))
 
     @classmethod
     def of(cls, inputs: Tensor, outputs: Tensor) -> Moments:
@@ -270,7 +270,7 @@ def split_subjects(subjects: Sequence[str], held_out: float, seed: int = 0) -> s
 
 
 def decompose(
-    heads: HeadModel,
+    model: HeadModel,
     examples: Sequence[Encoded],
     held_out: float = 0.3,
     seed: int = 0,
@@ -285,8 +285,8 @@ def decompose(
         InputError: see `split_subjects` and `fit`.
     """
     apart = split_subjects([example.example.subject for example in examples], held_out, seed)
-    fitted, others = Moments.empty(heads), Moments.empty(heads)
+    fitted, others = Moments.empty(model), Moments.empty(model)
     for example in progress(examples, "decomposing MLPs"):
-        (others if example.example.subject in apart else fitted).add(moments_of(end_parts(heads, example.tokens)))
+        (others if example.example.subject in apart else fitted).add(moments_of(end_parts(model, example.tokens)))
     found = fit(fitted)
     return found, found.r2(others)

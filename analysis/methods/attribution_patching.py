@@ -34,7 +34,7 @@ from .scores import Array
 
 
 def attribution_patching(
-    heads: HeadModel, encoded: Encoded, reference: Tensor | None = None, name: str = "attribution_patching"
+    model: HeadModel, encoded: Encoded, reference: Tensor | None = None, name: str = "attribution_patching"
 ) -> dict[str, Array]:
     """First-order estimate of replacing each head at END: `sum_d (z - reference)_d * dm/dz_d`.
 
@@ -46,11 +46,11 @@ def attribution_patching(
         `<name>.target` and, where there are previous answers, `<name>.previous`: `[n_layers, n_heads]` float32, in
         logits.
     """
-    return _gate_gradients(heads, encoded, reference, name, torch.ones(1))
+    return _gate_gradients(model, encoded, reference, name, torch.ones(1))
 
 
 def integrated_gradients(
-    heads: HeadModel,
+    model: HeadModel,
     encoded: Encoded,
     reference: Tensor | None = None,
     name: str = "integrated_gradients",
@@ -76,20 +76,20 @@ def integrated_gradients(
     """
     if steps < 1:
         raise InputError(f"integrated gradients with steps={steps}; expected at least 1, and 16 are usually enough")
-    return _gate_gradients(heads, encoded, reference, name, (torch.arange(steps) + 0.5) / steps)
+    return _gate_gradients(model, encoded, reference, name, (torch.arange(steps) + 0.5) / steps)
 
 
 def _gate_gradients(
-    heads: HeadModel, encoded: Encoded, reference: Tensor | None, name: str, levels: Tensor
+    model: HeadModel, encoded: Encoded, reference: Tensor | None, name: str, levels: Tensor
 ) -> dict[str, Array]:
     """`dm/dG`, meaned over runs in which all gates stand at one of `levels`."""
-    run = EndRun(heads, encoded.tokens)
+    run = EndRun(model, encoded.tokens)
     # `rows_in_memory` counts one layer: without a graph, one layer's tensors make room for the next one's.
-    size = max(1, rows_in_memory(heads, len(encoded.tokens), positions=1) // heads.n_layers)
+    size = max(1, rows_in_memory(model, len(encoded.tokens), positions=1) // model.n_layers)
     totals: dict[str, Tensor] = {}
     for part in levels.split(size):
         with torch.enable_grad():
-            gates = part[:, None, None].repeat(1, heads.n_layers, heads.n_heads).to(heads.device).requires_grad_()
+            gates = part[:, None, None].repeat(1, model.n_layers, model.n_heads).to(model.device).requires_grad_()
             logits = _gated_logits(run, gates, reference)
             metrics = answer_probabilities(logits, encoded).logits
             for quantity, value in metrics.items():
@@ -113,7 +113,7 @@ def _gated_logits(run: EndRun, gates: Tensor, reference: Tensor | None) -> Tenso
     tokens = run.tokens[None, -1:].expand(len(gates), 1)
     position = torch.full_like(tokens, len(run.tokens) - 1)
     with attend_with(lambda call: _attend(run, call)), hooks.at_projections(heads, edits):
-        logits: Tensor = heads.model(tokens, position_ids=position, use_cache=False).logits[:, -1]
+        logits: Tensor = heads.hf(tokens, position_ids=position, use_cache=False).logits[:, -1]
     return logits
 
 

@@ -93,7 +93,7 @@ def gate_scores(model: HeadModel, examples: Sequence[Encoded], seed: int, progre
 
 
 def fit_gates(
-    heads: HeadModel,
+    model: HeadModel,
     examples: Sequence[Encoded],
     quantity: Quantity = "target",
     steps: int = 40,
@@ -123,9 +123,9 @@ def fit_gates(
     if min(steps, batch_size) < 1:
         raise InputError(f"gates with steps={steps}, batch_size={batch_size}; expected at least 1 of each")
     fitted = []
-    with _frozen(heads.model), torch.enable_grad():
+    with _frozen(model.hf), torch.enable_grad():
         for push, direction in ((weight, "open"), (-weight, "shut")):
-            phi = torch.full((heads.n_layers, heads.n_heads), OPEN, device=heads.device, requires_grad=True)
+            phi = torch.full((model.n_layers, model.n_heads), OPEN, device=model.device, requires_grad=True)
             optimizer = torch.optim.Adam([phi], lr=lr)
             batches = _batches(len(usable), batch_size, seed)
             for _ in progress(range(steps), f"fitting gates pushed {direction} ({quantity} answers)"):
@@ -134,9 +134,9 @@ def fit_gates(
                 (-push * phi.sum()).backward()
                 length = max(len(encoded.tokens) for encoded in batch)
                 # `rows_in_memory` counts one layer at a time; with a graph, all layers' tensors are held together.
-                size = max(1, rows_in_memory(heads, length, positions=length) // heads.n_layers)
+                size = max(1, rows_in_memory(model, length, positions=length) // model.n_layers)
                 for start in range(0, len(batch), size):
-                    part = answer_log_probability(heads, batch[start : start + size], phi.sigmoid(), quantity)
+                    part = answer_log_probability(model, batch[start : start + size], phi.sigmoid(), quantity)
                     (-part.sum() / len(batch)).backward()
                 optimizer.step()
                 phi.data.clamp_(-BOUND, BOUND)
@@ -144,7 +144,7 @@ def fit_gates(
     return Gates(*fitted)
 
 
-def answer_log_probability(heads: HeadModel, batch: Sequence[Encoded], gates: Tensor, quantity: Quantity) -> Tensor:
+def answer_log_probability(model: HeadModel, batch: Sequence[Encoded], gates: Tensor, quantity: Quantity) -> Tensor:
     """`[batch]` log of the answers' total probability (first tokens, at END), with heads' outputs times their gates.
 
     Prompts are padded on the left, so that END is the last position of all.
@@ -159,11 +159,11 @@ def answer_log_probability(heads: HeadModel, batch: Sequence[Encoded], gates: Te
     def gate(layer: int) -> Callable[[Tensor], Tensor]:
         return lambda z: z * gates[layer, :, None].to(z)
 
-    with hooks.at_projections(heads, {layer: gate(layer) for layer in range(heads.n_layers)}):
-        logits = heads.model(
-            tokens.to(heads.device),
-            attention_mask=(positions >= 0).long().to(heads.device),
-            position_ids=positions.clamp(min=0).to(heads.device),
+    with hooks.at_projections(model, {layer: gate(layer) for layer in range(model.n_layers)}):
+        logits = model.hf(
+            tokens.to(model.device),
+            attention_mask=(positions >= 0).long().to(model.device),
+            position_ids=positions.clamp(min=0).to(model.device),
             use_cache=False,
             logits_to_keep=1,
         ).logits

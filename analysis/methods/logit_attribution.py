@@ -27,7 +27,7 @@ from .scores import Array
 
 
 @torch.no_grad()
-def attribute(heads: HeadModel, encoded: Encoded) -> dict[str, Array]:
+def attribute(model: HeadModel, encoded: Encoded) -> dict[str, Array]:
     """Direct logit attribution of every head at END, toward the remaining and toward the previous answers.
 
     Each toward-quantity is the mean over the answers' first tokens, in logits.
@@ -37,38 +37,38 @@ def attribute(heads: HeadModel, encoded: Encoded) -> dict[str, Array]:
         with sources subject, previous (all of them), previous_1.., first, end, rest; and `attention.<source>`, the
         attention mass. Quantities about previous answers are absent where there are none.
     """
-    tokens = encoded.tokens[None].to(heads.device)
-    end = torch.tensor([encoded.end], device=heads.device)
-    post_norms = {layer: norm for layer in range(heads.n_layers) if (norm := heads.post_attention_norm(layer))}
+    tokens = encoded.tokens[None].to(model.device)
+    end = torch.tensor([encoded.end], device=model.device)
+    post_norms = {layer: norm for layer in range(model.n_layers) if (norm := model.post_attention_norm(layer))}
     with (
         record_rows(end) as rows,
-        hooks.capture(heads, positions=end) as z,
-        hooks.watch([heads.final_norm, *post_norms.values()]) as seen,
+        hooks.capture(model, positions=end) as z,
+        hooks.watch([model.final_norm, *post_norms.values()]) as seen,
     ):
-        heads.model(tokens, use_cache=False, logits_to_keep=1)
+        model.hf(tokens, use_cache=False, logits_to_keep=1)
 
     def at_end(norm: nn.Module) -> Tensor:
         """A norm's input at END, `[d_model]`."""
         return seen[norm][0][0, encoded.end]
 
-    wanted = torch.tensor([*encoded.target_tokens, *encoded.previous_tokens], device=heads.device)
+    wanted = torch.tensor([*encoded.target_tokens, *encoded.previous_tokens], device=model.device)
     n_targets = len(encoded.target_tokens)
-    directions = heads.unembedding_directions(at_end(heads.final_norm), wanted)  # [n, d_model]
+    directions = model.unembedding_directions(at_end(model.final_norm), wanted)  # [n, d_model]
     groups = encoded.sources()
-    membership = torch.zeros(len(groups), len(encoded.tokens), device=heads.device)
+    membership = torch.zeros(len(groups), len(encoded.tokens), device=model.device)
     for row, span in enumerate(groups.values()):
         membership[row, span] = 1
 
     dla, lens, mass = [], [], []
-    for layer in range(heads.n_layers):
+    for layer in range(model.n_layers):
         norm = post_norms.get(layer)
-        of_layer = directions if norm is None else heads.norm_directions(norm, at_end(norm), directions)
-        weight = heads.output_weight(layer).float()
+        of_layer = directions if norm is None else model.norm_directions(norm, at_end(norm), directions)
+        weight = model.output_weight(layer).float()
         read = torch.einsum("hdm,nm->hdn", weight, of_layer.to(weight.device))  # [heads, head_dim, n]
-        dla.append(torch.einsum("hd,hdn->hn", z[layer][0].float(), read).to(heads.device))
+        dla.append(torch.einsum("hd,hdn->hn", z[layer][0].float(), read).to(model.device))
         pattern = rows.pattern[layer][0]  # [heads, seq]
         by_token = pattern[..., None] * torch.einsum("htd,hdn->htn", rows.values[layer][0].float(), read)
-        pattern, by_token = pattern.to(heads.device), by_token.to(heads.device)
+        pattern, by_token = pattern.to(model.device), by_token.to(model.device)
         lens.append(torch.einsum("gt,htn->ghn", membership, by_token))
         mass.append(membership @ pattern.T)  # [groups, heads]
     result = dict(_toward("dla", torch.stack(dla), n_targets))

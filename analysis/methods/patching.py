@@ -54,13 +54,13 @@ def answer_probabilities(logits: Tensor, encoded: Encoded) -> AnswerProbabilitie
     )
 
 
-def every_head(heads: HeadModel) -> list[Head]:
+def every_head(model: HeadModel) -> list[Head]:
     """All (layer, head) pairs, layer by layer: the order of `[n_layers, n_heads]` flattened."""
-    return [(layer, head) for layer in range(heads.n_layers) for head in range(heads.n_heads)]
+    return [(layer, head) for layer in range(model.n_layers) for head in range(model.n_heads)]
 
 
 def silenced_logits(
-    heads: HeadModel, tokens: Tensor, rows: Sequence[Sequence[Head]], max_rows: int | None = None
+    model: HeadModel, tokens: Tensor, rows: Sequence[Sequence[Head]], max_rows: int | None = None
 ) -> Tensor:
     """Next-token logits with each row's heads silenced at END, `z[l, h, END] := 0`.
 
@@ -72,10 +72,10 @@ def silenced_logits(
     Returns:
         `[len(rows), vocabulary]` in the model's dtype.
     """
-    return EndRun(heads, tokens).step([silenced(row) for row in rows], max_rows=max_rows).logits
+    return EndRun(model, tokens).step([silenced(row) for row in rows], max_rows=max_rows).logits
 
 
-def effects(method: str, heads: HeadModel, logits: Tensor, encoded: Encoded) -> dict[str, Array]:
+def effects(method: str, model: HeadModel, logits: Tensor, encoded: Encoded) -> dict[str, Array]:
     """Clean minus changed, for every head.
 
     Args:
@@ -100,41 +100,41 @@ def effects(method: str, heads: HeadModel, logits: Tensor, encoded: Encoded) -> 
             "previous_p": result.previous,
         }
     return {
-        f"{method}.{name}": (value[0] - value[1:]).reshape(heads.n_layers, heads.n_heads).cpu().numpy()
+        f"{method}.{name}": (value[0] - value[1:]).reshape(model.n_layers, model.n_heads).cpu().numpy()
         for name, value in quantities.items()
     }
 
 
-def ablation_effects(heads: HeadModel, encoded: Encoded, max_rows: int | None = None) -> dict[str, Array]:
+def ablation_effects(model: HeadModel, encoded: Encoded, max_rows: int | None = None) -> dict[str, Array]:
     """What every head does to the answers at END, by silencing it: see `effects`, names `ablation.*`."""
-    rows: list[list[Head]] = [[], *([head] for head in every_head(heads))]
-    return effects("ablation", heads, silenced_logits(heads, encoded.tokens, rows, max_rows), encoded)
+    rows: list[list[Head]] = [[], *([head] for head in every_head(model))]
+    return effects("ablation", model, silenced_logits(model, encoded.tokens, rows, max_rows), encoded)
 
 
-def patching_effects(method: str, heads: HeadModel, encoded: Encoded, reference: Tensor) -> dict[str, Array]:
+def patching_effects(method: str, model: HeadModel, encoded: Encoded, reference: Tensor) -> dict[str, Array]:
     """What every head does to the answers at END, by putting `reference` (`[n_layers, n_heads, head_dim]`) in its
     place."""
-    rows = [CLEAN, *(Row(outputs={head: reference[head]}) for head in every_head(heads))]
-    return effects(method, heads, EndRun(heads, encoded.tokens).step(rows).logits, encoded)
+    rows = [CLEAN, *(Row(outputs={head: reference[head]}) for head in every_head(model))]
+    return effects(method, model, EndRun(model, encoded.tokens).step(rows).logits, encoded)
 
 
 def everywhere_effects(
-    method: str, heads: HeadModel, encoded: Encoded, reference: Tensor | None = None
+    method: str, model: HeadModel, encoded: Encoded, reference: Tensor | None = None
 ) -> dict[str, Array]:
     """What every head does at all positions together.
 
     Args:
         reference: `[n_layers, n_heads, seq or 1, head_dim]` put in a head's place; None silences it.
     """
-    pairs = every_head(heads)
+    pairs = every_head(model)
     rows = [{head: 0.0 if reference is None else reference[head]} for head in pairs]
-    return effects(method, heads, everywhere(heads, encoded.tokens, [{}, *rows]), encoded)
+    return effects(method, model, everywhere(model, encoded.tokens, [{}, *rows]), encoded)
 
 
 # --- path patching ----------------------------------------------------------------------------------------------------
 
 
-def path_logits(heads: HeadModel, encoded: Encoded, reference: Tensor) -> Tensor:
+def path_logits(model: HeadModel, encoded: Encoded, reference: Tensor) -> Tensor:
     """Logits with one head's output at END replaced while all other heads keep theirs; MLPs are recomputed.
 
     This is the path from a head to the logits, direct or through MLPs (Wang et al. 2023; Lv et al. 2024 freeze the
@@ -146,20 +146,20 @@ def path_logits(heads: HeadModel, encoded: Encoded, reference: Tensor) -> Tensor
     Returns:
         `[1 + n_layers * n_heads, vocabulary]`: the clean run, then every head of `every_head`.
     """
-    rows = [Row(outputs={head: reference[head]}, freeze="heads") for head in every_head(heads)]
-    return EndRun(heads, encoded.tokens).step([CLEAN, *rows]).logits
+    rows = [Row(outputs={head: reference[head]}, freeze="heads") for head in every_head(model)]
+    return EndRun(model, encoded.tokens).step([CLEAN, *rows]).logits
 
 
-def path_effects(method: str, heads: HeadModel, encoded: Encoded, reference: Tensor) -> dict[str, Array]:
+def path_effects(method: str, model: HeadModel, encoded: Encoded, reference: Tensor) -> dict[str, Array]:
     """What every head does to the answers on the path to the logits that passes no other head: see `effects`."""
-    return effects(method, heads, path_logits(heads, encoded, reference), encoded)
+    return effects(method, model, path_logits(model, encoded, reference), encoded)
 
 
 INPUTS = ("query", "key", "value")
 
 
 def head_to_head_logits(
-    heads: HeadModel, encoded: Encoded, receiver: Head, through: str, reference: Tensor
+    model: HeadModel, encoded: Encoded, receiver: Head, through: str, reference: Tensor
 ) -> tuple[list[Head], Tensor]:
     """Logits when a receiver head hears, at END, what it would with one sender replaced; nothing else hears it.
 
@@ -174,9 +174,9 @@ def head_to_head_logits(
     Returns:
         The senders, and `[1 + senders, vocabulary]` logits, the clean run first.
     """
-    run = EndRun(heads, encoded.tokens)
+    run = EndRun(model, encoded.tokens)
     layer, head = receiver
-    senders = [pair for pair in every_head(heads) if pair[0] < layer]
+    senders = [pair for pair in every_head(model) if pair[0] < layer]
     rows = [Row(outputs={pair: reference[pair]}, freeze="heads") for pair in senders]
     heard = run.step(rows, keep=[through], layers=[layer]).kept[through][:, 0, head] if rows else torch.empty(0)  # type: ignore[list-item]
     names = {"query": "queries", "key": "keys", "value": "values"}
@@ -185,18 +185,18 @@ def head_to_head_logits(
 
 
 def head_to_head_effects(
-    heads: HeadModel, encoded: Encoded, receiver: Head, through: str, reference: Tensor
+    model: HeadModel, encoded: Encoded, receiver: Head, through: str, reference: Tensor
 ) -> dict[str, Array]:
     """`effects` of each sender through one input of one receiver; 0 for heads that are not before it.
 
     Names `path_L<l>H<h>_<through>.target` and so on.
     """
-    senders, logits = head_to_head_logits(heads, encoded, receiver, through, reference)
-    full = torch.cat([logits, logits[:1].expand(heads.n_layers * heads.n_heads - len(senders), -1)])
-    return effects(f"path_L{receiver[0]}H{receiver[1]}_{through}", heads, full, encoded)
+    senders, logits = head_to_head_logits(model, encoded, receiver, through, reference)
+    full = torch.cat([logits, logits[:1].expand(model.n_layers * model.n_heads - len(senders), -1)])
+    return effects(f"path_L{receiver[0]}H{receiver[1]}_{through}", model, full, encoded)
 
 
-def set_probabilities(heads: HeadModel, encoded: Encoded, sets: Sequence[Sequence[Head]]) -> Array:
+def set_probabilities(model: HeadModel, encoded: Encoded, sets: Sequence[Sequence[Head]]) -> Array:
     """p(remaining) and p(previous) of one example with each set of heads silenced together at END: `[sets, 2]`."""
-    found = answer_probabilities(silenced_logits(heads, encoded.tokens, sets), encoded)
+    found = answer_probabilities(silenced_logits(model, encoded.tokens, sets), encoded)
     return torch.stack([found.target, found.previous], 1).cpu().numpy()

@@ -32,7 +32,7 @@ class HeadModel:
     """A causal language model seen as `n_layers x n_heads` attention heads.
 
     Attributes:
-        model: the transformers model, in eval mode, with the row-recording attention (SDPA for everything else).
+        hf: the transformers model, in eval mode, with the row-recording attention (SDPA for everything else).
         tokenizer: its tokenizer.
         name: what the user called it.
         architecture: its family's row of the table.
@@ -42,7 +42,7 @@ class HeadModel:
         plain_attention: the implementation that the model came with (see `record_attention`).
     """
 
-    model: PreTrainedModel
+    hf: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     name: str
     architecture: Architecture
@@ -58,40 +58,40 @@ class HeadModel:
     @property
     def positions(self) -> int | None:
         """How many tokens the model takes; None where its configuration does not say."""
-        return positions_of(self.model)
+        return positions_of(self.hf)
 
     def record_attention(self, on: bool) -> None:
         """Switch between the attention whose rows can be recorded and the model's own, which training uses."""
-        self.model.set_attn_implementation(IMPLEMENTATION if on else self.plain_attention)
+        self.hf.set_attn_implementation(IMPLEMENTATION if on else self.plain_attention)
 
     @contextlib.contextmanager
     def measuring(self) -> Iterator[None]:
         """In eval mode, with the attention whose rows can be recorded; afterwards as before."""
-        training = [module for module in self.model.modules() if module.training]
-        own = self.model.config._attn_implementation
-        self.model.eval()
+        training = [module for module in self.hf.modules() if module.training]
+        own = self.hf.config._attn_implementation
+        self.hf.eval()
         self.record_attention(True)
         try:
             yield
         finally:
-            self.model.set_attn_implementation(own)
+            self.hf.set_attn_implementation(own)
             for module in training:
                 module.training = True
 
     @property
     def device(self) -> torch.device:
         """Where tokens go and results come from: the input embedding's device. Layers may lie on others."""
-        embedding: Any = self.model.get_input_embeddings()
+        embedding: Any = self.hf.get_input_embeddings()
         device: torch.device = embedding.weight.device
         return device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.model.dtype
+        return self.hf.dtype
 
     @cached_property
     def layers(self) -> list[nn.Module]:
-        layers: Any = self.model.get_submodule(self.architecture.layers)
+        layers: Any = self.hf.get_submodule(self.architecture.layers)
         return list(layers)
 
     def attention(self, layer: int) -> nn.Module:
@@ -124,7 +124,7 @@ class HeadModel:
     @property
     def final_norm(self) -> nn.Module:
         """The norm before the unembedding."""
-        return self.model.get_submodule(self.architecture.final_norm)
+        return self.hf.get_submodule(self.architecture.final_norm)
 
     def norm_directions(self, norm: nn.Module, x: Tensor, directions: Tensor) -> Tensor:
         """Carry directions back through one of the model's norms, linearised with this run's own scale.
@@ -166,7 +166,7 @@ class HeadModel:
         Returns:
             `[n, d_model]` float32, on the final norm's device.
         """
-        weight: Any = self.model.get_output_embeddings().weight
+        weight: Any = self.hf.get_output_embeddings().weight
         return self.norm_directions(self.final_norm, residual, weight[tokens.to(weight.device)])
 
     def identity(self) -> dict[str, Any]:
@@ -176,7 +176,7 @@ class HeadModel:
             "revision": self.revision,
             "config_sha256": self.config_sha256,
             "weights_sha256": self.weights_sha256,
-            "model_type": self.model.config.model_type,
+            "model_type": self.hf.config.model_type,
             "n_layers": self.n_layers,
             "n_heads": self.n_heads,
             "n_kv_heads": self.n_kv_heads,
@@ -187,7 +187,7 @@ class HeadModel:
     @cached_property
     def config_sha256(self) -> str:
         """SHA-256 of the configuration, less what depends on the library or on how it was loaded."""
-        config = self.model.config.to_dict()
+        config = self.hf.config.to_dict()
         for key in ("transformers_version", "_name_or_path", "dtype", "use_cache", "_attn_implementation"):
             config.pop(key, None)
         return hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()
@@ -196,7 +196,7 @@ class HeadModel:
     def weights_sha256(self) -> str:
         """SHA-256 over name and bytes of every parameter, in name order, as loaded."""
         digest = hashlib.sha256()
-        for name, parameter in sorted(self.model.named_parameters()):
+        for name, parameter in sorted(self.hf.named_parameters()):
             digest.update(name.encode())
             stored: Any = parameter.detach().cpu().contiguous().view(torch.uint8).numpy()
             digest.update(stored)

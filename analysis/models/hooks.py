@@ -20,29 +20,29 @@ if TYPE_CHECKING:
 Heads = Iterable[tuple[int, int]]  # (layer, head)
 
 
-def require_heads(heads: HeadModel, chosen: Heads) -> None:
+def require_heads(model: HeadModel, chosen: Heads) -> None:
     """Refuse heads that the model does not have (InputError)."""
     for layer, head in chosen:
-        if not (0 <= layer < heads.n_layers and 0 <= head < heads.n_heads):
+        if not (0 <= layer < model.n_layers and 0 <= head < model.n_heads):
             raise InputError(
-                f"head L{layer}H{head} is out of range: {heads.name} has layers 0-{heads.n_layers - 1} "
-                f"and heads 0-{heads.n_heads - 1}"
+                f"head L{layer}H{head} is out of range: {model.name} has layers 0-{model.n_layers - 1} "
+                f"and heads 0-{model.n_heads - 1}"
             )
 
 
 @contextlib.contextmanager
-def at_projections(heads: HeadModel, edits: Mapping[int, Callable[[Tensor], Tensor | None]]) -> Iterator[None]:
+def at_projections(model: HeadModel, edits: Mapping[int, Callable[[Tensor], Tensor | None]]) -> Iterator[None]:
     """Run `edit(z)` on layers' `z`, `[batch, seq, n_heads, head_dim]`; what it returns (if not None) replaces `z`."""
 
     def hook_for(edit: Callable[[Tensor], Tensor | None]) -> Any:
         def hook(_module: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-            z = args[0].unflatten(-1, (heads.n_heads, heads.head_dim))
+            z = args[0].unflatten(-1, (model.n_heads, model.head_dim))
             changed = edit(z)
             return None if changed is None else (changed.flatten(-2), *args[1:])
 
         return hook
 
-    handles = [heads.projection(layer).register_forward_pre_hook(hook_for(edit)) for layer, edit in edits.items()]
+    handles = [model.projection(layer).register_forward_pre_hook(hook_for(edit)) for layer, edit in edits.items()]
     try:
         yield
     finally:
@@ -52,7 +52,7 @@ def at_projections(heads: HeadModel, edits: Mapping[int, Callable[[Tensor], Tens
 
 @contextlib.contextmanager
 def capture(
-    heads: HeadModel, layers: Iterable[int] | None = None, positions: Tensor | None = None
+    model: HeadModel, layers: Iterable[int] | None = None, positions: Tensor | None = None
 ) -> Iterator[dict[int, Tensor]]:
     """Collect `z` by layer while the block runs.
 
@@ -68,8 +68,8 @@ def capture(
 
         return edit
 
-    chosen = range(heads.n_layers) if layers is None else layers
-    with at_projections(heads, {layer: keep(layer) for layer in chosen}):
+    chosen = range(model.n_layers) if layers is None else layers
+    with at_projections(model, {layer: keep(layer) for layer in chosen}):
         yield taken
 
 
@@ -96,10 +96,10 @@ def watch(modules: Iterable[nn.Module]) -> Iterator[dict[nn.Module, tuple[Tensor
 
 @contextlib.contextmanager
 def _edit_heads(
-    heads: HeadModel, edits: Mapping[tuple[int, int], Callable[[Tensor], Tensor]], positions: Tensor | None
+    model: HeadModel, edits: Mapping[tuple[int, int], Callable[[Tensor], Tensor]], positions: Tensor | None
 ) -> Iterator[None]:
     """Apply `edit(z_h)` (`[..., head_dim]`) to chosen heads, everywhere or at `positions`."""
-    require_heads(heads, edits)
+    require_heads(model, edits)
     by_layer: dict[int, dict[int, Callable[[Tensor], Tensor]]] = {}
     for (layer, head), edit in edits.items():
         by_layer.setdefault(layer, {})[head] = edit
@@ -117,13 +117,13 @@ def _edit_heads(
 
         return edit
 
-    with at_projections(heads, {layer: layer_edit(of_heads) for layer, of_heads in by_layer.items()}):
+    with at_projections(model, {layer: layer_edit(of_heads) for layer, of_heads in by_layer.items()}):
         yield
 
 
 @contextlib.contextmanager
 def replace(
-    heads: HeadModel, values: Mapping[tuple[int, int], Tensor], positions: Tensor | None = None
+    model: HeadModel, values: Mapping[tuple[int, int], Tensor], positions: Tensor | None = None
 ) -> Iterator[None]:
     """Put given outputs in place of heads': `z[l, h] := values[l, h]`, broadcastable to `[batch, (seq,) head_dim]`."""
 
@@ -131,25 +131,25 @@ def replace(
         return lambda z: value.to(z).expand_as(z)
 
     edits = {key: put(value) for key, value in values.items()}
-    with _edit_heads(heads, edits, positions):
+    with _edit_heads(model, edits, positions):
         yield
 
 
 @contextlib.contextmanager
 def scale(
-    heads: HeadModel, factors: Mapping[tuple[int, int], float], positions: Tensor | None = None
+    model: HeadModel, factors: Mapping[tuple[int, int], float], positions: Tensor | None = None
 ) -> Iterator[None]:
     """Multiply heads' outputs: `z[l, h] := factors[l, h] * z[l, h]`."""
 
     def times(factor: float) -> Callable[[Tensor], Tensor]:
         return lambda z: z * factor
 
-    with _edit_heads(heads, {key: times(factor) for key, factor in factors.items()}, positions):
+    with _edit_heads(model, {key: times(factor) for key, factor in factors.items()}, positions):
         yield
 
 
 @contextlib.contextmanager
-def ablate(heads: HeadModel, chosen: Heads, positions: Tensor | None = None) -> Iterator[None]:
+def ablate(model: HeadModel, chosen: Heads, positions: Tensor | None = None) -> Iterator[None]:
     """Silence heads: `z[l, h] := 0`."""
-    with scale(heads, dict.fromkeys(chosen, 0.0), positions):
+    with scale(model, dict.fromkeys(chosen, 0.0), positions):
         yield

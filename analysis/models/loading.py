@@ -29,7 +29,7 @@ EMBEDDED = "smollm2-135m"  # the built-in model that the demo and the recipes us
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def view(
+def wrap_model(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str = "", revision: str | None = None
 ) -> HeadModel:
     """Wrap a loaded model and check the wrapping on a tiny batch (see `check`).
@@ -206,7 +206,7 @@ def _refused_by_name(name: str) -> Iterator[None]:
         ) from error
 
 
-def load(
+def load_model(
     name: str,
     dtype: str = "float32",
     device: str | None = None,
@@ -230,10 +230,10 @@ def load(
         raise InputError(f"device {device!r} and device_map {device_map!r} are both given; give one of them")
     model, tokenizer = load_plain(name, dtype, revision, trust_remote_code, device_map)
     if device_map is not None:
-        return view(model, tokenizer, name, revision)
+        return wrap_model(model, tokenizer, name, revision)
     rank, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
     if device is None and gpus and rank >= gpus:
         raise InputError(f"process {rank + 1} of this machine has no GPU: there are {gpus}; start one process a GPU")
     own_gpu = f"cuda:{rank}"
     target = device or (own_gpu if torch.cuda.is_available() else "cpu")
-    return view(model.to(target), tokenizer, name, revision)  # type: ignore[arg-type]
+    return wrap_model(model.to(target), tokenizer, name, revision)  # type: ignore[arg-type]

@@ -33,7 +33,7 @@ def probe_logits(model: PreTrainedModel, tokens: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def check(heads: HeadModel, reference: Tensor | None = None) -> None:
+def check(model: HeadModel, reference: Tensor | None = None) -> None:
     """Verify on a tiny batch that the view describes the model.
 
     Logits equal the untouched model's; every layer's head contributions plus bias sum to the attention block's output;
@@ -45,59 +45,59 @@ def check(heads: HeadModel, reference: Tensor | None = None) -> None:
     Raises:
         CheckError: naming the module that failed.
     """
-    tolerance = 1e-5 if heads.dtype == torch.float32 else 2e-2
-    tokens = probe(heads.model)
+    tolerance = 1e-5 if model.dtype == torch.float32 else 2e-2
+    tokens = probe(model.hf)
     last = torch.full((tokens.shape[0],), tokens.shape[1] - 1, device=tokens.device)
-    unembedding = heads.model.get_output_embeddings()
-    norms = {heads.architecture.final_norm: heads.final_norm}
-    for layer in range(heads.n_layers):
-        if (norm := heads.post_attention_norm(layer)) is not None:
-            norms[f"{heads.architecture.layers}.{layer}.{heads.architecture.post_attention_norm}"] = norm
-    blocks = [heads.attention(layer) for layer in range(heads.n_layers)]
-    mlps = [heads.mlp(layer) for layer in range(heads.n_layers)]
+    unembedding = model.hf.get_output_embeddings()
+    norms = {model.architecture.final_norm: model.final_norm}
+    for layer in range(model.n_layers):
+        if (norm := model.post_attention_norm(layer)) is not None:
+            norms[f"{model.architecture.layers}.{layer}.{model.architecture.post_attention_norm}"] = norm
+    blocks = [model.attention(layer) for layer in range(model.n_layers)]
+    mlps = [model.mlp(layer) for layer in range(model.n_layers)]
     with (
         record_rows(last) as rows,
-        hooks.capture(heads) as z,
-        hooks.watch([*heads.layers, *blocks, *mlps, *norms.values(), unembedding]) as seen,
+        hooks.capture(model) as z,
+        hooks.watch([*model.layers, *blocks, *mlps, *norms.values(), unembedding]) as seen,
     ):
-        logits = probe_logits(heads.model, tokens)
+        logits = probe_logits(model.hf, tokens)
     if reference is not None and not torch.allclose(logits, reference, atol=tolerance * reference.abs().max().item()):
         gap = (logits - reference).abs().max().item()
-        raise CheckError(f"{heads.name}: logits under the head view differ from the model's by {gap:.2g}")
+        raise CheckError(f"{model.name}: logits under the head view differ from the model's by {gap:.2g}")
     for layer, block in enumerate(blocks):
-        where = f"{heads.architecture.layers}.{layer}.{heads.architecture.attention}"
-        contributions = torch.einsum("bshd,hdm->bsm", z[layer].float(), heads.output_weight(layer).float())
-        bias: Any = heads.projection(layer).bias
+        where = f"{model.architecture.layers}.{layer}.{model.architecture.attention}"
+        contributions = torch.einsum("bshd,hdm->bsm", z[layer].float(), model.output_weight(layer).float())
+        bias: Any = model.projection(layer).bias
         total = contributions if bias is None else contributions + bias.float()
         expected = seen[block][1].float()
         gap = (total - expected).abs().max().item()
         if not gap <= tolerance * max(1.0, expected.abs().max().item()):
             raise CheckError(f"{where}: head contributions plus bias differ from the block's output by {gap:.2g}")
-        before, after = (tensor.float() for tensor in seen[heads.layers[layer]])
-        added = seen[heads.attention_added(layer)][1].float() + seen[mlps[layer]][1].float().view_as(after)
+        before, after = (tensor.float() for tensor in seen[model.layers[layer]])
+        added = seen[model.attention_added(layer)][1].float() + seen[mlps[layer]][1].float().view_as(after)
         if not (before + added - after).abs().max().item() <= tolerance * max(1.0, after.abs().max().item()):
             raise CheckError(
-                f"{heads.architecture.layers}.{layer}: adds more or other than its attention and its MLP "
-                f"({heads.architecture.mlp}) to the residual stream"
+                f"{model.architecture.layers}.{layer}: adds more or other than its attention and its MLP "
+                f"({model.architecture.mlp}) to the residual stream"
             )
         if layer not in rows.pattern:
             raise CheckError(f"{where}: does not go through the attention interface, so its rows cannot be read")
         if not (rows.pattern[layer].sum(-1) - 1).abs().max().item() <= 1e-5:
             raise CheckError(f"{where}: attention rows do not sum to 1")
     for where, norm in norms.items():
-        _check_norm(heads, where, norm, *seen[norm], tolerance)
-    _check_decoding(heads, tokens[0], seen[heads.final_norm][0], seen[unembedding][1], logits, tolerance)
-    with hooks.ablate(heads, [(0, 0)]):
-        if torch.equal(probe_logits(heads.model, tokens), logits):
-            raise CheckError(f"{heads.architecture.layers}.0: silencing head 0 leaves the logits unchanged")
+        _check_norm(model, where, norm, *seen[norm], tolerance)
+    _check_decoding(model, tokens[0], seen[model.final_norm][0], seen[unembedding][1], logits, tolerance)
+    with hooks.ablate(model, [(0, 0)]):
+        if torch.equal(probe_logits(model.hf, tokens), logits):
+            raise CheckError(f"{model.architecture.layers}.0: silencing head 0 leaves the logits unchanged")
 
 
-def _check_norm(heads: HeadModel, where: str, norm: nn.Module, given: Tensor, output: Tensor, tolerance: float) -> None:
+def _check_norm(model: HeadModel, where: str, norm: nn.Module, given: Tensor, output: Tensor, tolerance: float) -> None:
     """At one position, for up to 256 dimensions, each compared relative to its own size: a wrong gain is not lost
     behind one large dimension."""
     x, expected = given[0, -1].float(), output[0, -1].float()
     some = torch.linspace(0, len(x) - 1, min(len(x), 256), device=x.device).long()
-    found = heads.norm_directions(norm, x, functional.one_hot(some, len(x))) @ x
+    found = model.norm_directions(norm, x, functional.one_hot(some, len(x))) @ x
     if (bias := getattr(norm, "bias", None)) is not None:
         found = found + bias[some].float()
     expected = expected[some]
@@ -107,16 +107,16 @@ def _check_norm(heads: HeadModel, where: str, norm: nn.Module, given: Tensor, ou
 
 
 def _check_decoding(
-    heads: HeadModel, tokens: Tensor, residual: Tensor, decoded: Tensor, logits: Tensor, tolerance: float
+    model: HeadModel, tokens: Tensor, residual: Tensor, decoded: Tensor, logits: Tensor, tolerance: float
 ) -> None:
-    unembedding: Any = heads.model.get_output_embeddings()
-    where = f"{heads.name}: the unembedding"
-    cap = getattr(heads.model.config.get_text_config(), "final_logit_softcapping", None)
+    unembedding: Any = model.hf.get_output_embeddings()
+    where = f"{model.name}: the unembedding"
+    cap = getattr(model.hf.config.get_text_config(), "final_logit_softcapping", None)
     capped = softcapped(decoded.float(), cap).to(logits)
     if not (capped - logits).abs().max().item() <= tolerance * logits.abs().max().item():
         raise CheckError(f"{where}'s output is not the logits (soft cap: {cap})")
-    x, norm = residual[0, -1].float(), heads.final_norm
-    found = heads.unembedding_directions(x, tokens) @ x
+    x, norm = residual[0, -1].float(), model.final_norm
+    found = model.unembedding_directions(x, tokens) @ x
     rows = unembedding.weight[tokens.to(unembedding.weight.device)].float()
     if (bias := getattr(norm, "bias", None)) is not None:
         found = found + (rows @ bias.to(rows)).to(found)

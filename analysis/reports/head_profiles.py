@@ -91,7 +91,7 @@ def _read(model: HeadModel, encoded: Encoded, heads: Sequence[tuple[int, int]]) 
     post_norms = {layer: model.post_attention_norm(layer) for layer in by_layer}
     norms = [model.final_norm, *(norm for norm in post_norms.values() if norm is not None)]
     with record_rows(end) as rows, hooks.capture(model, by_layer, end) as z, hooks.watch(norms) as seen:
-        model.model(encoded.tokens[None].to(model.device), use_cache=False, logits_to_keep=1)
+        model.hf(encoded.tokens[None].to(model.device), use_cache=False, logits_to_keep=1)
 
     def back(layer: int, directions: Tensor) -> Tensor:
         """`J^T directions`: from the unembedding to what the layer's heads write."""
@@ -252,7 +252,7 @@ def _copying(model: HeadModel, readings: Sequence[_Reading], source: str) -> Cop
 
 def _unembedding(model: HeadModel) -> Tensor:
     """`[vocabulary, d_model]`, less the rows beyond the tokenizer's vocabulary: padding, which no text has."""
-    weight: Any = model.model.get_output_embeddings().weight
+    weight: Any = model.hf.get_output_embeddings().weight
     rows: Tensor = weight[: len(model.tokenizer)]
     return rows
 

@@ -74,7 +74,7 @@ def answer_difference(logits: Tensor, encoded: Encoded) -> Tensor:
 
 
 def argument_scores(
-    heads: HeadModel, examples: Sequence[Encoded], index: int, references: References
+    model: HeadModel, examples: Sequence[Encoded], index: int, references: References
 ) -> dict[str, Array]:
     """How far the answer of one example rests on each head's knowledge of the subject.
 
@@ -85,18 +85,18 @@ def argument_scores(
         InputError: LD is 0, so that no share of it can be given.
     """
     encoded = examples[index]
-    found = answer_difference(path_logits(heads, encoded, references.mean(index)), encoded)
+    found = answer_difference(path_logits(model, encoded, references.mean(index)), encoded)
     clean, patched = found[0], found[1:]
     if clean == 0:
         raise InputError(
             f"{encoded.example.prompt!r}: the answers' logit is the vocabulary's mean; leave the example out"
         )
     share = 100 * (clean - patched) / clean.abs()
-    return {"argument.ld": share.reshape(heads.n_layers, heads.n_heads).cpu().numpy()}
+    return {"argument.ld": share.reshape(model.n_layers, model.n_heads).cpu().numpy()}
 
 
 @torch.no_grad()
-def answers_by_layer(heads: HeadModel, after: Tensor, encoded: Encoded) -> NDArray[np.float64]:
+def answers_by_layer(model: HeadModel, after: Tensor, encoded: Encoded) -> NDArray[np.float64]:
     """p(remaining answers' first tokens) if the model ended after each layer (logit lens: its own norm, unembedding).
 
     Args:
@@ -105,10 +105,10 @@ def answers_by_layer(heads: HeadModel, after: Tensor, encoded: Encoded) -> NDArr
     Returns:
         `[n]` total probability; of the last layer's residual stream, it is the model's.
     """
-    norm: Any = heads.final_norm
-    unembed: Any = heads.model.get_output_embeddings()
-    cap = getattr(heads.model.config.get_text_config(), "final_logit_softcapping", None)
-    residual = norm(after.to(device=norm.weight.device, dtype=heads.dtype))
+    norm: Any = model.final_norm
+    unembed: Any = model.hf.get_output_embeddings()
+    cap = getattr(model.hf.config.get_text_config(), "final_logit_softcapping", None)
+    residual = norm(after.to(device=norm.weight.device, dtype=model.dtype))
     logits = softcapped(unembed(residual.to(unembed.weight.device)).float(), cap)
     result: NDArray[np.float64] = answer_probabilities(logits, encoded).target.double().cpu().numpy()
     return result
@@ -161,14 +161,14 @@ class Survey:
     brought: Tensor
 
     @classmethod
-    def empty(cls, heads: HeadModel) -> Survey:
-        d_model, per_head = torch.zeros(heads.d_model), torch.zeros(heads.n_heads, heads.d_model)
-        sums = (tensor.double().to(heads.device) for tensor in (d_model, per_head, per_head))
-        return cls(Moments.empty(heads), Moments.empty(heads), [], [], [], *sums)
+    def empty(cls, model: HeadModel) -> Survey:
+        d_model, per_head = torch.zeros(model.d_model), torch.zeros(model.n_heads, model.d_model)
+        sums = (tensor.double().to(model.device) for tensor in (d_model, per_head, per_head))
+        return cls(Moments.empty(model), Moments.empty(model), [], [], [], *sums)
 
-    def add(self, heads: HeadModel, encoded: Encoded, parts: EndParts, held_out: bool) -> None:
+    def add(self, model: HeadModel, encoded: Encoded, parts: EndParts, held_out: bool) -> None:
         (self.others if held_out else self.fitted).add(moments_of(parts))
-        self.p.append(answers_by_layer(heads, parts.after, encoded))
+        self.p.append(answers_by_layer(model, parts.after, encoded))
         self.first.append(parts.pattern[-1, :, 0].cpu().numpy())
         self.to_subject.append(parts.pattern[:, :, list(encoded.subject)].sum(-1).cpu().numpy())
         self.final += parts.final
@@ -181,7 +181,7 @@ class Survey:
 
 
 def frequency_rows(
-    heads: HeadModel, survey: Survey, found: Decomposition, table: Frequencies
+    model: HeadModel, survey: Survey, found: Decomposition, table: Frequencies
 ) -> tuple[list[dict[str, Any]], Array]:
     """How far what the last layer writes, decoded, follows token frequency; and, to compare with, what else does.
 
@@ -189,10 +189,10 @@ def frequency_rows(
         One dictionary a vector: `what`, `kind`, and what `Frequencies.correlate` gives; and the decoded intercept of
         the last MLP, `[vocabulary]`.
     """
-    last, middle = heads.n_layers - 1, heads.n_layers // 2
+    last, middle = model.n_layers - 1, model.n_layers // 2
     final = (survey.final / survey.n).float()
-    names = [(f"L{last}H{head}", "head") for head in range(heads.n_heads)]
-    names += [(f"L{last}H{head} from the first position", "first position") for head in range(heads.n_heads)]
+    names = [(f"L{last}H{head}", "head") for head in range(model.n_heads)]
+    names += [(f"L{last}H{head} from the first position", "first position") for head in range(model.n_heads)]
     names += [
         (f"intercept of MLP {last}", "intercept"),
         (f"intercept of MLP {middle}", "comparison"),
@@ -206,16 +206,16 @@ def frequency_rows(
             final[None],
         ]
     )
-    logits = decoded(heads, final, vectors).cpu().numpy()
+    logits = decoded(model, final, vectors).cpu().numpy()
     rows = [
         {"what": what, "kind": kind, **table.correlate(row)} for (what, kind), row in zip(names, logits, strict=True)
     ]
-    return rows, logits[2 * heads.n_heads]
+    return rows, logits[2 * model.n_heads]
 
 
 @torch.no_grad()
 def knob_effects(
-    heads: HeadModel, examples: Sequence[Encoded], intercept: Tensor, progress: Progress
+    model: HeadModel, examples: Sequence[Encoded], intercept: Tensor, progress: Progress
 ) -> list[dict[str, Any]]:
     """p(answer) and top-1 accuracy (is the likeliest token an answer's first?) at END under every one of SETTINGS.
 
@@ -228,10 +228,10 @@ def knob_effects(
     for name, (gamma, beta) in progress(list(SETTINGS.items()), "turning knobs"):
         with contextlib.ExitStack() as stack:
             if gamma != 1:
-                stack.enter_context(scale_sink_heads(heads, TAU, gamma))
+                stack.enter_context(scale_sink_heads(model, TAU, gamma))
             if beta != 0:
-                stack.enter_context(subtract_mlp_intercept(heads, intercept, beta))
-            found[name] = np.array([_answer_and_hit(heads, encoded) for encoded in examples])
+                stack.enter_context(subtract_mlp_intercept(model, intercept, beta))
+            found[name] = np.array([_answer_and_hit(model, encoded) for encoded in examples])
     off = next(iter(found.values()))
     return [
         {
@@ -247,8 +247,8 @@ def knob_effects(
     ]
 
 
-def _answer_and_hit(heads: HeadModel, encoded: Encoded) -> tuple[float, float]:
-    logits = heads.model(encoded.tokens[None].to(heads.device), use_cache=False, logits_to_keep=1).logits[:, -1]
+def _answer_and_hit(model: HeadModel, encoded: Encoded) -> tuple[float, float]:
+    logits = model.hf(encoded.tokens[None].to(model.device), use_cache=False, logits_to_keep=1).logits[:, -1]
     hit = int(logits[0].argmax()) in encoded.target_tokens
     return answer_probabilities(logits, encoded).target.item(), float(hit)
 

@@ -32,7 +32,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from headtune.analysis.models.head_model import HeadModel
-from headtune.analysis.models.loading import view
+from headtune.analysis.models.loading import wrap_model
 from headtune.analysis.tasks.build import Template, build
 from headtune.analysis.tasks.task import Example, Task
 from headtune.analysis.utils.errors import InputError
@@ -75,7 +75,7 @@ class PlantedModel:
 
     def view(self) -> HeadModel:
         """The checked view of the model's heads."""
-        return view(self.model, self.tokenizer, f"planted-{self.planting.name}-{self.planting.seed}")
+        return wrap_model(self.model, self.tokenizer, f"planted-{self.planting.name}-{self.planting.seed}")
 
     def truth(
         self, role: str, helper: Literal["excluded", "positive", "negative"] = "excluded"

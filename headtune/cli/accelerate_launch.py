@@ -21,7 +21,7 @@ from typing import Any
 
 from headtune.analysis.utils.errors import InputError
 from headtune.analysis.utils.files import require_new_folder
-from headtune.train.config.recipe import load
+from headtune.train.config.recipe import load_recipe
 from headtune.train.config.resolve_tasks import tasks_of
 from headtune.train.config.schema import Recipe
 
@@ -37,7 +37,7 @@ def launch(path: Path, name: str, overrides: Sequence[str], flags: Sequence[str]
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError("--config_file launches the run, which a launcher has already done; leave one of them out")
     file = check(path)
-    recipe = load(name, overrides)
+    recipe = load_recipe(name, overrides)
     require_machine(file)
     check_recipe(recipe, file, "--resume" in flags)
     return start(file, [name, *overrides, *flags])

@@ -19,7 +19,7 @@ from .arguments import Add, completed, memory, model_quiet, positive, volume_arg
 
 if TYPE_CHECKING:
     from headtune.analysis.identify.head_set import HeadSet
-    from headtune.analysis.identify.pipeline import Identified
+    from headtune.analysis.identify.pipeline import IdentifyResult
 
 PORTRAITS = 64  # heads drawn in the report, best of the roles first: about 10 kB each
 
@@ -96,9 +96,9 @@ class _ListMethods(argparse.Action):
 
 
 def _load(arguments: argparse.Namespace) -> Any:
-    from headtune.analysis.models.loading import load
+    from headtune.analysis.models.loading import load_model
 
-    heads = load(arguments.model, arguments.dtype, device_map=arguments.device_map)
+    heads = load_model(arguments.model, arguments.dtype, device_map=arguments.device_map)
     if arguments.max_memory is not None:
         heads.max_memory = arguments.max_memory
     return heads
@@ -189,7 +189,7 @@ def identify_into(
     device_map: str | None = None,
     max_memory: int | None = None,
     **options: Any,
-) -> Identified:
+) -> IdentifyResult:
     """Identify and write everything a person or a recipe needs into `out`.
 
     Finished examples are kept beside `out` until then, in `.<name>.partial`, so that the same call goes on after a
@@ -200,7 +200,7 @@ def identify_into(
     model_quiet()
     from headtune.analysis.identify import pipeline
     from headtune.analysis.methods.registry import chosen
-    from headtune.analysis.models.loading import load
+    from headtune.analysis.models.loading import load_model
     from headtune.analysis.reports import head_cards, head_profiles, head_report
     from headtune.analysis.utils.errors import InputError
     from headtune.analysis.utils.progress import silent
@@ -214,7 +214,7 @@ def identify_into(
             f"--device-map {device_map} spreads one model over all devices; with several processes leave it out, or "
             "start one process"
         )
-    heads = load(model, dtype, device_map=device_map)
+    heads = load_model(model, dtype, device_map=device_map)
     if max_memory is not None:
         heads.max_memory = max_memory
     found = pipeline.identify(
@@ -254,7 +254,7 @@ def partial_folder(out: Path) -> Path:
     return whole.parent / f".{whole.name}.partial"
 
 
-def print_heads(found: Identified) -> None:
+def print_heads(found: IdentifyResult) -> None:
     """The dissociation table, what it says, and the ranked heads."""
     from rich.table import Table
 
@@ -363,10 +363,10 @@ def report_command(arguments: argparse.Namespace) -> int:
     if (folder / "recipe.yaml").is_file() and not (folder / "heads.json").is_file():
         if evaluation is None:
             raise InputError(f"run {str(folder)!r} is not finished; finish it with: headtune train RECIPE --resume")
-        from headtune.train.config.recipe import load
+        from headtune.train.config.recipe import load_recipe
         from headtune.train.tracking.media import write_run_page
 
-        write_run_page(load(str(folder / "recipe.yaml")), folder, evaluation)
+        write_run_page(load_recipe(str(folder / "recipe.yaml")), folder, evaluation)
         print(folder / "report.html")
         return 0
     if not (folder / "heads.json").is_file():

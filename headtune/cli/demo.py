@@ -9,9 +9,9 @@ from typing import Any
 from headtune.analysis.models.loading import EMBEDDED
 from headtune.analysis.tasks.loading import load_task
 from headtune.analysis.utils.files import require_new_folder
-from headtune.train.config.recipe import load
+from headtune.train.config.recipe import load_recipe
 from headtune.train.export import checkpoint
-from headtune.train.runs.run import run
+from headtune.train.runs.run import run_recipe
 
 from . import console
 from .analysis import identify_into, print_heads
@@ -49,8 +49,8 @@ def demo(out: Path | None = None, quick: bool = False) -> dict[str, Any]:
     ]
     if quick:
         overrides += ["training.max_steps=2", "task.max_train_examples=32", "task.max_eval_examples=8"]
-    recipe = load(RECIPE, overrides)
-    evaluation = run(recipe, progress=console.progress, say=console.say)
+    recipe = load_recipe(RECIPE, overrides)
+    evaluation = run_recipe(recipe, progress=console.progress, say=console.say)
 
     console.say("3/3 export: folded into a stock checkpoint, reloaded by plain transformers and compared")
     exported = checkpoint.export_run(folder / "run", folder / "export", progress=console.progress, say=console.say)

@@ -19,11 +19,11 @@ SHOWN = 4  # rows of the first batch
 
 def dry_run_command(arguments: argparse.Namespace) -> int:
     from headtune.analysis.utils.errors import InputError
-    from headtune.train.config.recipe import load
+    from headtune.train.config.recipe import load_recipe
 
     if arguments.config_file is not None:
         raise InputError("--dry-run is for one process; leave out --config_file (headtune plan estimates several)")
-    recipe = load(arguments.recipe, arguments.overrides)
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
     model_quiet()
     from headtune.train.runs.dry_run import dry_run
 

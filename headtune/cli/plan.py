@@ -47,7 +47,7 @@ def plan_command(arguments: argparse.Namespace) -> int:
 
     if arguments.tflops is not None and not arguments.tflops > 0:
         raise InputError(f"--tflops {arguments.tflops} must be above 0, such as 989 for an H100 in bfloat16")
-    loaded = recipe.load(arguments.recipe, arguments.overrides)
+    loaded = recipe.load_recipe(arguments.recipe, arguments.overrides)
     engine = arguments.engine or ("single" if arguments.gpus == 1 else "ddp")
     length, gib_each = arguments.length or LENGTH, arguments.gpu_memory or GPU_MEMORY
     setup = memory_of_recipe.setup_of(loaded, engine, arguments.gpus, length, arguments.labels)

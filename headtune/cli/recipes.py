@@ -104,7 +104,7 @@ def _validate(arguments: argparse.Namespace) -> int:
     from headtune.analysis.utils.errors import InputError
     from headtune.analysis.utils.secrets import redact
     from headtune.train.config.errors import RecipeError
-    from headtune.train.config.recipe import load, require_whole
+    from headtune.train.config.recipe import load_recipe, require_whole
 
     files, overrides = _files_and_overrides(arguments.files)
     if not files:
@@ -115,7 +115,7 @@ def _validate(arguments: argparse.Namespace) -> int:
     found: dict[str, list[str]] = {}
     for name in files:
         try:
-            loaded = load(name, overrides)
+            loaded = load_recipe(name, overrides)
         except InputError as error:
             found[name] = error.lines if isinstance(error, RecipeError) else [str(error)]
             for line in () if arguments.json else found[name]:

@@ -106,13 +106,13 @@ def evaluate_command(arguments: argparse.Namespace) -> int:
     from headtune.analysis.tasks.task import scored
     from headtune.analysis.utils.errors import InputError
     from headtune.analysis.utils.files import require_new_folder
-    from headtune.train.config.recipe import load
+    from headtune.train.config.recipe import load_recipe
 
     is_run = (Path(arguments.target) / "recipe.yaml").is_file()
     if not is_run:
         _require_target(Path(arguments.target))
     seed, kind = 0, arguments.kind
-    recipe = load(str(Path(arguments.target) / "recipe.yaml")) if is_run else None
+    recipe = load_recipe(str(Path(arguments.target) / "recipe.yaml")) if is_run else None
     if recipe is not None:  # a split of the task is the one that the run was trained on
         seed, kind = recipe.task.split.seed, kind or recipe.task.kind
     task = load_task(arguments.task, seed).limited(arguments.max_examples)
@@ -122,7 +122,7 @@ def evaluate_command(arguments: argparse.Namespace) -> int:
     if arguments.out is not None:
         require_new_folder(arguments.out, "choose another --out")
     model_quiet()
-    from headtune.analysis.models.loading import load_plain, view
+    from headtune.analysis.models.loading import load_plain, wrap_model
     from headtune.train.evaluation.evaluate import evaluate
     from headtune.train.evaluation.multiple_choice import truthfulqa_preamble
     from headtune.train.runs.load_run import load_run
@@ -143,7 +143,7 @@ def evaluate_command(arguments: argparse.Namespace) -> int:
             raise InputError(f"there is no run {arguments.target!r}, and {error}") from None
     turned: Any = contextlib.nullcontext([])
     if chosen:
-        turned = last_layer.turned(view(model, tokenizer, arguments.target), chosen, console.progress)
+        turned = last_layer.turned(wrap_model(model, tokenizer, arguments.target), chosen, console.progress)
     with turned as notes:
         console.say(f"evaluating on {len(task.examples)} prompts, {scored(task.kind, arguments.items)}")
         preamble = truthfulqa_preamble() if arguments.preamble else ""

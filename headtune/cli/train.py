@@ -7,7 +7,6 @@ import os
 from pathlib import Path
 
 from .arguments import Add, completed, model_quiet, print_json, recipe_arguments, volume_arguments
-from .console import print_evaluation
 
 
 def add_parsers(add: Add) -> None:
@@ -51,16 +50,16 @@ def train_command(arguments: argparse.Namespace) -> int:
 
         words = [f"--{flag}" for flag in ("resume", "json", "quiet", "verbose") if getattr(arguments, flag)]
         return accelerate_launch.launch(arguments.config_file, arguments.recipe, arguments.overrides, words)
-    from headtune.train.config.recipe import load
+    from headtune.train.config.recipe import load_recipe
 
-    recipe = load(arguments.recipe, arguments.overrides)
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
     model_quiet()
-    from headtune.train.runs.run import run
+    from headtune.train.runs.run import run_recipe
 
     from . import console
 
     main_rank = int(os.environ.get("RANK", "0")) == 0
-    evaluation = run(
+    evaluation = run_recipe(
         recipe,
         arguments.resume,
         console.progress if main_rank else (lambda items, _what: iter(items)),
@@ -75,7 +74,7 @@ def train_command(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print_json(evaluation)
     elif evaluation:
-        print_evaluation(recipe.folder, evaluation)
+        console.print_evaluation(recipe.folder, evaluation)
     else:
         console.say(f"heads chosen: {recipe.folder / 'heads.json'}; tune them with heads='{{from: {recipe.folder}}}'")
     return 0

@@ -21,7 +21,7 @@ from headtune.analysis.tasks.loading import builtin_names
 from headtune.cli import console
 from headtune.cli import main as cli
 from headtune.cli.main import main
-from headtune.train.config.recipe import load, recipe_names
+from headtune.train.config.recipe import load_recipe, recipe_names
 from helpers.small_runs import write_task
 
 LONG = ("identify", "analyse", "train", "evaluate", "export", "sweep", "demo")
@@ -61,7 +61,7 @@ def test_help_has_examples_that_are_command_lines(words: tuple[str, ...], capsys
         arguments, rest = cli._parser().parse_known_args(line.partition(" > ")[0].split()[1:])
         assert not [word for word in rest if word.startswith("-")] and arguments.command == words[0]
         if "recipe" in arguments and arguments.command != "compare" and "my_recipe" not in arguments.recipe:
-            load(arguments.recipe, [*arguments.overrides, *rest])
+            load_recipe(arguments.recipe, [*arguments.overrides, *rest])
 
 
 def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -309,7 +309,7 @@ def test_ctrl_c_ends_in_one_line(
 
     importlib.import_module("headtune.train.runs.run")  # which would bind what is replaced here for good
     monkeypatch.setattr(loading, "load_plain", stop)
-    monkeypatch.setattr(loading, "load", stop)
+    monkeypatch.setattr(loading, "load_model", stop)
     task = str(write_task(tmp_path))
     more = {"evaluate": [str(tiny_llama)], "analyse": ["elbow", str(tiny_llama), "--out", "study"]}[command]
     before = sorted(tmp_path.iterdir())
@@ -334,6 +334,6 @@ def test_a_broken_pipe_elsewhere_is_an_error(
         raise BrokenPipeError(errno.EPIPE, "Broken pipe")
 
     monkeypatch.setattr(cli, "_reader_has_gone", lambda: False)
-    monkeypatch.setattr(cli.cli_recipes, "_list", broken)
+    monkeypatch.setattr(cli.recipes, "_list", broken)
     assert main(["recipes"]) == 2
     assert "Broken pipe" in capsys.readouterr().err

@@ -139,7 +139,7 @@ def _kill_late(run: Path) -> None:
 
 def _work(jobs: Path, answers: Path) -> None:
     from headtune.train.config import recipe
-    from headtune.train.runs.run import run
+    from headtune.train.runs.run import run_recipe
 
     tiny.shorten_neutral_text()
     gc.freeze()  # what is imported is not looked through after every training
@@ -154,11 +154,11 @@ def _work(jobs: Path, answers: Path) -> None:
         error = ""
         try:
             resume = RESUMED in command
-            loaded = recipe.load(command[0], [word for word in command[1:] if word not in (RESUMED, BROKEN)])
+            loaded = recipe.load_recipe(command[0], [word for word in command[1:] if word not in (RESUMED, BROKEN)])
             if resume:
                 _kill_late(loaded.folder)
             with _broken_off(BROKEN in command):
-                run(loaded, resume, say=lambda line: print(line, flush=True))
+                run_recipe(loaded, resume, say=lambda line: print(line, flush=True))
         except Exception:
             error = traceback.format_exc()
             print(error, flush=True)

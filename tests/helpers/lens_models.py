@@ -10,7 +10,7 @@ from torch import Tensor
 from headtune.analysis.interventions.last_token import Row
 from headtune.analysis.models.attention import AttentionCall
 from headtune.analysis.models.head_model import HeadModel
-from headtune.analysis.models.loading import view
+from headtune.analysis.models.loading import wrap_model
 from helpers.tiny import tiny_model, tiny_tokenizer
 
 SIZES: dict[str, dict[str, Any]] = {
@@ -30,7 +30,7 @@ SIZES: dict[str, dict[str, Any]] = {
 
 def model_of(family: str) -> HeadModel:
     attention = "eager" if family == "gemma2" else "sdpa"
-    return view(tiny_model(family, attn_implementation=attention, **SIZES[family]), tiny_tokenizer(), family)
+    return wrap_model(tiny_model(family, attn_implementation=attention, **SIZES[family]), tiny_tokenizer(), family)
 
 
 def slow_attention(row: Row, end: int) -> Any:

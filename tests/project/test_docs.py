@@ -63,7 +63,7 @@ def check_headtune(words: Sequence[str]) -> None:
         given = [word for word in words if "=" not in word]
         for name in given:
             if name not in THEIRS:
-                recipe.load(name, [*getattr(arguments, "overrides", []), *grid])
+                recipe.load_recipe(name, [*getattr(arguments, "overrides", []), *grid])
     elif arguments.command == "identify":
         registry.chosen(arguments.method)
     elif arguments.command == "analyse":
@@ -71,7 +71,7 @@ def check_headtune(words: Sequence[str]) -> None:
         if arguments.name != "list":
             base.check_options(arguments.name, dict(text.split("=", 1) for text in arguments.option))
     elif arguments.command == "recipes" and arguments.action == "show":
-        recipe.load(arguments.name)
+        recipe.load_recipe(arguments.name)
 
 
 def check_command(words: Sequence[str]) -> None:
@@ -120,7 +120,7 @@ def check_mention(words: Sequence[str]) -> None:
     unknown = [word for word in words[2:] if re.match(r"--?[a-z]", word) and word.split("=")[0] not in options]
     assert not unknown, f"headtune {words[1]} has no {unknown}"
     if words[1] in ("train", "plan", "sweep") and len(words) > 2 and words[2] in recipe.recipe_names():
-        recipe.load(words[2], [word for word in words[3:] if re.match(r"[a-z_.]+=", word)])
+        recipe.load_recipe(words[2], [word for word in words[3:] if re.match(r"[a-z_.]+=", word)])
     return None
 
 
@@ -160,7 +160,7 @@ def test_every_recipe_loads_and_none_is_missing() -> None:
     assert len(names) == RECIPES
     front = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
     for name in names:
-        recipe.load(name)
+        recipe.load_recipe(name)
         family, own = name.split("/")
         assert f"`{own}`" in front and f"{family}/README.md" in front, f"{name} is not in docs/recipes.md"
 

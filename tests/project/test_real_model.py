@@ -11,7 +11,7 @@ from headtune.analysis.identify import pipeline
 from headtune.analysis.methods.patching import silenced_logits
 from headtune.analysis.models import hooks
 from headtune.analysis.models.head_model import HeadModel
-from headtune.analysis.models.loading import EMBEDDED, load
+from headtune.analysis.models.loading import EMBEDDED, load_model
 from headtune.analysis.tasks.loading import load_task
 from headtune.analysis.tasks.tokenized import encode
 from helpers.real_model import AVAILABLE
@@ -24,11 +24,11 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def model() -> HeadModel:
-    return load(EMBEDDED, device="cpu")
+    return load_model(EMBEDDED, device="cpu")
 
 
 @pytest.fixture(scope="module")
-def found(model: HeadModel) -> pipeline.Identified:
+def found(model: HeadModel) -> pipeline.IdentifyResult:
     return pipeline.identify(model, load_task("country_cities:train").limited(40))
 
 
@@ -44,18 +44,18 @@ def test_fast_ablation_is_the_slow_one_for_every_head(model: HeadModel) -> None:
     end = torch.tensor([len(tokens) - 1])
     for row, logits in zip(rows, fast, strict=True):
         with hooks.ablate(model, row, positions=end):
-            slow = model.model(tokens[None], use_cache=False, logits_to_keep=1).logits[0, -1]
+            slow = model.hf(tokens[None], use_cache=False, logits_to_keep=1).logits[0, -1]
         torch.testing.assert_close(logits, slow, atol=1e-4, rtol=0, msg=lambda text, row=row: f"{row}: {text}")
 
 
-def test_the_heads_that_suppress_and_recall(found: pipeline.Identified) -> None:
+def test_the_heads_that_suppress_and_recall(found: pipeline.IdentifyResult) -> None:
     task = found.heads.task
     assert task["n_examples"] + task["n_dropped"] == 40 and task["n_examples"] >= 36
     assert found.heads.top("suppression")[0] == (23, 3)
     assert (23, 4) in found.heads.top("recall", 4)
 
 
-def test_silencing_them_does_what_their_names_say(found: pipeline.Identified) -> None:
+def test_silencing_them_does_what_their_names_say(found: pipeline.IdentifyResult) -> None:
     block: dict[str, Any] = found.heads.verification
     base = {name: block["baseline"][name]["mean"] for name in ("p_remaining", "p_previous")}
     suppression, matched = block["ablate_suppression"], block["ablate_random_like_suppression"]

@@ -159,7 +159,7 @@ def _nearest_recipes(path: Path) -> str:
     return f"did you mean {' or '.join(repr(known[name]) for name in close[:3])}?"
 
 
-def load(name: str, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe, apply `key.sub=value` overrides, check it.
 
     Raises:

@@ -121,13 +121,13 @@ def selected(
     scores: dict[str, Tensor],
     ranked: tuple[RankedHead, ...],
     recipe: Recipe,
-    heads: HeadModel,
+    model: HeadModel,
     data: dict[str, Any],
     method: dict[str, Any],
 ) -> Chosen:
     """Ranked heads as a head set with the one role `selected`."""
     found = HeadSet(
-        model=heads.identity(),
+        model=model.identity(),
         task=data,
         method={"name": name, "seed": recipe.seed, **method},
         roles={"selected": ranked},

@@ -133,7 +133,7 @@ def _losses(model: HeadModel, batch: Sequence[TokenRow]) -> Tensor:
         labels[example, : len(row["labels"])] = torch.tensor(row["labels"])
     following = functional.pad(labels[:, 1:], (0, 1), value=IGNORED)  # what each position has to predict
     kept = (following != IGNORED).any(0).nonzero()[:, 0]
-    logits = model.model(ids, attention_mask=mask, use_cache=False, logits_to_keep=kept).logits.float()
+    logits = model.hf(ids, attention_mask=mask, use_cache=False, logits_to_keep=kept).logits.float()
     targets = following[:, kept].to(logits.device)
     # The vocabulary comes last: along another dimension PyTorch's sum over a large one is good to 1e-4 only.
     values = functional.cross_entropy(
@@ -151,8 +151,8 @@ def _graph_from_embeddings(model: HeadModel) -> Iterator[list[Tensor]]:
         leaves.append(output.detach().requires_grad_())
         return leaves[-1]
 
-    embeddings: Any = model.model.get_input_embeddings()
-    trained = [parameter for parameter in model.model.parameters() if parameter.requires_grad]
+    embeddings: Any = model.hf.get_input_embeddings()
+    trained = [parameter for parameter in model.hf.parameters() if parameter.requires_grad]
     handle = embeddings.register_forward_hook(keep)
     try:
         for parameter in trained:
@@ -371,7 +371,7 @@ def _padded(model: HeadModel, batch: Sequence[TokenRow]) -> tuple[Tensor, Tensor
 def _run(model: HeadModel, batch: Sequence[TokenRow], look: Callable[[AttentionCall], None]) -> None:
     ids, mask = _padded(model, batch)
     with model.measuring(), look_with(look):
-        model.model(ids, attention_mask=mask, use_cache=False, logits_to_keep=1)
+        model.hf(ids, attention_mask=mask, use_cache=False, logits_to_keep=1)
 
 
 def _blocks(queries: int, n_heads: int) -> Iterator[tuple[int, int]]:

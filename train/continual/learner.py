@@ -70,8 +70,8 @@ class Learner:
 
     Attributes:
         recipe: the run's; its method is a SeekrMethod.
-        heads: the model's heads. Its `model` carries the LoRA, where there is one, in place.
-        model: what is trained: `heads.model`, or the PeftModel around it.
+        model: the model's heads. Its `model` carries the LoRA, where there is one, in place.
+        model: what is trained: `model.hf`, or the PeftModel around it.
         units: what is learnt, one after the other; one of all tasks' rows for `multitask`.
         buffer: each one's share of rows that is seen again later.
         informing: each one's rows that Fisher information is taken from.
@@ -81,17 +81,17 @@ class Learner:
     def __init__(
         self,
         recipe: Recipe,
-        heads: HeadModel,
+        model: HeadModel,
         units: Sequence[Unit],
         tracker: Tracker,
         progress: pipeline.Progress,
         say: Say,
     ) -> None:
         assert isinstance(recipe.method, SeekrMethod)
-        self.recipe, self.heads, self.tracker, self.progress, self.say = recipe, heads, tracker, progress, say
+        self.recipe, self.heads, self.tracker, self.progress, self.say = recipe, model, tracker, progress, say
         self.method: SeekrMethod = recipe.method
         self.units = list(units)
-        self.model: Any = heads.model
+        self.model: Any = model.hf
         self.buffer = [
             replay.sample(unit.rows, self.method.replay, f"{recipe.seed}/{index}") if self.method.replays else []
             for index, unit in enumerate(units)
@@ -102,7 +102,7 @@ class Learner:
             else []
             for index, unit in enumerate(units)
         ]
-        self.importance = importance.Importance.none(heads.n_layers, heads.n_heads)
+        self.importance = importance.Importance.none(model.n_layers, model.n_heads)
         self.chosen: list[Pairs] = []
         self.fixed: Pairs | None = None
         self.timing: list[dict[str, float]] = []
@@ -131,7 +131,7 @@ class Learner:
         set_seed(self.recipe.seed)
         self.heads.record_attention(True)
         if method.tune == "lora":
-            self.model = get_peft_model(self.heads.model, training.lora_config(method.lora))
+            self.model = get_peft_model(self.heads.hf, training.lora_config(method.lora))
         else:
             self.model.requires_grad_(True)
         if self.recipe.heads is not None:
@@ -262,7 +262,7 @@ class Learner:
         rows, name = self.units[index].rows, self.units[index].name
         self.say(f"task {index + 1} of {len(self.units)}, {name}: {len(rows)} rows")
         if held.teachers is not None:
-            told_of_dropout(self.heads.model, "distillation", self.say)
+            told_of_dropout(self.heads.hf, "distillation", self.say)
         arguments = self.arguments(index)
         timer, marking = training.Timer(), checkpoints.Mark(arguments)
         table = [{"row": at, **row.plain} for at, row in enumerate(rows)]
@@ -292,7 +292,7 @@ class Learner:
             training.carry_out(trainer, checkpoint)
         if frame is not None:  # every process needs the model whole: to measure it, and to train it again
             self.model = distributed.consolidated(trainer, frame, everywhere=True)
-            self.heads.model = distributed.base_of(self.model)
+            self.heads.hf = distributed.base_of(self.model)
             self.heads.__dict__.pop("layers", None)  # of the model that was split
         training.unwrapped(trainer)
         self.heads.record_attention(True)

@@ -93,16 +93,16 @@ def general_tasks(recipe: Recipe) -> list[Task]:
     ]
 
 
-def rows_of(recipe: Recipe, heads: HeadModel, steps: Sequence[Step]) -> list[list[rows_module.Row]]:
+def rows_of(recipe: Recipe, model: HeadModel, steps: Sequence[Step]) -> list[list[rows_module.Row]]:
     """Each task's training rows."""
     limit, seed = recipe.task.max_train_examples, recipe.seed
     return [
-        rows_module.rows_of(step.train.limited(limit, seed), heads.tokenizer, index, seed)
+        rows_module.rows_of(step.train.limited(limit, seed), model.tokenizer, index, seed)
         for index, step in enumerate(steps)
     ]
 
 
-def require_usable(recipe: Recipe, heads: HeadModel, steps: Sequence[Step]) -> None:
+def require_usable(recipe: Recipe, model: HeadModel, steps: Sequence[Step]) -> None:
     """Refuse, before anything is written, what does not fit the tokenizer, the tasks, the model or transformers."""
     method = recipe.method
     assert isinstance(method, SeekrMethod)
@@ -112,37 +112,37 @@ def require_usable(recipe: Recipe, heads: HeadModel, steps: Sequence[Step]) -> N
         raise InputError(f"two of the tasks measured are called {twice[0]!r}; rename a file, or name the step")
     for task in [step.held_out for step in steps] + general:
         require_choices(task)
-        require_room_for(heads.model, heads.tokenizer, task, recipe.evaluation.n_items)
+        require_room_for(model.hf, model.tokenizer, task, recipe.evaluation.n_items)
     if recipe.heads is not None and recipe.heads.identify is None:
-        choose_heads(recipe.heads, heads, steps[0].train, say=lambda _line: None)
+        choose_heads(recipe.heads, model, steps[0].train, say=lambda _line: None)
     elif recipe.heads is not None:
         if steps[0].train.kind == "multiple_choice":
             raise InputError(
                 f"task {steps[0].name!r} is multiple choice, on which heads cannot be identified; use heads.from"
             )
-        encode(steps[0].train, heads.tokenizer, heads.positions)
+        encode(steps[0].train, model.tokenizer, model.positions)
     distil = method.distil
-    everywhere = heads.n_layers * heads.n_heads
+    everywhere = model.n_layers * model.n_heads
     if method.strategy == "seekr" and recipe.heads is None:
-        layers = heads.n_layers if distil.layers == "all" else distil.layers
-        for key, value, most in (("layers", layers, heads.n_layers), ("heads", distil.heads, everywhere)):
+        layers = model.n_layers if distil.layers == "all" else distil.layers
+        for key, value, most in (("layers", layers, model.n_layers), ("heads", distil.heads, everywhere)):
             if value > most:
                 raise InputError(f"method.distil.{key} is {value}, and the model has {most}; lower it")
-        if distil.heads > layers * heads.n_heads:
+        if distil.heads > layers * model.n_heads:
             raise InputError(
-                f"method.distil.heads is {distil.heads}, and {layers} layers have {layers * heads.n_heads}; lower it"
+                f"method.distil.heads is {distil.heads}, and {layers} layers have {layers * model.n_heads}; lower it"
             )
-    vocabulary = heads.model.get_output_embeddings().weight.shape[0]
+    vocabulary = model.hf.get_output_embeddings().weight.shape[0]
     if distil.logits_top is not None and distil.logits_top >= vocabulary:
         raise InputError(f"method.distil.logits_top is {distil.logits_top} of {vocabulary} logits; lower or remove it")
-    for step, rows in zip(steps, rows_of(recipe, heads, steps), strict=True):
-        trl_trainers.require_fit(step.name, [row.length for row in rows], heads.positions)
+    for step, rows in zip(steps, rows_of(recipe, model, steps), strict=True):
+        trl_trainers.require_fit(step.name, [row.length for row in rows], model.positions)
     for key in ("packing", "loss_type", "label_smoothing_factor", "completion_only_loss", "assistant_only_loss"):
         if recipe.training.get(key):
             raise InputError(f"training.{key} is not read by recipe seekr, whose loss is its own; remove it")
     training.training_arguments(recipe)
     if recipe.evaluation.before is not None:
-        base_of(Path(recipe.evaluation.before), identity_of(recipe, heads, steps, general))
+        base_of(Path(recipe.evaluation.before), identity_of(recipe, model, steps, general))
 
 
 PRIMARY = {"exact_match": "exact_match", "lists": "correct_new_rate", "multiple_choice": "mc1"}
@@ -155,7 +155,7 @@ PROGRESS = "sequence.json"
 
 def learn_sequence(
     recipe: Recipe,
-    heads: HeadModel,
+    model: HeadModel,
     steps: Sequence[Step],
     tracker: Tracker,
     state: dict[str, Any],
@@ -173,14 +173,14 @@ def learn_sequence(
     folder, method = recipe.folder, recipe.method
     assert isinstance(method, SeekrMethod)
     main, path, general = tracker.is_main, folder / PROGRESS, general_tasks(recipe)
-    identity = identity_of(recipe, heads, steps, general)
+    identity = identity_of(recipe, model, steps, general)
     # What a trainer does to a model's special tokens would change what it writes: before anything is measured.
-    if heads.tokenizer.pad_token is None:
-        heads.tokenizer.pad_token = heads.tokenizer.eos_token
-    align_special_tokens(heads.model, heads.tokenizer)
-    measured = functools.partial(scores_of, heads.tokenizer, recipe.evaluation)
+    if model.tokenizer.pad_token is None:
+        model.tokenizer.pad_token = model.tokenizer.eos_token
+    align_special_tokens(model.hf, model.tokenizer)
+    measured = functools.partial(scores_of, model.tokenizer, recipe.evaluation)
     saved = read_state(path) if resume and path.is_file() else {}
-    rows = rows_of(recipe, heads, steps)
+    rows = rows_of(recipe, model, steps)
     learnt = {"train_sha256": hashlib.sha256(repr(rows).encode()).hexdigest()}
     if saved and (odd := sorted(key for key, value in (identity | learnt).items() if saved["identity"][key] != value)):
         raise InputError(f"{path}: the run was started with another {odd[0]}; start it anew in another output_dir")
@@ -191,9 +191,9 @@ def learn_sequence(
         elif main:
             say(f"measuring the base model on {len(steps)} tasks")
             saved |= {
-                "before": [measured(heads.model, step.held_out) for step in steps],
-                "general_before": {task.name: measured(heads.model, task) for task in general},
-                "perplexity_before": perplexity(heads.model, heads.tokenizer),
+                "before": [measured(model.hf, step.held_out) for step in steps],
+                "general_before": {task.name: measured(model.hf, task) for task in general},
+                "perplexity_before": perplexity(model.hf, model.tokenizer),
             }
         if main:
             write_json(path, saved)
@@ -202,7 +202,7 @@ def learn_sequence(
     units = [Unit(step.name, step.train, own) for step, own in zip(steps, rows, strict=True)]
     if together:
         units = [Unit("all", steps[0].train, [row for own in rows for row in own])]
-    learner = Learner(recipe, heads, units, tracker, progress, say)
+    learner = Learner(recipe, model, units, tracker, progress, say)
     learner.start()
     done = len(saved["after"])
     if done:
@@ -230,11 +230,11 @@ def learn_sequence(
         return {}
     if "general_after" not in saved:
         saved["general_after"] = {task.name: measured(learner.model, task) for task in general}
-        saved["perplexity_after"] = perplexity(learner.model, heads.tokenizer)
+        saved["perplexity_after"] = perplexity(learner.model, model.tokenizer)
         write_json(path, saved)
     evaluation = evaluation_of(identity, folder, steps, general, saved, together)
     if learner.chosen and learner.fixed is None:
-        _keep_heads(recipe, heads, learner)
+        _keep_heads(recipe, model, learner)
     if (folder / "heads.json").is_file():
         kept, scores = head_set.read(folder / "heads.json"), folder / "scores.safetensors"
         means = load_means(scores) if scores.is_file() else {}
@@ -249,7 +249,7 @@ def learn_sequence(
         with new_folder(folder / ("adapter" if lora else "model")) as temporary:
             weights_io.write(learner.model, temporary)
             if not lora:
-                heads.tokenizer.save_pretrained(str(temporary))
+                model.tokenizer.save_pretrained(str(temporary))
     PartialState().wait_for_everyone()
     return evaluation
 
@@ -316,14 +316,14 @@ def mean(of: Mapping[str, Any]) -> float:
     return float(np.mean(of["values"]))
 
 
-def identity_of(recipe: Recipe, heads: HeadModel, steps: Sequence[Step], general: Sequence[Task]) -> dict[str, Any]:
+def identity_of(recipe: Recipe, model: HeadModel, steps: Sequence[Step], general: Sequence[Task]) -> dict[str, Any]:
     """What two measurements of the base model must share to be the same measurement."""
     tasks = [step.held_out for step in steps] + list(general)
     measured = hashlib.sha256(" ".join(f"{task.name} {task.sha256}" for task in tasks).encode()).hexdigest()
     return {
         "task": "sequence",
         "task_sha256": measured,
-        "weights_sha256": heads.weights_sha256,
+        "weights_sha256": model.weights_sha256,
         "n_items": recipe.evaluation.n_items,
         "preamble": recipe.evaluation.preamble,
     }
@@ -394,7 +394,7 @@ def _subjects(of: Mapping[str, Any]) -> list[str]:
     return [row["subject"] for row in of["rows"]]
 
 
-def _keep_heads(recipe: Recipe, heads: HeadModel, learner: Learner) -> None:
+def _keep_heads(recipe: Recipe, model: HeadModel, learner: Learner) -> None:
     """heads.json and its scores: the heads chosen last, by the importance that chose them."""
     found, chosen = learner.importance, learner.chosen[-1]
     values = {"importance": found.value(), "sensitivity": found.sensitivity, "forgetting": found.forgetting}
@@ -414,7 +414,7 @@ def _keep_heads(recipe: Recipe, heads: HeadModel, learner: Learner) -> None:
         "dropped": {},
     }
     method = {"parameters": recipe.method.distil.model_dump()}  # type: ignore[union-attr]
-    keep_heads(selected("random" if drawn else "seekr", scores, ranked, recipe, heads, task, method), recipe.folder)
+    keep_heads(selected("random" if drawn else "seekr", scores, ranked, recipe, model, task, method), recipe.folder)
 
 
 def _matrix_rows(learnt: Sequence[Unit], after: Sequence[Sequence[Mapping[str, Any]]]) -> list[list[Any]]:

@@ -408,8 +408,8 @@ def _teach(
     queries = [list(positions.get(row.key, [])) for row in rows]
     inputs = padded(rows, 0, model.device)
     mask = label_mask(inputs.pop("labels"))
-    with recorder.record(filled(queries, -1)) as recorded, positions_only(model.model, mask):
-        logits = model.model(**inputs, use_cache=False).logits[0].float()
+    with recorder.record(filled(queries, -1)) as recorded, positions_only(model.hf, mask):
+        logits = model.hf(**inputs, use_cache=False).logits[0].float()
     for at, (row, own, of_row) in enumerate(zip(rows, queries, logits.split(mask.sum(1).tolist()), strict=True)):
         if row.key not in todo:
             continue

@@ -18,6 +18,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,7 @@ from rich.text import Text
 from headtune.analysis.utils.errors import InputError
 
 from .metric_names import METRIC_NAMES, show
-from .run_reader import Finished
+from .run_reader import Finished, read_runs
 
 BASE = "base"
 LOWER_IS_BETTER = {
@@ -101,6 +102,26 @@ class Comparison:
     metrics: tuple[str, ...]
     against: str
     best: Mapping[tuple[str, str], frozenset[str]]
+
+
+def compare_runs(
+    folder: Path | str,
+    against: str | None = None,
+    group: str | None = None,
+    tags: Sequence[str] = (),
+    recipe: str | None = None,
+) -> Comparison:
+    """Every finished run in a folder (or in a sweep's folder in it), side by side: `headtune compare FOLDER`.
+
+    Args:
+        folder: holds the folders of runs.
+        against: the group, or a run of it, that differences are taken from; default: the model before training.
+        group, tags, recipe: only runs of this `tracking.group`, with all of these `tracking.tags`, of this family.
+
+    Raises:
+        InputError: no such folder, no finished run in it that passes, or no group or run called `against`.
+    """
+    return compare(read_runs(Path(folder), group, tags, recipe), against)
 
 
 def compare(runs: Sequence[Finished], against: str | None = None) -> Comparison:

@@ -24,12 +24,12 @@ from .evaluate import Scored, evaluate
 from .multiple_choice import truthfulqa_preamble
 
 
-def evaluation_identity(recipe: Recipe, heads: HeadModel, task: Task) -> dict[str, Any]:
+def evaluation_identity(recipe: Recipe, model: HeadModel, task: Task) -> dict[str, Any]:
     """What two measurements of the base model must share to be the same measurement."""
     return {
         "task": task.name,
         "task_sha256": task.sha256,
-        "weights_sha256": heads.weights_sha256,
+        "weights_sha256": model.weights_sha256,
         "n_items": recipe.evaluation.n_items,
         "preamble": recipe.evaluation.preamble,
     }

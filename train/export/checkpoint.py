@@ -298,7 +298,7 @@ def export_adapter(run: Path, target: Path) -> dict[str, Any]:
             "without --adapter"
         )
     require_new_folder(target, "choose another folder")
-    recipe = recipes.load(str(run / "recipe.yaml"))
+    recipe = recipes.load_recipe(str(run / "recipe.yaml"))
     origin = origin_of(run, recipe.dump())
     return tracked_export(run, recipe, target, lambda: _write_adapter(run, target, origin))
 
@@ -326,8 +326,8 @@ def _write_adapter(run: Path, target: Path, origin: Origin) -> dict[str, Any]:
 
 @libraries_quiet()
 def export_run(
-    run: Path,
-    target: Path,
+    run: Path | str,
+    target: Path | str,
     dtype: str = "float32",
     n_prompts: int = 20,
     max_shard_size: str = "5GB",
@@ -342,6 +342,7 @@ def export_run(
     from headtune.train.runs.load_run import load_run
     from headtune.train.tracking.follow_up import tracked_export
 
+    run, target = Path(run), Path(target)
     parse_dtype(dtype)  # what is refused is refused before a model is loaded
     _require_size(max_shard_size)
     require_new_folder(target, "choose another folder")

@@ -95,21 +95,21 @@ def carries_adapter(model: nn.Module) -> bool:
     return any(isinstance(module, BaseTunerLayer) for module in model.modules())
 
 
-def alike(heads: HeadModel, model: PreTrainedModel) -> HeadModel:
+def alike(model: HeadModel, hf: PreTrainedModel) -> HeadModel:
     """The same view of another model of the same configuration."""
-    return dataclasses.replace(heads, model=model)
+    return dataclasses.replace(model, hf=hf)
 
 
 class PassWatcher:
     """Keeps what is wanted of each training pass of a model, and of passes of its reference.
 
     Args:
-        heads: the model; it may carry a PEFT adapter by the time `installed` is entered.
+        model: the model; it may carry a PEFT adapter by the time `installed` is entered.
         wanted: what to keep of training passes.
     """
 
-    def __init__(self, heads: HeadModel, wanted: Wanted) -> None:
-        self.heads = heads
+    def __init__(self, model: HeadModel, wanted: Wanted) -> None:
+        self.heads = model
         self.wanted = wanted
         self.last: HeadPass | None = None
         self._running: HeadPass | None = None
@@ -119,12 +119,12 @@ class PassWatcher:
     def installed(self, reference: HeadModel | None = None) -> Iterator[None]:
         """Watch inside the block, and the reference too where it is another model; afterwards nothing is held."""
         models = [self.heads] if reference is None else [self.heads, reference]
-        implementations = [view.model.config._attn_implementation for view in models]
+        implementations = [view.hf.config._attn_implementation for view in models]
         with contextlib.ExitStack() as during:
             if self.wanted.attention:
                 for view, implementation in zip(models, implementations, strict=True):
                     view.record_attention(True)
-                    during.callback(view.model.set_attn_implementation, implementation)
+                    during.callback(view.hf.set_attn_implementation, implementation)
                 during.enter_context(look_with(self._look))
             backbone = _backbone(self.heads)
             before = backbone.register_forward_pre_hook(self._before, with_kwargs=True)
@@ -137,7 +137,7 @@ class PassWatcher:
             finally:
                 self.last = self._running = None
 
-    def _watch(self, view: HeadModel, during: contextlib.ExitStack) -> None:
+    def _watch(self, model: HeadModel, during: contextlib.ExitStack) -> None:
         def keep(kind: str, layer: int) -> Any:
             def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
                 if self._running is not None and torch.is_grad_enabled() == self._with_gradient:
@@ -147,10 +147,10 @@ class PassWatcher:
             return hook
 
         for layer in self.wanted.z:
-            module = bare(view.projection(layer))
+            module = bare(model.projection(layer))
             during.callback(module.register_forward_pre_hook(keep("z", layer), with_kwargs=True).remove)
         for layer in self.wanted.norms:
-            norm: Any = view.final_norm if layer == FINAL else view.post_attention_norm(layer)
+            norm: Any = model.final_norm if layer == FINAL else model.post_attention_norm(layer)
             during.callback(norm.register_forward_pre_hook(keep("norms", layer), with_kwargs=True).remove)
 
     def _look(self, call: AttentionCall) -> None:
@@ -199,9 +199,9 @@ class PassWatcher:
         return base
 
 
-def _backbone(view: HeadModel) -> nn.Module:
+def _backbone(model: HeadModel) -> nn.Module:
     """The module that holds the layers and the final norm; every pass, fused head or not, goes through it."""
-    return view.model.get_submodule(view.architecture.layers.rpartition(".")[0])
+    return model.hf.get_submodule(model.architecture.layers.rpartition(".")[0])
 
 
 def _present(tokens: Tensor, mask: Tensor | None) -> Tensor:
@@ -218,9 +218,9 @@ def layers_of(pairs: Collection[tuple[int, int]]) -> frozenset[int]:
     return frozenset(layer for layer, _ in pairs)
 
 
-def of_heads(view: HeadModel, z: Tensor, heads: Sequence[int]) -> Tensor:
+def of_heads(model: HeadModel, z: Tensor, heads: Sequence[int]) -> Tensor:
     """`[..., len(heads), head_dim]` of `[..., n_heads * head_dim]`."""
-    return z.unflatten(-1, (view.n_heads, view.head_dim))[..., list(heads), :]
+    return z.unflatten(-1, (model.n_heads, model.head_dim))[..., list(heads), :]
 
 
 def rows_read(ends: Tensor, tokens: Tensor) -> Tensor:
@@ -229,7 +229,7 @@ def rows_read(ends: Tensor, tokens: Tensor) -> Tensor:
 
 
 def head_contributions(
-    view: HeadModel, made: HeadPass, by_layer: Mapping[int, Sequence[int]], ends: Tensor, tokens: Tensor
+    model: HeadModel, made: HeadPass, by_layer: Mapping[int, Sequence[int]], ends: Tensor, tokens: Tensor
 ) -> dict[int, Tensor]:
     """Layer -> `[rows with a right token, heads, n]`: each head's part of right tokens' logits at END, in logits.
 
@@ -242,23 +242,23 @@ def head_contributions(
         return x[rows.to(x.device), at.to(x.device)]
 
     with torch.no_grad():
-        unembedding: Any = bare(view.model.get_output_embeddings()).weight
-        norm, residual = bare(view.final_norm), at_end(made.norms[FINAL])
+        unembedding: Any = bare(model.hf.get_output_embeddings()).weight
+        norm, residual = bare(model.final_norm), at_end(made.norms[FINAL])
         directions = [
-            view.norm_directions(norm, x, unembedding[of_row.to(unembedding.device)])
+            model.norm_directions(norm, x, unembedding[of_row.to(unembedding.device)])
             for x, of_row in zip(residual, wanted, strict=True)
         ]
     found = {}
     for layer, heads in by_layer.items():
-        post = view.post_attention_norm(layer)
+        post = model.post_attention_norm(layer)
         with torch.no_grad():
             inner = directions
             if post is not None:
                 met = zip(at_end(made.norms[layer]), directions, strict=True)
-                inner = [view.norm_directions(bare(post), x, u) for x, u in met]
-            stacked = torch.stack(inner) if inner else residual.new_zeros(0, wanted.shape[1], view.d_model).float()
-        z = of_heads(view, at_end(made.z[layer]), heads)
-        found[layer] = contributions(z, output_slices(view, layer, heads), stacked)
+                inner = [model.norm_directions(bare(post), x, u) for x, u in met]
+            stacked = torch.stack(inner) if inner else residual.new_zeros(0, wanted.shape[1], model.d_model).float()
+        z = of_heads(model, at_end(made.z[layer]), heads)
+        found[layer] = contributions(z, output_slices(model, layer, heads), stacked)
     return found
 
 
@@ -281,7 +281,7 @@ def told_of_dropout(model: nn.Module, compared: str, say: Callable[[str], None])
         )
 
 
-def option_tokens(view: HeadModel, *options: str) -> list[int]:
+def option_tokens(model: HeadModel, *options: str) -> list[int]:
     """The token of each option that a prompt may name.
 
     Raises:
@@ -289,7 +289,7 @@ def option_tokens(view: HeadModel, *options: str) -> list[int]:
     """
     found: list[int] = []
     for option in options:
-        tokens = view.tokenizer(option, add_special_tokens=False)["input_ids"]
+        tokens = model.tokenizer(option, add_special_tokens=False)["input_ids"]
         if len(tokens) != 1:
             raise InputError(
                 f"negative_attention has option {option!r}, which is {len(tokens)} tokens of this model; give one that "

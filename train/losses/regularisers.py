@@ -194,7 +194,7 @@ class Regularisers:
             both options.
 
     Args:
-        heads: the model to be trained, with or without an adapter by the time `installed` is entered.
+        model: the model to be trained, with or without an adapter by the time `installed` is entered.
         specs: which terms; of several of one kind the later ones are named `kind_2`, `kind_3`.
         reference: the base, frozen, where it is not the model under its adapter or as `installed` finds it.
         fisher: for `WeightDrift(fisher=True)`: `fisher_diagonal` of the model without adapter, by weight name.
@@ -206,15 +206,15 @@ class Regularisers:
 
     def __init__(
         self,
-        heads: HeadModel,
+        model: HeadModel,
         specs: Sequence[Spec],
         reference: PreTrainedModel | None = None,
         fisher: Mapping[str, Tensor] | None = None,
     ) -> None:
-        self.heads = heads
+        self.heads = model
         self.specs: dict[str, Spec] = {}
         for spec in specs:
-            require_heads(heads, spec.heads)
+            require_heads(model, spec.heads)
             if isinstance(spec, WeightDrift) and spec.fisher and fisher is None:
                 raise InputError(
                     "weight_drift with fisher=true needs a Fisher diagonal; give the rows it is taken from"
@@ -222,7 +222,7 @@ class Regularisers:
             n_alike = sum(other.kind == spec.kind for other in self.specs.values())
             self.specs[f"{spec.kind}_{n_alike + 1}" if n_alike else spec.kind] = spec
         self._options = {
-            name: option_tokens(heads, spec.positive, spec.negative)
+            name: option_tokens(model, spec.positive, spec.negative)
             for name, spec in self.specs.items()
             if isinstance(spec, NegativeAttention)
         }
@@ -233,8 +233,8 @@ class Regularisers:
         self._anchors: dict[str, SliceAnchor] = {}
         self._shown: Mapping[str, Tensor] | None = None
         self._calls = (-1.0, 0)  # the share of the training done, and how many calls came before at the same
-        self._own, self._compared = _wanted(heads, self.specs.values())
-        self._watcher = PassWatcher(heads, self._own)
+        self._own, self._compared = _wanted(model, self.specs.values())
+        self._watcher = PassWatcher(model, self._own)
         self._read: list[Module] = []
 
     @contextlib.contextmanager
@@ -244,7 +244,7 @@ class Regularisers:
         Raises:
             InputError: nothing that is trained can move what a weight_drift holds.
         """
-        adapted = carries_adapter(self.heads.model)
+        adapted = carries_adapter(self.heads.hf)
         given = None if self._given is None else alike(self.heads, self._given)
         for name, spec in self.specs.items():
             if isinstance(spec, WeightDrift):
@@ -255,7 +255,7 @@ class Regularisers:
         self._base = given
         self._read = self._modules_read()
         if self._compared is not None and given is None and not adapted:
-            self._base = alike(self.heads, copy.deepcopy(self.heads.model).requires_grad_(False))
+            self._base = alike(self.heads, copy.deepcopy(self.heads.hf).requires_grad_(False))
         try:
             with self._watcher.installed(self._base):
                 yield
@@ -325,7 +325,7 @@ class Regularisers:
             elif isinstance(spec, AttributionHinge):
                 found += [of for layer in spec.by_layer for of in view.projection(layer).modules()]
                 norms = [view.final_norm, *(view.post_attention_norm(layer) for layer in spec.by_layer)]
-                tops = [view.model.get_output_embeddings(), *norms]
+                tops = [view.hf.get_output_embeddings(), *norms]
                 found += [of for top in tops if top is not None for of in top.modules()]
         return found
 
@@ -362,7 +362,7 @@ class Regularisers:
 # --- from a pass to a term --------------------------------------------------------------------------------------------
 
 
-def _wanted(heads: HeadModel, specs: Sequence[Spec] | Any) -> tuple[Wanted, Wanted | None]:
+def _wanted(model: HeadModel, specs: Sequence[Spec] | Any) -> tuple[Wanted, Wanted | None]:
     """What to keep of a training pass, and of the base's pass; None where no term compares with the base."""
     own: dict[str, set[int]] = {"z": set(), "attention": set(), "norms": set()}
     base: dict[str, set[int]] = {"z": set(), "attention": set(), "norms": set()}
@@ -375,7 +375,7 @@ def _wanted(heads: HeadModel, specs: Sequence[Spec] | Any) -> tuple[Wanted, Want
             case OutputDrift():
                 needs = {"z": set(layers)}
             case AttributionHinge():
-                normed = {layer for layer in layers if heads.post_attention_norm(layer) is not None}
+                normed = {layer for layer in layers if model.post_attention_norm(layer) is not None}
                 needs = {"z": set(layers), "norms": normed | {FINAL}}
         compares = isinstance(spec, AttentionKl | OutputDrift) or getattr(spec, "role", None) == "recall"
         for kind, found in needs.items():
@@ -402,18 +402,18 @@ def _attention_kl(spec: AttentionKl, batch: _Batch) -> Tensor:
     return share * attention_distillation(rows, base, queries >= 0)
 
 
-def _output_drift(view: HeadModel, spec: OutputDrift, batch: _Batch) -> Tensor:
+def _output_drift(model: HeadModel, spec: OutputDrift, batch: _Batch) -> Tensor:
     assert batch.base is not None
-    made = [of_heads(view, batch.made.z[layer], heads) for layer, heads in spec.by_layer.items()]
-    base = [of_heads(view, batch.base.z[layer], heads) for layer, heads in spec.by_layer.items()]
+    made = [of_heads(model, batch.made.z[layer], heads) for layer, heads in spec.by_layer.items()]
+    base = [of_heads(model, batch.base.z[layer], heads) for layer, heads in spec.by_layer.items()]
     return head_penalties.output_drift(made, base, batch.made.present, spec.relative, distributed.pooled)
 
 
 def _attribution_hinge(
-    view: HeadModel, spec: AttributionHinge, batch: _Batch, base: Mapping[int, Tensor] | None
+    model: HeadModel, spec: AttributionHinge, batch: _Batch, base: Mapping[int, Tensor] | None
 ) -> Tensor:
     ends, tokens = batch.predicting(spec.kind)
-    found = head_contributions(view, batch.made, spec.by_layer, ends, tokens)
+    found = head_contributions(model, batch.made, spec.by_layer, ends, tokens)
     right = ((tokens >= 0) & (ends >= 0)[:, None])[rows_read(ends, tokens)]
     device = batch.made.present.device
     c = torch.cat([of_layer.to(device) for of_layer in found.values()], 1)

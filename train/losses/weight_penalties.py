@@ -50,20 +50,20 @@ class SliceAnchor:
     start: list[Tensor] | None
     fisher: list[Tensor] | None
 
-    def term(self, heads: HeadModel) -> Tensor:
+    def term(self, model: HeadModel) -> Tensor:
         """`1/2 sum F (theta - theta0)^2`, with gradient to whatever is trained.
 
         Raises:
             InputError: nothing that is trained can move these slices.
         """
         if self.start is None:
-            changes = [added(heads, held) for held in self.slices]
+            changes = [added(model, held) for held in self.slices]
             moved = [i for i, change in enumerate(changes) if change is not None]
             drifts = [change for change in changes if change is not None]
         else:
             moved = list(range(len(self.slices)))
             pairs = zip(self.slices, self.start, strict=True)
-            drifts = [effective(heads, held) - start for held, start in pairs]
+            drifts = [effective(model, held) - start for held, start in pairs]
         if not any(drift.requires_grad for drift in drifts):
             raise InputError(
                 f"weight_drift holds {', '.join(sorted({held.projection for held in self.slices}))}, and nothing that "
@@ -73,7 +73,7 @@ class SliceAnchor:
 
 
 def slice_anchor(
-    heads: HeadModel,
+    model: HeadModel,
     pairs: Collection[tuple[int, int]],
     parts: Sequence[str] = PARTS,
     fisher: Mapping[str, Tensor] | None = None,
@@ -90,22 +90,22 @@ def slice_anchor(
     Raises:
         InputError: a head or part that does not exist, or a Fisher diagonal that lacks one of the weights.
     """
-    slices = held_slices(heads, pairs, parts)
+    slices = held_slices(model, pairs, parts)
     if fisher is not None and (missing := [held.weight for held in slices if held.weight not in fisher]):
         raise InputError(f"the Fisher diagonal has no {missing[0]}; compute it with these names")
-    in_out = heads.architecture.in_out_weight
-    stiffness = None if fisher is None else [_fisher_of(heads, held, fisher[held.weight], in_out) for held in slices]
+    in_out = model.architecture.in_out_weight
+    stiffness = None if fisher is None else [_fisher_of(model, held, fisher[held.weight], in_out) for held in slices]
     start: list[Tensor] | None = None
     with torch.no_grad():
         if reference is not None:
             start = [effective(reference, held) for held in slices]
         elif not adapted:
-            start = [stored(heads, held) for held in slices]
+            start = [stored(model, held) for held in slices]
     return SliceAnchor(slices, start, stiffness)
 
 
-def _fisher_of(heads: HeadModel, held: Held, fisher: Tensor, in_out: bool) -> Tensor:
-    own = stored(heads, held)
+def _fisher_of(model: HeadModel, held: Held, fisher: Tensor, in_out: bool) -> Tensor:
+    own = stored(model, held)
     of_slices = cut(fisher, held, in_out).to(own.device)
     if of_slices.shape != own.shape:
         raise InputError(f"the Fisher diagonal of {held.weight} is {list(fisher.shape)}, which is not this model's")

@@ -84,7 +84,7 @@ def dry_run(recipe: Recipe) -> DryRun:
     require_new_folder(recipe.folder, fix, FIRST)
     ready = prepared(recipe)
     heads = ready.heads
-    total = sum(p.numel() for p in heads.model.parameters())
+    total = sum(p.numel() for p in heads.hf.parameters())
     notes: list[str] = []
     pairs: list[tuple[int, int]] = []
     words = None
@@ -127,13 +127,13 @@ def _trained(
     data = training.material(given, heads, ready.train, {}, lambda _line: None)
     with tempfile.TemporaryDirectory() as folder:  # a trainer makes its output folder
         arguments = training.training_arguments(recipe, output_dir=folder)
-        config: Any = training.peft_config(method, pairs, heads.model)
+        config: Any = training.peft_config(method, pairs, heads.hf)
         if config is None:
-            heads.model.requires_grad_(True)
+            heads.hf.requires_grad_(True)
         set_seed(recipe.seed)
         try:
             trainer = data.kind(
-                heads.model,
+                heads.hf,
                 args=arguments,
                 processing_class=heads.tokenizer,
                 peft_config=config,
@@ -171,9 +171,9 @@ def _in_order(recipe: Recipe, ready: Ready, words: str | None, total: int, notes
     tasks = sequence.rows_of(recipe, heads, ready.steps)
     arguments = training.training_arguments(recipe)
     if method.tune == "lora":
-        model: Any = get_peft_model(heads.model, training.lora_config(method.lora))
+        model: Any = get_peft_model(heads.hf, training.lora_config(method.lora))
     else:
-        model = heads.model.requires_grad_(True)
+        model = heads.hf.requires_grad_(True)
     at_once = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
     steps = sum(_steps(arguments, len(rows), at_once) for rows in tasks)
     longest = max(row.length for rows in tasks for row in rows)
@@ -203,7 +203,7 @@ def _heads(block: HeadsBlock, ready: Ready, notes: list[str]) -> tuple[list[tupl
         names = [f"L{layer}H{head}" for layer, head in pairs]
         return pairs, f"{len(pairs)}: {' '.join(names[:16])}{' ...' if len(names) > 16 else ''}"
     how = "identify" if block.identify else "lofit" if block.lofit else "probe"
-    pairs = memory_of_recipe.heads_of(block, model_shape.of_config(heads.model.config, heads.name))
+    pairs = memory_of_recipe.heads_of(block, model_shape.of_config(heads.hf.config, heads.name))
     notes.append(f"heads.{how} finds the heads when the run starts; parameters are counted for {len(pairs)} of them")
     return pairs, f"{'up to ' if block.role == 'both' else ''}{len(pairs)}, to be found by {how}"
 
@@ -258,7 +258,7 @@ def _sizes(rows: Any) -> tuple[int, int]:
     return longest, labels
 
 
-def _stages(recipe: Recipe, heads: HeadModel, arguments: Any, longest: int, labels: int, rows: int) -> list[Stage]:
+def _stages(recipe: Recipe, model: HeadModel, arguments: Any, longest: int, labels: int, rows: int) -> list[Stage]:
     setup = memory_of_recipe.setup_of(recipe, "single", 1, longest, labels, _device(arguments))
-    shape = model_shape.of_config(heads.model.config, heads.name)
+    shape = model_shape.of_config(model.hf.config, model.name)
     return memory_of_recipe.stages(recipe, shape, setup, rows)

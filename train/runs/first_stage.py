@@ -30,16 +30,16 @@ NORM = "lofit.norm"
 GATE = "jola.gate"
 
 
-def lofit_heads(recipe: Recipe, heads: HeadModel, train: Task, tracker: Tracker, say: Say) -> Chosen:
+def lofit_heads(recipe: Recipe, model: HeadModel, train: Task, tracker: Tracker, say: Say) -> Chosen:
     """LoFiT's first stage: the heads whose scale grows most when all heads' scales are trained under an L1 penalty.
 
         score[l, h] = ||A[l, h]||_2 after training   z <- (1 + A) z   on   loss + l1 * sum |A|
 
-    The adapter is thrown away: `heads.model` is the untouched base afterwards. (Yin et al. 2024, section 3.)
+    The adapter is thrown away: `model.hf` is the untouched base afterwards. (Yin et al. 2024, section 3.)
     """
     assert recipe.heads is not None and recipe.heads.lofit is not None
     block, top = recipe.heads.lofit, recipe.heads.top
-    everyone = [(layer, head) for layer in range(heads.n_layers) for head in range(heads.n_heads)]
+    everyone = [(layer, head) for layer in range(model.n_layers) for head in range(model.n_heads)]
     config = head_tuning.HeadTuningConfig(
         heads=[list(pair) for pair in everyone],
         scale="vector",
@@ -47,10 +47,10 @@ def lofit_heads(recipe: Recipe, heads: HeadModel, train: Task, tracker: Tracker,
         init_std=block.init_std,
         task_type="CAUSAL_LM",
     )
-    if heads.tokenizer.pad_token is None:
-        heads.tokenizer.pad_token = heads.tokenizer.eos_token
+    if model.tokenizer.pad_token is None:
+        model.tokenizer.pad_token = model.tokenizer.eos_token
     state: dict[str, Any] = {}
-    data = training.material(recipe, heads, train, state, say)
+    data = training.material(recipe, model, train, state, say)
     changes: dict[str, Any] = {
         "learning_rate": block.learning_rate,
         "output_dir": str(recipe.folder / "select"),
@@ -59,19 +59,19 @@ def lofit_heads(recipe: Recipe, heads: HeadModel, train: Task, tracker: Tracker,
     if block.max_steps is not None:
         changes["max_steps"] = block.max_steps
     say(f"choosing heads: scales on all {len(everyone)} heads, {data.n_rows} rows")
-    heads.record_attention(False)
+    model.record_attention(False)
     arguments = training.training_arguments(recipe, **changes)
     penalty = l1_penalty(block.l1)
     stage = tracker.stage("select")
-    trainer = training.train_with(recipe, heads, config, data, arguments, stage, penalty, False, say, everywhere=True)
+    trainer = training.train_with(recipe, model, config, data, arguments, stage, penalty, False, say, everywhere=True)
     adapted = trainer.accelerator.unwrap_model(trainer.model)
-    norms = scale_norms(adapted, heads.n_layers, heads.n_heads)
-    heads.model = adapted.unload()
+    norms = scale_norms(adapted, model.n_layers, model.n_heads)
+    model.hf = adapted.unload()
     shutil.rmtree(changes["output_dir"], ignore_errors=True)
     tracker.log({"select/steps": trainer.state.global_step})
     method = {"parameters": block.model_dump() | {"objective": recipe.method.objective}, **trainer.timing}  # type: ignore[union-attr]
     ranked = _ranked(norms, top, "heads.lofit.learning_rate")
-    return selected("lofit", {NORM: norms}, ranked, recipe, heads, state["training_data"], method)
+    return selected("lofit", {NORM: norms}, ranked, recipe, model, state["training_data"], method)
 
 
 def l1_penalty(weight: float) -> Penalty:
@@ -96,41 +96,41 @@ def scale_norms(model: Any, n_layers: int, n_heads: int) -> Tensor:
     return norms
 
 
-def probed_heads(recipe: Recipe, heads: HeadModel, train: Task, progress: pipeline.Progress) -> Chosen:
+def probed_heads(recipe: Recipe, model: HeadModel, train: Task, progress: pipeline.Progress) -> Chosen:
     """The heads whose output a linear probe reads right from wrong answers best (Li et al. 2023)."""
     assert recipe.heads is not None and recipe.heads.probe is not None
     block = recipe.heads.probe
     part = _part(recipe, train, block.max_examples)
-    found = probing.probe_heads(heads, part, recipe.seed, block.folds, block.per_prompt, progress)
+    found = probing.probe_heads(model, part, recipe.seed, block.folds, block.per_prompt, progress)
     note = {"name": part.name, "sha256": part.sha256, "n_examples": len(part.examples), "n_dropped": 0, "dropped": {}}
     ranked = found.ranked(recipe.heads.top)
     chosen = selected(
-        "probe", {probing.ACCURACY: found.accuracy}, ranked, recipe, heads, note, {"parameters": found.note}
+        "probe", {probing.ACCURACY: found.accuracy}, ranked, recipe, model, note, {"parameters": found.note}
     )
     return replace(chosen, probed=found)
 
 
-def open_gates(recipe: Recipe, heads: HeadModel, model: Any, chosen: Chosen, data: dict[str, Any]) -> Chosen:
+def open_gates(recipe: Recipe, model: HeadModel, trained: Any, chosen: Chosen, data: dict[str, Any]) -> Chosen:
     """The heads that JoLA's gates left open; `chosen` says which had gates.
 
     Ranked by what their gates let through, `||g2 a||_2 + ||g1 v||_2`: many gates are open as far as they go.
     """
-    gates, through = (torch.zeros(heads.n_layers, heads.n_heads) for _ in range(2))
-    for row in head_tuning.open_heads(model):
+    gates, through = (torch.zeros(model.n_layers, model.n_heads) for _ in range(2))
+    for row in head_tuning.open_heads(trained):
         gates[row.layer, row.head] = max(row.gate_scale or 0.0, row.gate_offset or 0.0)
     with torch.no_grad():
-        for module in model.modules():
+        for module in trained.modules():
             if isinstance(module, head_tuning.HeadTuningLayer):
                 scale, offset = (None if f is None else f.float().cpu() for f in module.factors("default"))
                 changes = [part for part in (None if scale is None else scale - 1, offset) if part is not None]
-                through[module.layer] = sum(part.unflatten(0, (heads.n_heads, -1)).norm(dim=-1) for part in changes)
+                through[module.layer] = sum(part.unflatten(0, (model.n_heads, -1)).norm(dim=-1) for part in changes)
     method = {"parameters": {"l0": recipe.method.l0, "gated": len(chosen.pairs)}}  # type: ignore[union-attr]
     ranked = _ranked(
         through.masked_fill(gates <= 0, 0.0),
         int((gates > 0).sum()),
         "training.learning_rate or method.gate_learning_rate",
     )
-    return selected("jola", {GATE: gates, "jola.norm": through}, ranked, recipe, heads, data, method)
+    return selected("jola", {GATE: gates, "jola.norm": through}, ranked, recipe, model, data, method)
 
 
 def _ranked(scores: Tensor, top: int, rate: str) -> tuple[RankedHead, ...]:
@@ -149,7 +149,7 @@ def _part(recipe: Recipe, train: Task, max_examples: int | None) -> Task:
 
 def steered(
     recipe: Recipe,
-    heads: HeadModel,
+    model: HeadModel,
     chosen: Chosen,
     train: Task,
     state: dict[str, Any],
@@ -169,9 +169,9 @@ def steered(
         case InterceptMethod():
             settings = Intercept(method.beta, *([method.fit] if method.fit else []))
     say(f"steering: {method.kind}")
-    heads.record_attention(True)
-    found = steering.steer(heads, settings, chosen.pairs or None, part, recipe.seed, progress, chosen.probed)
-    heads.record_attention(False)
+    model.record_attention(True)
+    found = steering.steer(model, settings, chosen.pairs or None, part, recipe.seed, progress, chosen.probed)
+    model.record_attention(False)
     state["steering"] = found.note
     state["heads"] = [list(pair) for pair in found.pairs]
-    return steering.apply(heads.model, found)
+    return steering.apply(model.hf, found)

@@ -31,19 +31,20 @@ def _saved(folder: Path) -> dict[str, Any]:
     return read_state(path) if path.is_file() else {}
 
 
-def load_run(folder: Path) -> tuple[Any, Any, Recipe]:
+def load_run(folder: Path | str) -> tuple[Any, Any, Recipe]:
     """The adapted model in float32 (a PeftModel; after full fine-tuning a plain one), its tokenizer, its recipe.
 
     Raises:
         InputError: the folder is not a run, holds no trained model, a damaged file, or links that lead out of it.
         CheckError: the adapter's weights are damaged, or not all there.
     """
+    folder = Path(folder)
     if not (folder / "recipe.yaml").is_file():
         raise InputError(
             f"{str(folder)!r} is not a run: it holds no recipe.yaml; give a folder that headtune train wrote"
         )
     require_no_way_out(folder, "run", OWN)
-    recipe = recipes.load(str(folder / "recipe.yaml"))
+    recipe = recipes.load_recipe(str(folder / "recipe.yaml"))
     block = recipe.model
     if isinstance(recipe.method, LofitMethod) and recipe.method.select_only:
         raise InputError(f"run {str(folder)!r} chose heads and trained nothing; tune them with heads.from={folder}")

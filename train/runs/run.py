@@ -23,7 +23,7 @@ from peft import PeftModel
 from headtune.analysis.identify import head_set, pipeline
 from headtune.analysis.methods.scores import load_means
 from headtune.analysis.models.head_model import HeadModel
-from headtune.analysis.models.loading import load
+from headtune.analysis.models.loading import load_model
 from headtune.analysis.reports import head_cards, head_report
 from headtune.analysis.tasks.task import Task, scored
 from headtune.analysis.tasks.tokenized import encode
@@ -87,7 +87,7 @@ def _state_file(folder: Path, content: dict[str, Any], main: bool) -> Iterator[d
 
 
 @libraries_quiet()
-def run(
+def run_recipe(
     recipe: Recipe,
     resume: bool = False,
     progress: pipeline.Progress = pipeline.silent,
@@ -194,7 +194,7 @@ def prepared(recipe: Recipe) -> Ready:
     train, held_out = (steps[0].train, steps[0].held_out) if in_order else tasks_of(recipe.task)
     block = recipe.model
     _warn_of_code(block)
-    heads = load(block.name, block.dtype, None, block.revision, block.trust_remote_code)
+    heads = load_model(block.name, block.dtype, None, block.revision, block.trust_remote_code)
     if in_order:
         sequence.require_usable(recipe, heads, steps)
     else:
@@ -207,7 +207,7 @@ def prepared(recipe: Recipe) -> Ready:
 
 def _carry_out(
     recipe: Recipe,
-    heads: HeadModel,
+    model: HeadModel,
     train: Task,
     held_out: Task,
     tracker: Tracker,
@@ -223,7 +223,7 @@ def _carry_out(
         chosen = Chosen([])
         if recipe.heads is not None:
             say("choosing heads")
-            chosen = _choose(recipe, heads, train, tracker, main, progress, say)
+            chosen = _choose(recipe, model, train, tracker, main, progress, say)
     state["heads"] = [list(pair) for pair in chosen.pairs]
     tracker.config(lineage.pinned(recipe.recipe, chosen.pairs, lineage.role_of(recipe.heads), None))
     if main:
@@ -237,10 +237,10 @@ def _carry_out(
     if isinstance(recipe.method, LofitMethod) and recipe.method.select_only:
         PartialState().wait_for_everyone()
         return {}
-    heads.record_attention(False)  # rows are not needed any more
+    model.record_attention(False)  # rows are not needed any more
     settings = recipe.evaluation
-    identity = evaluation_identity(recipe, heads, held_out)
-    measured = functools.partial(measure, heads.tokenizer, held_out, settings)
+    identity = evaluation_identity(recipe, model, held_out)
+    measured = functools.partial(measure, model.tokenizer, held_out, settings)
     before: dict[str, Any] | None = None
     rows_before: list[dict[str, Any]] = []
     if resume and (folder / "evaluation.json").is_file():
@@ -253,33 +253,33 @@ def _carry_out(
     if main:
         if before is None:
             say(f"evaluating the base model on {len(held_out.examples)} held-out prompts")
-            before, rows_before = measured(heads.model)
+            before, rows_before = measured(model.hf)
         write_evaluation(folder, identity, before, None, rows_before, [])
         tracker.log(flat("before", before), step=0)
 
-    total = sum(p.numel() for p in heads.model.parameters())
+    total = sum(p.numel() for p in model.hf.parameters())
     torch.manual_seed(recipe.seed)
-    model = _adapted(recipe, heads, chosen, train, tracker, state, resume, progress, say)
-    trained = state.get("parameters", sum(p.numel() for p in model.parameters() if p.requires_grad))
+    adapted = _adapted(recipe, model, chosen, train, tracker, state, resume, progress, say)
+    trained = state.get("parameters", sum(p.numel() for p in adapted.parameters() if p.requires_grad))
     state |= {"parameters": trained, "model_parameters": total, "parameters_share": trained / total}
     state["peak_memory_gib"] = peak_memory()
     if not main:
         PartialState().wait_for_everyone()
         return {}
-    if isinstance(model, PeftModel):
+    if isinstance(adapted, PeftModel):
         with new_folder(folder / "adapter") as temporary:
-            weights_io.write(model, temporary)
+            weights_io.write(adapted, temporary)
     elif isinstance(recipe.method, FullMethod | RegulariseMethod) and recipe.method.keep:
         with new_folder(folder / "model") as temporary:
-            weights_io.write(model, temporary)
-            heads.tokenizer.save_pretrained(str(temporary))
+            weights_io.write(adapted, temporary)
+            model.tokenizer.save_pretrained(str(temporary))
     if isinstance(recipe.method, JolaMethod):
-        chosen = first_stage.open_gates(recipe, heads, model, chosen, state["training_data"])
+        chosen = first_stage.open_gates(recipe, model, adapted, chosen, state["training_data"])
         keep_heads(chosen, folder)
         assert chosen.found is not None
         media.show_heads(tracker, chosen.found, chosen.means or {}, folder, f"{folder.name}-heads")
     say(f"evaluating the adapted model ({trained} parameters, {100 * trained / total:.4f}% of the model)")
-    after, rows_after = measured(model)
+    after, rows_after = measured(adapted)
     evaluation = write_evaluation(folder, identity, before, after, rows_before, rows_after)
     tracker.log(flat("after", after))
     tracker.summary({"parameters": trained, "parameters_share": trained / total} | flat("after", after))
@@ -296,7 +296,7 @@ def _carry_out(
     return evaluation
 
 
-def _require_usable(recipe: Recipe, heads: HeadModel, train: Task, held_out: Task) -> None:
+def _require_usable(recipe: Recipe, model: HeadModel, train: Task, held_out: Task) -> None:
     """Refuse, before anything is written, what does not fit the tokenizer, the task, the model or transformers."""
     block, method = recipe.heads, recipe.method
     objective = method.objective if isinstance(method, ObjectiveBlock) else None
@@ -306,21 +306,21 @@ def _require_usable(recipe: Recipe, heads: HeadModel, train: Task, held_out: Tas
                 f"task {train.name!r} is multiple choice, whose answers are no first tokens; set method.objective "
                 "to sft or dpo, and choose heads on another task (heads.from)"
             )
-        encode(train, heads.tokenizer, heads.positions)
+        encode(train, model.tokenizer, model.positions)
     if objective in ("sft", "dpo"):
-        rows = training.text_rows(recipe, heads.tokenizer, train)
-        trl_trainers.require_room_in(train.name, rows, heads.tokenizer, heads.positions)
+        rows = training.text_rows(recipe, model.tokenizer, train)
+        trl_trainers.require_room_in(train.name, rows, model.tokenizer, model.positions)
     require_choices(held_out)
-    require_room_for(heads.model, heads.tokenizer, held_out, recipe.evaluation.n_items)
+    require_room_for(model.hf, model.tokenizer, held_out, recipe.evaluation.n_items)
     if block is not None and block.identify is None and not block.learnt:
-        choose_heads(block, heads, train, say=lambda _line: None)
+        choose_heads(block, model, train, say=lambda _line: None)
     if objective is not None:
         training.training_arguments(recipe)
 
 
 def _choose(
     recipe: Recipe,
-    heads: HeadModel,
+    model: HeadModel,
     train: Task,
     tracker: Tracker,
     main: bool,
@@ -330,11 +330,11 @@ def _choose(
     block, folder = recipe.heads, recipe.folder if main else None
     assert block is not None
     if not block.learnt:
-        return choose_heads(block, heads, train, folder, progress, say)
+        return choose_heads(block, model, train, folder, progress, say)
     if block.lofit is not None:
-        chosen = first_stage.lofit_heads(recipe, heads, train, tracker, say)
+        chosen = first_stage.lofit_heads(recipe, model, train, tracker, say)
     else:
-        chosen = first_stage.probed_heads(recipe, heads, train, progress)
+        chosen = first_stage.probed_heads(recipe, model, train, progress)
     if main:
         keep_heads(chosen, recipe.folder)
     return chosen
@@ -342,7 +342,7 @@ def _choose(
 
 def _adapted(
     recipe: Recipe,
-    heads: HeadModel,
+    model: HeadModel,
     chosen: Chosen,
     train: Task,
     tracker: Tracker,
@@ -353,10 +353,10 @@ def _adapted(
 ) -> Any:
     """The model with its trained, or for `steer` its computed, adapter; in eval mode."""
     if isinstance(recipe.method, ObjectiveBlock):
-        if heads.tokenizer.pad_token is None:
-            heads.tokenizer.pad_token = heads.tokenizer.eos_token
-        return training.fit(recipe, heads, chosen.pairs, train, tracker, state, resume, say)
-    return first_stage.steered(recipe, heads, chosen, train, state, progress, say)
+        if model.tokenizer.pad_token is None:
+            model.tokenizer.pad_token = model.tokenizer.eos_token
+        return training.fit(recipe, model, chosen.pairs, train, tracker, state, resume, say)
+    return first_stage.steered(recipe, model, chosen, train, state, progress, say)
 
 
 def _require_same(recipe: Recipe, folder: Path) -> None:
@@ -364,7 +364,7 @@ def _require_same(recipe: Recipe, folder: Path) -> None:
     path = folder / "recipe.yaml"
     if not path.is_file():
         raise InputError(f"nothing to resume in {str(folder)!r}: it holds no recipe.yaml; start it without --resume")
-    old, new = recipes.load(str(path)).dump(), recipe.dump()
+    old, new = recipes.load_recipe(str(path)).dump(), recipe.dump()
     changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
     if changed:
         raise InputError(
@@ -373,12 +373,12 @@ def _require_same(recipe: Recipe, folder: Path) -> None:
         )
 
 
-def _data(heads: HeadModel, train: Task, held_out: Task) -> dict[str, Any]:
+def _data(model: HeadModel, train: Task, held_out: Task) -> dict[str, Any]:
     """What a run that is taken up again must find as it was: the task's examples, the model's weights."""
     return {
         "train_sha256": train.sha256,
         "eval_sha256": held_out.sha256,
-        "weights_sha256": heads.weights_sha256,
+        "weights_sha256": model.weights_sha256,
     }
 
 

@@ -110,7 +110,7 @@ def cells(
             own += [f"{key}={_yaml(value)}" for key, value in places.items()]
             cell = Cell(folder, chosen, (*overrides, *own))
             try:
-                recipes.load(name, cell.overrides)
+                recipes.load_recipe(name, cell.overrides)
             except InputError as error:
                 raise InputError(f"{folder.name}: {error}") from None
             found.append(cell)
@@ -175,7 +175,7 @@ def _require_same(name: str, cell: Cell) -> None:
     path = cell.folder / "recipe.yaml"
     if not path.is_file():
         return
-    old, new = recipes.load(str(path)).dump(), recipes.load(name, cell.overrides).dump()
+    old, new = recipes.load_recipe(str(path)).dump(), recipes.load_recipe(name, cell.overrides).dump()
     if changed := sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key)):
         raise InputError(
             f"{str(cell.folder)!r} holds a run with another {', '.join(changed)}; choose another --out, or remove it"

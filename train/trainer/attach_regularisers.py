@@ -49,7 +49,7 @@ class _Combined:
         return {name: term for part in self.parts for name, term in part(model, progress).items()}
 
 
-def require_usable(recipe: Recipe, heads: HeadModel, train: Task) -> None:
+def require_usable(recipe: Recipe, model: HeadModel, train: Task) -> None:
     """Refuse, before anything is written, regularisers that do not fit the model, the tokenizer or each other.
 
     Heads that the recipe is yet to find are taken to be there.
@@ -68,21 +68,21 @@ def require_usable(recipe: Recipe, heads: HeadModel, train: Task) -> None:
             "max_examples"
         )
     if stiff:
-        rows_of(_fisher_task(recipe, train, stiff[0]), heads.tokenizer, 0, recipe.seed)
+        rows_of(_fisher_task(recipe, train, stiff[0]), model.tokenizer, 0, recipe.seed)
     for term in terms:
-        own = choose_heads(term.heads, heads, train, say=lambda _line: None).pairs if term.heads else [(0, 0)]
+        own = choose_heads(term.heads, model, train, say=lambda _line: None).pairs if term.heads else [(0, 0)]
         if not isinstance(term, methods.PruneGates):
-            regularisers.Regularisers(heads, [_spec(term, own)], fisher={})
+            regularisers.Regularisers(model, [_spec(term, own)], fisher={})
 
 
 @contextlib.contextmanager
 def held(
-    recipe: Recipe, heads: HeadModel, pairs: Pairs, train: Task, trainer: Any, say: Say
+    recipe: Recipe, model: HeadModel, pairs: Pairs, train: Task, trainer: Any, say: Say
 ) -> Iterator[head_pruning.HeadGates | None]:
     """Inside the block the trainer's loss has the recipe's regularisers.
 
     Args:
-        heads: the model that is trained; its adapter, if any, is on it already.
+        model: the model that is trained; its adapter, if any, is on it already.
         pairs: the recipe's own heads.
         train: the task that is trained on.
 
@@ -93,7 +93,7 @@ def held(
         InputError: heads that do not exist, options that are no single tokens.
     """
     terms = [
-        (term, list(pairs) if term.heads is None else choose_heads(term.heads, heads, train, say=say).pairs)
+        (term, list(pairs) if term.heads is None else choose_heads(term.heads, model, train, say=say).pairs)
         for term in _terms(recipe)
     ]
     gates: head_pruning.HeadGates | None = None
@@ -110,15 +110,15 @@ def held(
     with contextlib.ExitStack() as during:
         if specs:
             if any(isinstance(spec, regularisers.AttentionKl | regularisers.NegativeAttention) for spec in specs):
-                during.enter_context(_recorded(heads))
+                during.enter_context(_recorded(model))
             activations = regularisers.AttentionKl | regularisers.OutputDrift
             compared = [
                 spec.kind for spec in specs if isinstance(spec, activations) or getattr(spec, "role", None) == "recall"
             ]
             if compared:
-                told_of_dropout(heads.model, " and ".join(compared), say)
+                told_of_dropout(model.hf, " and ".join(compared), say)
             watching = regularisers.Regularisers(
-                heads, specs, fisher=_fisher(recipe, heads, train, terms, trainer.model, say)
+                model, specs, fisher=_fisher(recipe, model, train, terms, trainer.model, say)
             )
             during.enter_context(watching.installed())
             trainer.penalty = combined(trainer.penalty, watching)
@@ -154,14 +154,14 @@ def _spec(term: methods.AnyRegulariser, of: Pairs) -> regularisers.Spec:
 
 
 @contextlib.contextmanager
-def _recorded(heads: HeadModel) -> Iterator[None]:
+def _recorded(model: HeadModel) -> Iterator[None]:
     """Attention rows can be read inside the block, whatever the attention was before."""
-    before = heads.model.config._attn_implementation
-    heads.record_attention(True)
+    before = model.hf.config._attn_implementation
+    model.record_attention(True)
     try:
         yield
     finally:
-        heads.model.set_attn_implementation(before)
+        model.hf.set_attn_implementation(before)
 
 
 def _fisher_task(recipe: Recipe, train: Task, term: methods.WeightDrift) -> Task:
@@ -175,23 +175,23 @@ def _fisher_task(recipe: Recipe, train: Task, term: methods.WeightDrift) -> Task
 
 
 def _fisher(
-    recipe: Recipe, heads: HeadModel, train: Task, terms: Sequence[tuple[Any, Pairs]], model: Any, say: Say
+    recipe: Recipe, model: HeadModel, train: Task, terms: Sequence[tuple[Any, Pairs]], trained: Any, say: Say
 ) -> dict[str, Tensor] | None:
     """The Fisher diagonal of the weights that are held by it, by their names without an adapter.
 
     It is that of the model they are held to: the one that training starts from, with its adapter off where it has one.
 
     Args:
-        model: what is trained: `heads.model`, or the PeftModel around it.
+        trained: what is trained: `model.hf`, or the PeftModel around it.
     """
     stiff = [(term, of) for term, of in terms if isinstance(term, methods.WeightDrift) and term.fisher]
     if not stiff:
         return None
     task = _fisher_task(recipe, train, stiff[0][0])
     say(f"Fisher information on {len(task.examples)} prompts of {task.name}")
-    rows = [row.plain for row in rows_of(task, heads.tokenizer, 0, recipe.seed)]
-    wanted = {slices.weight for term, of in stiff for slices in held_slices(heads, of, term.parts)}
-    names = {name: name.replace(".base_layer", "") for name, _ in heads.model.named_parameters()}
-    with model.disable_adapter() if isinstance(model, PeftModel) else contextlib.nullcontext():
-        found = fisher_diagonal(heads.model, rows, [name for name, plain in names.items() if plain in wanted])
+    rows = [row.plain for row in rows_of(task, model.tokenizer, 0, recipe.seed)]
+    wanted = {slices.weight for term, of in stiff for slices in held_slices(model, of, term.parts)}
+    names = {name: name.replace(".base_layer", "") for name, _ in model.hf.named_parameters()}
+    with trained.disable_adapter() if isinstance(trained, PeftModel) else contextlib.nullcontext():
+        found = fisher_diagonal(model.hf, rows, [name for name, plain in names.items() if plain in wanted])
     return {names[name]: value for name, value in found.items()}

@@ -151,24 +151,24 @@ def text_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, train: Task) -
     return trl_trainers.open_rows(rows, tokenizer, whole=recipe.training.get("completion_only_loss") is False)
 
 
-def material(recipe: Recipe, heads: HeadModel, train: Task, state: dict[str, Any], say: Say) -> Material:
+def material(recipe: Recipe, model: HeadModel, train: Task, state: dict[str, Any], say: Say) -> Material:
     """The rows of a recipe's objective; notes what they are in `state["training_data"]`."""
     method: Any = recipe.method
-    tokenizer = heads.tokenizer
+    tokenizer = model.tokenizer
     limit = recipe.task.max_train_examples
     if method.objective == "answer_set":
         say("writing the model's own lists" if method.answer_set.own_lists else "preparing prompts")
         task = trl_trainers.answer_set_task(
-            heads.model,
+            model.hf,
             tokenizer,
             train,
             method.answer_set,
             limit or len(train.examples),
             recipe.seed,
             recipe.evaluation.batch_size,
-            heads.weights_sha256,
+            model.weights_sha256,
         )
-        encoded = encode(task, tokenizer, heads.positions)
+        encoded = encode(task, tokenizer, model.positions)
         state["training_data"] = encoded.summary()
         rows = trl_trainers.answer_set_rows(encoded)
         collator = trl_trainers.AnswerSetCollator(tokenizer.pad_token_id)
@@ -182,7 +182,7 @@ def material(recipe: Recipe, heads: HeadModel, train: Task, state: dict[str, Any
 
 def train_with(
     recipe: Recipe,
-    heads: HeadModel,
+    model: HeadModel,
     config: PeftConfig | None,
     data: Material,
     arguments: Any,
@@ -193,7 +193,7 @@ def train_with(
     held: Callable[[Any], contextlib.AbstractContextManager[Any]] | None = None,
     everywhere: bool = False,
 ) -> Any:
-    """Train `heads.model` with an adapter of this configuration (None: the whole model); returns the finished trainer.
+    """Train `model.hf` with an adapter of this configuration (None: the whole model); returns the finished trainer.
 
     Args:
         held: a block around the training, given the trainer (see `holding.held`).
@@ -207,15 +207,15 @@ def train_with(
     timer, marking = Timer(), checkpoints.Mark(arguments)
     extra: dict[str, Any] = {}
     if config is None:
-        heads.model.requires_grad_(True)
+        model.hf.requires_grad_(True)
         if method.objective == "dpo":
-            extra["ref_model"] = copy.deepcopy(heads.model).requires_grad_(False)
+            extra["ref_model"] = copy.deepcopy(model.hf).requires_grad_(False)
     set_seed(recipe.seed)  # whatever was drawn before, an adapter starts from the seed alone
     try:
         trainer = data.kind(
-            heads.model,
+            model.hf,
             args=arguments,
-            processing_class=heads.tokenizer,
+            processing_class=model.tokenizer,
             callbacks=[*([trainer_callback(tracker)] if tracker else []), told(say), timer, marking],
             peft_config=config,
             **data.arguments,
@@ -234,7 +234,7 @@ def train_with(
         _require_visible_pass(trainer.args)
     trainer.remove_callback(PrinterCallback)
     checkpoint = checkpoints.newest(Path(arguments.output_dir), say) if resume else None
-    cache = _prefix_cache(recipe, heads, trainer, say)
+    cache = _prefix_cache(recipe, model, trainer, say)
     prunes = any(isinstance(term, PruneGates) for term in method.regularisers)
     split = distributed.partitioned(trainer.accelerator)
     frame = distributed.frame_of(trainer.model) if split else None
@@ -248,10 +248,10 @@ def train_with(
         carry_out(trainer, checkpoint)
     if frame is not None:
         gated = head_pruning.whole_state(trainer.model) if prunes else None  # the frame is of the model without gates
-        heads.model = distributed.base_of(distributed.consolidated(trainer, frame, everywhere or prunes))
+        model.hf = distributed.base_of(distributed.consolidated(trainer, frame, everywhere or prunes))
         if gated is not None:
             head_pruning.attach_state(trainer.model, gated)
-        heads.__dict__.pop("layers", None)  # of the model that was split
+        model.__dict__.pop("layers", None)  # of the model that was split
     trainer.timing = timer.summary() | ({} if cache is None else {"prefix_cache": cache.stats.summary()})
     return trainer
 
@@ -284,18 +284,18 @@ def _require_visible_pass(args: Any) -> None:
         )
 
 
-def _prefix_cache(recipe: Recipe, heads: HeadModel, trainer: Any, say: Say) -> PrefixCache | None:
+def _prefix_cache(recipe: Recipe, model: HeadModel, trainer: Any, say: Say) -> PrefixCache | None:
     method: Any = recipe.method
     if not method.prefix_cache or method.regularisers:  # which look at what layers below put out, too
         return None
-    model = trainer.model
-    reason = refusal(model, trainer)
+    trained = trainer.model
+    reason = refusal(trained, trainer)
     if reason is not None:
         if isinstance(method, LofitMethod | JolaMethod | MaskedMethod):
             say(f"prefix cache off: {reason}")
         return None
-    say(f"prefix cache: layers 0-{lowest_trained(model) - 1} run once per example")
-    return PrefixCache(model, method.prefix_memory_gb, _cache_folder(recipe))
+    say(f"prefix cache: layers 0-{lowest_trained(trained) - 1} run once per example")
+    return PrefixCache(trained, method.prefix_memory_gb, _cache_folder(recipe))
 
 
 def _cache_folder(recipe: Recipe) -> Path:
@@ -304,7 +304,7 @@ def _cache_folder(recipe: Recipe) -> Path:
 
 def fit(
     recipe: Recipe,
-    heads: HeadModel,
+    model: HeadModel,
     pairs: Pairs,
     train: Task,
     tracker: Tracker,
@@ -317,34 +317,34 @@ def fit(
     Writes into `state` what it trained on, how long a step took, and what the prefix cache did.
     """
     method: Any = recipe.method
-    config = peft_config(method, pairs, heads.model)
-    data = material(recipe, heads, train, state, say)
+    config = peft_config(method, pairs, model.hf)
+    data = material(recipe, model, train, state, say)
     penalty = l0_penalty(method) if isinstance(method, JolaMethod) else None
     gates: head_pruning.HeadGates | None = None
 
     @contextlib.contextmanager
     def held(trainer: Any) -> Iterator[None]:
         nonlocal gates
-        with attach_regularisers.held(recipe, heads, pairs, train, trainer, say) as gates:
+        with attach_regularisers.held(recipe, model, pairs, train, trainer, say) as gates:
             yield
 
     say(f"training on {data.n_rows} {'pairs' if method.objective == 'dpo' else 'prompts'}")
     arguments = training_arguments(recipe)
-    trainer = train_with(recipe, heads, config, data, arguments, tracker, penalty, resume, say, held)
+    trainer = train_with(recipe, model, config, data, arguments, tracker, penalty, resume, say, held)
     shutil.rmtree(_cache_folder(recipe), ignore_errors=True)  # of use to a broken run only
     tracker.log({"train/steps": trainer.state.global_step})
     state["training"] = {"steps": trainer.state.global_step, **trainer.timing}
-    model = unwrapped(trainer).eval()
-    state["parameters"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    trained = unwrapped(trainer).eval()
+    state["parameters"] = sum(p.numel() for p in trained.parameters() if p.requires_grad)
     if gates is not None:
-        gates = head_pruning.gates_of(model)  # as trained: an engine may have put the model together anew
+        gates = head_pruning.gates_of(trained)  # as trained: an engine may have put the model together anew
         state["pruned"] = head_pruning.summary(gates)
         say(f"{state['pruned']['closed']} of {state['pruned']['gated']} heads are closed")
-        if isinstance(model, PeftModel):
-            model = model.merge_and_unload()
-        head_pruning.fold(model, gates)
-        heads.model = model
-    return model
+        if isinstance(trained, PeftModel):
+            trained = trained.merge_and_unload()
+        head_pruning.fold(trained, gates)
+        model.hf = trained
+    return trained
 
 
 def l0_penalty(method: JolaMethod) -> Penalty:

@@ -48,30 +48,30 @@ class Held:
     def axis(self) -> int:
         return int(self.on_input)
 
-    def module(self, heads: HeadModel) -> nn.Module:
+    def module(self, model: HeadModel) -> nn.Module:
         """The projection, with whatever adapter is around it."""
-        return heads.attention(self.layer).get_submodule(self.projection)
+        return model.attention(self.layer).get_submodule(self.projection)
 
 
-def held_slices(heads: HeadModel, pairs: Collection[tuple[int, int]], parts: Sequence[str] = PARTS) -> list[Held]:
+def held_slices(model: HeadModel, pairs: Collection[tuple[int, int]], parts: Sequence[str] = PARTS) -> list[Held]:
     """The slices of W_Q, W_K, W_V, W_O (those in `parts`) that belong to heads, by projection; each row once.
 
     Raises:
         InputError: a head that the model does not have, or an unknown part.
     """
-    require_heads(heads, pairs)
+    require_heads(model, pairs)
     if not parts or not set(parts) <= set(PARTS):
         raise InputError(f"parts {list(parts)} are not understood; give some of {', '.join(PARTS)}")
-    row, group = heads.architecture, heads.n_heads // heads.n_kv_heads
+    row, group = model.architecture, model.n_heads // model.n_kv_heads
     found = []
     for layer in sorted({layer for layer, _ in pairs}):
         chosen = [head for of_layer, head in pairs if of_layer == layer]
         wanted = {(part, head // group if part in SHARED else head) for part in parts for head in chosen}
         for projection in (*row.qkv, row.output_projection):
-            blocks = _blocks(row, projection, heads.n_heads, heads.n_kv_heads)
+            blocks = _blocks(row, projection, model.n_heads, model.n_kv_heads)
             positions = torch.tensor([i for i, block in enumerate(blocks) if block in wanted], dtype=torch.long)
             if len(positions):
-                index = (positions[:, None] * heads.head_dim + torch.arange(heads.head_dim)).flatten()
+                index = (positions[:, None] * model.head_dim + torch.arange(model.head_dim)).flatten()
                 name = f"{row.layers}.{layer}.{row.attention}.{projection}.weight"
                 found.append(Held(layer, projection, name, projection == row.output_projection, index))
     return found
@@ -83,12 +83,12 @@ def cut(weight: Tensor, held: Held, in_out: bool) -> Tensor:
     return oriented.index_select(held.axis, held.index.to(weight.device)).float()
 
 
-def stored(heads: HeadModel, held: Held) -> Tensor:
+def stored(model: HeadModel, held: Held) -> Tensor:
     """The slices of the weight itself, without any adapter: float32 `[n, in]`; of an output projection `[out, n]`."""
-    return cut(_layers(held.module(heads))[-1].weight, held, heads.architecture.in_out_weight)
+    return cut(_layers(held.module(model))[-1].weight, held, model.architecture.in_out_weight)
 
 
-def added(heads: HeadModel, held: Held, scaled: bool = True) -> Tensor | None:
+def added(model: HeadModel, held: Held, scaled: bool = True) -> Tensor | None:
     """What active adapters add to the slices, float32 with gradient, shaped as `stored`; None where nothing is added.
 
     Dropout inside a LoRA is left out.
@@ -100,10 +100,10 @@ def added(heads: HeadModel, held: Held, scaled: bool = True) -> Tensor | None:
         InputError: an adapter whose addition is not known.
     """
     total: Tensor | None = None
-    for layer in _layers(held.module(heads))[:-1]:
+    for layer in _layers(held.module(model))[:-1]:
         if not (layer.disable_adapters or layer.merged):
             for name in layer.active_adapters:
-                addition = _addition(heads, layer, name, held, scaled)
+                addition = _addition(model, layer, name, held, scaled)
                 if addition is not None:
                     total = addition if total is None else total + addition
     return total
@@ -117,7 +117,7 @@ def _layers(module: nn.Module) -> list[Any]:
     return found
 
 
-def _addition(heads: HeadModel, module: Any, name: str, held: Held, scaled: bool) -> Tensor | None:
+def _addition(model: HeadModel, module: Any, name: str, held: Held, scaled: bool) -> Tensor | None:
     index = held.index.to(module.weight.device)
     if isinstance(module, HeadSlicesLayer):
         return _of_slices(module, name, held, index)
@@ -125,7 +125,7 @@ def _addition(heads: HeadModel, module: Any, name: str, held: Held, scaled: bool
         if len(module.active_adapters) > 1:  # their factors multiply
             raise InputError(f"head-tuning adapters {module.active_adapters} are active at once; activate one of them")
         factor = module.factors(name)[0] if scaled and name in module.chosen_heads else None
-        return None if factor is None else stored(heads, held) * (factor[index].float() - 1)
+        return None if factor is None else stored(model, held) * (factor[index].float() - 1)
     if not isinstance(module, LoraLayer) or name in module.lora_variant:
         raise InputError(
             f"{held.weight} carries a {type(module).__name__} whose change of the weight is not known; use a plain "
@@ -152,18 +152,18 @@ def _of_slices(module: HeadSlicesLayer, name: str, held: Held, index: Tensor) ->
     return delta.index_select(held.axis, own.clamp(min=0)) * kept
 
 
-def effective(heads: HeadModel, held: Held, scaled: bool = True) -> Tensor:
+def effective(model: HeadModel, held: Held, scaled: bool = True) -> Tensor:
     """The slices that the model computes with: `stored + added`."""
-    addition = added(heads, held, scaled)
-    return stored(heads, held) if addition is None else stored(heads, held) + addition
+    addition = added(model, held, scaled)
+    return stored(model, held) if addition is None else stored(model, held) + addition
 
 
-def output_slices(heads: HeadModel, layer: int, chosen: Sequence[int]) -> Tensor:
+def output_slices(model: HeadModel, layer: int, chosen: Sequence[int]) -> Tensor:
     """`W_O` of chosen heads of a layer, in the order given, with what adapters add: `[heads, head_dim, d_model]`.
 
     For a z taken behind a head-tuning adapter's scale, which is therefore left out.
     """
-    held = held_slices(heads, {(layer, head) for head in chosen}, ["o"])[0]
+    held = held_slices(model, {(layer, head) for head in chosen}, ["o"])[0]
     ascending = sorted(set(chosen))
-    weight = effective(heads, held, scaled=False).T.reshape(len(ascending), heads.head_dim, -1)
+    weight = effective(model, held, scaled=False).T.reshape(len(ascending), model.head_dim, -1)
     return weight[torch.tensor([ascending.index(head) for head in chosen], device=weight.device)]

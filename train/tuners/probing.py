@@ -161,7 +161,7 @@ def _drawn(
 # --- reading heads ----------------------------------------------------------------------------------------------------
 
 
-def end_batches(heads: HeadModel, rows: Sequence[Sequence[int]]) -> list[tuple[list[int], Tensor, Tensor, Tensor]]:
+def end_batches(model: HeadModel, rows: Sequence[Sequence[int]]) -> list[tuple[list[int], Tensor, Tensor, Tensor]]:
     """Rows of tokens in batches of like length: their indices, ids, mask and last positions.
 
     Padded on the right, whatever the tokenizer's habit: no token sees what comes after it, and positions are unchanged.
@@ -175,29 +175,29 @@ def end_batches(heads: HeadModel, rows: Sequence[Sequence[int]]) -> list[tuple[l
         for row, index in enumerate(indices):
             ids[row, : lengths[row]] = torch.tensor(rows[index])
         mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
-        batches.append((indices, ids.to(heads.device), mask.to(heads.device), (lengths - 1).to(heads.device)))
+        batches.append((indices, ids.to(model.device), mask.to(model.device), (lengths - 1).to(model.device)))
     return batches
 
 
-def tokenised(heads: HeadModel, texts: Sequence[str], task: Task) -> list[list[int]]:
+def tokenised(model: HeadModel, texts: Sequence[str], task: Task) -> list[list[int]]:
     """Texts in tokens, as the model gets a task's prompts: a chat template writes its own special tokens."""
-    return [heads.tokenizer(text, add_special_tokens=not task.chat_template).input_ids for text in texts]
+    return [model.tokenizer(text, add_special_tokens=not task.chat_template).input_ids for text in texts]
 
 
 @torch.no_grad()
 def read_ends(
-    heads: HeadModel, rows: Sequence[Sequence[int]], layers: Sequence[int], progress: Progress = silent
+    model: HeadModel, rows: Sequence[Sequence[int]], layers: Sequence[int], progress: Progress = silent
 ) -> dict[int, Tensor]:
     """z at the last token of each row of token ids.
 
     Returns:
         layer -> `[n_rows, n_heads, head_dim]` in the model's dtype, in main memory.
     """
-    shape = (len(rows), heads.n_heads, heads.head_dim)
-    found = {layer: torch.empty(shape, dtype=heads.dtype) for layer in layers}
-    for indices, ids, mask, ends in progress(end_batches(heads, rows), "reading heads"):
-        with hooks.capture(heads, layers, ends) as z:
-            heads.model(ids, attention_mask=mask, use_cache=False, logits_to_keep=1)
+    shape = (len(rows), model.n_heads, model.head_dim)
+    found = {layer: torch.empty(shape, dtype=model.dtype) for layer in layers}
+    for indices, ids, mask, ends in progress(end_batches(model, rows), "reading heads"):
+        with hooks.capture(model, layers, ends) as z:
+            model.hf(ids, attention_mask=mask, use_cache=False, logits_to_keep=1)
         for layer in layers:
             found[layer][indices] = z[layer].cpu()
     return found
@@ -307,18 +307,18 @@ def probe_correct(z: Tensor, true: Tensor, folds: Tensor) -> Tensor:
 
 
 def read_statements(
-    heads: HeadModel, task: Task, layers: Sequence[int], seed: int, per_prompt: int | None, progress: Progress
+    model: HeadModel, task: Task, layers: Sequence[int], seed: int, per_prompt: int | None, progress: Progress
 ) -> tuple[dict[int, Tensor], Tensor, list[str], dict[str, Any]]:
     """z by layer, labels `[n]` on the model's device, subjects, and the note of `statements`."""
-    found, note = statements(as_chat(task, heads.tokenizer), seed, per_prompt)
-    rows = tokenised(heads, [statement.text for statement in found], task)
-    z = read_ends(heads, rows, layers, progress)
-    true = torch.tensor([statement.true for statement in found], device=heads.device)
+    found, note = statements(as_chat(task, model.tokenizer), seed, per_prompt)
+    rows = tokenised(model, [statement.text for statement in found], task)
+    z = read_ends(model, rows, layers, progress)
+    true = torch.tensor([statement.true for statement in found], device=model.device)
     return z, true, [statement.subject for statement in found], {"task": task.name, "sha256": task.sha256, **note}
 
 
 def probe_heads(
-    heads: HeadModel,
+    model: HeadModel,
     task: Task,
     seed: int = 0,
     folds: int = FOLDS,
@@ -335,13 +335,13 @@ def probe_heads(
     Raises:
         InputError: see `statements` and `question_folds`.
     """
-    layers = range(heads.n_layers)
+    layers = range(model.n_layers)
     question_folds(task.subjects, folds, seed)  # refuses before the model runs
-    z, true, subjects, note = read_statements(heads, task, layers, seed, per_prompt, progress)
-    fold = question_folds(subjects, folds, seed).to(heads.device)
+    z, true, subjects, note = read_statements(model, task, layers, seed, per_prompt, progress)
+    fold = question_folds(subjects, folds, seed).to(model.device)
     correct, theta, sigma = [], [], []
     for layer in progress(layers, "probing heads"):
-        of_layer = z[layer].to(heads.device).float()
+        of_layer = z[layer].to(model.device).float()
         correct.append(probe_correct(of_layer, true, fold).cpu())
         directions, spread = mass_mean(of_layer, true)
         theta.append(directions.cpu())

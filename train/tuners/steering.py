@@ -1,7 +1,7 @@
 """Steering without training: factors and directions computed from a model and a task, as values of the head adapter.
 
     steered = steer(heads, ITI(alpha=15, top=48), None, task, seed=0)
-    model = apply(heads.model, steered)       # a PeftModel that evaluates, saves, merges and exports like a trained one
+    model = apply(model.hf, steered)       # a PeftModel that evaluates, saves, merges and exports like a trained one
 
     scale       z[l, h] <- factor * z[l, h]                      the heads given
     iti         z[l, h] <- z[l, h] + alpha * sigma * theta       theta: from false towards true (Li et al. 2023)
@@ -99,14 +99,14 @@ Settings = Scale | ITI | Sink | Intercept
 
 
 @torch.no_grad()
-def sink_attention(heads: HeadModel, task: Task, progress: Progress = silent) -> Tensor:
+def sink_attention(model: HeadModel, task: Task, progress: Progress = silent) -> Tensor:
     """`[n_heads]` attention of the last layer's heads from END to the first position, mean over a task's prompts."""
-    rows = tokenised(heads, [example.prompt for example in as_chat(task, heads.tokenizer).examples], task)
-    total = torch.zeros(heads.n_heads, dtype=torch.float64)
-    for _, ids, mask, ends in progress(end_batches(heads, rows), "reading attention"):
+    rows = tokenised(model, [example.prompt for example in as_chat(task, model.tokenizer).examples], task)
+    total = torch.zeros(model.n_heads, dtype=torch.float64)
+    for _, ids, mask, ends in progress(end_batches(model, rows), "reading attention"):
         with record_rows(ends) as recorded:
-            heads.model(ids, attention_mask=mask, use_cache=False, logits_to_keep=1)
-        total += recorded.pattern[heads.n_layers - 1][:, :, 0].sum(0).double().cpu()
+            model.hf(ids, attention_mask=mask, use_cache=False, logits_to_keep=1)
+        total += recorded.pattern[model.n_layers - 1][:, :, 0].sum(0).double().cpu()
     return total / len(rows)
 
 
@@ -138,7 +138,7 @@ class Steered:
 
 
 def steer(
-    heads: HeadModel,
+    model: HeadModel,
     settings: Settings,
     pairs: Pairs | None,
     task: Task,
@@ -149,7 +149,7 @@ def steer(
     """Compute an adapter from a model and a task.
 
     Args:
-        heads: the plain model, before any adapter and with the attention that `view` gave it.
+        model: the plain model, before any adapter and with the attention that `view` gave it.
         pairs: the heads, for `Scale`, and for `ITI` without `top`; the others find theirs themselves: None.
         task: whose answers, or prompts, are looked at; an intercept is fitted on its own `fit` instead.
         seed: of what is drawn (see `probe_heads`).
@@ -160,15 +160,15 @@ def steer(
             position enough; a family whose MLP output has no projection to carry an offset; see also `statements`.
     """
     if isinstance(settings, Scale):
-        return _scaled(heads, _given(heads, pairs), settings.factor, {"kind": "scale", **asdict(settings)})
+        return _scaled(model, _given(model, pairs), settings.factor, {"kind": "scale", **asdict(settings)})
     if isinstance(settings, ITI):
-        return _iti(heads, settings, pairs, task, seed, progress, probed)
+        return _iti(model, settings, pairs, task, seed, progress, probed)
     if pairs:
         kind = type(settings).__name__.lower()
         raise InputError(f"steering {kind!r} finds what it changes itself; leave out the {len(pairs)} heads given")
     if isinstance(settings, Sink):
-        return _sink(heads, settings, task, progress)
-    return _intercept(heads, settings, progress)
+        return _sink(model, settings, task, progress)
+    return _intercept(model, settings, progress)
 
 
 def apply(model: Any, steered: Steered) -> PeftModel:
@@ -185,37 +185,37 @@ def apply(model: Any, steered: Steered) -> PeftModel:
     return adapted.eval()
 
 
-def _given(heads: HeadModel, pairs: Pairs | None) -> list[tuple[int, int]]:
+def _given(model: HeadModel, pairs: Pairs | None) -> list[tuple[int, int]]:
     if not pairs:
         raise InputError("no heads are given to steer; name them, or use iti with top to have them chosen")
-    hooks.require_heads(heads, pairs)
+    hooks.require_heads(model, pairs)
     if len(set(pairs)) < len(pairs):
         raise InputError(f"heads {[list(pair) for pair in pairs]} name a head twice; remove the repeats")
     return sorted(pairs)
 
 
-def _parameter(heads: HeadModel, layer: int, path: str, name: str) -> str:
+def _parameter(model: HeadModel, layer: int, path: str, name: str) -> str:
     """A parameter's name in an adapter's file; `path` is its module's within a layer."""
-    return f"base_model.model.{heads.architecture.layers}.{layer}.{path}.{name}"
+    return f"base_model.model.{model.architecture.layers}.{layer}.{path}.{name}"
 
 
-def _of_heads(heads: HeadModel, name: str, values: Mapping[tuple[int, int], Tensor]) -> dict[str, Tensor]:
+def _of_heads(model: HeadModel, name: str, values: Mapping[tuple[int, int], Tensor]) -> dict[str, Tensor]:
     """Values of heads as the adapter has them: one tensor a layer, heads in order."""
-    path = f"{heads.architecture.attention}.{heads.architecture.output_projection}"
+    path = f"{model.architecture.attention}.{model.architecture.output_projection}"
     by_layer: dict[int, list[Tensor]] = {}
     for pair in sorted(values):
         by_layer.setdefault(pair[0], []).append(values[pair].float().cpu())
-    return {_parameter(heads, layer, path, name): torch.stack(rows) for layer, rows in by_layer.items()}
+    return {_parameter(model, layer, path, name): torch.stack(rows) for layer, rows in by_layer.items()}
 
 
-def _scaled(heads: HeadModel, pairs: Pairs, factor: float, note: dict[str, Any]) -> Steered:
+def _scaled(model: HeadModel, pairs: Pairs, factor: float, note: dict[str, Any]) -> Steered:
     config = HeadTuningConfig(heads=[list(pair) for pair in pairs], scale="head", offset=False, task_type="CAUSAL_LM")
-    values = _of_heads(heads, "head_tuning_scale", {pair: torch.tensor([factor - 1.0]) for pair in pairs})
+    values = _of_heads(model, "head_tuning_scale", {pair: torch.tensor([factor - 1.0]) for pair in pairs})
     return Steered(config, values, note | {"heads": [list(pair) for pair in pairs]})
 
 
 def _iti(
-    heads: HeadModel,
+    model: HeadModel,
     settings: ITI,
     pairs: Pairs | None,
     task: Task,
@@ -229,24 +229,24 @@ def _iti(
     if settings.top is not None:
         if pairs:
             raise InputError(f"iti chooses its top {settings.top} heads; leave out top or the {len(pairs)} heads given")
-        require_enough(settings.top, heads.n_layers * heads.n_heads)  # before the model runs
-        probed = probe_heads(heads, task, seed, settings.folds, settings.per_prompt, progress)
+        require_enough(settings.top, model.n_layers * model.n_heads)  # before the model runs
+        probed = probe_heads(model, task, seed, settings.folds, settings.per_prompt, progress)
         ranked, scores = probed.ranked(settings.top), probed.scores
         chosen = sorted((entry.layer, entry.head) for entry in ranked)
     else:
-        chosen = _given(heads, pairs)
+        chosen = _given(model, pairs)
     if probed is not None and probed.read(task, seed, settings.per_prompt):
         how = probed.note
         moves = {pair: probed.sigma[pair] * probed.directions[pair] for pair in chosen}
     else:
         layers = sorted({layer for layer, _ in chosen})
-        z, true, _, how = read_statements(heads, task, layers, seed, settings.per_prompt, progress)
-        of_layer = {layer: mass_mean(z[layer].to(heads.device).float(), true) for layer in layers}
+        z, true, _, how = read_statements(model, task, layers, seed, settings.per_prompt, progress)
+        of_layer = {layer: mass_mean(z[layer].to(model.device).float(), true) for layer in layers}
         moves = {(layer, head): of_layer[layer][0][head] * of_layer[layer][1][head] for layer, head in chosen}
     offsets = {pair: settings.alpha * move for pair, move in moves.items()}
     note |= {"statements": how, "heads": [_described(pair, moves[pair], ranked) for pair in chosen]}
     config = HeadTuningConfig(heads=[list(pair) for pair in chosen], scale="none", offset=True, task_type="CAUSAL_LM")
-    return Steered(config, _of_heads(heads, "head_tuning_offset", offsets), note, ranked, scores)
+    return Steered(config, _of_heads(model, "head_tuning_offset", offsets), note, ranked, scores)
 
 
 def _described(pair: tuple[int, int], move: Tensor, ranked: Sequence[RankedHead]) -> dict[str, Any]:
@@ -254,14 +254,14 @@ def _described(pair: tuple[int, int], move: Tensor, ranked: Sequence[RankedHead]
     return {"layer": pair[0], "head": pair[1], "sigma": float(move.norm()), **accuracy.get(pair, {})}
 
 
-def _sink(heads: HeadModel, settings: Sink, task: Task, progress: Progress) -> Steered:
+def _sink(model: HeadModel, settings: Sink, task: Task, progress: Progress) -> Steered:
     """The static form of `knobs.scale_sink_heads`: heads are chosen once, by their mean over the task's prompts.
 
     The knob scales a head at those positions where it looks at the first position with more than tau; this scales the
     heads that do so at END on average, at every position of every prompt.
     """
-    last, attention = heads.n_layers - 1, sink_attention(heads, task, progress)
-    pairs = [(last, head) for head in range(heads.n_heads) if attention[head] > settings.tau]
+    last, attention = model.n_layers - 1, sink_attention(model, task, progress)
+    pairs = [(last, head) for head in range(model.n_heads) if attention[head] > settings.tau]
     if not pairs:
         raise InputError(
             f"no head of layer {last} attends to the first position with more than tau={settings.tau} on average over "
@@ -276,22 +276,22 @@ def _sink(heads: HeadModel, settings: Sink, task: Task, progress: Progress) -> S
         "prompts": len(task.examples),
         "attention": [round(value, 6) for value in attention.tolist()],
     }
-    return _scaled(heads, pairs, settings.gamma, note)
+    return _scaled(model, pairs, settings.gamma, note)
 
 
-def _intercept(heads: HeadModel, settings: Intercept, progress: Progress) -> Steered:
+def _intercept(model: HeadModel, settings: Intercept, progress: Progress) -> Steered:
     """`knobs.subtract_mlp_intercept` as an offset on the last layer's MLP output: the same at every position."""
-    last, path = heads.n_layers - 1, heads.architecture.mlp_projection
+    last, path = model.n_layers - 1, model.architecture.mlp_projection
     if path is None:
         raise InputError(
-            f"family {heads.model.config.get_text_config().model_type!r} has a norm after its MLP, so no projection "
+            f"family {model.hf.config.get_text_config().model_type!r} has a norm after its MLP, so no projection "
             "carries an offset on its output; use the intercept knob of headtune.analysis.interventions.last_layer"
         )
-    encoded = encode(settings.task(), heads.tokenizer, heads.positions)
-    found, r2 = decompose(heads, encoded.examples, progress=progress)
+    encoded = encode(settings.task(), model.tokenizer, model.positions)
+    found, r2 = decompose(model, encoded.examples, progress=progress)
     config = HeadTuningConfig(heads=[], mlp_layers=[last], scale="none", offset=True, task_type="CAUSAL_LM")
     offset = -settings.beta * found.intercept[-1]
-    values = {_parameter(heads, last, path, "head_tuning_mlp_offset"): offset.float().cpu()}
+    values = {_parameter(model, last, path, "head_tuning_mlp_offset"): offset.float().cpu()}
     note = {
         "kind": "intercept",
         **asdict(settings),

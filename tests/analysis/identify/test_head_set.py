@@ -12,7 +12,7 @@ import pytest
 
 from headtune.analysis.identify import head_set
 from headtune.analysis.identify.head_set import HeadSet, RankedHead, provenance, random_like
-from headtune.analysis.models.loading import view
+from headtune.analysis.models.loading import wrap_model
 from headtune.analysis.utils.errors import InputError
 from helpers.tiny import tiny_model, tiny_tokenizer
 
@@ -180,7 +180,7 @@ def test_other_weights_are_a_warning() -> None:
 
 def test_fit_of_real_identities() -> None:
     one, other, wide = (
-        view(tiny_model("llama", seed, **config), tiny_tokenizer(), "tiny").identity()
+        wrap_model(tiny_model("llama", seed, **config), tiny_tokenizer(), "tiny").identity()
         for seed, config in ((0, {}), (1, {}), (0, {"head_dim": 16}))
     )
     heads = a_head_set(model=one)

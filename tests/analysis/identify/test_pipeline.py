@@ -14,11 +14,11 @@ import torch
 
 from headtune.analysis.identify import head_set, pipeline
 from headtune.analysis.identify.head_set import ROLES, HeadSet, RankedHead
-from headtune.analysis.identify.pipeline import Identified, dissociation
+from headtune.analysis.identify.pipeline import IdentifyResult, dissociation
 from headtune.analysis.methods.scores import load_means
 from headtune.analysis.models import hooks
 from headtune.analysis.models.head_model import HeadModel
-from headtune.analysis.models.loading import load, view
+from headtune.analysis.models.loading import load_model, wrap_model
 from headtune.analysis.reports import head_report
 from headtune.analysis.tasks.task import Task
 from headtune.analysis.tasks.tokenized import Encoded, encode
@@ -34,11 +34,11 @@ OTHER = (RankedHead(1, 0, -1.0, (-1.5, -0.5)),)
 @pytest.fixture(scope="module")
 def model() -> HeadModel:
     """Eight heads a layer, so that every choice leaves enough others for the matched random sets."""
-    return view(tiny_model("llama", num_attention_heads=8, num_key_value_heads=4), tiny_tokenizer(), "tiny")
+    return wrap_model(tiny_model("llama", num_attention_heads=8, num_key_value_heads=4), tiny_tokenizer(), "tiny")
 
 
 @pytest.fixture(scope="module")
-def found(model: HeadModel) -> Identified:
+def found(model: HeadModel) -> IdentifyResult:
     return pipeline.identify(model, tiny_task(), top=3, verify_top=2, n_random=4)
 
 
@@ -48,7 +48,7 @@ def by_hand(model: HeadModel, chosen: dict[str, Any], examples: Sequence[Encoded
     return pipeline.verify(model, heads, examples, top=2, n_random=n_random, seed=0).verification
 
 
-def test_the_head_set_describes_model_task_and_method(model: HeadModel, found: Identified) -> None:
+def test_the_head_set_describes_model_task_and_method(model: HeadModel, found: IdentifyResult) -> None:
     heads, task = found.heads, tiny_task()
     assert heads.model == model.identity()
     assert heads.task["name"] == "cities" and heads.task["sha256"] == task.sha256
@@ -66,14 +66,14 @@ def test_the_head_set_describes_model_task_and_method(model: HeadModel, found: I
     assert heads.require_fit(model.identity()) == []
 
 
-def test_scores_are_one_value_an_example_and_head(found: Identified) -> None:
+def test_scores_are_one_value_an_example_and_head(found: IdentifyResult) -> None:
     for name in ("dla.target", "dla.previous", "ablation.target", "ablation.previous", "lens.subject.target"):
         assert found.scores.by_example[name].shape == (len(found.examples), N_LAYERS, 8)
         assert np.isfinite(found.scores.by_example[name]).all()
     assert list(found.scores.subjects) == [example.example.subject for example in found.examples]
 
 
-def test_files(found: Identified, tmp_path: Path) -> None:
+def test_files(found: IdentifyResult, tmp_path: Path) -> None:
     folder = tmp_path / "deep" / "out"
     pipeline.write(found, folder)
     assert sorted(file.name for file in folder.iterdir()) == ["heads.json", "scores.safetensors"]
@@ -85,7 +85,7 @@ def test_files(found: Identified, tmp_path: Path) -> None:
             assert entry.score == pytest.approx(means[name][entry.layer, entry.head], abs=1e-6)
 
 
-def test_an_existing_folder_is_refused_and_left_alone(found: Identified, tmp_path: Path) -> None:
+def test_an_existing_folder_is_refused_and_left_alone(found: IdentifyResult, tmp_path: Path) -> None:
     (tmp_path / "note").write_text("mine")
     with pytest.raises(InputError, match="exists and is not empty; choose another --out"):
         pipeline.write(found, tmp_path)
@@ -98,7 +98,7 @@ def test_an_existing_folder_is_refused_and_left_alone(found: Identified, tmp_pat
     pipeline.write(found, tmp_path / "empty")
 
 
-def test_identify_is_reproducible(model: HeadModel, found: Identified) -> None:
+def test_identify_is_reproducible(model: HeadModel, found: IdentifyResult) -> None:
     again = pipeline.identify(model, tiny_task(), top=3, verify_top=2, n_random=4)
     assert replace(again.heads, created="", command="") == replace(found.heads, created="", command="")
     other = pipeline.identify(model, tiny_task(), top=3, verify_top=2, n_random=4, seed=1)
@@ -106,7 +106,7 @@ def test_identify_is_reproducible(model: HeadModel, found: Identified) -> None:
 
 
 def test_a_model_folder_is_enough(tiny_llama: Path, tmp_path: Path) -> None:
-    loaded = load(str(tiny_llama), device="cpu")
+    loaded = load_model(str(tiny_llama), device="cpu")
     found = pipeline.identify(loaded, tiny_task(subjects=4), top=1, verify_top=1, n_random=2)
     pipeline.write(found, tmp_path / "out")
     assert json.loads((tmp_path / "out" / "heads.json").read_text())["model"]["name"] == str(tiny_llama)
@@ -161,7 +161,7 @@ def test_progress_sees_every_example_of_both_stages(model: HeadModel) -> None:
 # --- verification -----------------------------------------------------------------------------------------------------
 
 
-def test_verification_block(model: HeadModel, found: Identified) -> None:
+def test_verification_block(model: HeadModel, found: IdentifyResult) -> None:
     block = by_hand(model, {"recall": SOME, "suppression": OTHER}, found.examples)
     assert set(block) == {
         "baseline",
@@ -185,13 +185,13 @@ def test_verification_block(model: HeadModel, found: Identified) -> None:
 
 
 @torch.no_grad()
-def test_verification_numbers_are_those_of_whole_forward_passes(model: HeadModel, found: Identified) -> None:
+def test_verification_numbers_are_those_of_whole_forward_passes(model: HeadModel, found: IdentifyResult) -> None:
     block = by_hand(model, {"recall": SOME, "suppression": OTHER}, found.examples)
     for name, chosen in (("baseline", ()), ("ablate_recall", [(1, 2), (2, 0)]), ("ablate_suppression", [(1, 0)])):
         remaining, previous = [], []
         for example in found.examples:
             with hooks.ablate(model, chosen, positions=torch.tensor([example.end])):
-                p = model.model(example.tokens[None]).logits[0, -1].softmax(-1)
+                p = model.hf(example.tokens[None]).logits[0, -1].softmax(-1)
             remaining.append(p[list(example.target_tokens)].sum().item())
             previous.append(p[list(example.previous_tokens)].sum().item())
         assert block[name]["p_remaining"]["mean"] == pytest.approx(np.mean(remaining), abs=1e-5)
@@ -199,14 +199,14 @@ def test_verification_numbers_are_those_of_whole_forward_passes(model: HeadModel
 
 
 def test_random_sets_match_layers_and_avoid_the_heads_of_both_roles(
-    model: HeadModel, found: Identified, monkeypatch: pytest.MonkeyPatch
+    model: HeadModel, found: IdentifyResult, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given: dict[str, Any] = {}
     right = pipeline._probabilities
 
-    def spy(heads: HeadModel, examples: Iterable[Encoded], sets: dict[str, Any], *rest: Any) -> Any:
+    def spy(model: HeadModel, examples: Iterable[Encoded], sets: dict[str, Any], *rest: Any) -> Any:
         given.update(sets)
-        return right(heads, examples, sets, *rest)
+        return right(model, examples, sets, *rest)
 
     monkeypatch.setattr(pipeline, "_probabilities", spy)
     by_hand(model, {"recall": SOME, "suppression": OTHER}, found.examples[:2], n_random=8)
@@ -233,7 +233,7 @@ def test_verification_goes_on_where_only_some_examples_have_previous_answers(mod
 
 def test_a_layer_with_too_few_other_heads_does_not_cost_the_scores(tiny_llama: Path) -> None:
     """Three of four heads of a layer chosen: no matched random set exists, which the block says."""
-    model = load(str(tiny_llama), device="cpu")
+    model = load_model(str(tiny_llama), device="cpu")
     examples = encode(tiny_task(subjects=2), model.tokenizer).examples
     crowd = tuple(RankedHead(1, head, 1.0, (0.5, 1.5)) for head in range(N_HEADS - 1))
     heads = HeadSet(model=model.identity(), task={}, method={}, roles={"recall": crowd, "suppression": OTHER})
@@ -248,7 +248,7 @@ def test_a_layer_with_too_few_other_heads_does_not_cost_the_scores(tiny_llama: P
     assert block["dissociation"]["suppression"]["most_extreme_random_set"] > 0
 
 
-def test_a_random_model_is_not_said_to_recall_or_suppress(model: HeadModel, found: Identified) -> None:
+def test_a_random_model_is_not_said_to_recall_or_suppress(model: HeadModel, found: IdentifyResult) -> None:
     """Heads named at random are no better than the other random sets, and the verdict says so."""
     verdicts = []
     for head in range(6):
@@ -261,7 +261,7 @@ def test_a_random_model_is_not_said_to_recall_or_suppress(model: HeadModel, foun
     assert verdicts.count(True) <= len(verdicts) / 3
 
 
-def test_no_confirmed_heads_is_a_verdict(model: HeadModel, found: Identified) -> None:
+def test_no_confirmed_heads_is_a_verdict(model: HeadModel, found: IdentifyResult) -> None:
     block = by_hand(model, {"recall": (), "suppression": ()}, found.examples)
     assert set(block) == {"baseline", "dissociation"}
     for role in ROLES:
@@ -325,10 +325,10 @@ FEW = tiny_task(subjects=2)
 @pytest.fixture(scope="module")
 def chance() -> HeadModel:
     """A random model that has, on FEW, heads of both roles, by direct attribution and by ablation."""
-    return view(tiny_model("llama", 10, num_attention_heads=8, num_key_value_heads=4), tiny_tokenizer(), "chance")
+    return wrap_model(tiny_model("llama", 10, num_attention_heads=8, num_key_value_heads=4), tiny_tokenizer(), "chance")
 
 
-def shown(found: Identified, folder: Path) -> str:
+def shown(found: IdentifyResult, folder: Path) -> str:
     """Everything a person sees of a head set: files, terminal, page. Returns the page."""
     pipeline.write(found, folder)
     heads = head_set.read(folder / "heads.json")
@@ -393,7 +393,7 @@ def test_threshold(chance: HeadModel, tmp_path: Path) -> None:
         kept[str(options)] = found
         return {role: [entry.name for entry in ranked] for role, ranked in found.heads.roles.items()}
 
-    kept: dict[str, Identified] = {}
+    kept: dict[str, IdentifyResult] = {}
     every = names(top=24)
     scores = {role: [entry.score for entry in next(iter(kept.values())).heads.roles[role]] for role in ROLES}
     assert len(every["recall"]) >= 3 and len(every["suppression"]) >= 2
@@ -451,7 +451,7 @@ def test_the_elbow_keeps_the_heads_up_to_the_bend(
             p = []
             for example in every.examples:
                 with hooks.ablate(chance, ranked[:k], positions=torch.tensor([example.end])), torch.no_grad():
-                    logits = chance.model(example.tokens[None]).logits[0, -1]
+                    logits = chance.hf(example.tokens[None]).logits[0, -1]
                 p.append(float(logits.softmax(-1)[list(getattr(example, column))].sum()))
             curve.append(np.mean(p))
         assert curves[ROLES.index(role)] == pytest.approx(curve, rel=1e-4)

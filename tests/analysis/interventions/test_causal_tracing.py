@@ -67,7 +67,7 @@ def slow_decoded(model: HeadModel, tokens: Tensor, row: Row) -> tuple[Tensor, Te
         handles.append(model.attention_added(layer).register_forward_hook(keep("attention", layer)))
         handles.append(model.mlp(layer).register_forward_hook(keep("mlp", layer)))
     with attend_with(slow_attention(row, len(tokens) - 1)):
-        logits = model.model(tokens[None], use_cache=False).logits[0, -1]
+        logits = model.hf(tokens[None], use_cache=False).logits[0, -1]
     for handle in handles:
         handle.remove()
     directions = model.unembedding_directions(residual[-1], TOKENS)
@@ -128,11 +128,11 @@ def slow_run(
 
         return hook
 
-    handles = [model.model.get_input_embeddings().register_forward_hook(embed)]
+    handles = [model.hf.get_input_embeddings().register_forward_hook(embed)]
     for layer in range(model.n_layers):
         handles.append(model.attention_added(layer).register_forward_hook(change("attention", layer)))
         handles.append(model.mlp(layer).register_forward_hook(change("mlp", layer)))
-    logits = model.model(tokens[None], use_cache=False).logits[0, -1]
+    logits = model.hf(tokens[None], use_cache=False).logits[0, -1]
     for handle in handles:
         handle.remove()
     return logits[TOKENS], outputs
@@ -185,13 +185,13 @@ def test_windows() -> None:
 
 
 def test_noise_is_as_strong_as_asked(llama: HeadModel) -> None:
-    weight: Any = llama.model.get_input_embeddings().weight
+    weight: Any = llama.hf.get_input_embeddings().weight
     noise = noise_of(llama, 200, 4, scale=3.0)
     assert noise.std().item() == pytest.approx(3 * weight.std().item(), rel=0.02)
     assert torch.equal(noise_of(llama, 2, 4, seed=1), noise_of(llama, 2, 4, seed=1))
     assert not torch.equal(noise_of(llama, 2, 4, seed=1), noise_of(llama, 2, 4, seed=2))
     scaled = model_of("gemma2")  # multiplies its embeddings by sqrt(d_model)
-    weight = scaled.model.get_input_embeddings().weight
+    weight = scaled.hf.get_input_embeddings().weight
     expected = 3 * weight.std().item() * scaled.d_model**0.5
     assert noise_of(scaled, 200, 4).std().item() == pytest.approx(expected, rel=0.02)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from headtune.analysis.interventions.counterfactuals import References, outputs, shape_of
 from headtune.analysis.models import hooks
 from headtune.analysis.models.head_model import HeadModel
-from headtune.analysis.models.loading import view
+from headtune.analysis.models.loading import wrap_model
 from headtune.analysis.tasks.task import Example, Task
 from headtune.analysis.tasks.tokenized import Encoded, encode
 from headtune.analysis.utils.errors import InputError
@@ -29,7 +29,7 @@ KINDS: dict[str, Callable[[References, int], Tensor | None]] = {
 
 @pytest.fixture(scope="module")
 def heads() -> HeadModel:
-    return view(tiny_model("llama", num_key_value_heads=2), tiny_tokenizer(), "tiny llama")
+    return wrap_model(tiny_model("llama", num_key_value_heads=2), tiny_tokenizer(), "tiny llama")
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +38,8 @@ def examples(heads: HeadModel) -> list[Encoded]:
     return encode(tiny_task(), heads.tokenizer).examples
 
 
-def encoded(heads: HeadModel, *examples: Example) -> list[Encoded]:
-    return encode(Task("own", examples), heads.tokenizer).examples
+def encoded(model: HeadModel, *examples: Example) -> list[Encoded]:
+    return encode(Task("own", examples), model.tokenizer).examples
 
 
 def example(prompt: str, subject: str, corrupt: str | None = None) -> Example:
@@ -47,24 +47,24 @@ def example(prompt: str, subject: str, corrupt: str | None = None) -> Example:
 
 
 @torch.no_grad()
-def slow_outputs(heads: HeadModel, tokens: Tensor) -> Tensor:
+def slow_outputs(model: HeadModel, tokens: Tensor) -> Tensor:
     """`[n_layers, n_heads, seq, head_dim]` cut out of the projections' inputs."""
     taken: list[Tensor] = []
     handles = [
-        heads.projection(layer).register_forward_pre_hook(lambda _module, args: taken.append(args[0][0]))
-        for layer in range(heads.n_layers)
+        model.projection(layer).register_forward_pre_hook(lambda _module, args: taken.append(args[0][0]))
+        for layer in range(model.n_layers)
     ]
-    heads.model(tokens[None], use_cache=False)
+    model.hf(tokens[None], use_cache=False)
     for handle in handles:
         handle.remove()
-    width = heads.head_dim
-    cut = [[z[:, head * width : (head + 1) * width] for head in range(heads.n_heads)] for z in taken]
+    width = model.head_dim
+    cut = [[z[:, head * width : (head + 1) * width] for head in range(model.n_heads)] for z in taken]
     return torch.stack([torch.stack(of_heads) for of_heads in cut])
 
 
-def is_of(heads: HeadModel, value: Tensor, examples: list[Encoded], end_only: bool) -> list[int]:
+def is_of(model: HeadModel, value: Tensor, examples: list[Encoded], end_only: bool) -> list[int]:
     """Which examples' outputs `value` is."""
-    runs = [slow_outputs(heads, other.tokens) for other in examples]
+    runs = [slow_outputs(model, other.tokens) for other in examples]
     runs = [run[:, :, -1] if end_only else run for run in runs]
     return [i for i, run in enumerate(runs) if run.shape == value.shape and torch.allclose(run, value, atol=1e-6)]
 

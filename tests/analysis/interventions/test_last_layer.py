@@ -16,7 +16,7 @@ from headtune.analysis.interventions import last_layer, mlp_regression
 from headtune.analysis.interventions.last_layer import Intercept, Sink, scale_sink_heads, subtract_mlp_intercept
 from headtune.analysis.interventions.last_token import CLEAN, EndRun
 from headtune.analysis.models.head_model import HeadModel
-from headtune.analysis.models.loading import view
+from headtune.analysis.models.loading import wrap_model
 from headtune.analysis.tasks import task as task_module
 from headtune.analysis.tasks import tokenized
 from headtune.analysis.utils.errors import CheckError, InputError
@@ -62,30 +62,30 @@ TAU, GAMMA = 0.15, 0.3
 @pytest.fixture(scope="module", params=FAMILIES)
 def heads(request: pytest.FixtureRequest) -> HeadModel:
     family, config = FAMILIES[request.param]
-    return view(tiny_model(family, **config), tiny_tokenizer(), request.param)
+    return wrap_model(tiny_model(family, **config), tiny_tokenizer(), request.param)
 
 
-def _eager(heads: HeadModel) -> PreTrainedModel:
-    model = copy.deepcopy(heads.model)
-    model.set_attn_implementation("eager")
-    return model
+def _eager(model: HeadModel) -> PreTrainedModel:
+    hf = copy.deepcopy(model.hf)
+    hf.set_attn_implementation("eager")
+    return hf
 
 
 @torch.no_grad()
-def _slow(heads: HeadModel, model: PreTrainedModel, tokens: Tensor, layer: int = LAST) -> tuple[Tensor, Tensor]:
+def _slow(model: HeadModel, hf: PreTrainedModel, tokens: Tensor, layer: int = LAST) -> tuple[Tensor, Tensor]:
     """Logits `[seq, vocabulary]` of one prompt, its whole attention matrix looked at; and factors `[seq, n_heads]`."""
-    attention = model(tokens[None], use_cache=False, output_attentions=True).attentions[layer][0]  # [heads, seq, seq]
-    factors = torch.ones(len(tokens), heads.n_heads)
-    for head in range(heads.n_heads):
+    attention = hf(tokens[None], use_cache=False, output_attentions=True).attentions[layer][0]  # [heads, seq, seq]
+    factors = torch.ones(len(tokens), model.n_heads)
+    for head in range(model.n_heads):
         for query in range(len(tokens)):
             if attention[head, query, 0] > TAU:
                 factors[query, head] = GAMMA
-    path = f"{heads.architecture.layers}.{layer}.{heads.architecture.attention}.{heads.architecture.output_projection}"
-    handle = model.get_submodule(path).register_forward_pre_hook(
-        lambda _module, args: (args[0] * factors.repeat_interleave(heads.head_dim, 1)[None],)
+    path = f"{model.architecture.layers}.{layer}.{model.architecture.attention}.{model.architecture.output_projection}"
+    handle = hf.get_submodule(path).register_forward_pre_hook(
+        lambda _module, args: (args[0] * factors.repeat_interleave(model.head_dim, 1)[None],)
     )
     try:
-        return model(tokens[None], use_cache=False).logits[0], factors
+        return hf(tokens[None], use_cache=False).logits[0], factors
     finally:
         handle.remove()
 
@@ -100,10 +100,10 @@ def test_the_sink_knob_is_the_definition_at_every_position(heads: HeadModel, lay
     expected, factors = _slow(heads, _eager(heads), tokens, layer)
     assert 3 <= (factors[1:] != 1).sum() <= 40  # beyond the first position's own query, some and some not
     with torch.no_grad(), scale_sink_heads(heads, TAU, GAMMA, layer):
-        found = heads.model(tokens[None], use_cache=False).logits[0]
+        found = heads.hf(tokens[None], use_cache=False).logits[0]
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
     with torch.no_grad():
-        assert not torch.allclose(heads.model(tokens[None], use_cache=False).logits[0], expected, atol=1e-3)
+        assert not torch.allclose(heads.hf(tokens[None], use_cache=False).logits[0], expected, atol=1e-3)
 
 
 @torch.no_grad()
@@ -112,7 +112,7 @@ def test_the_sink_knob_in_a_left_padded_batch_with_a_cache(heads: HeadModel) -> 
     prompts = [_prompt(9, seed=1), _prompt(4, seed=2)]
     padded = torch.stack([torch.cat([torch.zeros(9 - len(p), dtype=torch.long), p]) for p in prompts])
     mask = torch.stack([torch.arange(9) >= 9 - len(p) for p in prompts]).long()
-    generate: Any = heads.model.generate
+    generate: Any = heads.hf.generate
     options = {"max_new_tokens": 7, "do_sample": False, "pad_token_id": 0, "eos_token_id": -1}
     with scale_sink_heads(heads, TAU, GAMMA):
         found = generate(
@@ -131,19 +131,19 @@ def test_the_sink_knob_in_a_left_padded_batch_with_a_cache(heads: HeadModel) -> 
 def test_a_block_leaves_nothing_behind(heads: HeadModel) -> None:
     tokens = _prompt(8)[None]
     with torch.no_grad():
-        before = heads.model(tokens, use_cache=False).logits
+        before = heads.hf(tokens, use_cache=False).logits
         with pytest.raises(RuntimeError), scale_sink_heads(heads), subtract_mlp_intercept(heads, torch.ones(32)):
             raise RuntimeError
-        assert torch.equal(heads.model(tokens, use_cache=False).logits, before)
+        assert torch.equal(heads.hf(tokens, use_cache=False).logits, before)
 
 
 @pytest.mark.parametrize("knob", [(1.0, 0.0), (0.0, 1.0)])  # no head is above 1; a factor of 1 changes nothing
 def test_settings_that_change_nothing(heads: HeadModel, knob: tuple[float, float]) -> None:
     tokens = _prompt(8)[None]
     with torch.no_grad():
-        before = heads.model(tokens, use_cache=False).logits
+        before = heads.hf(tokens, use_cache=False).logits
         with scale_sink_heads(heads, *knob):
-            assert torch.equal(heads.model(tokens, use_cache=False).logits, before)
+            assert torch.equal(heads.hf(tokens, use_cache=False).logits, before)
 
 
 @torch.no_grad()
@@ -153,9 +153,9 @@ def test_the_intercept_knob_is_the_definition(heads: HeadModel) -> None:
     taken: list[Tensor] = []
     handle = heads.final_norm.register_forward_pre_hook(lambda _module, args: taken.append(args[0]))
     try:
-        heads.model(tokens, use_cache=False)
+        heads.hf(tokens, use_cache=False)
         with subtract_mlp_intercept(heads, b, 0.5):
-            heads.model(tokens, use_cache=False)
+            heads.hf(tokens, use_cache=False)
     finally:
         handle.remove()
     torch.testing.assert_close(taken[1], taken[0] - 0.5 * b, atol=1e-5, rtol=1e-5)
@@ -166,7 +166,7 @@ def test_the_intercept_knob_is_the_definition(heads: HeadModel) -> None:
 
 @pytest.fixture(scope="module")
 def llama() -> HeadModel:
-    return view(tiny_model("llama"), tiny_tokenizer(), "llama")
+    return wrap_model(tiny_model("llama"), tiny_tokenizer(), "llama")
 
 
 @torch.no_grad()
@@ -174,9 +174,9 @@ def test_it_refuses_what_it_cannot_see(llama: HeadModel) -> None:
     tokens = _prompt(5)[None]
     with scale_sink_heads(llama):
         with pytest.raises(InputError, match="DynamicCache"):
-            llama.model(tokens, past_key_values=StaticCache(config=llama.model.config, max_cache_len=10))
+            llama.hf(tokens, past_key_values=StaticCache(config=llama.hf.config, max_cache_len=10))
         with pytest.raises(InputError, match="attention mask"):
-            llama.model(tokens, attention_mask=torch.ones(1, 1, 5, 5, dtype=torch.bool))
+            llama.hf(tokens, attention_mask=torch.ones(1, 1, 5, 5, dtype=torch.bool))
         with pytest.raises(CheckError, match="replaced"):
             EndRun(llama, tokens[0]).step([CLEAN])
     for wrong in (-1, N_LAYERS):
@@ -224,9 +224,9 @@ def test_knobs_turned_together_are_the_blocks_opened_together(llama: HeadModel, 
     tokens = _prompt(9)[None]
     found, r2 = mlp_regression.decompose(llama, tokenized.encode(tiny_task(), llama.tokenizer).examples)
     with torch.no_grad(), scale_sink_heads(llama, TAU, GAMMA), subtract_mlp_intercept(llama, found.intercept[-1], 0.7):
-        expected = llama.model(tokens, use_cache=False).logits
+        expected = llama.hf(tokens, use_cache=False).logits
     with last_layer.turned(llama, [Sink(TAU, GAMMA), Intercept(0.7, str(path))]) as notes, torch.no_grad():
-        torch.testing.assert_close(llama.model(tokens, use_cache=False).logits, expected)
+        torch.testing.assert_close(llama.hf(tokens, use_cache=False).logits, expected)
     assert notes == [
         {"knob": "sink", "tau": TAU, "gamma": GAMMA, "layer": LAST},
         {

@@ -18,7 +18,7 @@ from headtune.analysis.methods import patching
 from headtune.analysis.methods.patching import INPUTS, every_head
 from headtune.analysis.models.attention import AttentionCall, attend_with
 from headtune.analysis.models.head_model import HeadModel
-from headtune.analysis.models.loading import view
+from headtune.analysis.models.loading import wrap_model
 from headtune.analysis.tasks.tokenized import Encoded, encode
 from headtune.analysis.utils.errors import InputError
 from helpers.tiny import D_MODEL, KINDS, N_HEADS, N_LAYERS, tiny_model, tiny_task, tiny_tokenizer
@@ -42,12 +42,12 @@ KEPT: tuple[Any, ...] = ("attention", "mlp", "residual", "z", "pattern", "query"
 @pytest.fixture(scope="module", params=FAMILIES)
 def heads(request: pytest.FixtureRequest) -> HeadModel:
     kind = KINDS[request.param]
-    return view(tiny_model(kind.family, **kind.config), tiny_tokenizer(), request.param)
+    return wrap_model(tiny_model(kind.family, **kind.config), tiny_tokenizer(), request.param)
 
 
 @pytest.fixture(scope="module")
 def llama() -> HeadModel:
-    return view(tiny_model("llama", num_key_value_heads=2), tiny_tokenizer(), "tiny llama")
+    return wrap_model(tiny_model("llama", num_key_value_heads=2), tiny_tokenizer(), "tiny llama")
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,7 @@ NONE = Changes()
 
 
 @torch.no_grad()
-def slow(heads: HeadModel, tokens: Tensor, changes: Changes = NONE) -> dict[str, Tensor]:
+def slow(model: HeadModel, tokens: Tensor, changes: Changes = NONE) -> dict[str, Tensor]:
     """One whole forward pass, all positions, attention head by head; everything that `Step` can hold, of one row."""
     seen: dict[str, dict[int, Tensor]] = {name: {} for name in KEPT}
     length = len(tokens)
@@ -118,8 +118,8 @@ def slow(heads: HeadModel, tokens: Tensor, changes: Changes = NONE) -> dict[str,
 
     def at_projection(layer: int) -> Any:
         def hook(_module: Any, args: tuple[Tensor]) -> tuple[Tensor]:
-            z = args[0].clone().view(length, heads.n_heads, heads.head_dim)
-            for head in range(heads.n_heads):
+            z = args[0].clone().view(length, model.n_heads, model.head_dim)
+            for head in range(model.n_heads):
                 if (layer, head) in changes.factors:
                     z[-1, head] *= changes.factors[layer, head]
                 if (layer, head) in changes.outputs:
@@ -150,39 +150,39 @@ def slow(heads: HeadModel, tokens: Tensor, changes: Changes = NONE) -> dict[str,
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(attend_with(attend))
-        handles = [heads.final_norm.register_forward_pre_hook(at_final_norm)]
-        for layer in range(heads.n_layers):
-            handles.append(heads.projection(layer).register_forward_pre_hook(at_projection(layer)))
-            handles.append(heads.mlp(layer).register_forward_hook(at_mlp(layer)))
-            handles.append(heads.attention_added(layer).register_forward_hook(at_attention(layer)))
+        handles = [model.final_norm.register_forward_pre_hook(at_final_norm)]
+        for layer in range(model.n_layers):
+            handles.append(model.projection(layer).register_forward_pre_hook(at_projection(layer)))
+            handles.append(model.mlp(layer).register_forward_hook(at_mlp(layer)))
+            handles.append(model.attention_added(layer).register_forward_hook(at_attention(layer)))
         for handle in handles:
             stack.callback(handle.remove)
-        logits = heads.model(tokens[None], use_cache=False).logits[0, -1]
+        logits = model.hf(tokens[None], use_cache=False).logits[0, -1]
     kept = {name: torch.stack([by_layer[layer] for layer in sorted(by_layer)]) for name, by_layer in seen.items()}
     return kept | {"logits": logits, "residual": kept["residual"][0]}
 
 
-def slow_row(heads: HeadModel, tokens: Tensor, row: Row) -> dict[str, Tensor]:
+def slow_row(model: HeadModel, tokens: Tensor, row: Row) -> dict[str, Tensor]:
     """What a `Row` says, as changes to a whole pass."""
-    clean = slow(heads, tokens)
+    clean = slow(model, tokens)
     layers = range(N_LAYERS) if row.layers is None else row.layers
     outputs, mlps = dict(row.outputs), {}
     if row.freeze != "nothing":
-        outputs |= {head: clean["z"][head] for head in every_head(heads) if head not in row.heads}
+        outputs |= {head: clean["z"][head] for head in every_head(model) if head not in row.heads}
     if row.freeze == "heads and mlps":
         mlps = {layer: clean["mlp"][layer] for layer in range(N_LAYERS)}
     knocked = dict.fromkeys(layers, row.knocked_out) if row.knocked_out else {}
     changes = Changes(outputs, row.factors, row.queries, row.keys, row.values, mlps, knocked, row.renormalise)
-    return slow(heads, tokens, changes)
+    return slow(model, tokens, changes)
 
 
-def vector(heads: HeadModel, seed: int = 0) -> Tensor:
-    return torch.randn(heads.head_dim, generator=torch.Generator().manual_seed(seed))
+def vector(model: HeadModel, seed: int = 0) -> Tensor:
+    return torch.randn(model.head_dim, generator=torch.Generator().manual_seed(seed))
 
 
-def rows_of(heads: HeadModel, length: int) -> dict[str, Row]:
+def rows_of(model: HeadModel, length: int) -> dict[str, Row]:
     """Every feature of a row. Heads 0 and 1, and 2 and 3, share keys and values where there are groups."""
-    a, b, c = (vector(heads, seed) for seed in range(3))
+    a, b, c = (vector(model, seed) for seed in range(3))
     near = [length - 2, length - 4]
     return {
         "nothing": CLEAN,
@@ -223,7 +223,7 @@ def close(actual: Tensor, expected: Tensor) -> None:
 
 def test_the_slow_pass_without_changes_is_the_model(heads: HeadModel, tokens: Tensor) -> None:
     with torch.no_grad():
-        close(slow(heads, tokens)["logits"], heads.model(tokens[None]).logits[0, -1])
+        close(slow(heads, tokens)["logits"], heads.hf(tokens[None]).logits[0, -1])
 
 
 # --- changes at END ---------------------------------------------------------------------------------------------------
@@ -313,7 +313,7 @@ def test_a_row_outside_the_model_is_refused(llama: HeadModel) -> None:
 
 def test_steps_leave_no_hooks_behind(llama: HeadModel, monkeypatch: pytest.MonkeyPatch) -> None:
     def hooked() -> int:
-        return sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in llama.model.modules())
+        return sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in llama.hf.modules())
 
     before, run = hooked(), EndRun(llama, torch.arange(5))
     rows = list(rows_of(llama, 5).values())
@@ -331,12 +331,12 @@ def test_steps_leave_no_hooks_behind(llama: HeadModel, monkeypatch: pytest.Monke
 
 
 @torch.no_grad()
-def slow_everywhere(heads: HeadModel, tokens: Tensor, row: Mapping[Head, Tensor | float]) -> Tensor:
+def slow_everywhere(model: HeadModel, tokens: Tensor, row: Mapping[Head, Tensor | float]) -> Tensor:
     def at_projection(layer: int) -> Any:
         def hook(_module: Any, args: tuple[Tensor]) -> tuple[Tensor]:
-            z = args[0].clone().view(len(tokens), heads.n_heads, heads.head_dim)
+            z = args[0].clone().view(len(tokens), model.n_heads, model.head_dim)
             for position in range(len(tokens)):
-                for head in range(heads.n_heads):
+                for head in range(model.n_heads):
                     change = row.get((layer, head), 1.0)
                     if isinstance(change, float):
                         z[position, head] *= change
@@ -346,8 +346,8 @@ def slow_everywhere(heads: HeadModel, tokens: Tensor, row: Mapping[Head, Tensor 
 
         return hook
 
-    handles = [heads.projection(layer).register_forward_pre_hook(at_projection(layer)) for layer in range(N_LAYERS)]
-    logits: Tensor = heads.model(tokens[None], use_cache=False).logits[0, -1]
+    handles = [model.projection(layer).register_forward_pre_hook(at_projection(layer)) for layer in range(N_LAYERS)]
+    logits: Tensor = model.hf(tokens[None], use_cache=False).logits[0, -1]
     for handle in handles:
         handle.remove()
     return logits
@@ -385,7 +385,7 @@ def test_less_memory_means_more_passes_and_the_same_numbers(heads: HeadModel, to
     changes = [{head: 0.0} for head in every_head(heads)]
     small = replace(heads, max_memory=100_000)
     passes: list[int] = []
-    handle = heads.model.get_input_embeddings().register_forward_hook(lambda *_: passes.append(1))
+    handle = heads.hf.get_input_embeddings().register_forward_hook(lambda *_: passes.append(1))
     results = []
     for model in (heads, small):
         passes.clear()
@@ -419,12 +419,12 @@ def test_entered_counts_the_clean_run_and_the_rows_so_far() -> None:
 # --- path patching ----------------------------------------------------------------------------------------------------
 
 
-def reference_for(heads: HeadModel) -> Tensor:
-    return torch.randn(N_LAYERS, N_HEADS, heads.head_dim, generator=torch.Generator().manual_seed(9))
+def reference_for(model: HeadModel) -> Tensor:
+    return torch.randn(N_LAYERS, N_HEADS, model.head_dim, generator=torch.Generator().manual_seed(9))
 
 
-def hold_all_but(heads: HeadModel, clean: dict[str, Tensor], sender: Head, value: Tensor) -> dict[Head, Tensor]:
-    return {head: value if head == sender else clean["z"][head] for head in every_head(heads)}
+def hold_all_but(model: HeadModel, clean: dict[str, Tensor], sender: Head, value: Tensor) -> dict[Head, Tensor]:
+    return {head: value if head == sender else clean["z"][head] for head in every_head(model)}
 
 
 def test_path_patching_to_the_logits_is_two_slow_passes(heads: HeadModel, prompt: Encoded) -> None:

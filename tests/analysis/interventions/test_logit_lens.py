@@ -57,7 +57,7 @@ def test_decoded_start_is_the_embedding(model: HeadModel, example: Encoded) -> N
         lambda _m, args, kwargs: entered.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
     )
     with hooks.watch([model.final_norm]) as seen:
-        model.model(example.tokens[None], use_cache=False)
+        model.hf(example.tokens[None], use_cache=False)
     hook.remove()
     residual = seen[model.final_norm][0]
     assert residual is not None
@@ -75,7 +75,7 @@ def test_token_lens_is_the_value_weighted_sum_through_the_output_projection(mode
     end = torch.tensor([example.end])
     norms = [norm for layer in range(model.n_layers) if (norm := model.post_attention_norm(layer)) is not None]
     with record_rows(end) as rows, hooks.watch([model.final_norm, *norms]) as seen:
-        model.model(example.tokens[None], use_cache=False)
+        model.hf(example.tokens[None], use_cache=False)
     residual = seen[model.final_norm][0]
     assert residual is not None
     directions = model.unembedding_directions(residual[0, -1], tokens)
@@ -135,7 +135,7 @@ def slow_logprob(model: HeadModel, tokens: Tensor, answer: Sequence[int], row: R
 
     handles = [model.projection(layer).register_forward_pre_hook(change(layer)) for layer in range(model.n_layers)]
     with attend_with(slow_attention(row, end)):
-        logits = model.model(torch.cat([tokens, torch.tensor(list(answer))])[None], use_cache=False).logits[0]
+        logits = model.hf(torch.cat([tokens, torch.tensor(list(answer))])[None], use_cache=False).logits[0]
     for handle in handles:
         handle.remove()
     logp = logits.log_softmax(-1)

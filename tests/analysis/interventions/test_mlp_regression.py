@@ -13,7 +13,7 @@ from headtune.analysis.interventions import mlp_regression
 from headtune.analysis.interventions.last_token import CLEAN, EndRun
 from headtune.analysis.models import hooks
 from headtune.analysis.models.head_model import HeadModel
-from headtune.analysis.models.loading import view
+from headtune.analysis.models.loading import wrap_model
 from headtune.analysis.tasks.tokenized import encode
 from headtune.analysis.utils.errors import InputError
 from helpers.tiny import N_HEADS, N_LAYERS, tiny_model, tiny_task, tiny_tokenizer
@@ -43,7 +43,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 @pytest.fixture(scope="module", params=FAMILIES)
 def heads(request: pytest.FixtureRequest) -> HeadModel:
     family, config = FAMILIES[request.param]
-    return view(tiny_model(family, **config), tiny_tokenizer(), request.param)
+    return wrap_model(tiny_model(family, **config), tiny_tokenizer(), request.param)
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def test_parts_are_those_of_the_end_step(heads: HeadModel, prompts: list[Tensor]
             block, norm = heads.attention(layer), heads.post_attention_norm(layer)
             watched = [module for module in (block, norm) if module is not None]
             with torch.no_grad(), hooks.watch(watched) as seen:
-                heads.model(tokens[None], use_cache=False)
+                heads.hf(tokens[None], use_cache=False)
             bias: Any = heads.projection(layer).bias
             bias = torch.zeros(heads.d_model) if bias is None else bias
             if norm is not None:

@@ -15,7 +15,7 @@ from headtune.analysis.methods.attribution_patching import attribution_patching,
 from headtune.analysis.methods.patching import every_head, patching_effects
 from headtune.analysis.models import hooks
 from headtune.analysis.models.head_model import HeadModel
-from headtune.analysis.models.loading import view
+from headtune.analysis.models.loading import wrap_model
 from headtune.analysis.synthetic.planted import Planting, plant
 from headtune.analysis.tasks.tokenized import Encoded, encode
 from headtune.analysis.utils.errors import InputError
@@ -27,12 +27,12 @@ FAMILIES = ("llama-gqa", "mistral-sliding", "gpt2", "opt", "gpt_neox", "phi", "g
 @pytest.fixture(scope="module", params=FAMILIES)
 def heads(request: pytest.FixtureRequest) -> HeadModel:
     kind = KINDS[request.param]
-    return view(tiny_model(kind.family, **kind.config), tiny_tokenizer(), request.param)
+    return wrap_model(tiny_model(kind.family, **kind.config), tiny_tokenizer(), request.param)
 
 
 @pytest.fixture(scope="module")
 def llama() -> HeadModel:
-    return view(tiny_model("llama", num_key_value_heads=2), tiny_tokenizer(), "tiny llama")
+    return wrap_model(tiny_model("llama", num_key_value_heads=2), tiny_tokenizer(), "tiny llama")
 
 
 @pytest.fixture(scope="module")
@@ -45,8 +45,8 @@ def example(llama: HeadModel) -> Encoded:
     return encode(tiny_task(subjects=1), llama.tokenizer).examples[0]
 
 
-def reference_for(heads: HeadModel) -> Tensor:
-    return torch.randn(N_LAYERS, N_HEADS, heads.head_dim, generator=torch.Generator().manual_seed(9))
+def reference_for(model: HeadModel) -> Tensor:
+    return torch.randn(N_LAYERS, N_HEADS, model.head_dim, generator=torch.Generator().manual_seed(9))
 
 
 def metrics(logits: Tensor, encoded: Encoded) -> dict[str, Tensor]:
@@ -55,19 +55,19 @@ def metrics(logits: Tensor, encoded: Encoded) -> dict[str, Tensor]:
     return {name: logits[list(set(chosen))].float().mean() for name, chosen in tokens.items() if chosen}
 
 
-def slow_gradients(heads: HeadModel, encoded: Encoded, reference: Tensor, level: float) -> Mapping[str, Tensor]:
+def slow_gradients(model: HeadModel, encoded: Encoded, reference: Tensor, level: float) -> Mapping[str, Tensor]:
     """`dm/dG[l, h]` at `G = level`: a whole forward pass in which z at END is gated, and autograd through all of it."""
     gates = torch.full((N_LAYERS, N_HEADS), level, requires_grad=True)
     handles = []
     for layer in range(N_LAYERS):
 
         def hook(_module: torch.nn.Module, args: tuple[Tensor], layer: int = layer) -> tuple[Tensor]:
-            z = args[0].view(1, -1, N_HEADS, heads.head_dim)
+            z = args[0].view(1, -1, N_HEADS, model.head_dim)
             end = reference[layer] + gates[layer, :, None] * (z[0, -1] - reference[layer])
             return (torch.cat([z[:, :-1], end[None, None]], 1).view_as(args[0]),)
 
-        handles.append(heads.projection(layer).register_forward_pre_hook(hook))
-    logits = heads.model(encoded.tokens[None], use_cache=False).logits[0, -1]
+        handles.append(model.projection(layer).register_forward_pre_hook(hook))
+    logits = model.hf(encoded.tokens[None], use_cache=False).logits[0, -1]
     for handle in handles:
         handle.remove()
     found = metrics(logits, encoded)
@@ -104,7 +104,7 @@ def test_integrated_gradients_are_gradients_at_midpoints(heads: HeadModel, promp
 
 def test_attribution_patching_is_the_finite_difference(heads: HeadModel, prompt: Encoded) -> None:
     """Moving a head a little of the way to its reference, exactly, changes m by that much of its score (float64)."""
-    heads.model.double()
+    heads.hf.double()
     try:
         reference, epsilon = reference_for(heads).double(), 1e-3
         found = attribution_patching(heads, prompt, reference)
@@ -118,7 +118,7 @@ def test_attribution_patching_is_the_finite_difference(heads: HeadModel, prompt:
                 slope = (up[name] - down[name]) / (2 * epsilon)
                 assert found[f"attribution_patching.{name}"][head] == pytest.approx(slope.item(), abs=1e-3)
     finally:
-        heads.model.float()
+        heads.hf.float()
 
 
 def test_a_small_patch_is_exactly_its_estimate(llama: HeadModel, example: Encoded) -> None:
@@ -156,7 +156,7 @@ def test_integrated_gradients_sum_to_the_effect_of_replacing_all(heads: HeadMode
 
 def test_where_the_rest_is_linear_the_estimate_is_exact() -> None:
     """The last layer's heads, without an MLP and a norm behind them."""
-    heads = view(tiny_model("llama", num_key_value_heads=2), tiny_tokenizer(), "linear at the end")
+    heads = wrap_model(tiny_model("llama", num_key_value_heads=2), tiny_tokenizer(), "linear at the end")
     example = encode(tiny_task(subjects=1), heads.tokenizer).examples[0]
     heads.layers[-1].mlp.down_proj.weight.data.zero_()
     heads.final_norm.forward = lambda hidden: hidden
@@ -198,32 +198,32 @@ def test_without_previous_answers_there_is_no_such_score(llama: HeadModel) -> No
 
 
 def test_nothing_is_left_behind(llama: HeadModel, example: Encoded) -> None:
-    parameters = list(llama.model.requires_grad_(True).parameters())
+    parameters = list(llama.hf.requires_grad_(True).parameters())
     parameters[3].requires_grad_(False)
     asking = [parameter.requires_grad for parameter in parameters]
     with torch.no_grad():
-        before = llama.model(example.tokens[None]).logits
+        before = llama.hf(example.tokens[None]).logits
         integrated_gradients(llama, example)
         assert not torch.is_grad_enabled()
     assert all(parameter.grad is None for parameter in parameters)
     assert [parameter.requires_grad for parameter in parameters] == asking
-    assert not any(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in llama.model.modules())
+    assert not any(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in llama.hf.modules())
     with torch.no_grad():
-        assert torch.equal(llama.model(example.tokens[None]).logits, before)
-    llama.model.requires_grad_(True)
+        assert torch.equal(llama.hf(example.tokens[None]).logits, before)
+    llama.hf.requires_grad_(True)
 
 
 def test_frozen_parameters_make_no_difference(llama: HeadModel, example: Encoded) -> None:
     expected = attribution_patching(llama, example)
-    llama.model.requires_grad_(False)
+    llama.hf.requires_grad_(False)
     found = attribution_patching(llama, example)
-    llama.model.requires_grad_(True)
+    llama.hf.requires_grad_(True)
     for name, value in expected.items():
         assert np.array_equal(found[name], value)
 
 
 def test_half_precision_is_close(llama: HeadModel, example: Encoded) -> None:
-    half = view(tiny_model("llama", num_key_value_heads=2).bfloat16(), tiny_tokenizer(), "half")
+    half = wrap_model(tiny_model("llama", num_key_value_heads=2).bfloat16(), tiny_tokenizer(), "half")
     for method in (attribution_patching, integrated_gradients):
         for name, value in method(half, example).items():
             assert value.dtype == np.float32

@@ -15,7 +15,7 @@ from headtune.analysis.methods.head_gating import Gates, answer_log_probability,
 from headtune.analysis.methods.scores import Array
 from headtune.analysis.models import hooks
 from headtune.analysis.models.head_model import HeadModel
-from headtune.analysis.models.loading import view
+from headtune.analysis.models.loading import wrap_model
 from headtune.analysis.synthetic.planted import PlantedModel, Planting, plant
 from headtune.analysis.tasks.tokenized import Encoded, encode
 from headtune.analysis.utils.errors import InputError
@@ -28,16 +28,16 @@ from helpers.tiny import KINDS, N_HEADS, N_LAYERS, tiny_model, tiny_task, tiny_t
 )
 def heads(request: pytest.FixtureRequest) -> HeadModel:
     kind = KINDS[request.param]
-    return view(tiny_model(kind.family, **kind.config), tiny_tokenizer(), request.param)
+    return wrap_model(tiny_model(kind.family, **kind.config), tiny_tokenizer(), request.param)
 
 
 @pytest.fixture(scope="module")
 def llama() -> HeadModel:
-    return view(tiny_model("llama", num_key_value_heads=2), tiny_tokenizer(), "tiny llama")
+    return wrap_model(tiny_model("llama", num_key_value_heads=2), tiny_tokenizer(), "tiny llama")
 
 
-def examples_of(heads: HeadModel, previous: Sequence[int] = (1, 3)) -> list[Encoded]:
-    return encode(tiny_task(previous=tuple(previous), subjects=3), heads.tokenizer).examples
+def examples_of(model: HeadModel, previous: Sequence[int] = (1, 3)) -> list[Encoded]:
+    return encode(tiny_task(previous=tuple(previous), subjects=3), model.tokenizer).examples
 
 
 # --- the loss ---------------------------------------------------------------------------------------------------------
@@ -54,7 +54,7 @@ def test_a_padded_batch_is_every_prompt_alone(heads: HeadModel) -> None:
         found = answer_log_probability(heads, batch, levels, quantity)  # type: ignore[arg-type]
         for value, example in zip(found, batch, strict=True):
             with hooks.scale(heads, factors):
-                logits = heads.model(example.tokens[None], use_cache=False).logits[0, -1]
+                logits = heads.hf(example.tokens[None], use_cache=False).logits[0, -1]
             tokens = set(example.target_tokens if quantity == "target" else example.previous_tokens)
             expected = logits.softmax(-1)[list(tokens)].sum().log()
             assert value.item() == pytest.approx(expected.item(), abs=2e-5)
@@ -72,14 +72,14 @@ def test_its_gradient_is_the_finite_difference(llama: HeadModel) -> None:
             with torch.no_grad():
                 ends.append(answer_log_probability(llama, batch, moved, "target").sum())
         assert levels.grad[head].item() == pytest.approx((ends[0] - ends[1]).item() / 2e-2, abs=2e-3)
-    llama.model.zero_grad()
+    llama.hf.zero_grad()
 
 
 def test_open_gates_are_the_model(llama: HeadModel) -> None:
     batch = examples_of(llama)[:2]
     with torch.no_grad():
         found = answer_log_probability(llama, batch, torch.ones(N_LAYERS, N_HEADS), "target")
-        logits = llama.model(batch[0].tokens[None]).logits[0, -1]
+        logits = llama.hf(batch[0].tokens[None]).logits[0, -1]
     expected = logits.softmax(-1)[list(batch[0].target_tokens)].sum().log()
     assert found[0].item() == pytest.approx(expected.item(), abs=1e-5)
 
@@ -133,9 +133,9 @@ def test_every_prompt_takes_its_turn(llama: HeadModel, monkeypatch: pytest.Monke
     examples, seen = examples_of(llama), []
     inner = head_gating.answer_log_probability
 
-    def counted(heads: HeadModel, batch: Sequence[Encoded], levels: Tensor, quantity: head_gating.Quantity) -> Tensor:
+    def counted(model: HeadModel, batch: Sequence[Encoded], levels: Tensor, quantity: head_gating.Quantity) -> Tensor:
         seen.append([example.example.prompt for example in batch])
-        return inner(heads, batch, levels, quantity)
+        return inner(model, batch, levels, quantity)
 
     monkeypatch.setattr(head_gating, "answer_log_probability", counted)
     fit_gates(llama, examples, steps=6, batch_size=4)
@@ -149,7 +149,7 @@ def test_every_prompt_takes_its_turn(llama: HeadModel, monkeypatch: pytest.Monke
 
 
 def test_nothing_is_left_behind(llama: HeadModel) -> None:
-    parameters = list(llama.model.requires_grad_(True).parameters())
+    parameters = list(llama.hf.requires_grad_(True).parameters())
     parameters[3].requires_grad_(False)
     asking = [parameter.requires_grad for parameter in parameters]
     values = [parameter.detach().clone() for parameter in parameters]
@@ -158,8 +158,8 @@ def test_nothing_is_left_behind(llama: HeadModel) -> None:
     assert [parameter.requires_grad for parameter in parameters] == asking
     assert all(parameter.grad is None for parameter in parameters)
     assert all(torch.equal(now, before) for now, before in zip(parameters, values, strict=True))
-    assert not any(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in llama.model.modules())
-    llama.model.requires_grad_(True)
+    assert not any(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in llama.hf.modules())
+    llama.hf.requires_grad_(True)
 
 
 def test_bad_input_is_refused(llama: HeadModel) -> None:

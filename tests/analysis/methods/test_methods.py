@@ -17,7 +17,7 @@ from headtune.analysis.methods.registry import DEFAULT, METHODS, chosen, score, 
 from headtune.analysis.methods.scores import Array, Scores
 from headtune.analysis.models import hooks
 from headtune.analysis.models.head_model import HeadModel
-from headtune.analysis.models.loading import view
+from headtune.analysis.models.loading import wrap_model
 from headtune.analysis.tasks.task import Task
 from headtune.analysis.tasks.tokenized import Encoded, EncodedTask, encode
 from headtune.analysis.utils.errors import InputError
@@ -46,7 +46,7 @@ def short_fits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def heads() -> HeadModel:
-    return view(tiny_model("llama", num_key_value_heads=2), tiny_tokenizer(), "tiny llama")
+    return wrap_model(tiny_model("llama", num_key_value_heads=2), tiny_tokenizer(), "tiny llama")
 
 
 @pytest.fixture(scope="module")
@@ -58,18 +58,18 @@ def task(heads: HeadModel) -> EncodedTask:
 
 
 def by_slow_passes(
-    heads: HeadModel, encoded: Encoded, replaced: Callable[[int, int], Tensor], end_only: bool
+    model: HeadModel, encoded: Encoded, replaced: Callable[[int, int], Tensor], end_only: bool
 ) -> dict[str, Array]:
     """Clean minus replaced, in mean logits of the answers' first tokens: one whole forward pass a head."""
     position = torch.tensor([len(encoded.tokens) - 1]) if end_only else None
     tokens = {"target": list(set(encoded.target_tokens)), "previous": list(set(encoded.previous_tokens))}
     result = {name: np.zeros((N_LAYERS, N_HEADS), dtype=np.float32) for name in tokens}
     with torch.no_grad():
-        clean = heads.model(encoded.tokens[None]).logits[0, -1]
+        clean = model.hf(encoded.tokens[None]).logits[0, -1]
         for layer in range(N_LAYERS):
             for head in range(N_HEADS):
-                with hooks.replace(heads, {(layer, head): replaced(layer, head)}, position):
-                    logits = heads.model(encoded.tokens[None]).logits[0, -1]
+                with hooks.replace(model, {(layer, head): replaced(layer, head)}, position):
+                    logits = model.hf(encoded.tokens[None]).logits[0, -1]
                 for name, ids in tokens.items():
                     result[name][layer, head] = (clean - logits)[ids].mean()
     return result

@@ -18,12 +18,12 @@ import torch
 from safetensors.numpy import load_file
 
 from headtune.analysis.identify import pipeline
-from headtune.analysis.identify.pipeline import Identified
+from headtune.analysis.identify.pipeline import IdentifyResult
 from headtune.analysis.methods import logit_attribution, parallel_map, patching, registry
 from headtune.analysis.methods.parallel_map import Shards
 from headtune.analysis.methods.scores import Array
 from headtune.analysis.models.head_model import HeadModel
-from headtune.analysis.models.loading import view
+from headtune.analysis.models.loading import wrap_model
 from headtune.analysis.tasks.task import Task
 from headtune.analysis.utils.errors import CheckError, InputError
 from headtune.cli import console
@@ -187,7 +187,7 @@ def test_an_error_is_raised_and_what_is_finished_stays(tmp_path: Path, error: ty
 
 
 def model_of(seed: int = 0) -> HeadModel:
-    return view(tiny_model("llama", seed, num_attention_heads=8, num_key_value_heads=4), tiny_tokenizer(), "tiny")
+    return wrap_model(tiny_model("llama", seed, num_attention_heads=8, num_key_value_heads=4), tiny_tokenizer(), "tiny")
 
 
 @pytest.fixture(scope="module")
@@ -200,7 +200,7 @@ OPTIONS: dict[str, Any] = {"top": 3, "verify_top": 2, "n_random": 3}
 
 
 @pytest.fixture(scope="module")
-def unbroken(model: HeadModel) -> Identified:
+def unbroken(model: HeadModel) -> IdentifyResult:
     return pipeline.identify(model, TASK, **OPTIONS)
 
 
@@ -210,15 +210,15 @@ def scored(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     prompts: list[str] = []
     right = logit_attribution.attribute
 
-    def spy(heads: HeadModel, encoded: Any) -> Any:
+    def spy(model: HeadModel, encoded: Any) -> Any:
         prompts.append(encoded.example.prompt)
-        return right(heads, encoded)
+        return right(model, encoded)
 
     monkeypatch.setattr(logit_attribution, "attribute", spy)
     return prompts
 
 
-def same(found: Identified, expected: Identified) -> None:
+def same(found: IdentifyResult, expected: IdentifyResult) -> None:
     """Bit for bit, but for when and by which command."""
     unsigned = [replace(one.heads, created="", command="") for one in (found, expected)]
     assert unsigned[0] == unsigned[1]
@@ -232,7 +232,7 @@ def same(found: Identified, expected: Identified) -> None:
 
 @pytest.mark.parametrize("step", ["scoring heads", "verifying"])
 def test_a_broken_identification_ends_as_an_unbroken_one(
-    model: HeadModel, unbroken: Identified, scored: list[str], tmp_path: Path, step: str
+    model: HeadModel, unbroken: IdentifyResult, scored: list[str], tmp_path: Path, step: str
 ) -> None:
     partial = tmp_path / "kept"
     with pytest.raises(Broken):
@@ -279,9 +279,9 @@ def test_a_whole_task_method_goes_on_too(
     """It is computed once for the task; the other method's finished examples are not computed again, nor is it."""
     fits = []
 
-    def whole(heads: HeadModel, examples: Sequence[Any], seed: int, progress: Any) -> dict[str, Array]:
+    def whole(model: HeadModel, examples: Sequence[Any], seed: int, progress: Any) -> dict[str, Array]:
         fits.append(seed)
-        values = np.linspace(-1, 1, heads.n_layers * heads.n_heads, dtype=np.float32).reshape(heads.n_layers, -1)
+        values = np.linspace(-1, 1, model.n_layers * model.n_heads, dtype=np.float32).reshape(model.n_layers, -1)
         for _ in progress(range(3), "fitting"):
             values = values[::-1]
         return {"gates.target": values, "gates.previous": -values, "gates.irrelevant": np.abs(values)}
@@ -309,9 +309,9 @@ def test_the_elbow_and_controls_are_kept_too(model: HeadModel, tmp_path: Path, m
     asked = []
     right = patching.set_probabilities
 
-    def spy(heads: HeadModel, encoded: Any, sets: Any) -> Any:
+    def spy(model: HeadModel, encoded: Any, sets: Any) -> Any:
         asked.append(len(sets))
-        return right(heads, encoded, sets)
+        return right(model, encoded, sets)
 
     monkeypatch.setattr(pipeline, "set_probabilities", spy)
     same(pipeline.identify(model, TASK, **options, partial=tmp_path / "kept"), expected)

@@ -26,7 +26,7 @@ from headtune.analysis.models import hooks
 from headtune.analysis.models.architectures import ARCHITECTURES
 from headtune.analysis.models.attention import record_rows
 from headtune.analysis.models.head_model import HeadModel
-from headtune.analysis.models.loading import check, view
+from headtune.analysis.models.loading import check, wrap_model
 from headtune.analysis.tasks.tokenized import Encoded, encode
 from headtune.analysis.utils.errors import CheckError, InputError
 from helpers.tiny import KINDS, N_HEADS, N_LAYERS, Kind, tiny_model, tiny_task, tiny_tokenizer
@@ -44,12 +44,12 @@ def kind(request: pytest.FixtureRequest) -> Kind:
 
 @pytest.fixture(scope="module")
 def heads(kind: Kind) -> HeadModel:
-    return view(tiny_model(kind.family, **kind.config), tiny_tokenizer(), kind.family)
+    return wrap_model(tiny_model(kind.family, **kind.config), tiny_tokenizer(), kind.family)
 
 
 @pytest.fixture(scope="module")
 def llama() -> HeadModel:
-    return view(tiny_model("llama", num_key_value_heads=2), tiny_tokenizer(), "tiny llama")
+    return wrap_model(tiny_model("llama", num_key_value_heads=2), tiny_tokenizer(), "tiny llama")
 
 
 @pytest.fixture(scope="module")
@@ -58,17 +58,17 @@ def prompt(heads: HeadModel) -> Encoded:
     return encode(tiny_task(subjects=1), heads.tokenizer).examples[0]
 
 
-def batch_of(heads: HeadModel, rows: int = 3, length: int = 9) -> Tensor:
+def batch_of(model: HeadModel, rows: int = 3, length: int = 9) -> Tensor:
     generator = torch.Generator().manual_seed(5)
-    return torch.randint(3, heads.model.config.vocab_size, (rows, length), generator=generator)
+    return torch.randint(3, model.hf.config.vocab_size, (rows, length), generator=generator)
 
 
 def close(actual: Tensor, expected: Tensor, tolerance: float) -> None:
     torch.testing.assert_close(actual, expected, atol=tolerance, rtol=tolerance)
 
 
-def hook_count(heads: HeadModel) -> int:
-    return sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in heads.model.modules())
+def hook_count(model: HeadModel) -> int:
+    return sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.hf.modules())
 
 
 # --- the view ---------------------------------------------------------------------------------------------------------
@@ -89,7 +89,7 @@ def test_sizes(heads: HeadModel, kind: Kind) -> None:
 def test_the_view_leaves_the_logits_as_they_were(heads: HeadModel, kind: Kind) -> None:
     tokens = batch_of(heads)
     with torch.no_grad():
-        close(heads.model(tokens).logits, tiny_model(kind.family, **kind.config)(tokens).logits, 1e-5)
+        close(heads.hf(tokens).logits, tiny_model(kind.family, **kind.config)(tokens).logits, 1e-5)
 
 
 @torch.no_grad()
@@ -107,7 +107,7 @@ def test_contributions_and_bias_are_the_attention_output(heads: HeadModel, kind:
                 lambda _m, _a, output, layer=layer, inputs=inputs: seen.update({layer: (inputs[0], output[0])})
             )
         )
-    heads.model(batch_of(heads))
+    heads.hf(batch_of(heads))
     for handle in handles:
         handle.remove()
     for layer, (z, output) in seen.items():
@@ -162,7 +162,7 @@ def test_a_wrong_layer_is_named(heads: HeadModel, kind: Kind, monkeypatch: pytes
 
 def test_a_forgotten_bias_fails_the_check(llama: HeadModel) -> None:
     model = tiny_model("gpt2")
-    heads = view(model, tiny_tokenizer())
+    heads = wrap_model(model, tiny_tokenizer())
     handle = heads.projection(1).register_forward_hook(lambda _m, _a, output: output + 0.01)
     with pytest.raises(CheckError, match=r"^transformer\.h\.1\.attn: head contributions"):
         check(heads)
@@ -173,23 +173,23 @@ def test_a_forgotten_bias_fails_the_check(llama: HeadModel) -> None:
 def test_other_logits_fail_the_check(llama: HeadModel) -> None:
     tokens = torch.randint(0, 5, (2, 7))
     with torch.no_grad(), pytest.raises(CheckError, match=r"tiny llama: logits under the head view differ"):
-        check(llama, llama.model(tokens).logits)
+        check(llama, llama.hf(tokens).logits)
 
 
 def test_attention_outside_the_interface_fails_the_check(llama: HeadModel) -> None:
-    llama.model.set_attn_implementation("sdpa")
+    llama.hf.set_attn_implementation("sdpa")
     try:
         with pytest.raises(
             CheckError, match=r"model\.layers\.0\.self_attn: does not go through the attention interface"
         ):
             check(llama)
     finally:
-        llama.model.set_attn_implementation("headtune_rows")
+        llama.hf.set_attn_implementation("headtune_rows")
     check(llama)
 
 
 def test_a_dead_head_fails_the_check() -> None:
-    heads = view(tiny_model("llama"), tiny_tokenizer())
+    heads = wrap_model(tiny_model("llama"), tiny_tokenizer())
     with torch.no_grad():
         heads.projection(0).weight[:, :8] = 0
     with pytest.raises(CheckError, match=r"model\.layers\.0: silencing head 0 leaves the logits unchanged"):
@@ -200,7 +200,7 @@ def test_a_dead_head_fails_the_check() -> None:
 @pytest.mark.parametrize("family", ARCHITECTURES)
 def test_half_precision(family: str, dtype: torch.dtype) -> None:
     """The view passes its own check, and scores stay finite and near those in float32."""
-    half, full = (view(tiny_model(family).to(kind), tiny_tokenizer()) for kind in (dtype, torch.float32))
+    half, full = (wrap_model(tiny_model(family).to(kind), tiny_tokenizer()) for kind in (dtype, torch.float32))
     assert half.identity()["dtype"] == str(dtype).removeprefix("torch.")
     example = encode(tiny_task(subjects=1), half.tokenizer).examples[0]
     rounded, exact = (attribute(heads, example) | ablation_effects(heads, example) for heads in (half, full))
@@ -214,7 +214,7 @@ def test_an_unsupported_family_is_refused_with_those_that_are(family: str) -> No
     sizes = {"vocab_size": 50, "hidden_size": 16, "n_layer": 1, "n_head": 2, "n_positions": 16}
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes))
     with pytest.raises(InputError) as refusal:
-        view(model, tiny_tokenizer())
+        wrap_model(model, tiny_tokenizer())
     assert repr(family) in str(refusal.value)
     assert all(name in str(refusal.value) for name in ARCHITECTURES)
 
@@ -222,12 +222,12 @@ def test_an_unsupported_family_is_refused_with_those_that_are(family: str) -> No
 @pytest.mark.parametrize("config", [{"word_embed_proj_dim": 16}, {"do_layer_norm_before": False}])
 def test_opt_members_that_are_not_additive_are_refused(config: dict[str, Any]) -> None:
     with pytest.raises(InputError, match="projects its embeddings or normalises after"):
-        view(tiny_model("opt", **config), tiny_tokenizer())
+        wrap_model(tiny_model("opt", **config), tiny_tokenizer())
 
 
 def test_identity_knows_weights_and_configuration() -> None:
     one, same, other, shaped = (
-        view(tiny_model("llama", seed, **config), tiny_tokenizer()).identity()
+        wrap_model(tiny_model("llama", seed, **config), tiny_tokenizer()).identity()
         for seed, config in ((0, {}), (0, {}), (1, {}), (0, {"rope_theta": 500.0}))
     )
     assert one == same
@@ -236,14 +236,14 @@ def test_identity_knows_weights_and_configuration() -> None:
 
 
 def test_the_weights_hash_covers_every_parameter() -> None:
-    heads = view(tiny_model("gpt2"), tiny_tokenizer())
+    heads = wrap_model(tiny_model("gpt2"), tiny_tokenizer())
     digests = {heads.weights_sha256}
     with torch.no_grad():
-        for parameter in heads.model.parameters():
+        for parameter in heads.hf.parameters():
             parameter.view(-1)[-1] += 1
             digests.add(replace(heads).weights_sha256)  # a copy without the cached value
             parameter.view(-1)[-1] -= 1
-    assert len(digests) == 1 + len(list(heads.model.parameters()))
+    assert len(digests) == 1 + len(list(heads.hf.parameters()))
 
 
 # --- attention rows ---------------------------------------------------------------------------------------------------
@@ -256,7 +256,7 @@ def test_recorded_rows_are_those_of_eager_attention(heads: HeadModel, kind: Kind
     eager = tiny_model(kind.family, attn_implementation="eager", **kind.config)
     expected = eager(tokens, output_attentions=True).attentions
     with record_rows(positions) as rows:
-        heads.model(tokens)
+        heads.hf(tokens)
     assert sorted(rows.pattern) == list(range(N_LAYERS))
     for layer in range(N_LAYERS):
         assert rows.pattern[layer].shape == (3, N_HEADS, 9)
@@ -275,13 +275,13 @@ def test_recorded_rows_with_left_padding(heads: HeadModel, kind: Kind) -> None:
     expected = eager(tokens, output_attentions=True, **given)
     end = torch.full((3,), 8)
     with record_rows(end) as rows:
-        logits = heads.model(tokens, **given).logits
+        logits = heads.hf(tokens, **given).logits
     for layer in range(N_LAYERS):
         assert rows.pattern[layer][1, :, :4].abs().max() == 0
         close(rows.pattern[layer], expected.attentions[layer][:, :, -1], 1e-5)
     close(logits[:, -1], expected.logits[:, -1], 1e-4)
     # And padding changes nothing: the padded row alone, without its padding, ends in the same logits.
-    close(logits[1, -1], heads.model(tokens[1:2, 4:]).logits[0, -1], 1e-4)
+    close(logits[1, -1], heads.hf(tokens[1:2, 4:]).logits[0, -1], 1e-4)
 
 
 @torch.no_grad()
@@ -289,7 +289,7 @@ def test_recorded_values_and_rows_make_z(heads: HeadModel) -> None:
     """`z[l, h, q] = sum_t A[l, h, q, t] v[l, h, t]`: rows, values and heads stand in the same order."""
     positions = torch.tensor([8, 3, 5])
     with record_rows(positions) as rows, hooks.capture(heads, positions=positions) as z:
-        heads.model(batch_of(heads))
+        heads.hf(batch_of(heads))
     for layer in range(N_LAYERS):
         close(torch.einsum("bht,bhtd->bhd", rows.pattern[layer], rows.values[layer]), z[layer], 1e-5)
 
@@ -299,10 +299,10 @@ def test_rows_under_a_key_value_cache(llama: HeadModel) -> None:
     """The query of a single-token step sees all the keys before it."""
     tokens = batch_of(llama)
     with record_rows(torch.full((3,), 8)) as whole:
-        llama.model(tokens)
-    past = llama.model(tokens[:, :-1], use_cache=True).past_key_values
+        llama.hf(tokens)
+    past = llama.hf(tokens[:, :-1], use_cache=True).past_key_values
     with record_rows(torch.zeros(3, dtype=torch.long)) as step:
-        llama.model(tokens[:, -1:], past_key_values=past)
+        llama.hf(tokens[:, -1:], past_key_values=past)
     for layer in range(N_LAYERS):
         close(step.pattern[layer], whole.pattern[layer], 1e-5)
 
@@ -311,7 +311,7 @@ def test_recording_stops_with_the_block_however_it_ends(llama: HeadModel) -> Non
     end = torch.full((3,), 8)
     with pytest.raises(RuntimeError, match="boom"), record_rows(end) as rows:
         raise RuntimeError("boom")
-    llama.model(batch_of(llama))
+    llama.hf(batch_of(llama))
     assert not rows.pattern
 
 
@@ -320,7 +320,7 @@ def test_two_recordings_at_once(llama: HeadModel) -> None:
     tokens = batch_of(llama)
     with record_rows(torch.full((3,), 8)) as outer:
         with record_rows(torch.full((3,), 2)) as inner:
-            llama.model(tokens)
+            llama.hf(tokens)
         assert torch.all(inner.pattern[0][..., 3:] == 0)
     assert torch.all(outer.pattern[0][..., 3:] > 0)
 
@@ -329,10 +329,10 @@ def test_two_recordings_at_once(llama: HeadModel) -> None:
 
 
 @torch.no_grad()
-def slow_logits(heads: HeadModel, tokens: Tensor, row: Any) -> Tensor:
+def slow_logits(model: HeadModel, tokens: Tensor, row: Any) -> Tensor:
     """One whole forward pass with the heads silenced at END."""
-    with hooks.ablate(heads, row, positions=torch.tensor([len(tokens) - 1])):
-        return heads.model(tokens[None], use_cache=False).logits[0, -1]
+    with hooks.ablate(model, row, positions=torch.tensor([len(tokens) - 1])):
+        return model.hf(tokens[None], use_cache=False).logits[0, -1]
 
 
 @pytest.mark.parametrize("max_rows", [512, 3])
@@ -344,7 +344,7 @@ def test_fast_ablation_is_the_slow_one(heads: HeadModel, prompt: Encoded, max_ro
     rows += [generator.sample(everyone, size) for size in (2, 3, 5)]
     generator.shuffle(rows)
     fast = silenced_logits(heads, prompt.tokens, rows, max_rows)
-    assert fast.shape == (len(rows), heads.model.config.vocab_size)
+    assert fast.shape == (len(rows), heads.hf.config.vocab_size)
     slow = torch.stack([slow_logits(heads, prompt.tokens, row) for row in rows])
     close(fast, slow, 1e-4)
     clean = slow[rows.index(())]
@@ -354,10 +354,10 @@ def test_fast_ablation_is_the_slow_one(heads: HeadModel, prompt: Encoded, max_ro
 
 def test_fast_ablation_leaves_nothing_behind(llama: HeadModel, monkeypatch: pytest.MonkeyPatch) -> None:
     tokens = batch_of(llama, 1)[0]
-    before, hooked = llama.model(tokens[None]).logits, hook_count(llama)
+    before, hooked = llama.hf(tokens[None]).logits, hook_count(llama)
     silenced_logits(llama, tokens, [[(0, 1)], [(2, 3)]])
     assert hook_count(llama) == hooked
-    assert torch.equal(llama.model(tokens[None]).logits, before)
+    assert torch.equal(llama.hf(tokens[None]).logits, before)
     monkeypatch.setattr(llama.layers[2], "forward", lambda *_a, **_k: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         silenced_logits(llama, tokens, [[(0, 1)]])
@@ -395,9 +395,9 @@ def test_effects_without_previous_answers(llama: HeadModel) -> None:
 
 def test_effects_stay_finite_where_a_probability_underflows() -> None:
     """p(previous) = e^-300 is 0 in float32; its logarithm is not."""
-    heads = view(tiny_model("llama"), tiny_tokenizer())
+    heads = wrap_model(tiny_model("llama"), tiny_tokenizer())
     example = encode(tiny_task(subjects=1), heads.tokenizer).examples[0]
-    output = heads.model.get_output_embeddings()
+    output = heads.hf.get_output_embeddings()
     with torch.no_grad():
         output.weight.mul_(300)
     effects = ablation_effects(heads, example)
@@ -458,7 +458,7 @@ def linearised(norm: Any, x: Tensor, gain_offset: float) -> Callable[[Tensor], T
 
 
 @torch.no_grad()
-def frozen_run(heads: HeadModel, kind: Kind, prompt: Encoded) -> Frozen:
+def frozen_run(model: HeadModel, kind: Kind, prompt: Encoded) -> Frozen:
     row = ARCHITECTURES[kind.family]
     offset = GAIN_OFFSETS.get(kind.family, 0.0)
     inputs: dict[str, Tensor] = {}
@@ -472,16 +472,16 @@ def frozen_run(heads: HeadModel, kind: Kind, prompt: Encoded) -> Frozen:
 
         return hook
 
-    output = heads.model.get_output_embeddings()
-    watched = {"final": heads.model.get_submodule(row.final_norm), "unembedding": output}
-    for index, layer in enumerate(heads.layers):
+    output = model.hf.get_output_embeddings()
+    watched = {"final": model.hf.get_submodule(row.final_norm), "unembedding": output}
+    for index, layer in enumerate(model.layers):
         watched[f"layer {index}"] = layer
         watched[f"mlp {index}"] = layer.get_submodule(MLPS.get(kind.family, "mlp"))
         if kind.family in ("gemma2", "gemma3_text"):
             watched[f"norm {index}"] = layer.get_submodule("post_attention_layernorm")
     handles = [module.register_forward_hook(keep(name), with_kwargs=True) for name, module in watched.items()]
-    with hooks.capture(heads, positions=torch.tensor([prompt.end])) as z:
-        model_logits = heads.model(prompt.tokens[None]).logits[0, -1]
+    with hooks.capture(model, positions=torch.tensor([prompt.end])) as z:
+        model_logits = model.hf(prompt.tokens[None]).logits[0, -1]
     for handle in handles:
         handle.remove()
 
@@ -496,12 +496,12 @@ def frozen_run(heads: HeadModel, kind: Kind, prompt: Encoded) -> Frozen:
     for index in range(N_LAYERS):
         norm = f"norm {index}"
         added[index] = linearised(watched[norm], inputs[norm], offset) if norm in inputs else lambda part: part
-        projection: Any = heads.projection(index)
+        projection: Any = model.projection(index)
         if projection.bias is not None:
             others.append(added[index](projection.bias))
         others.append(outputs[f"mlp {index}"])
     # The reference itself is right.
-    cap = getattr(heads.model.config, "final_logit_softcapping", None)
+    cap = getattr(model.hf.config, "final_logit_softcapping", None)
     decoded = logits(inputs["final"])
     close(decoded, outputs["unembedding"], 1e-4)
     close(decoded if cap is None else cap * torch.tanh(decoded / cap), model_logits, 1e-4)
@@ -555,7 +555,7 @@ def test_lens_reads_the_source_it_names(llama: HeadModel) -> None:
     end = torch.tensor([prompt.end])
     run = frozen_run(llama, KINDS["llama"], prompt)
     with record_rows(end) as rows:
-        llama.model(prompt.tokens[None])
+        llama.hf(prompt.tokens[None])
     found = attribute(llama, prompt)
     for layer in range(N_LAYERS):
         for head in range(N_HEADS):
@@ -579,20 +579,20 @@ def no_hook_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 @torch.no_grad()
-def z_of(heads: HeadModel, tokens: Tensor) -> dict[int, Tensor]:
-    with hooks.capture(heads) as z:
-        heads.model(tokens)
+def z_of(model: HeadModel, tokens: Tensor) -> dict[int, Tensor]:
+    with hooks.capture(model) as z:
+        model.hf(tokens)
     return z
 
 
 @torch.no_grad()
-def seen_by_projection(heads: HeadModel, layer: int, tokens: Tensor) -> Tensor:
+def seen_by_projection(model: HeadModel, layer: int, tokens: Tensor) -> Tensor:
     """What the projection is really given: `[batch, seq, n_heads, head_dim]`."""
     given: list[Tensor] = []
-    handle = heads.projection(layer).register_forward_hook(lambda _m, args, _o: given.append(args[0]))
-    heads.model(tokens)
+    handle = model.projection(layer).register_forward_hook(lambda _m, args, _o: given.append(args[0]))
+    model.hf(tokens)
     handle.remove()
-    return given[0].unflatten(-1, (heads.n_heads, heads.head_dim))
+    return given[0].unflatten(-1, (model.n_heads, model.head_dim))
 
 
 def test_capture(llama: HeadModel) -> None:
@@ -601,7 +601,7 @@ def test_capture(llama: HeadModel) -> None:
     assert {layer: value.shape for layer, value in z.items()} == dict.fromkeys(range(3), (3, 9, 4, 8))
     positions = torch.tensor([0, 4, 8])
     with hooks.capture(llama, layers=[1], positions=positions) as some, torch.no_grad():
-        llama.model(tokens)
+        llama.hf(tokens)
     assert list(some) == [1]
     assert torch.equal(some[1], z[1][torch.arange(3), positions])
 
@@ -662,14 +662,14 @@ def test_capture_inside_and_outside_an_edit(llama: HeadModel) -> None:
     tokens = batch_of(llama)
     clean = z_of(llama, tokens)[1]
     with torch.no_grad(), hooks.capture(llama) as before, hooks.ablate(llama, [(1, 1)]), hooks.capture(llama) as after:
-        llama.model(tokens)
+        llama.hf(tokens)
     assert torch.equal(before[1], clean)
     assert after[1][:, :, 1].abs().max() == 0 and torch.equal(after[1][:, :, 0], clean[:, :, 0])
 
 
 def test_hooks_go_when_the_block_raises(llama: HeadModel) -> None:
     tokens = batch_of(llama)
-    before = llama.model(tokens).logits
+    before = llama.hf(tokens).logits
     blocks = [
         hooks.capture(llama),
         hooks.scale(llama, {(0, 0): 2.0}),
@@ -681,4 +681,4 @@ def test_hooks_go_when_the_block_raises(llama: HeadModel) -> None:
             assert hook_count(llama) > 0
             raise RuntimeError("boom")
         assert hook_count(llama) == 0
-    assert torch.equal(llama.model(tokens).logits, before)
+    assert torch.equal(llama.hf(tokens).logits, before)

@@ -22,7 +22,7 @@ from headtune.analysis.models import builtin, hooks, loading
 from headtune.analysis.models.attention import record_rows
 from headtune.analysis.models.builtin import BUILT_IN, BuiltIn
 from headtune.analysis.models.head_model import HeadModel
-from headtune.analysis.models.loading import load, view
+from headtune.analysis.models.loading import load_model, wrap_model
 from headtune.analysis.models.self_check import check
 from headtune.analysis.tasks.loading import load_task
 from headtune.analysis.tasks.tokenized import Encoded, encode
@@ -36,8 +36,8 @@ def tokens(rows: int = 3, length: int = 9) -> Tensor:
     return torch.randint(3, 500, (rows, length), generator=torch.Generator().manual_seed(5))
 
 
-def example_for(heads: HeadModel) -> Encoded:
-    return encode(tiny_task(subjects=1), heads.tokenizer).examples[0]
+def example_for(model: HeadModel) -> Encoded:
+    return encode(tiny_task(subjects=1), model.tokenizer).examples[0]
 
 
 # --- the contract in bfloat16 -----------------------------------------------------------------------------------------
@@ -55,14 +55,14 @@ def kind(name: str) -> Kind:
 
 @pytest.fixture(scope="module")
 def half(kind: Kind) -> HeadModel:
-    return view(tiny_model(kind.family, **kind.config).to(torch.bfloat16), tiny_tokenizer(), kind.family)
+    return wrap_model(tiny_model(kind.family, **kind.config).to(torch.bfloat16), tiny_tokenizer(), kind.family)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_view_leaves_every_bit_of_the_logits(name: str, kind: Kind, dtype: torch.dtype) -> None:
     plain, viewed = (tiny_model(kind.family, **kind.config).to(dtype) for _ in range(2))
-    view(viewed, tiny_tokenizer())
+    wrap_model(viewed, tiny_tokenizer())
     before, after = plain(tokens()).logits, viewed(tokens()).logits
     if name == "gemma2-no-caps":  # stock gemma2 knows no SDPA; the view uses it where nothing is capped
         scale = before.abs().max().item()
@@ -76,7 +76,7 @@ def test_contributions_and_bias_are_the_attention_output_in_bfloat16(half: HeadM
     """The block rounds its sum once, and a bias once more; our sum is in float32."""
     blocks = [half.attention(layer) for layer in range(N_LAYERS)]
     with hooks.capture(half) as z, hooks.watch(blocks) as seen:
-        half.model(tokens())
+        half.hf(tokens())
     for layer, block in enumerate(blocks):
         total = torch.einsum("bshd,hdm->bsm", z[layer].float(), half.output_weight(layer).float())
         if (bias := half.projection(layer).bias) is not None:
@@ -92,7 +92,7 @@ def test_recorded_rows_are_those_of_eager_attention_in_bfloat16(half: HeadModel,
     eager = tiny_model(kind.family, attn_implementation="eager", **kind.config).to(torch.bfloat16)
     expected = eager(tokens(), output_attentions=True).attentions
     with record_rows(positions) as rows:
-        half.model(tokens())
+        half.hf(tokens())
     for layer in range(N_LAYERS):
         wanted = expected[layer][torch.arange(3), :, positions].float()
         assert (rows.pattern[layer] - wanted).abs().max() <= 0.03
@@ -109,7 +109,7 @@ def test_fast_ablation_is_the_slow_one_in_bfloat16(half: HeadModel) -> None:
     slow = []
     for row in [[], *rows]:
         with hooks.ablate(half, row, positions=end):
-            slow.append(half.model(example.tokens[None]).logits[0, -1].float())
+            slow.append(half.hf(example.tokens[None]).logits[0, -1].float())
     clean, ablated = slow[0], torch.stack(slow[1:])
     fast = silenced_logits(half, example.tokens, rows).float()
     assert (fast - ablated).norm() <= 0.06 * (ablated - clean).norm()
@@ -124,10 +124,10 @@ def test_attributions_in_bfloat16_add_up(half: HeadModel) -> None:
     example = example_for(half)
     mlps = [half.mlp(layer) for layer in range(N_LAYERS)]
     posts = [half.post_attention_norm(layer) for layer in range(N_LAYERS)]
-    unembedding: Any = half.model.get_output_embeddings()
+    unembedding: Any = half.hf.get_output_embeddings()
     watched = [half.layers[0], half.final_norm, unembedding, *mlps, *filter(None, posts)]
     with hooks.watch(watched) as seen:
-        half.model(example.tokens[None])
+        half.hf(example.tokens[None])
 
     def at_end(tensor: Tensor) -> Tensor:
         return tensor.flatten(end_dim=-2)[-1].float()
@@ -166,14 +166,14 @@ GEMMAS = ("gemma2", "gemma3_text")
     ],
 )
 def test_a_wrong_row_of_the_table_fails_the_check(family: str, change: dict[str, Any], message: str) -> None:
-    heads = view(tiny_model(family), tiny_tokenizer())
+    heads = wrap_model(tiny_model(family), tiny_tokenizer())
     with pytest.raises(CheckError, match=message):
         check(replace(heads, architecture=replace(heads.architecture, **change)))
 
 
 def test_a_norm_with_a_gain_of_its_own_kind_fails_the_check(monkeypatch: pytest.MonkeyPatch) -> None:
     """A llama whose norm multiplies by 1 + weight."""
-    heads = view(tiny_model("llama"), tiny_tokenizer())
+    heads = wrap_model(tiny_model("llama"), tiny_tokenizer())
     norm: Any = heads.final_norm
     right = norm.forward
     monkeypatch.setattr(norm, "forward", lambda x: right(x) + right(x) / norm.weight)
@@ -183,7 +183,7 @@ def test_a_norm_with_a_gain_of_its_own_kind_fails_the_check(monkeypatch: pytest.
 
 def test_logits_that_are_not_the_unembedding_fail_the_check() -> None:
     model = tiny_model("gemma2", final_logit_softcapping=2.0)
-    heads = view(model, tiny_tokenizer(), "tiny gemma")
+    heads = wrap_model(model, tiny_tokenizer(), "tiny gemma")
     original = model.forward
 
     def doubled(*args: Any, **kwargs: Any) -> Any:
@@ -198,7 +198,7 @@ def test_logits_that_are_not_the_unembedding_fail_the_check() -> None:
 
 def test_the_post_attention_norm_matters() -> None:
     """Without it in the way, the same attribution is another one: the tests of additivity have something to find."""
-    heads = view(tiny_model("gemma3_text"), tiny_tokenizer())
+    heads = wrap_model(tiny_model("gemma3_text"), tiny_tokenizer())
     example = example_for(heads)
     without = replace(heads, architecture=replace(heads.architecture, post_attention_norm=None))
     right, wrong = attribute(heads, example)["dla.target"], attribute(without, example)["dla.target"]
@@ -213,7 +213,7 @@ def test_a_model_with_vision_is_refused() -> None:
     with pytest.raises(
         InputError, match=r"a Gemma3ForConditionalGeneration has no 'model\.layers'.*text-only checkpoint"
     ):
-        view(model, tiny_tokenizer(), "seeing")
+        wrap_model(model, tiny_tokenizer(), "seeing")
 
 
 # --- caps -------------------------------------------------------------------------------------------------------------
@@ -224,12 +224,12 @@ def test_caps_of_the_tiny_models_matter() -> None:
     """Else the tests of `gemma2-caps` would pass with the caps left out."""
     config = KINDS["gemma2-caps"].config
     pair = (tiny_model("gemma2", **(config | {"attn_logit_softcapping": cap})) for cap in (1.0, None))
-    capped, free = (view(model, tiny_tokenizer()) for model in pair)
+    capped, free = (wrap_model(model, tiny_tokenizer()) for model in pair)
     end = torch.full((3,), 8)
     with record_rows(end) as with_cap:
-        logits = capped.model(tokens()).logits
+        logits = capped.hf(tokens()).logits
     with record_rows(end) as without:
-        others = free.model(tokens()).logits
+        others = free.hf(tokens()).logits
     assert (with_cap.pattern[0] - without.pattern[0]).abs().max() > 0.05
     assert (logits - others).abs().max() > 0.05
     uncapped = tiny_model("gemma2", **(config | {"final_logit_softcapping": None}))(tokens()).logits
@@ -240,7 +240,7 @@ def test_caps_of_the_tiny_models_matter() -> None:
 def test_capped_attention_has_the_gradients_of_eager_attention() -> None:
     config = KINDS["gemma2-caps"].config
     eager, viewed = tiny_model("gemma2", **config), tiny_model("gemma2", **config)
-    view(viewed, tiny_tokenizer())
+    wrap_model(viewed, tiny_tokenizer())
     for model in (eager, viewed):
         model(tokens(), labels=tokens()).loss.backward()
     for (name, one), other in zip(eager.named_parameters(), viewed.parameters(), strict=True):
@@ -252,7 +252,7 @@ def test_capped_attention_under_a_key_value_cache_and_padding() -> None:
     """Generation in a padded batch, with windows shorter than the prompt, is eager attention's."""
     config = KINDS["gemma2-caps"].config
     eager, viewed = tiny_model("gemma2", **config), tiny_model("gemma2", **config)
-    view(viewed, tiny_tokenizer())
+    wrap_model(viewed, tiny_tokenizer())
     mask = torch.ones_like(tokens())
     mask[1, :4] = 0
     given = {"attention_mask": mask, "do_sample": False, "max_new_tokens": 6, "pad_token_id": 0}
@@ -269,7 +269,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("device_map", ["auto", "cpu", {"": "cpu"}, {"model": "cpu", "lm_head": "cpu"}], ids=str)
 def test_device_map(folder: Path, device_map: Any) -> None:
-    mapped, plain = load(str(folder), device_map=device_map), load(str(folder), device="cpu")
+    mapped, plain = load_model(str(folder), device_map=device_map), load_model(str(folder), device="cpu")
     example = example_for(plain)
     assert mapped.identity() == plain.identity()
     for name, score in attribute(plain, example).items():
@@ -278,18 +278,18 @@ def test_device_map(folder: Path, device_map: Any) -> None:
 
 def test_device_and_device_map_together_are_refused(folder: Path) -> None:
     with pytest.raises(InputError, match="device 'cpu' and device_map 'auto' are both given"):
-        load(str(folder), device="cpu", device_map="auto")
+        load_model(str(folder), device="cpu", device_map="auto")
 
 
 def test_an_unknown_device_map_is_refused(folder: Path) -> None:
     with pytest.raises(InputError, match="nonsense"):
-        load(str(folder), device_map="nonsense")
+        load_model(str(folder), device_map="nonsense")
 
 
 def test_offloaded_weights_are_refused(folder: Path) -> None:
     on_cpu = ("model.embed_tokens", "model.rotary_emb", "model.layers.0", "model.layers.2", "model.norm", "lm_head")
     with pytest.raises(InputError, match=r"9 weights, such as model\.layers\.1\.\S+, are offloaded and cannot be read"):
-        load(str(folder), device_map=dict.fromkeys(on_cpu, "cpu") | {"model.layers.1": "disk"})
+        load_model(str(folder), device_map=dict.fromkeys(on_cpu, "cpu") | {"model.layers.1": "disk"})
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU beside the CPU")
@@ -303,7 +303,7 @@ def test_layers_on_two_devices(family: str) -> None:
     for index, device in enumerate(("cuda", "cpu", "cuda")):
         layers[index].to(device)
         add_hook_to_module(layers[index], AlignDevicesHook(execution_device=device))
-    split, plain = view(model, tiny_tokenizer()), view(tiny_model(family), tiny_tokenizer())
+    split, plain = wrap_model(model, tiny_tokenizer()), wrap_model(tiny_model(family), tiny_tokenizer())
     example = example_for(plain)
     for name, score in attribute(plain, example).items():
         assert attribute(split, example)[name] == pytest.approx(score, abs=1e-3), name
@@ -370,7 +370,7 @@ def test_a_converted_model_is_not_converted_again(
 
 def test_errors_about_a_name_list_the_built_in_ones() -> None:
     with pytest.raises(InputError, match="give 'smollm2-135m', 'gemma3-270m', a model folder"):
-        load("no-such-model")
+        load_model("no-such-model")
 
 
 GEMMA = "gemma3-270m"
@@ -383,14 +383,14 @@ GEMMA = "gemma3-270m"
 )
 def test_gemma3_270m() -> None:
     """A real model with a norm after attention and sliding windows: it knows things, and fast ablation is exact."""
-    heads = load(GEMMA, device="cpu")  # and passes its check
+    heads = load_model(GEMMA, device="cpu")  # and passes its check
     assert (heads.n_layers, heads.n_heads, heads.n_kv_heads, heads.head_dim, heads.d_model) == (18, 4, 1, 256, 640)
     asked = heads.tokenizer("Q: What is the capital of France?\nA:", return_tensors="pt")
-    written: Any = heads.model.generate(**asked, max_new_tokens=8, do_sample=False)
+    written: Any = heads.hf.generate(**asked, max_new_tokens=8, do_sample=False)
     assert "The capital of France is Paris" in heads.tokenizer.decode(written[0])
     listed = heads.tokenizer("List five cities in Italy.\n1. Rome\n2. Milan\n3.", return_tensors="pt")
     with torch.no_grad():
-        best = heads.model(**listed).logits[0, -1].topk(3).indices
+        best = heads.hf(**listed).logits[0, -1].topk(3).indices
     assert {heads.tokenizer.decode([token]) for token in best} == {" Florence", " Venice", " Naples"}
 
     example = encode(load_task("country_cities:train").limited(1), heads.tokenizer).examples[0]
@@ -399,5 +399,5 @@ def test_gemma3_270m() -> None:
     fast = silenced_logits(heads, example.tokens, rows)
     for row, found in zip(rows, fast, strict=True):
         with hooks.ablate(heads, row, positions=end), torch.no_grad():
-            slow = heads.model(example.tokens[None], use_cache=False, logits_to_keep=1).logits[0, -1]
+            slow = heads.hf(example.tokens[None], use_cache=False, logits_to_keep=1).logits[0, -1]
         torch.testing.assert_close(found, slow, atol=2e-4, rtol=0)

@@ -15,7 +15,7 @@ from headtune.analysis.models import hooks
 from headtune.analysis.models.architectures import ARCHITECTURES
 from headtune.analysis.models.attention import record_rows
 from headtune.analysis.models.head_model import HeadModel
-from headtune.analysis.models.loading import view
+from headtune.analysis.models.loading import wrap_model
 from headtune.analysis.reports.head_cards import HeadPortrait
 from headtune.analysis.reports.head_profiles import READ_TOKENS, portrait
 from headtune.analysis.tasks.task import Task
@@ -34,7 +34,7 @@ def kind(request: pytest.FixtureRequest) -> Kind:
 
 @pytest.fixture(scope="module")
 def model(kind: Kind) -> HeadModel:
-    return view(tiny_model(kind.family, **kind.config), tiny_tokenizer())
+    return wrap_model(tiny_model(kind.family, **kind.config), tiny_tokenizer())
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def examples(model: HeadModel) -> list[Encoded]:
 
 @pytest.fixture(scope="module")
 def llama() -> HeadModel:
-    return view(tiny_model("llama", num_key_value_heads=2), tiny_tokenizer())
+    return wrap_model(tiny_model("llama", num_key_value_heads=2), tiny_tokenizer())
 
 
 def listing(model: HeadModel, previous: tuple[int, ...] = (2,)) -> list[Encoded]:
@@ -61,36 +61,36 @@ def linearised(norm: Any, x: Tensor, offset: float) -> Callable[[Tensor], Tensor
 
 
 @torch.no_grad()
-def decode(heads: HeadModel, kind: Kind, encoded: Encoded, layer: int) -> Callable[[Tensor], Tensor]:
+def decode(model: HeadModel, kind: Kind, encoded: Encoded, layer: int) -> Callable[[Tensor], Tensor]:
     """Part of the layer's attention output, `[..., d_model]` -> its part of the logits at END, `[..., vocabulary]`."""
     offset = GAIN_OFFSETS.get(kind.family, 0.0)
-    norms = [heads.model.get_submodule(ARCHITECTURES[kind.family].final_norm)]
+    norms = [model.hf.get_submodule(ARCHITECTURES[kind.family].final_norm)]
     if kind.family in ("gemma2", "gemma3_text"):
-        norms.insert(0, heads.layers[layer].get_submodule("post_attention_layernorm"))
+        norms.insert(0, model.layers[layer].get_submodule("post_attention_layernorm"))
     inputs: dict[nn.Module, Tensor] = {}
     handles = [
         norm.register_forward_hook(lambda module, args, _output: inputs.update({module: args[0][0, -1]}))
         for norm in norms
     ]
-    heads.model(encoded.tokens[None])
+    model.hf(encoded.tokens[None])
     for handle in handles:
         handle.remove()
-    weight: Any = heads.model.get_output_embeddings().weight
+    weight: Any = model.hf.get_output_embeddings().weight
 
     def through(part: Tensor) -> Tensor:
         for norm in norms:
             part = linearised(norm, inputs[norm], offset)(part)
-        return part @ weight[: len(heads.tokenizer)].T
+        return part @ weight[: len(model.tokenizer)].T
 
     return through
 
 
 @torch.no_grad()
-def rows_of(heads: HeadModel, encoded: Encoded) -> tuple[Any, dict[int, Tensor]]:
+def rows_of(model: HeadModel, encoded: Encoded) -> tuple[Any, dict[int, Tensor]]:
     """Attention rows with values, and z at END."""
     end = torch.tensor([encoded.end])
-    with record_rows(end) as rows, hooks.capture(heads, positions=end) as z:
-        heads.model(encoded.tokens[None])
+    with record_rows(end) as rows, hooks.capture(model, positions=end) as z:
+        model.hf(encoded.tokens[None])
     return rows, z
 
 
@@ -208,7 +208,7 @@ def planted(sign: float) -> HeadModel:
         # The view wants every head to matter.
         for layer in (0, 2):
             model.model.layers[layer].self_attn.o_proj.weight.add_(1e-3 * torch.randn(512, 1024))
-    return view(model, tiny_tokenizer())
+    return wrap_model(model, tiny_tokenizer())
 
 
 @pytest.mark.parametrize(("sign", "verdict"), [(1.0, "copies"), (-1.0, "suppresses")])
@@ -310,7 +310,7 @@ def test_bad_requests_are_refused(llama: HeadModel) -> None:
 
 def test_half_precision_gives_the_same_portrait(llama: HeadModel) -> None:
     examples = listing(llama)
-    half = view(tiny_model("llama", num_key_value_heads=2).to(torch.bfloat16), tiny_tokenizer())
+    half = wrap_model(tiny_model("llama", num_key_value_heads=2).to(torch.bfloat16), tiny_tokenizer())
     for exact, rounded in zip(portrait(llama, examples, HEADS), portrait(half, examples, HEADS), strict=True):
         assert rounded.attention == pytest.approx(exact.attention, abs=0.02)
         assert values(rounded.raises) == pytest.approx(values(exact.raises), rel=0.1, abs=0.05)
@@ -320,7 +320,7 @@ def test_padding_rows_of_the_unembedding_are_no_tokens(llama: HeadModel) -> None
     size = len(llama.tokenizer)
     padded = tiny_model("llama", num_key_value_heads=2, vocab_size=size + 64)
     with torch.no_grad():
-        plain: Any = llama.model
+        plain: Any = llama.hf
         padded.model.load_state_dict(
             {**plain.model.state_dict(), "embed_tokens.weight": padded.model.embed_tokens.weight}
         )
@@ -329,14 +329,14 @@ def test_padding_rows_of_the_unembedding_are_no_tokens(llama: HeadModel) -> None
         padded.lm_head.weight[size:] = 1e3
     examples = listing(llama)
     for with_padding, without in zip(
-        portrait(view(padded, tiny_tokenizer()), examples, HEADS), portrait(llama, examples, HEADS), strict=True
+        portrait(wrap_model(padded, tiny_tokenizer()), examples, HEADS), portrait(llama, examples, HEADS), strict=True
     ):
         assert values(with_padding.raises) == pytest.approx(values(without.raises), abs=1e-5)
         assert with_padding.copying["subject"].above == without.copying["subject"].above
 
 
 def test_a_task_of_one_prompt_has_no_others() -> None:
-    model = view(tiny_model("gpt2"), tiny_tokenizer())
+    model = wrap_model(tiny_model("gpt2"), tiny_tokenizer())
     task = tiny_task(subjects=1)
     examples = encode(Task("one", task.examples[:1]), model.tokenizer).examples
     (card,) = portrait(model, examples, [(0, 0)])

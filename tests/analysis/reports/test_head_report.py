@@ -224,7 +224,7 @@ def test_a_heat_map_shows_the_numbers_and_the_marked_heads(tmp_path: Path) -> No
     matrix[1, 2] = 3.0
 
     def drawn(name: str, values: np.ndarray, marked: dict[str, list[tuple[int, int]]]) -> np.ndarray:
-        head_report.heat_map(values, "title", tmp_path / name, marked)
+        heat_maps.heat_map(values, "title", tmp_path / name, marked)
         return pixels(tmp_path / name)
 
     marked = {"recall": [(1, 2)], "suppression": [(3, 1)]}
@@ -241,7 +241,7 @@ def test_a_heat_map_shows_the_numbers_and_the_marked_heads(tmp_path: Path) -> No
 
 def test_the_colour_scale_is_symmetric_around_a_white_zero(tmp_path: Path) -> None:
     # The strongest red and the strongest blue mean the same size, even where the numbers lean to one side.
-    head_report.heat_map([[4.0, -1.0], [0.0, 0.0]], "t", tmp_path / "a.png", {})
+    heat_maps.heat_map([[4.0, -1.0], [0.0, 0.0]], "t", tmp_path / "a.png", {})
     image = pixels(tmp_path / "a.png")
     body = image[:, : image.shape[1] // 2]  # without the colour bar
 
@@ -255,12 +255,12 @@ def test_the_colour_scale_is_symmetric_around_a_white_zero(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("matrix", [np.zeros((1, 1)), np.full((3, 2), np.nan), np.ones((80, 64)) * 1e-9])
 def test_odd_matrices_are_drawn(matrix: np.ndarray, tmp_path: Path) -> None:
-    head_report.heat_map(matrix, "t", tmp_path / "a.png", {"recall": [(0, 0)], "suppression": []})
+    heat_maps.heat_map(matrix, "t", tmp_path / "a.png", {"recall": [(0, 0)], "suppression": []})
     assert pixels(tmp_path / "a.png").size
 
 
 def test_the_maps_a_person_wants_are_written_where_they_exist(tmp_path: Path) -> None:
-    paths = head_report.heat_maps(means(), head_set(), tmp_path)
+    paths = heat_maps.heat_maps(means(), head_set(), tmp_path)
     assert list(paths) == ["dla.target", "dla.previous", "ablation.target"]
     assert sorted(tmp_path.rglob("*.png")) == sorted(paths.values())
     assert all(path == tmp_path / "heatmaps" / f"{name}.png" and pixels(path).size for name, path in paths.items())
@@ -269,7 +269,7 @@ def test_the_maps_a_person_wants_are_written_where_they_exist(tmp_path: Path) ->
 def test_drawing_leaves_matplotlib_s_global_state_alone_and_importing_does_not_load_it() -> None:
     code = (
         "import sys, pathlib, tempfile\n"
-        "import headtune.analysis.reports.head_report as r\n"
+        "import headtune.analysis.reports.heat_maps as r\n"
         "assert not {'matplotlib', 'rich', 'torch'} & set(sys.modules)\n"
         "r.heat_map([[1.0]], 't', pathlib.Path(tempfile.mkdtemp()) / 'a.png', {})\n"
         "print('matplotlib.pyplot' in sys.modules)"

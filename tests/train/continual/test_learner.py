@@ -14,13 +14,13 @@ from safetensors.torch import load_file
 
 from headtune.analysis.identify.pipeline import silent
 from headtune.analysis.models.head_model import HeadModel
-from headtune.analysis.models.loading import view
+from headtune.analysis.models.loading import wrap_model
 from headtune.analysis.tasks.loading import load_task
 from headtune.analysis.tasks.task import Example, Task, to_jsonl
 from headtune.analysis.utils.files import write_text
 from headtune.cli.main import main
 from headtune.train.config.methods import ReplayBlock, SeekrMethod
-from headtune.train.config.recipe import load
+from headtune.train.config.recipe import load_recipe
 from headtune.train.continual import learner as continual
 from headtune.train.continual import sequence
 from headtune.train.continual.replay import Replay, drawn, sample
@@ -144,7 +144,7 @@ def test_weights_come_back_to_the_bit(family: str, tmp_path: Path) -> None:
 
 @pytest.fixture
 def heads() -> HeadModel:
-    return view(tiny_model("llama", num_key_value_heads=2), tiny_tokenizer())
+    return wrap_model(tiny_model("llama", num_key_value_heads=2), tiny_tokenizer())
 
 
 def eager(model: Any, row: Row) -> tuple[torch.Tensor, list[torch.Tensor]]:
@@ -286,7 +286,7 @@ def test_a_strategy_learns_a_sequence(name: str, llama: Path, tasks: list[str], 
     assert ("bwt" in after) != together and "task1/exact_match" in after
     assert any("repeat_rate" in key for key in after) == (name == "seekr")  # the general task is made of lists
     model, _, kept_recipe = load_run(run)
-    assert kept_recipe.dump() == load(str(path)).dump()
+    assert kept_recipe.dump() == load_recipe(str(path)).dump()
     assert train(path, "--resume") == 0  # it is the same run, and done
     assert state.get("fisher_rows") == ({"task0": 3, "task1": 3} if name == "ewc" else None)
     weights = "adapter/adapter_model.safetensors" if "lora" in name else "model/model.safetensors"
@@ -304,20 +304,20 @@ def test_fisher_information_is_of_the_rows_drawn(heads: HeadModel, tasks: list[s
     found: dict[Any, dict[str, torch.Tensor]] = {}
     for n in (3, "all"):
         method = {"strategy": "ewc", "ewc_rows": n}
-        made = load(str(recipe(tmp_path, tmp_path, tasks, method)), [f"output_dir={tmp_path}/{n}"])
+        made = load_recipe(str(recipe(tmp_path, tmp_path, tasks, method)), [f"output_dir={tmp_path}/{n}"])
         task = load_task(tasks[0])
         own = rows_of(task, heads.tokenizer, 0, made.seed)
         units = [continual.Unit(name, task, own) for name in ("first", "second")]
         with Tracker(made.folder, "x", {}, wandb_mode="disabled") as tracker:
             learner = continual.Learner(made, heads, units, tracker, silent, lambda _line: None)
-            heads.model.requires_grad_(True)
+            heads.hf.requires_grad_(True)
             learner._inform(0)
         kept = drawn(own, n, "0/0")  # type: ignore[arg-type]
         assert learner.informing[0] == kept and len(kept) == (len(own) if n == "all" else n)
         assert learner.informing[1] == drawn(own, n, "0/1")  # type: ignore[arg-type]
         found[n] = WeightAnchor.load(learner.place(0) / "anchor.safetensors").fisher
         for row in kept:
-            one = fisher_diagonal(heads.model, [row.plain])
+            one = fisher_diagonal(heads.hf, [row.plain])
             found[n] = {name: value - one[name] / len(kept) for name, value in found[n].items()}
         assert max(rest.abs().max().item() for rest in found[n].values()) < 1e-6  # the mean over these rows
 
@@ -430,7 +430,7 @@ def test_mixed_precision_ends_with_the_training(llama: Path, tasks: list[str], t
     real = continual.compute_teacher
 
     def noted(model: HeadModel, *rest: Any) -> int:
-        forwards.append("forward" in vars(model.model))
+        forwards.append("forward" in vars(model.hf))
         return real(model, *rest)
 
     path = recipe(tmp_path, llama, tasks, {}, training=TRAINING | {"bf16": True})
@@ -471,7 +471,7 @@ def test_a_broken_run_ends_as_the_unbroken_one(
                 "training_step",
                 8,
             ),  # step 4 of task 2: after its checkpoint of step 2
-            "save": (continual.snapshots, "save", 2),
+            "save": (continual.weights_io, "save", 2),
             "sensitivity": (continual.importance, "sensitivity", 2),
             "teach": (continual, "compute_teacher", 2),
             "measure": (sequence, "score_task", 3 + 2),

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from headtune.analysis.models.attention import IMPLEMENTATION
 from headtune.analysis.models.head_model import HeadModel
-from headtune.analysis.models.loading import view
+from headtune.analysis.models.loading import wrap_model
 from headtune.analysis.utils.errors import CheckError, InputError
 from headtune.train.continual import teacher_store
 from headtune.train.continual.teacher_store import Teacher, TeacherStore, compute_teacher
@@ -59,7 +59,7 @@ def positions_of(rows: list[Row]) -> dict[str, list[int]]:
 
 
 def a_view(kind: Kind) -> HeadModel:
-    return view(tiny_model(kind.family, **kind.config), tiny_tokenizer())
+    return wrap_model(tiny_model(kind.family, **kind.config), tiny_tokenizer())
 
 
 # --- the store --------------------------------------------------------------------------------------------------------
@@ -255,7 +255,7 @@ def test_computed_teachers_are_what_eager_attention_says(tmp_path: Path, kind: K
 
 def test_only_what_is_lacking_is_computed(tmp_path: Path) -> None:
     rows, store = rows_of(6, 8), TeacherStore(tmp_path)
-    model, later = a_view(KINDS["llama"]), view(tiny_model("llama", 1), tiny_tokenizer())
+    model, later = a_view(KINDS["llama"]), wrap_model(tiny_model("llama", 1), tiny_tokenizer())
     positions = positions_of(rows)
     assert compute_teacher(model, rows, {0: [0, 3]}, positions, store, 4) == 2
     before = store.get("task/0")
@@ -284,7 +284,7 @@ def test_a_broken_computation_ends_as_the_unbroken_one(
 ) -> None:
     """Broken within a batch, some rows on disk and one lost with the memory: taken up, the same to the bit."""
     rows = rows_of(7, 11, 5, 9, 6, 10)
-    first, later = a_view(KINDS["llama"]), view(tiny_model("llama", 1), tiny_tokenizer())
+    first, later = a_view(KINDS["llama"]), wrap_model(tiny_model("llama", 1), tiny_tokenizer())
     further = {0: [0, 1, 3], 1: [2], 2: [1]}
     model, heads, n_heads = (first, HEADS, 3) if adding == "put" else (later, further, 5)
     real, calls = getattr(TeacherStore, adding), 0
@@ -326,23 +326,23 @@ def test_logits_alone(tmp_path: Path) -> None:
 def test_the_model_is_left_as_it_was(tmp_path: Path, kind: Kind) -> None:
     heads, rows = a_view(kind), rows_of(6, 8)
     heads.record_attention(False)
-    heads.model.train()
+    heads.hf.train()
     frozen = heads.layers[0]
     frozen.eval()
-    training = {module: module.training for module in heads.model.modules()}
+    training = {module: module.training for module in heads.hf.modules()}
     compute_teacher(heads, rows, HEADS, positions_of(rows), TeacherStore(tmp_path), 4)
-    assert heads.model.config._attn_implementation == heads.plain_attention != IMPLEMENTATION
-    assert training == {module: module.training for module in heads.model.modules()}
+    assert heads.hf.config._attn_implementation == heads.plain_attention != IMPLEMENTATION
+    assert training == {module: module.training for module in heads.hf.modules()}
 
 
 @pytest.mark.parametrize("adapted", [False, True])
 def test_a_student_that_is_its_teacher_has_no_loss(tmp_path: Path, adapted: bool) -> None:
     """The whole way: computed in other batches, stored, loaded, and compared in training mode; a step parts them."""
     heads, rows = a_view(KINDS["qwen2"]), rows_of(7, 11, 5, 9)
-    model: Any = heads.model
+    model: Any = heads.hf
     if adapted:
         config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
-        model = get_peft_model(heads.model, config)
+        model = get_peft_model(heads.hf, config)
     store = TeacherStore(tmp_path)
     compute_teacher(heads, rows, HEADS, positions_of(rows), store, 3)
     model.train()

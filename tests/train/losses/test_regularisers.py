@@ -24,7 +24,7 @@ from trl import DPOConfig, SFTConfig
 from trl.trainer.utils import add_fused_lm_head
 
 from headtune.analysis.models.head_model import HeadModel
-from headtune.analysis.models.loading import view
+from headtune.analysis.models.loading import wrap_model
 from headtune.analysis.tasks.tokenized import encode
 from headtune.analysis.utils.errors import CheckError, InputError
 from headtune.train.config.methods import AnswerSetBlock
@@ -63,7 +63,7 @@ def heads_of(kind: Kind, **config: Any) -> HeadModel:
         {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0} if kind.family == "gpt2" else {}
     )
     dropouts |= {"dropout": 0.0} if kind.family == "opt" else {}
-    return view(tiny_model(kind.family, **(kind.config | dropouts | config)), tiny_tokenizer())
+    return wrap_model(tiny_model(kind.family, **(kind.config | dropouts | config)), tiny_tokenizer())
 
 
 def batch_of(rows: Sequence[tuple[list[int], int]], left: bool) -> dict[str, Tensor]:
@@ -85,8 +85,8 @@ def batch_of(rows: Sequence[tuple[list[int], int]], left: bool) -> dict[str, Ten
     return batch
 
 
-def all_linear(heads: HeadModel) -> list[str]:
-    return [*heads.architecture.qkv, heads.architecture.output_projection]
+def all_linear(model: HeadModel) -> list[str]:
+    return [*model.architecture.qkv, model.architecture.output_projection]
 
 
 def shake(model: nn.Module, size: float = 0.3) -> list[nn.Parameter]:
@@ -99,25 +99,25 @@ def shake(model: nn.Module, size: float = 0.3) -> list[nn.Parameter]:
     return trained
 
 
-def lora(heads: HeadModel) -> PeftModel:
-    config = LoraConfig(r=2, target_modules=all_linear(heads), init_lora_weights=False, task_type="CAUSAL_LM")
-    return get_peft_model(heads.model, config)
+def lora(model: HeadModel) -> PeftModel:
+    config = LoraConfig(r=2, target_modules=all_linear(model), init_lora_weights=False, task_type="CAUSAL_LM")
+    return get_peft_model(model.hf, config)
 
 
 class Slow:
     """A model row by row, with eager attention and everything kept."""
 
-    def __init__(self, heads: HeadModel) -> None:
-        self.heads = heads
+    def __init__(self, model: HeadModel) -> None:
+        self.heads = model
 
     @contextmanager
     def eager(self) -> Iterator[None]:
-        before = self.heads.model.config._attn_implementation
-        self.heads.model.set_attn_implementation("eager")
+        before = self.heads.hf.config._attn_implementation
+        self.heads.hf.set_attn_implementation("eager")
         try:
             yield
         finally:
-            self.heads.model.set_attn_implementation(before)
+            self.heads.hf.set_attn_implementation(before)
 
     def run(self, tokens: list[int]) -> dict[str, Any]:
         """`attentions` by layer, `z` by layer `[seq, heads, head_dim]`, `final` and `post` norms' inputs."""
@@ -134,7 +134,7 @@ class Slow:
         modules |= {"final": heads.final_norm} | {name: norm for name, norm in norms.items() if norm is not None}
         handles = [module.register_forward_pre_hook(keep(name)) for name, module in modules.items()]
         with self.eager():
-            output = heads.model(torch.tensor([tokens]), use_cache=False, output_attentions=True)
+            output = heads.hf(torch.tensor([tokens]), use_cache=False, output_attentions=True)
         for handle in handles:
             handle.remove()
         z = {layer: kept[f"z{layer}"].unflatten(-1, (N_HEADS, heads.head_dim)) for layer in range(heads.n_layers)}
@@ -157,14 +157,14 @@ class Slow:
             gain = norm.weight.detach()
             if isinstance(norm, nn.LayerNorm):
                 return gain * (part - part.mean()) / (x.var(unbiased=False) + norm.eps).sqrt()
-            gain = gain + 1 if heads.model.config.model_type.startswith("gemma") else gain
+            gain = gain + 1 if heads.hf.config.model_type.startswith("gemma") else gain
             eps = norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps
             return gain * part / (x.pow(2).mean() + eps).sqrt()
 
         if f"post{layer}" in run:
             part = through(heads.post_attention_norm(layer), part, run[f"post{layer}"][end])
         part = through(heads.final_norm, part, run["final"][end])
-        unembedding: Any = heads.model.get_output_embeddings()
+        unembedding: Any = heads.hf.get_output_embeddings()
         return part @ unembedding.weight[token].detach()
 
 
@@ -254,7 +254,7 @@ def compare(found: dict[str, tuple[Tensor, float]], expected: dict[str, Tensor],
 @pytest.mark.parametrize("name", FAMILIES)
 def test_terms_and_gradients_under_lora(name: str, left: bool) -> None:
     heads = heads_of(KINDS[name])
-    before = heads.model.config._attn_implementation
+    before = heads.hf.config._attn_implementation
     model = lora(heads)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     batch = batch_of(ROWS, left)
@@ -265,7 +265,7 @@ def test_terms_and_gradients_under_lora(name: str, left: bool) -> None:
         model(**{key: value for key, value in batch.items() if key != "labels"}, use_cache=False)
         found = penalties(model, 0.5)
         assert model.training and all(parameter.requires_grad for parameter in trained)
-    assert heads.model.config._attn_implementation == before
+    assert heads.hf.config._attn_implementation == before
     model.eval()
     compare(found, slow_terms(Slow(heads), model.disable_adapter), trained)
     assert penalties.counts == {"negative_attention.rows": 3, "negative_attention.skipped": 1}
@@ -275,7 +275,7 @@ def test_terms_and_gradients_under_lora(name: str, left: bool) -> None:
 def test_terms_and_gradients_under_full_fine_tuning(name: str) -> None:
     """Against the frozen copy that the block makes of the model as it is when it is entered."""
     heads, other = heads_of(KINDS[name]), heads_of(KINDS[name])
-    model, batch = heads.model, batch_of(ROWS, False)
+    model, batch = heads.hf, batch_of(ROWS, False)
     penalties = Regularisers(heads, SPECS)
     with penalties.installed():
         trained = shake(model, 0.05)
@@ -306,7 +306,7 @@ def test_terms_under_the_other_adapters(kind: str) -> None:
             target_modules=["input_layernorm", "post_attention_layernorm", "norm"], task_type="CAUSAL_LM"
         ),
     }[kind]
-    model = get_peft_model(heads.model, config)  # type: ignore[arg-type]
+    model = get_peft_model(heads.hf, config)  # type: ignore[arg-type]
     shake(model)
     batch = batch_of(ROWS, False)
     penalties = Regularisers(heads, SPECS)
@@ -315,7 +315,7 @@ def test_terms_under_the_other_adapters(kind: str) -> None:
         penalties.see(batch)
         model(**batch)
         found = {name: term.detach() for name, (term, _) in penalties(model, 0.5).items()}
-    merged = view(model.merge_and_unload(), tiny_tokenizer())
+    merged = wrap_model(model.merge_and_unload(), tiny_tokenizer())
     slow, base = Slow(merged), heads_of(KINDS["qwen2"])
 
     @contextmanager
@@ -340,7 +340,7 @@ def test_head_tuning_moves_z() -> None:
     heads = heads_of(KINDS["llama"])
     tokens, first = ROWS[0]
     z = Slow(heads).run(tokens)["z"][2][:, 3].detach()
-    model = get_peft_model(heads.model, HeadTuningConfig(heads=[[2, 3]], task_type="CAUSAL_LM"))
+    model = get_peft_model(heads.hf, HeadTuningConfig(heads=[[2, 3]], task_type="CAUSAL_LM"))
     shake(model)
     layer: Any = heads.projection(2)
     tuned = (1 + layer.head_tuning_scale["default"]) * z + layer.head_tuning_offset["default"]
@@ -363,19 +363,19 @@ def test_head_tuning_moves_z() -> None:
 # --- how it is used ---------------------------------------------------------------------------------------------------
 
 
-def passes(heads: HeadModel, model: Any, specs: Sequence[Spec] = SPECS) -> dict[str, float]:
-    penalties = Regularisers(heads, specs)
+def passes(model: HeadModel, trained: Any, specs: Sequence[Spec] = SPECS) -> dict[str, float]:
+    penalties = Regularisers(model, specs)
     with penalties.installed():
-        model.train()
+        trained.train()
         batch = batch_of(ROWS, False)
         penalties.see(batch)
-        model(**batch, use_cache=False)
-        return {name: term.item() for name, (term, _) in penalties(model, 0.0).items()}
+        trained(**batch, use_cache=False)
+        return {name: term.item() for name, (term, _) in penalties(trained, 0.0).items()}
 
 
 def test_the_fused_head_labelled_positions_and_other_passes_change_nothing() -> None:
     heads = heads_of(KINDS["llama"])
-    add_fused_lm_head(heads.model)
+    add_fused_lm_head(heads.hf)
     model = lora(heads)
     expected = passes(heads, model)
     batch = batch_of(ROWS, False)
@@ -442,7 +442,7 @@ def test_nothing_is_held_afterwards() -> None:
 def test_a_prefix_cache_below_the_heads_changes_nothing() -> None:
     def drift(cached: bool) -> list[float]:
         heads = heads_of(KINDS["llama"])
-        model = get_peft_model(heads.model, HeadSlicesConfig(heads=[[2, 0]], task_type="CAUSAL_LM"))
+        model = get_peft_model(heads.hf, HeadSlicesConfig(heads=[[2, 0]], task_type="CAUSAL_LM"))
         shake(model)
         model.train()
         specs = [AttentionKl([(2, 0)], rows=ALL_ROWS), OutputDrift([(2, 0)])]
@@ -453,7 +453,7 @@ def test_a_prefix_cache_below_the_heads_changes_nothing() -> None:
 
     assert drift(True) == pytest.approx(drift(False), rel=1e-4)
     heads = heads_of(KINDS["llama"])
-    model = get_peft_model(heads.model, HeadSlicesConfig(heads=[[2, 0]], task_type="CAUSAL_LM")).train()
+    model = get_peft_model(heads.hf, HeadSlicesConfig(heads=[[2, 0]], task_type="CAUSAL_LM")).train()
     with PrefixCache(model).installed(), pytest.raises(CheckError, match="prefix_cache=false"):
         passes(heads, model, [OutputDrift([(0, 0)])])
 
@@ -461,7 +461,7 @@ def test_a_prefix_cache_below_the_heads_changes_nothing() -> None:
 def test_the_pass_within_a_pass_of_a_prefix_cache_is_not_the_pass() -> None:
     """Installed after the penalties, as trainers do: rows it does not know run through the lower layers first."""
     heads = heads_of(KINDS["llama"])
-    model = get_peft_model(heads.model, HeadSlicesConfig(heads=[[2, 0]], task_type="CAUSAL_LM"))
+    model = get_peft_model(heads.hf, HeadSlicesConfig(heads=[[2, 0]], task_type="CAUSAL_LM"))
     shake(model)
     penalties = Regularisers(heads, [OutputDrift([(2, 0)])])
     with penalties.installed(), PrefixCache(model.train()).installed() as stats:
@@ -487,16 +487,16 @@ def test_the_base_has_no_dropout() -> None:
 def test_a_given_reference_is_the_base() -> None:
     """Another frozen model; its own heads and weights are what is compared with."""
     heads, base = heads_of(KINDS["llama"]), heads_of(KINDS["llama"])
-    shake(base.model, 0.05)
+    shake(base.hf, 0.05)
     specs = [*SPECS, WeightDrift(PAIRS)]
-    penalties = Regularisers(heads, specs, reference=base.model)
+    penalties = Regularisers(heads, specs, reference=base.hf)
     batch = batch_of(ROWS, False)
     with penalties.installed():
-        heads.model.train()
+        heads.hf.train()
         penalties.see(batch)
-        heads.model(**batch)
-        found = penalties(heads.model, 0.0)
-    slow = Slow(heads.model.eval() and heads)
+        heads.hf(**batch)
+        found = penalties(heads.hf, 0.0)
+    slow = Slow(heads.hf.eval() and heads)
 
     @contextmanager
     def off() -> Iterator[None]:
@@ -692,7 +692,7 @@ class DPO(Shown, trl_trainers.DPO): ...
 class AnswerSet(Shown, trl_trainers.AnswerSetTrainer): ...
 
 
-def trainer_of(objective: str, heads: HeadModel, folder: Path, adapted: bool, **changes: Any) -> Any:
+def trainer_of(objective: str, model: HeadModel, folder: Path, adapted: bool, **changes: Any) -> Any:
     tokenizer = tiny_tokenizer()
     options: dict[str, Any] = {
         "output_dir": str(folder),
@@ -715,13 +715,13 @@ def trainer_of(objective: str, heads: HeadModel, folder: Path, adapted: bool, **
         "max_grad_norm": 0.0,
         "seed": 0,
     } | changes
-    config = LoraConfig(r=4, target_modules=all_linear(heads), task_type="CAUSAL_LM") if adapted else None
+    config = LoraConfig(r=4, target_modules=all_linear(model), task_type="CAUSAL_LM") if adapted else None
     common: dict[str, Any] = {"processing_class": tokenizer, "peft_config": config}
     names = list(FACTS)
     if objective == "answer_set":
         rows = trl_trainers.answer_set_rows(encode(tiny_task(), tokenizer))
         return AnswerSet(
-            heads.model,
+            model.hf,
             args=SFTConfig(**options),
             train_dataset=rows,
             data_collator=trl_trainers.AnswerSetCollator(0),
@@ -733,15 +733,15 @@ def trainer_of(objective: str, heads: HeadModel, folder: Path, adapted: bool, **
         rows = datasets.Dataset.from_list(
             [{"prompt": p, "completion": f" {FACTS[n][0]}\n"} for p, n in zip(prompts, names, strict=True)]
         )
-        return SFT(heads.model, args=SFTConfig(**options), train_dataset=rows, **common)
+        return SFT(model.hf, args=SFTConfig(**options), train_dataset=rows, **common)
     rows = datasets.Dataset.from_list(
         [
             {"prompt": p, "chosen": f" {FACTS[n][0]}", "rejected": f" {FACTS[o][0]}"}
             for p, n, o in zip(prompts, names, [*names[1:], names[0]], strict=True)
         ]
     )
-    ref = None if adapted else heads_of(KINDS["llama-gqa"]).model
-    return DPO(heads.model, args=DPOConfig(**options), train_dataset=rows, ref_model=ref, **common)
+    ref = None if adapted else heads_of(KINDS["llama-gqa"]).hf
+    return DPO(model.hf, args=DPOConfig(**options), train_dataset=rows, ref_model=ref, **common)
 
 
 def train(
@@ -800,11 +800,11 @@ def test_a_great_weight_keeps_heads_in_place(objective: str, adapted: bool, tmp_
         assert held[-1][name] < 0.3 * free[-1][name], name
     start = heads_of(KINDS["llama-gqa"])
 
-    def moved(heads: HeadModel) -> float:
+    def moved(model: HeadModel) -> float:
         return float(
             (
-                heads.model.get_submodule("model.layers.1.mlp").down_proj.weight
-                - start.model.get_submodule("model.layers.1.mlp").down_proj.weight
+                model.hf.get_submodule("model.layers.1.mlp").down_proj.weight
+                - start.hf.get_submodule("model.layers.1.mlp").down_proj.weight
             ).norm()
         )
 

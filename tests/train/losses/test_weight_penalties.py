@@ -15,7 +15,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from headtune.analysis.models.head_model import HeadModel
-from headtune.analysis.models.loading import view
+from headtune.analysis.models.loading import wrap_model
 from headtune.analysis.utils.errors import CheckError, InputError
 from headtune.train.losses.weight_penalties import WeightAnchor, fisher_diagonal, slice_anchor
 from headtune.train.tuners.head_slices import PARTS, HeadSlicesConfig
@@ -39,7 +39,7 @@ def kind(request: pytest.FixtureRequest) -> Kind:
 
 
 def heads_of(kind: Kind) -> HeadModel:
-    return view(tiny_model(kind.family, **kind.config), tiny_tokenizer())
+    return wrap_model(tiny_model(kind.family, **kind.config), tiny_tokenizer())
 
 
 def shake(parameters: Any, seed: int = 0, size: float = 0.1) -> None:
@@ -49,8 +49,8 @@ def shake(parameters: Any, seed: int = 0, size: float = 0.1) -> None:
             parameter.add_(size * torch.randn(parameter.shape, generator=generator))
 
 
-def all_linear(heads: HeadModel) -> list[str]:
-    row = heads.architecture
+def all_linear(model: HeadModel) -> list[str]:
+    row = model.architecture
     return [*row.qkv, row.output_projection]
 
 
@@ -74,11 +74,11 @@ def close(actual: Any, expected: Any) -> None:
 @pytest.mark.parametrize("parts", [PARTS, ("k",), ("q", "o")])
 def test_full_fine_tuning(kind: Kind, parts: tuple[str, ...]) -> None:
     heads = heads_of(kind)
-    before = {name: parameter.detach().clone() for name, parameter in heads.model.named_parameters()}
+    before = {name: parameter.detach().clone() for name, parameter in heads.hf.named_parameters()}
     anchor = slice_anchor(heads, HEADS, parts)
     assert anchor.term(heads).item() == 0
-    shake(heads.model.parameters())
-    weights = dict(heads.model.named_parameters())
+    shake(heads.hf.parameters())
+    weights = dict(heads.hf.named_parameters())
     expected = half_square(masked(kind, lambda name: weights[name] - before[name], parts))
     assert expected > 0.1
     found = anchor.term(heads)
@@ -91,13 +91,13 @@ def test_full_fine_tuning(kind: Kind, parts: tuple[str, ...]) -> None:
 
 def test_fisher_weighs_entry_by_entry(kind: Kind) -> None:
     heads = heads_of(kind)
-    before = {name: parameter.detach().clone() for name, parameter in heads.model.named_parameters()}
+    before = {name: parameter.detach().clone() for name, parameter in heads.hf.named_parameters()}
     names = {held.weight for held in held_slices(heads, HEADS)}
-    fisher = fisher_diagonal(heads.model, ROWS, names)
+    fisher = fisher_diagonal(heads.hf, ROWS, names)
     assert fisher.keys() == names
     anchor = slice_anchor(heads, HEADS, PARTS, fisher)
-    shake(heads.model.parameters())
-    weights = dict(heads.model.named_parameters())
+    shake(heads.hf.parameters())
+    weights = dict(heads.hf.named_parameters())
     expected = half_square(masked(kind, lambda name: fisher[name].sqrt() * (weights[name] - before[name])))
     assert expected > 0
     close(anchor.term(heads), expected)
@@ -108,7 +108,7 @@ def test_fisher_weighs_entry_by_entry(kind: Kind) -> None:
 def test_lora_counts_as_its_product(kind: Kind) -> None:
     heads = heads_of(kind)
     config = LoraConfig(r=2, lora_alpha=5, target_modules=all_linear(heads), init_lora_weights=False)
-    model = get_peft_model(heads.model, config)
+    model = get_peft_model(heads.hf, config)
     modules = {name.removeprefix("base_model.model."): module for name, module in model.named_modules()}
     anchor = slice_anchor(heads, HEADS, adapted=True)
     assert anchor.start is None, "nothing is copied"
@@ -145,7 +145,7 @@ def test_head_slices_and_head_tuning_count_as_what_they_merge_to(kind: Kind, cho
     """Whichever heads the adapter itself trains."""
     for config in (HeadSlicesConfig(heads=[list(head) for head in chosen]), HeadTuningConfig(heads=chosen)):  # type: ignore[arg-type]
         heads = heads_of(kind)
-        model = get_peft_model(heads.model, config)
+        model = get_peft_model(heads.hf, config)
         shake([parameter for parameter in model.parameters() if parameter.requires_grad])
         found = slice_anchor(heads, HEADS, adapted=True).term(heads)
         assert found.requires_grad and found > 1e-3
@@ -157,7 +157,7 @@ def test_output_slices_are_the_weights_that_z_meets(kind: Kind) -> None:
     plain = heads.output_weight(2).detach().clone()
     close(output_slices(heads, 2, [3, 0]).detach(), plain[[3, 0]])
     config = LoraConfig(r=2, target_modules=[heads.architecture.output_projection], init_lora_weights=False)
-    model = get_peft_model(heads.model, config)
+    model = get_peft_model(heads.hf, config)
     found = output_slices(heads, 2, [3, 0]).detach()
     model.merge_and_unload()
     close(found, heads.output_weight(2).detach()[[3, 0]])
@@ -167,8 +167,8 @@ def test_output_slices_are_the_weights_that_z_meets(kind: Kind) -> None:
 def test_another_models_weights_can_be_the_anchor() -> None:
     kind = KINDS["qwen2"]
     heads, other = heads_of(kind), heads_of(kind)
-    shake(other.model.parameters())
-    theirs, own = dict(other.model.named_parameters()), dict(heads.model.named_parameters())
+    shake(other.hf.parameters())
+    theirs, own = dict(other.hf.named_parameters()), dict(heads.hf.named_parameters())
     expected = half_square(masked(kind, lambda name: own[name] - theirs[name]))
     close(slice_anchor(heads, HEADS, reference=other).term(heads), expected)
     assert all(torch.equal(effective(heads, held), stored(heads, held)) for held in held_slices(heads, HEADS))
@@ -180,11 +180,11 @@ def test_what_cannot_be_held_is_refused() -> None:
         held_slices(heads, [(3, 0)])
     with pytest.raises(InputError, match="parts"):
         held_slices(heads, HEADS, ["x"])
-    model = get_peft_model(heads.model, HeadTuningConfig(heads=[[0, 1]], scale="none"))
+    model = get_peft_model(heads.hf, HeadTuningConfig(heads=[[0, 1]], scale="none"))
     with pytest.raises(InputError, match="output_drift"):
         slice_anchor(heads, [(0, 1)], adapted=True).term(heads)
     model.unload()
-    get_peft_model(heads.model, LoraConfig(r=2, target_modules=["q_proj"], use_dora=True))
+    get_peft_model(heads.hf, LoraConfig(r=2, target_modules=["q_proj"], use_dora=True))
     with pytest.raises(InputError, match="plain LoRA"):
         slice_anchor(heads, [(0, 1)], adapted=True).term(heads)
 

@@ -12,9 +12,9 @@ import torch
 
 from headtune.analysis.models import loading
 from headtune.analysis.tasks.task import Example, to_jsonl
-from headtune.train.config.recipe import load
+from headtune.train.config.recipe import load_recipe
 from headtune.train.runs import batch_preview
-from headtune.train.runs.run import run
+from headtune.train.runs.run import run_recipe
 from headtune.train.trainer import trl_trainers
 from helpers.small_runs import head_set, train, write_recipe, write_sequence_recipe, write_task
 
@@ -133,7 +133,7 @@ def test_the_batch_is_the_one_that_is_trained_on_first(
         return right(self, model, inputs, *more, **options)
 
     monkeypatch.setattr(trl_trainers.SFT, "compute_loss", spy)
-    run(load(str(recipe)))
+    run_recipe(load_recipe(str(recipe)))
     assert [[list(part) for part in row.parts] for row in seen[0]] == [row["parts"] for row in found["batch_rows"]]
 
 
@@ -154,7 +154,7 @@ def test_the_parts_of_the_data_and_the_score_are_named(
 def test_more_heads_than_identify_kept_are_refused(
     tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    found = head_set(loading.load(str(tiny_llama)).identity())
+    found = head_set(loading.load_model(str(tiny_llama)).identity())
     kept = replace(found, method=found.method | {"parameters": {"top": 2}})
     kept.write(tmp_path / "heads" / "heads.json")
     heads = f"heads={{from: {tmp_path / 'heads'}, role: both, top: %d}}"
@@ -171,7 +171,7 @@ def test_more_heads_than_identify_kept_are_refused(
 def test_heads_whose_own_check_failed_are_named(
     tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    found = head_set(loading.load(str(tiny_llama)).identity())
+    found = head_set(loading.load_model(str(tiny_llama)).identity())
     verdicts = {role: {"held": role == "recall", "reason": "no heads"} for role in ("recall", "suppression")}
     replace(found, verification={"dissociation": verdicts}).write(tmp_path / "heads" / "heads.json")
     recipe = write_recipe(tmp_path, tiny_llama)

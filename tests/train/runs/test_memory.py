@@ -176,7 +176,7 @@ def test_a_recipe_becomes_stages(tmp_path: Path, tiny_llama: Path) -> None:
     sizes = model_shape.shape_of(str(tiny_llama))
 
     def stages(**changes: Any) -> list[memory_of_recipe.Stage]:
-        loaded = recipe.load(str(write_recipe(tmp_path, tiny_llama, **changes)))
+        loaded = recipe.load_recipe(str(write_recipe(tmp_path, tiny_llama, **changes)))
         return memory_of_recipe.stages(loaded, sizes, memory_of_recipe.setup_of(loaded, "single", 1, 64, 4), 40)
 
     assert [stage.name for stage in stages(heads={"identify": {"max_examples": 9}})] == ["load", "identify", "train"]
@@ -192,7 +192,7 @@ def test_a_recipe_becomes_stages(tmp_path: Path, tiny_llama: Path) -> None:
 
 
 def test_a_sequence_counts_its_teachers(tmp_path: Path, tiny_llama: Path) -> None:
-    loaded = recipe.load(str(write_sequence_recipe(tmp_path, tiny_llama, {})))
+    loaded = recipe.load_recipe(str(write_sequence_recipe(tmp_path, tiny_llama, {})))
     sizes = model_shape.shape_of(str(tiny_llama))
     setup = memory_of_recipe.setup_of(loaded, "single", 1, 32, 4)
     _, train = memory_of_recipe.stages(loaded, sizes, setup, 40)
@@ -203,7 +203,7 @@ def test_a_sequence_counts_its_teachers(tmp_path: Path, tiny_llama: Path) -> Non
 
 def test_the_cheapest_change_is_one_that_fits(tmp_path: Path, tiny_llama: Path) -> None:
     path = write_recipe(tmp_path, tiny_llama, recipe="full", heads=None, method={"objective": "sft"})
-    loaded = recipe.load(str(path), ["training.bf16=true"])
+    loaded = recipe.load_recipe(str(path), ["training.bf16=true"])
     sizes = model_shape.shape_of("llama-3.1-8b")
     setup = memory_of_recipe.setup_of(loaded, "ddp", 8, 1024, 16)
     limit = 80 * memory.GIB

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from headtune.analysis.identify import head_set
 from headtune.analysis.models.head_model import HeadModel
-from headtune.analysis.models.loading import view
+from headtune.analysis.models.loading import wrap_model
 from headtune.analysis.tasks.task import Example, Task, to_jsonl
 from headtune.analysis.utils.files import write_text
 from headtune.train.config.methods import JolaMethod
@@ -511,11 +511,11 @@ def test_gemma2_trains_with_its_own_attention(tmp_path: Path) -> None:
 
 
 def test_attention_is_put_back() -> None:
-    heads: HeadModel = view(tiny_model("gemma2"), tiny_tokenizer(), "tiny")
+    heads: HeadModel = wrap_model(tiny_model("gemma2"), tiny_tokenizer(), "tiny")
     heads.record_attention(False)
-    assert heads.model.config._attn_implementation == "eager"
+    assert heads.hf.config._attn_implementation == "eager"
     heads.record_attention(True)
-    assert heads.model.config._attn_implementation == "headtune_rows"
+    assert heads.hf.config._attn_implementation == "headtune_rows"
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------

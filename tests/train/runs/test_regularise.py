@@ -183,7 +183,7 @@ def caught_fisher(
         def __init__(self, heads: Any, specs: Any, fisher: Any = None) -> None:
             if fisher:  # the check beforehand has none
                 caught.append(dict(fisher))
-                look(heads.model)
+                look(heads.hf)
             super().__init__(heads, specs, fisher=fisher)
 
     monkeypatch.setattr(penalties, "Regularisers", Caught)
@@ -380,7 +380,7 @@ def test_a_broken_run_ends_as_the_unbroken_one(
         if where == "train":  # in step 4, after the checkpoint of step 2
             patch.setattr(trl_trainers.SFT, "training_step", breaking(trl_trainers.SFT.training_step, 4))
         else:
-            patch.setattr(attach_regularisers.pruning, "fold", breaking(attach_regularisers.pruning.fold, 1))
+            patch.setattr(attach_regularisers.head_pruning, "fold", breaking(attach_regularisers.head_pruning.fold, 1))
         with pytest.raises(Broken):
             train(paths["broken"])
     assert train(paths["broken"], "--resume") == 0

@@ -36,7 +36,7 @@ def test_every_combination_is_a_checked_run_of_its_own(path: Path, tmp_path: Pat
     found = sweep.cells(str(path), grid, 2, tmp_path / "study", ["training.max_steps=1"])
     assert len(found) == 8 and len({cell.folder for cell in found}) == 8
     assert found[0].folder.name == "scale_vector-learning_rate_0.001-s0"
-    loaded = recipe.load(str(path), found[3].overrides)
+    loaded = recipe.load_recipe(str(path), found[3].overrides)
     assert (loaded.seed, loaded.training["learning_rate"], loaded.training["max_steps"]) == (1, 1e-2, 1)
     assert loaded.tracking.group == "study" and loaded.folder == found[3].folder
 
@@ -86,7 +86,7 @@ def test_what_is_finished_is_not_run_again_and_what_failed_is_named(
     monkeypatch.setattr(subprocess, "Popen", Process)
     for cell, state in zip(grid[:2], ("done", "failed"), strict=True):
         leave(cell.folder, state)
-        (cell.folder / "recipe.yaml").write_text(recipe.load(str(path), cell.overrides).to_yaml())
+        (cell.folder / "recipe.yaml").write_text(recipe.load_recipe(str(path), cell.overrides).to_yaml())
     told: list[str] = []
     assert sweep.carry_out(str(path), grid, told.append) == [grid[3]]
     assert ["--resume" in command for command in commands] == [True, False, False]
@@ -101,7 +101,7 @@ def test_a_folder_with_another_recipe_is_refused(path: Path, tmp_path: Path) -> 
     (cell,) = sweep.cells(str(path), ["method.scale=none"], 1, tmp_path / "study")
     cell.folder.mkdir(parents=True)
     (cell.folder / "recipe.yaml").write_text(
-        recipe.load(str(path), [*cell.overrides, "training.max_steps=9"]).to_yaml()
+        recipe.load_recipe(str(path), [*cell.overrides, "training.max_steps=9"]).to_yaml()
     )
     with pytest.raises(InputError, match="holds a run with another training; choose another --out"):
         sweep.carry_out(str(path), [cell], lambda _line: None)
@@ -127,7 +127,7 @@ def test_the_grid_for_others(path: Path, tmp_path: Path, capsys: pytest.CaptureF
     done = subprocess.run(["bash", str(script)], env=environment, capture_output=True, text=True, check=True)
     given = done.stdout.splitlines()
     assert given[:2] == ["train", str(path)] and given[-1] == "--resume"
-    assert recipe.load(str(path), given[2:-1]).folder == folder
+    assert recipe.load_recipe(str(path), given[2:-1]).folder == folder
 
 
 @pytest.mark.slow

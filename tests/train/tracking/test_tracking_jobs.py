@@ -16,7 +16,7 @@ from headtune.analysis.synthetic.planted import Planting, plant
 from headtune.analysis.tasks.task import to_jsonl
 from headtune.analysis.utils.files import sha256_of
 from headtune.cli.main import main
-from headtune.train.config.recipe import load
+from headtune.train.config.recipe import load_recipe
 from headtune.train.tracking import lineage
 from headtune.train.tracking.wandb_offline import offline_runs, records
 from helpers.small_runs import STEPS, train, write_recipe
@@ -224,11 +224,11 @@ def test_the_first_stage_of_lofit_has_an_axis_of_its_own(
 def test_seeds_of_a_recipe_share_a_group_and_other_recipes_do_not(tmp_path: Path, tiny_llama: Path) -> None:
     path = str(write_recipe(tmp_path, tiny_llama, tracking=None))
     groups = [
-        lineage.group_of(load(path, words))
+        lineage.group_of(load_recipe(path, words))
         for words in (["seed=0"], ["seed=1", "name=x", "output_dir=y", "tracking.tags=[a]"], ["training.max_steps=5"])
     ]
     assert groups[0] == groups[1] != groups[2] and groups[0].startswith("lofit-")
-    assert lineage.group_of(load(path, ["tracking.group=study"])) == "study"
+    assert lineage.group_of(load_recipe(path, ["tracking.group=study"])) == "study"
 
 
 def test_a_resumed_run_keeps_its_id_and_its_inputs(study: Path, tmp_path: Path) -> None:

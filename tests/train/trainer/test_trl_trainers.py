@@ -16,7 +16,7 @@ from headtune.analysis.tasks.task import Example, Kind, Task
 from headtune.analysis.tasks.tokenized import encode
 from headtune.analysis.utils.errors import InputError
 from headtune.train.config.methods import AnswerSetBlock
-from headtune.train.config.recipe import load
+from headtune.train.config.recipe import load_recipe
 from headtune.train.evaluation.evaluate import Scored, parse_items, score_items
 from headtune.train.losses.answer_set import answer_set, retention
 from headtune.train.trainer import training, trl_trainers
@@ -171,10 +171,10 @@ def test_a_list_stays_open_and_one_answer_ends(
     kind: Kind, end: list[str], cities: Task, tiny_llama: Path, tmp_path: Path
 ) -> None:
     """What TRL is given has a loss on the answer and its line's end, and on the text's end where there is no more."""
-    heads, task = loading.load(str(tiny_llama)), replace(cities, kind=kind)
-    recipe = load(str(write_recipe(tmp_path, tiny_llama, method={"objective": "sft"})))
+    heads, task = loading.load_model(str(tiny_llama)), replace(cities, kind=kind)
+    recipe = load_recipe(str(write_recipe(tmp_path, tiny_llama, method={"objective": "sft"})))
     rows = training.text_rows(recipe, heads.tokenizer, task)
-    trainer = trl_trainers.SFT(heads.model, args=training.training_arguments(recipe), train_dataset=rows)
+    trainer = trl_trainers.SFT(heads.hf, args=training.training_arguments(recipe), train_dataset=rows)
     for row, example in zip(trainer.train_dataset, task.examples, strict=False):
         learnt = [token for token in row["labels"] if token != -100]
         prompt = heads.tokenizer(example.prompt).input_ids

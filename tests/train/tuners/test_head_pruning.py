@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from headtune.analysis.models import hooks
 from headtune.analysis.models.architectures import architecture_of
-from headtune.analysis.models.loading import EMBEDDED, cache_folder, load_plain, view
+from headtune.analysis.models.loading import EMBEDDED, cache_folder, load_plain, wrap_model
 from headtune.analysis.utils.errors import CheckError, InputError
 from headtune.train.tuners import hard_concrete, head_pruning
 from headtune.train.tuners.head_tuning import HeadTuningConfig
@@ -62,7 +62,7 @@ def logits(model: Any) -> Tensor:
 
 def gated_by_hand(model: Any, kind: Kind, factors: dict[tuple[int, int], float]) -> Tensor:
     """The logits of the plain model with heads multiplied one by one, by the analysis' own hooks."""
-    heads = view(model, tiny_tokenizer())
+    heads = wrap_model(model, tiny_tokenizer())
 
     def edit(layer: int) -> Any:
         def multiply(z: Tensor) -> Tensor:
@@ -75,7 +75,7 @@ def gated_by_hand(model: Any, kind: Kind, factors: dict[tuple[int, int], float])
         return multiply
 
     with hooks.at_projections(heads, {layer: edit(layer) for layer in range(heads.n_layers)}):
-        return logits(heads.model)
+        return logits(heads.hf)
 
 
 # --- what gates compute -----------------------------------------------------------------------------------------------
@@ -488,7 +488,7 @@ def test_the_projections_are_found_where_the_table_says(kind: Kind) -> None:
     """`W_O` as the analysis sees it, for Conv1D and Linear."""
     model = build(kind)
     projections, n_heads, n_kv_heads = head_pruning._projections(model)
-    heads = view(model, tiny_tokenizer())
+    heads = wrap_model(model, tiny_tokenizer())
     assert (n_heads, n_kv_heads) == (N_HEADS, kind.n_kv_heads)
     for layer, projection in enumerate(projections):
         assert isinstance(projection, Conv1D | nn.Linear)

