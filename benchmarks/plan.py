@@ -338,7 +338,7 @@ def scale_table(name: str) -> str:
 
 
 def _identify_cell(shape: Any, gpus: int) -> str:
-    from headtune.cli.plan import gib, span
+    from headtune.cli.commands.plan import gib, span
     from headtune.train.runs import memory as plan
     from headtune.train.runs import memory_of_recipe
 
@@ -352,7 +352,7 @@ def _identify_cell(shape: Any, gpus: int) -> str:
 
 
 def _cell(parsed: Any, shape: Any, gpus: int, length: int) -> str:
-    from headtune.cli.plan import gib, span
+    from headtune.cli.commands.plan import gib, span
     from headtune.train.runs import memory as plan
     from headtune.train.runs import memory_of_recipe
 

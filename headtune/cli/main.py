@@ -5,8 +5,8 @@
     headtune evaluate runs/NAME --task one_to_many:test
     headtune export runs/NAME exported
 
-Exit codes: 0 done; 1 a check failed; 2 bad usage or bad input. Each command's module adds its parser and names the
-function that carries it out (`do`). Heavy libraries are imported by the command that needs them.
+Exit codes: 0 done; 1 a check failed; 2 bad usage or bad input. Each module of `commands` adds its parser and names
+the function that carries it out (`do`). Heavy libraries are imported by the command that needs them.
 """
 
 from __future__ import annotations
@@ -21,9 +21,13 @@ from typing import Any
 
 from headtune.analysis.utils.processes import lost_another
 
-from . import analysis, machine, plan, recipes, runs, track, train
+from . import analysis
 from .arguments import Parser, adder, set_volume
+from .commands import compare, completion, demo, doctor, evaluate, export, plan, recipes, sweep, tasks, track, train
 from .exits import fail, fail_with_another
+
+# In the order of --help.
+COMMANDS = (analysis, train, demo, plan, evaluate, export, sweep, compare, track, recipes, tasks, doctor, completion)
 
 
 class _Version(argparse.Action):
@@ -43,8 +47,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
     add = adder(parser.add_subparsers(dest="command", required=True, metavar="COMMAND"))
-    for module in (analysis, train, plan, runs, track, recipes, machine):
-        module.add_parsers(add)
+    for command in COMMANDS:
+        command.add_parsers(add)
     return parser
 
 

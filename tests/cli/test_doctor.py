@@ -11,7 +11,7 @@ import pytest
 
 from headtune.analysis.models import builtin
 from headtune.analysis.tasks.loading import builtin_names
-from headtune.cli import doctor
+from headtune.cli import installation as doctor
 from headtune.cli.main import main
 from headtune.train.config.recipe import recipe_names
 

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import wandb
 
-from headtune.cli import track
+from headtune.cli.commands import track
 from headtune.cli.main import main
 from headtune.train.tracking import wandb_offline
 from headtune.train.tracking.tracker import Tracker

@@ -1,45 +1,35 @@
-"""The commands about the machine: doctor, completion."""
+"""`headtune doctor`: what of this machine headtune works with, and what to mend."""
 
 from __future__ import annotations
 
 import argparse
 from dataclasses import asdict
 
-from .arguments import Add, model_quiet, print_json
+from ..arguments import Add, model_quiet, print_json
 
-SHELLS = ("bash", "zsh")
 STYLES = (("ok", "green"), ("lacks", "yellow"), ("wrong", "bold red"))
 
 
 def add_parsers(add: Add) -> None:
     p = add("doctor", "look at this machine and the installation, and say what to mend", "doctor", "doctor --json")
-    p.set_defaults(do=_doctor)
-
-    p = add(
-        "completion",
-        "print what completes headtune's commands in a shell",
-        "completion bash > ~/.local/share/bash-completion/completions/headtune",
-        'completion zsh > "${fpath[1]}/_headtune"',
-    )
-    p.add_argument("shell", choices=SHELLS)
-    p.set_defaults(do=_completion)
+    p.set_defaults(do=doctor_command)
 
 
-def _doctor(arguments: argparse.Namespace) -> int:
+def doctor_command(arguments: argparse.Namespace) -> int:
     import importlib.util
 
     if all(importlib.util.find_spec(name) for name in ("torch", "transformers")):
         model_quiet()
-    from . import doctor
+    from ..installation import examine
 
-    findings = doctor.examine()
+    findings = examine()
     broken = any(finding.broken for finding in findings)
     if arguments.json:
         print_json({"works": not broken, "findings": [asdict(finding) for finding in findings]})
         return int(broken)
     from rich.text import Text
 
-    from .console import console
+    from ..console import console
 
     width = max(len(finding.name) for finding in findings)
     for finding in findings:
@@ -49,10 +39,3 @@ def _doctor(arguments: argparse.Namespace) -> int:
             line.append("; fix: ").append(finding.fix, "bold")
         console.print(line, soft_wrap=True)
     return int(broken)
-
-
-def _completion(arguments: argparse.Namespace) -> int:
-    from .completion import script
-
-    print(script(arguments.parser, arguments.shell))
-    return 0

@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .arguments import Add, completed, print_json
+from ..arguments import Add, completed, print_json
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -74,7 +74,7 @@ def track_command(arguments: argparse.Namespace) -> int:
 def _print_list(folder: Path, runs: Sequence[OfflineRun], n_waiting: int, size: int, host: str) -> None:
     from rich.table import Table
 
-    from .console import console
+    from ..console import console
 
     if not runs:
         print(f"{folder}: no offline runs")
@@ -167,7 +167,7 @@ def _upload(waiting: Sequence[Sequence[OfflineRun]], quiet: bool) -> dict[str, s
     """Sync one run after the other; returns run id -> what went wrong."""
     from headtune.train.tracking.wandb_offline import sync
 
-    from .console import console
+    from ..console import console
 
     failed = {}
     for number, parts in enumerate(waiting, start=1):

@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import argparse
 import time
 from pathlib import Path
 from typing import Any
 
-from headtune.analysis.models.loading import EMBEDDED
-from headtune.analysis.tasks.loading import load_task
-from headtune.analysis.utils.files import require_new_folder
-from headtune.train.config.recipe import load_recipe
-from headtune.train.export import checkpoint
-from headtune.train.runs.run import run_recipe
-
-from . import console
-from .analysis import identify_into, print_heads
-from .console import print_evaluation
+from ..arguments import Add, print_json, volume_arguments
 
 RECIPE = "lofit/one_to_many"
+
+
+def add_parsers(add: Add) -> None:
+    p = add(
+        "demo", "identify, train, evaluate and export on the embedded model", "demo", "demo --quick --out runs/look"
+    )
+    p.add_argument("--out", type=Path, help="folder (default: the next free runs/demo, runs/demo-2, ...)")
+    p.add_argument("--quick", action="store_true", help="a few steps on a few prompts, to see the machinery work")
+    volume_arguments(p)
+    p.set_defaults(do=demo_command)
+
+
+def demo_command(arguments: argparse.Namespace) -> int:
+    result = demo(arguments.out, arguments.quick)
+    if arguments.json:
+        print_json(result)
+    return 0
 
 
 def demo(out: Path | None = None, quick: bool = False) -> dict[str, Any]:
@@ -30,6 +39,17 @@ def demo(out: Path | None = None, quick: bool = False) -> dict[str, Any]:
     Returns:
         Paths, the evaluation, and the export's measured difference.
     """
+    from headtune.analysis.models.loading import EMBEDDED
+    from headtune.analysis.tasks.loading import load_task
+    from headtune.analysis.utils.files import require_new_folder
+    from headtune.train.config.recipe import load_recipe
+    from headtune.train.export import checkpoint
+    from headtune.train.runs.run import run_recipe
+
+    from .. import console
+    from ..analysis import identify_into, print_heads
+    from ..console import print_evaluation
+
     folder = out or _next_free(Path("runs/demo"))
     require_new_folder(folder, "choose another --out")
     start = time.monotonic()

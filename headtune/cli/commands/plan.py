@@ -9,7 +9,7 @@ import argparse
 import json
 from typing import TYPE_CHECKING, Any
 
-from .arguments import Add, positive, recipe_arguments
+from ..arguments import Add, positive, recipe_arguments
 
 if TYPE_CHECKING:
     from headtune.train.runs.memory_of_recipe import Stage
@@ -43,7 +43,7 @@ def plan_command(arguments: argparse.Namespace) -> int:
     from headtune.train.runs import memory, memory_of_recipe
     from headtune.train.runs.model_shape import shape_of
 
-    from .console import console
+    from ..console import console
 
     if arguments.tflops is not None and not arguments.tflops > 0:
         raise InputError(f"--tflops {arguments.tflops} must be above 0, such as 989 for an H100 in bfloat16")
@@ -102,7 +102,7 @@ def _plain(stage: Stage, rate: float | None) -> dict[str, Any]:
 def _print(stages: list[Stage], rate: float | None, title: str, limit: int, change: str | None) -> None:
     from rich.table import Table
 
-    from .console import console, print_titled
+    from ..console import console, print_titled
 
     table = Table()
     table.add_column("")

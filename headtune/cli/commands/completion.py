@@ -1,4 +1,4 @@
-"""Completion for shells, by shtab: of commands, options, recipe names, built-in tasks and models."""
+"""`headtune completion`: what a shell completes, by shtab: commands, options, recipes, built-in tasks and models."""
 
 from __future__ import annotations
 
@@ -7,13 +7,31 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-import shtab
+from ..arguments import Add
 
 SHELLS = ("bash", "zsh")
 
 
+def add_parsers(add: Add) -> None:
+    p = add(
+        "completion",
+        "print what completes headtune's commands in a shell",
+        "completion bash > ~/.local/share/bash-completion/completions/headtune",
+        'completion zsh > "${fpath[1]}/_headtune"',
+    )
+    p.add_argument("shell", choices=SHELLS)
+    p.set_defaults(do=completion_command)
+
+
+def completion_command(arguments: argparse.Namespace) -> int:
+    print(script(arguments.parser, arguments.shell))
+    return 0
+
+
 def script(parser: argparse.ArgumentParser, shell: str) -> str:
     """The completion script of a shell. The names in it are those of this version of headtune."""
+    import shtab  # here, so that the parser of all commands is quick to make
+
     text: str = shtab.complete(_marked(parser, _names(shell)), shell)
     return text
 
@@ -33,6 +51,8 @@ def _marked(parser: argparse.ArgumentParser, names: dict[str, Any]) -> argparse.
 
 def _names(shell: str) -> dict[str, Any]:
     """What shtab wants for each mark: a function of the shell's, which is written before the script."""
+    import shtab
+
     from headtune.analysis.models.builtin import BUILT_IN
     from headtune.analysis.tasks.loading import builtin_names
     from headtune.train.config.recipe import recipe_names

@@ -1,0 +1,52 @@
+"""`headtune export`: a finished run as a stock checkpoint, or as its adapter alone."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ..arguments import Add, completed, model_quiet, positive, print_json, volume_arguments
+
+
+def add_parsers(add: Add) -> None:
+    p = add(
+        "export",
+        "write a stock checkpoint and prove it equal",
+        "export runs/NAME exported",
+        "export runs/NAME adapter --adapter",
+    )
+    completed(p.add_argument("run", type=Path, help="a finished run's folder"), "folder")
+    completed(p.add_argument("out", type=Path, help="new folder"), "folder")
+    p.add_argument("--dtype", default="float32", help="of the stored weights (default: float32)")
+    p.add_argument("--prompts", type=positive, default=20, help="prompts compared (default: 20)")
+    p.add_argument("--max-shard-size", default="5GB", help="of one file of weights (default: 5GB)")
+    p.add_argument("--adapter", action="store_true", help="write the PEFT adapter alone, with a card, as it is")
+    volume_arguments(p)
+    p.set_defaults(do=export_command)
+
+
+def export_command(arguments: argparse.Namespace) -> int:
+    model_quiet()
+    from headtune.train.export import checkpoint
+
+    from ..console import console, progress, say
+
+    if arguments.adapter:
+        result = checkpoint.export_adapter(arguments.run, arguments.out)
+        line = f"{arguments.out}: the {result['adapter']} adapter alone"
+        if result["import_first"]:
+            line += f"; import {result['import_first']} before loading it with PEFT"
+    else:
+        result = checkpoint.export_run(
+            arguments.run, arguments.out, arguments.dtype, arguments.prompts, arguments.max_shard_size, progress, say
+        )
+        line = (
+            f"{arguments.out}: {result['dtype']}, largest logit difference {result['max_logit_difference']:.2g} on a "
+            f"scale of {result['logit_scale']:.3g}, {result['identical_generations']} of {result['prompts']} greedy "
+            "generations identical"
+        )
+    if arguments.json:
+        print_json(result)
+    else:
+        console.print(line, markup=False)
+    return 0

@@ -1,0 +1,49 @@
+"""`headtune sweep`: a grid of runs of one recipe, run or resumed, then compared."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ..arguments import Add, completed, positive, print_json, recipe_arguments, volume_arguments
+
+
+def add_parsers(add: Add) -> None:
+    p = add(
+        "sweep",
+        "run or resume a grid of recipes and compare them",
+        "sweep lofit/relations --grid heads.top=4,8,16 --seeds 3 --out runs/top",
+        "sweep lofit/relations --grid heads.top=4,8,16 --seeds 3 --print slurm",
+    )
+    recipe_arguments(p, "of every run")
+    p.add_argument("--grid", action="append", default=[], metavar="KEY=V,V,...", help="an axis; may be given again")
+    p.add_argument("--seeds", type=positive, default=1, help="seeds 0 to N-1 of every combination (default: 1)")
+    out = p.add_argument("--out", type=Path, default=Path("runs/sweep"), help="folder of runs (default: runs/sweep)")
+    completed(out, "folder")
+    p.add_argument("--print", dest="printed", choices=("wandb", "slurm"), help="print the grid for others to run")
+    volume_arguments(p)
+    p.set_defaults(do=sweep_command)
+
+
+def sweep_command(arguments: argparse.Namespace) -> int:
+    from headtune.train.evaluation import compare
+    from headtune.train.evaluation.run_reader import read_runs
+    from headtune.train.runs import sweep
+
+    from .. import console
+
+    grid = sweep.cells(arguments.recipe, arguments.grid, arguments.seeds, arguments.out, arguments.overrides)
+    if arguments.printed == "wandb":
+        print(sweep.wandb_sweep(arguments.recipe, arguments.grid, arguments.seeds, arguments.overrides), end="")
+        return 0
+    if arguments.printed == "slurm":
+        print(sweep.slurm_array(arguments.recipe, grid), end="")
+        return 0
+    failed = sweep.carry_out(arguments.recipe, grid, console.say)
+    if len(failed) < len(grid):
+        found = compare.compare(read_runs(arguments.out, group=arguments.out.name))
+        if arguments.json:
+            print_json(compare.as_json(found))
+        else:
+            console.console.print(*compare.tables(found, console.console.width))
+    return 1 if failed else 0
