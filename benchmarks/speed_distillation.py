@@ -71,7 +71,8 @@ def prepare(arguments: argparse.Namespace) -> None:
     """Write the row, the heads and the queries, and the teacher's rows and logits, into the work folder."""
     from headtune.analysis.models.loading import load_model
     from headtune.analysis.tasks.loading import load_task
-    from headtune.train.continual.teacher_store import TeacherStore, compute_teacher
+    from headtune.train.continual.compute_teacher import compute_teacher
+    from headtune.train.continual.teacher_store import TeacherStore
     from headtune.train.losses.attention_distillation import query_positions
     from headtune.train.trainer.rows import Row
 

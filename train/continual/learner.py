@@ -48,8 +48,13 @@ from headtune.train.trainer import attach_regularisers, checkpoints, training
 from headtune.train.trainer.rows import Row
 from headtune.train.tuners import weights_io
 
-from . import importance, replay
-from .teacher_store import TeacherStore, by_layer, compute_teacher
+from . import replay
+from .compute_teacher import compute_teacher
+from .forgetting import AttentionSnapshot, measure_forgetting, snapshot_attention
+from .importance import Importance, top_heads
+from .sensitivity import measure_sensitivity
+from .teacher_store import TeacherStore
+from .teachers import by_layer
 from .trainer import Held, SequenceTrainer, collate
 
 Say = Callable[[str], None]
@@ -102,7 +107,7 @@ class Learner:
             else []
             for index, unit in enumerate(units)
         ]
-        self.importance = importance.Importance.none(model.n_layers, model.n_heads)
+        self.importance = Importance.none(model.n_layers, model.n_heads)
         self.chosen: list[Pairs] = []
         self.fixed: Pairs | None = None
         self.timing: list[dict[str, float]] = []
@@ -160,7 +165,7 @@ class Learner:
         self.model.eval()
         if scored:
             self._on_main(lambda: self._score(index))
-            self.importance = importance.Importance.load(place / "importance.safetensors")
+            self.importance = Importance.load(place / "importance.safetensors")
         if self.method.strategy == "seekr":
             self.chosen.append(self._choose())
         if self.method.strategy in ("seekr", "der") and not last:
@@ -192,7 +197,7 @@ class Learner:
         folder = self.place(index) / "remembered"
         if not folder.is_dir():
             rows = [row.plain for row in self.buffer[index]]
-            importance.remember(self.heads, rows, folder, progress=self.progress)
+            snapshot_attention(self.heads, rows, folder, progress=self.progress)
 
     def _keep(self, index: int, trained: dict[str, Any]) -> None:
         write_json(self.place(index) / "training.json", trained)
@@ -203,9 +208,9 @@ class Learner:
         """Importance of heads with unit `index`."""
         rows = [row.plain for row in self.buffer[index]]
         self.say(f"importance of heads on {len(rows)} rows of {self.units[index].name}")
-        before = importance.Remembered(folder=self.place(index) / "remembered")
-        sensitivity = importance.sensitivity(self.heads, rows, progress=self.progress)
-        moved = importance.forgetting(self.heads, rows, before, progress=self.progress)
+        before = AttentionSnapshot(folder=self.place(index) / "remembered")
+        sensitivity = measure_sensitivity(self.heads, rows, progress=self.progress)
+        moved = measure_forgetting(self.heads, rows, before, progress=self.progress)
         self.importance.add(sensitivity, moved).save(self.place(index) / "importance.safetensors")
 
     def _inform(self, index: int) -> None:
@@ -221,7 +226,7 @@ class Learner:
         last = self.place(done - 1)
         weights_io.restore(self.model, self.weights(done - 1))
         if (saved := last / "importance.safetensors").is_file():
-            self.importance = importance.Importance.load(saved)
+            self.importance = Importance.load(saved)
         if (saved := last / "anchor.safetensors").is_file():
             self.anchor = WeightAnchor.load(saved)
 
@@ -314,7 +319,7 @@ class Learner:
         if block.choice == "random":
             drawn = random.Random(f"{self.recipe.seed}/heads").sample(range(n_layers * n_heads), block.heads)
             return sorted(divmod(index, n_heads) for index in drawn)
-        pairs = importance.choose(values, n_layers if block.layers == "all" else block.layers, block.heads)
+        pairs = top_heads(values, n_layers if block.layers == "all" else block.layers, block.heads)
         if block.choice == "random_matched":
             return sorted(random_like(pairs, n_heads, self.recipe.seed, overlap=True))
         return sorted(pairs)

@@ -15,8 +15,7 @@ all, read memory-mapped, and checked against their SHA-256 when they are first o
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,56 +24,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from headtune.analysis.models.head_model import HeadModel
 from headtune.analysis.utils.errors import CheckError, InputError
 from headtune.analysis.utils.files import atomic_path, sha256_of, write_json
 from headtune.analysis.utils.paths import inside
-from headtune.train.losses.attention_distillation import RowRecorder, TopLogits, top_logits
-from headtune.train.losses.label_logits import label_mask, positions_only
-from headtune.train.trainer.rows import Row, filled, padded
+from headtune.train.losses.attention_distillation import TopLogits, top_logits
 
-Heads = Mapping[int, Sequence[int]]  # layer -> heads
+from .teachers import Heads, Teacher, TeacherBatch, by_layer, collate_teachers, pairs_of, visible_keys
 
 _FORMAT = 1
 _SHARD_BYTES = 64 << 20
 _DTYPES = {"float32": torch.float32, "float16": torch.float16}
-
-
-@dataclass(frozen=True, eq=False)
-class Teacher:
-    """What is kept of one row of text, in the row's own positions, without padding.
-
-    Attributes:
-        positions: query positions, sorted; empty where only logits are kept.
-        heads: layer -> query heads.
-        attention: layer -> `[len(heads[layer]), T, keys]` float32 probabilities, keys up to the last position.
-        logits: `[labels, vocabulary]` raw float32 logits at the positions whose next token is a label (`label_mask`),
-            or their `TopLogits`.
-    """
-
-    positions: list[int]
-    heads: dict[int, list[int]]
-    attention: dict[int, Tensor]
-    logits: Tensor | TopLogits
-
-
-@dataclass(frozen=True, eq=False)
-class TeacherBatch:
-    """Teachers of a batch padded on the right, in the layout that `attention_distillation` and `logit_kl` take.
-
-    Attributes:
-        positions: `[batch, T]` query positions, -1 where there is none.
-        heads: layer -> query heads: those of any row.
-        attention: layer -> `[batch, len(heads[layer]), T, keys]` float32 probabilities, 0 where there is none.
-        present: layer -> `[batch, len(heads[layer]), T]` bool.
-        logits: of the label positions of all rows that have a teacher, in order; None if no row has one.
-    """
-
-    positions: Tensor
-    heads: dict[int, list[int]]
-    attention: dict[int, Tensor]
-    present: dict[int, Tensor]
-    logits: Tensor | TopLogits | None
 
 
 class TeacherStore:
@@ -156,17 +115,17 @@ class TeacherStore:
             CheckError: no such key, or rows that are no probabilities.
         """
         known = set(self.heads(key))
-        if again := [pair for pair in _pairs(heads) if pair in known]:
+        if again := [pair for pair in pairs_of(heads) if pair in known]:
             raise InputError(f"{key!r} has rows of head {again[0]} already; add the others alone")
         self._enqueue(key, self._attention(key, self.positions(key), heads, attention))
 
     def _attention(
         self, key: str, positions: list[int], heads: Heads, attention: Mapping[int, Tensor]
     ) -> dict[str, Tensor]:
-        pairs = _pairs(heads)
+        pairs = pairs_of(heads)
         if positions != sorted(set(positions)) or (positions and positions[0] < 0) or (pairs and not positions):
             raise InputError(f"{key!r}: query positions {positions[:4]}...; expected some, sorted, without repeats")
-        visible = _visible(positions)
+        visible = visible_keys(positions)
         flat = [torch.empty(0, int(visible.sum()))]
         for layer, chosen in heads.items():
             rows = attention[layer].detach().float().cpu()
@@ -260,12 +219,12 @@ class TeacherStore:
         where: dict[tuple[int, int], Tensor] = {}
         for pairs, kept in zip(self._tensors("heads", key), self._tensors("attention", key), strict=True):
             where |= {(layer, head): kept[at] for at, (layer, head) in enumerate(pairs.tolist())}
-        if lacking := [pair for pair in _pairs(chosen) if pair not in where]:
+        if lacking := [pair for pair in pairs_of(chosen) if pair not in where]:
             raise CheckError(
                 f"the teacher of {key!r} has no rows of head {lacking[0]}; compute them first (compute_teacher)"
             )
         positions = self.positions(key)
-        visible = _visible(positions)
+        visible = visible_keys(positions)
         attention = {}
         for layer, some in chosen.items():
             attention[layer] = torch.zeros(len(some), *visible.shape)
@@ -292,132 +251,4 @@ class TeacherStore:
             InputError: a row is longer than `length`.
         """
         teachers = [None if key is None else self.get(key, None if heads is None else heads[key]) for key in keys]
-        given = [teacher for teacher in teachers if teacher is not None]
-        if too_long := [at for teacher in given for at in teacher.positions[-1:] if at >= length]:
-            raise InputError(f"a teacher's query position {too_long[0]} in a batch of {length} tokens")
-        union = by_layer({pair for teacher in given for pair in _pairs(teacher.heads)})
-        n_queries = max((len(teacher.positions) for teacher in given), default=0)
-        positions = torch.full((len(keys), n_queries), -1)
-        attention = {layer: torch.zeros(len(keys), len(some), n_queries, length) for layer, some in union.items()}
-        present = {layer: torch.zeros(len(keys), len(some), n_queries).bool() for layer, some in union.items()}
-        for row, teacher in enumerate(teachers):
-            if teacher is None:
-                continue
-            n = len(teacher.positions)
-            positions[row, :n] = torch.tensor(teacher.positions, dtype=torch.long)
-            for layer, some in teacher.heads.items():
-                at = [union[layer].index(head) for head in some]
-                attention[layer][row, at, :n, : teacher.positions[-1] + 1] = teacher.attention[layer]
-                present[layer][row, at, :n] = True
-        return TeacherBatch(
-            positions.to(device),
-            union,
-            {layer: rows.to(device) for layer, rows in attention.items()},
-            {layer: rows.to(device) for layer, rows in present.items()},
-            _concatenated([teacher.logits for teacher in given], device),
-        )
-
-
-def by_layer(pairs: Iterable[tuple[int, int]]) -> dict[int, list[int]]:
-    """Layer -> heads, both sorted."""
-    heads: dict[int, list[int]] = {}
-    for layer, head in sorted(pairs):
-        heads.setdefault(layer, []).append(head)
-    return heads
-
-
-def _pairs(heads: Heads) -> list[tuple[int, int]]:
-    return [(layer, head) for layer, chosen in heads.items() for head in chosen]
-
-
-def _visible(positions: Sequence[int]) -> Tensor:
-    """`[T, last position + 1]` bool: the keys that each query sees."""
-    queries = torch.tensor(positions, dtype=torch.long)
-    return torch.arange(max(positions, default=-1) + 1) <= queries[:, None]
-
-
-def _concatenated(logits: Sequence[Tensor | TopLogits], device: torch.device | str) -> Tensor | TopLogits | None:
-    whole = [part for part in logits if isinstance(part, Tensor)]
-    if whole:
-        return torch.cat(whole).to(device)
-    top = [part for part in logits if isinstance(part, TopLogits)]
-    if not top:
-        return None
-    tokens, largest, rest = (torch.cat([getattr(part, name) for part in top]) for name in ("tokens", "logits", "rest"))
-    return TopLogits(tokens, largest, rest).to(device)
-
-
-# --- filling it -------------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def compute_teacher(
-    model: HeadModel,
-    rows: Sequence[Row],
-    heads: Heads,
-    positions: Mapping[str, Sequence[int]],
-    store: TeacherStore,
-    batch_size: int,
-) -> int:
-    """Store what the model, as it is now, says about rows of text; returns how many rows were computed.
-
-    A key that the store has keeps its positions, its logits and the rows that it has: only heads that it lacks are
-    added, from the model as it is now, and nothing is run where it lacks none. The model is run in eval mode and left
-    as it was found.
-
-    Args:
-        heads: layer -> query heads; empty: logits alone are kept.
-        positions: key -> sorted query positions (see `query_positions`); not needed without heads.
-
-    Raises:
-        InputError: a row without positions, or of others than the store has for its key.
-        CheckError: see `RowRecorder.record` and `TeacherStore.put`.
-    """
-    wanted = set(_pairs(heads))
-    lacking: dict[str, dict[int, list[int]]] = {}
-    for row in rows:
-        own = list(positions.get(row.key, []))
-        if wanted and not own:
-            raise InputError(f"row {row.key!r} has no query positions; give some for every row")
-        if wanted and row.key in store and store.positions(row.key) != own:
-            raise InputError(f"row {row.key!r}: the store has other query positions; give those, or another store")
-        lacking[row.key] = by_layer(wanted - set(store.heads(row.key) if row.key in store else []))
-    todo = {row.key for row in rows if row.key not in store or lacking[row.key]}
-    # Rows of about one length share a batch, so that little of it is padding. Batches are those of all rows, whatever
-    # is there already: the last bits of a row depend on its batch, and a broken run is to end as an unbroken one.
-    ordered = sorted(rows, key=lambda row: row.length)
-    with model.measuring():
-        for start in range(0, len(ordered), batch_size):
-            batch = ordered[start : start + batch_size]
-            if any(row.key in todo for row in batch):
-                _teach(model, batch, todo, lacking, positions, store)
-    store.flush()
-    return len(todo)
-
-
-def _teach(
-    model: HeadModel,
-    rows: Sequence[Row],
-    todo: set[str],
-    lacking: Mapping[str, dict[int, list[int]]],
-    positions: Mapping[str, Sequence[int]],
-    store: TeacherStore,
-) -> None:
-    """One batch; what is kept is that of the rows of `todo`."""
-    recorder = RowRecorder(by_layer({pair for row in rows for pair in _pairs(lacking[row.key])}))
-    queries = [list(positions.get(row.key, [])) for row in rows]
-    inputs = padded(rows, 0, model.device)
-    mask = label_mask(inputs.pop("labels"))
-    with recorder.record(filled(queries, -1)) as recorded, positions_only(model.hf, mask):
-        logits = model.hf(**inputs, use_cache=False).logits[0].float()
-    for at, (row, own, of_row) in enumerate(zip(rows, queries, logits.split(mask.sum(1).tolist()), strict=True)):
-        if row.key not in todo:
-            continue
-        attention = {}
-        for layer, chosen in lacking[row.key].items():
-            places = [recorder.heads[layer].index(head) for head in chosen]
-            attention[layer] = recorded[layer][at, places, : len(own), : own[-1] + 1].exp()
-        if row.key in store:
-            store.add_heads(row.key, lacking[row.key], attention)
-        else:
-            store.put(row.key, Teacher(own, lacking[row.key], attention, of_row))
+        return collate_teachers(teachers, length, device)

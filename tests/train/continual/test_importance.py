@@ -16,16 +16,10 @@ from transformers import PreTrainedModel
 from headtune.analysis.models.head_model import HeadModel
 from headtune.analysis.models.loading import EMBEDDED, cache_folder, load_model, wrap_model
 from headtune.analysis.utils.errors import CheckError, InputError
-from headtune.train.continual import importance
-from headtune.train.continual.importance import (
-    Importance,
-    Remembered,
-    choose,
-    forgetting,
-    layer_normalised,
-    remember,
-    sensitivity,
-)
+from headtune.train.continual import attention_entries
+from headtune.train.continual.forgetting import AttentionSnapshot, measure_forgetting, snapshot_attention
+from headtune.train.continual.importance import Importance, layer_normalised, top_heads
+from headtune.train.continual.sensitivity import measure_sensitivity
 from helpers.tiny import KINDS, N_HEADS, N_LAYERS, tiny_model, tiny_tokenizer
 
 FAMILIES = (
@@ -107,9 +101,9 @@ def test_sensitivity_is_the_norm_of_the_gradient_of_attention(kind: str, monkeyp
     rows, heads = make_rows(), viewed(kind)
     expected = slow_sensitivity(eager(kind), rows)
     assert expected.min() > 0
-    torch.testing.assert_close(sensitivity(heads, rows), expected, rtol=1e-5, atol=0)
-    monkeypatch.setattr(importance, "_BLOCK", 3 * N_HEADS * 14)  # several blocks, the last one short
-    torch.testing.assert_close(sensitivity(heads, rows, batch_size=3), expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(measure_sensitivity(heads, rows), expected, rtol=1e-5, atol=0)
+    monkeypatch.setattr(attention_entries, "BLOCK", 3 * N_HEADS * 14)  # several blocks, the last one short
+    torch.testing.assert_close(measure_sensitivity(heads, rows, batch_size=3), expected, rtol=1e-5, atol=0)
 
 
 def test_forgetting_is_the_norm_of_the_difference_of_attention(
@@ -117,14 +111,17 @@ def test_forgetting_is_the_norm_of_the_difference_of_attention(
 ) -> None:
     rows, heads = make_rows(), viewed(kind)
     expected = slow_forgetting(eager(kind), eager(kind, noise=0.05), rows)
-    in_memory, in_files = remember(heads, rows, batch_size=2), remember(heads, rows, tmp_path / "kept", batch_size=3)
-    assert forgetting(heads, rows, in_memory, batch_size=2).max() < 1e-5 < 1e-3 < expected.min()
+    in_memory, in_files = (
+        snapshot_attention(heads, rows, batch_size=2),
+        snapshot_attention(heads, rows, tmp_path / "kept", batch_size=3),
+    )
+    assert measure_forgetting(heads, rows, in_memory, batch_size=2).max() < 1e-5 < 1e-3 < expected.min()
     disturb(heads.hf, 0.05)
-    torch.testing.assert_close(forgetting(heads, rows, in_memory), expected, rtol=1e-5, atol=1e-7)
-    monkeypatch.setattr(importance, "_BLOCK", 3 * N_HEADS * 14)
-    opened = Remembered(folder=tmp_path / "kept")
+    torch.testing.assert_close(measure_forgetting(heads, rows, in_memory), expected, rtol=1e-5, atol=1e-7)
+    monkeypatch.setattr(attention_entries, "BLOCK", 3 * N_HEADS * 14)
+    opened = AttentionSnapshot(folder=tmp_path / "kept")
     assert len(opened) == len(in_files) == len(rows)
-    torch.testing.assert_close(forgetting(heads, rows, opened, batch_size=3), expected, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(measure_forgetting(heads, rows, opened, batch_size=3), expected, rtol=1e-5, atol=1e-7)
 
 
 class Largest(TorchDispatchMode):
@@ -143,11 +140,11 @@ class Largest(TorchDispatchMode):
 @pytest.mark.parametrize("lengths", [(200, 200), (200, 150)], ids=["whole", "padded"])
 def test_no_attention_matrix_is_ever_whole(lengths: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     rows, heads, matrix = make_rows(lengths), viewed("llama-gqa"), N_HEADS * 200 * 200
-    monkeypatch.setattr(importance, "_BLOCK", matrix // 20)
+    monkeypatch.setattr(attention_entries, "BLOCK", matrix // 20)
     with Largest() as largest:
-        before = remember(heads, rows, batch_size=2)
-        forgetting(heads, rows, before, batch_size=2)
-        sensitivity(heads, rows, batch_size=2)
+        before = snapshot_attention(heads, rows, batch_size=2)
+        measure_forgetting(heads, rows, before, batch_size=2)
+        measure_sensitivity(heads, rows, batch_size=2)
     # A batch's own mask is 2 * 200 * 200: a quarter of two matrices, whatever the number of heads.
     assert largest.elements <= matrix // 2
     with Largest() as largest:
@@ -164,8 +161,8 @@ def test_the_model_is_left_as_it_was() -> None:
     before = {name: value.clone() for name, value in heads.hf.state_dict().items()}
     expected = slow_sensitivity(eager("llama-gqa"), rows)
     with torch.no_grad():  # as callers between two tasks may be
-        torch.testing.assert_close(sensitivity(heads, rows), expected, rtol=1e-5, atol=0)
-        forgetting(heads, rows, remember(heads, rows))
+        torch.testing.assert_close(measure_sensitivity(heads, rows), expected, rtol=1e-5, atol=0)
+        measure_forgetting(heads, rows, snapshot_attention(heads, rows))
     assert heads.hf.training and heads.hf.config._attn_implementation == "sdpa"
     parameters = dict(heads.hf.named_parameters())
     assert [name for name, one in parameters.items() if not one.requires_grad] == ["model.embed_tokens.weight"]
@@ -200,16 +197,16 @@ def test_importance_is_saved_and_read(tmp_path: Path) -> None:
 
 def test_layers_are_chosen_first_and_then_heads() -> None:
     values = torch.tensor([[9.0, 0.0, 0.0], [4.0, 3.0, 3.0], [5.0, 5.0, 1.0]])
-    assert choose(values, layers=2, heads=3) == [(2, 0), (2, 1), (1, 0)]  # L0H0 is the best head of the worst layer
-    assert choose(values, layers=1, heads=2) == [(2, 0), (2, 1)]
-    assert choose(values, layers=3, heads=2) == [(0, 0), (2, 0)]
-    assert choose(torch.zeros(2, 2), layers=1, heads=2) == [(0, 0), (0, 1)]
+    assert top_heads(values, layers=2, heads=3) == [(2, 0), (2, 1), (1, 0)]  # L0H0 is the best head of the worst layer
+    assert top_heads(values, layers=1, heads=2) == [(2, 0), (2, 1)]
+    assert top_heads(values, layers=3, heads=2) == [(0, 0), (2, 0)]
+    assert top_heads(torch.zeros(2, 2), layers=1, heads=2) == [(0, 0), (0, 1)]
 
 
 @pytest.mark.parametrize(("layers", "heads"), [(0, 1), (4, 1), (2, 0), (2, 7)])
 def test_budgets_that_the_model_does_not_have_are_refused(layers: int, heads: int) -> None:
     with pytest.raises(InputError, match="expected 1 to"):
-        choose(torch.ones(3, 3), layers, heads)
+        top_heads(torch.ones(3, 3), layers, heads)
 
 
 @pytest.fixture(scope="module")
@@ -220,43 +217,43 @@ def llama() -> Iterator[HeadModel]:
 def test_rows_that_teach_nothing_are_refused(llama: HeadModel) -> None:
     taught = make_rows()
     with pytest.raises(InputError, match="no rows"):
-        sensitivity(llama, [])
+        measure_sensitivity(llama, [])
     with pytest.raises(InputError, match="row 1 has no label"):
-        sensitivity(llama, [taught[0], {"input_ids": [5, 6, 7], "labels": [5, -100, -100]}])
+        measure_sensitivity(llama, [taught[0], {"input_ids": [5, 6, 7], "labels": [5, -100, -100]}])
     with pytest.raises(InputError, match="row 1 has 3 tokens and 2 labels"):
-        remember(llama, [taught[0], {"input_ids": [5, 6, 7], "labels": [5, 6]}])
+        snapshot_attention(llama, [taught[0], {"input_ids": [5, 6, 7], "labels": [5, 6]}])
     with pytest.raises(InputError, match="batches of 0 rows"):
-        remember(llama, taught, batch_size=0)
+        snapshot_attention(llama, taught, batch_size=0)
 
 
 def test_other_rows_other_models_and_damage_are_refused(llama: HeadModel, tmp_path: Path) -> None:
     rows = make_rows()
-    before = remember(llama, rows, tmp_path / "kept")
+    before = snapshot_attention(llama, rows, tmp_path / "kept")
     with pytest.raises(InputError, match="5 rows were remembered and 4 are given"):
-        forgetting(llama, rows[:-1], before)
+        measure_forgetting(llama, rows[:-1], before)
     with pytest.raises(InputError, match="row 0 is not the one"):
-        forgetting(llama, rows[::-1], before)
+        measure_forgetting(llama, rows[::-1], before)
     with pytest.raises(InputError, match="not empty"):
-        remember(llama, rows, tmp_path / "kept")
+        snapshot_attention(llama, rows, tmp_path / "kept")
     with pytest.raises(CheckError, match="layer 0: queries"):
-        forgetting(viewed("llama-mqa"), rows, before)
+        measure_forgetting(viewed("llama-mqa"), rows, before)
     with pytest.raises(InputError, match="measure them on the same model"):
         Importance.none(2, 2).add(torch.ones(3, 2), torch.ones(3, 2))
     path = sorted((tmp_path / "kept").iterdir())[2]
     path.write_bytes(path.read_bytes()[:-40])
     with pytest.raises(CheckError, match="remember the rows again"):
-        forgetting(llama, rows, before)
+        measure_forgetting(llama, rows, before)
 
 
 def test_a_diverged_model_is_refused() -> None:
     heads, rows = viewed("llama-gqa"), make_rows()
-    before = remember(heads, rows)
+    before = snapshot_attention(heads, rows)
     with torch.no_grad():
         heads.hf.get_submodule("model.layers.1.self_attn.q_proj").weight[0, 0] = torch.nan  # type: ignore[index,operator]
     with pytest.raises(CheckError, match="is not finite"):
-        sensitivity(heads, rows)
+        measure_sensitivity(heads, rows)
     with pytest.raises(CheckError, match="is not finite"):
-        forgetting(heads, rows, before)
+        measure_forgetting(heads, rows, before)
 
 
 @pytest.mark.slow
@@ -267,7 +264,7 @@ def test_on_a_real_model() -> None:
     heads = load_model(EMBEDDED, device="cpu")
     ids = heads.tokenizer("The capital of France is Paris.\nThe capital of Italy is Rome.\n").input_ids
     row = {"input_ids": ids, "labels": [token if at > 8 else -100 for at, token in enumerate(ids)]}
-    fast = sensitivity(heads, [row])
+    fast = measure_sensitivity(heads, [row])
     heads.hf.set_attn_implementation("eager")
     output = heads.hf(torch.tensor([ids]), labels=torch.tensor([row["labels"]]), output_attentions=True)
     for pattern in output.attentions:

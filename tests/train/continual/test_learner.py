@@ -472,7 +472,7 @@ def test_a_broken_run_ends_as_the_unbroken_one(
                 8,
             ),  # step 4 of task 2: after its checkpoint of step 2
             "save": (continual.weights_io, "save", 2),
-            "sensitivity": (continual.importance, "sensitivity", 2),
+            "sensitivity": (continual, "measure_sensitivity", 2),
             "teach": (continual, "compute_teacher", 2),
             "measure": (sequence, "score_task", 3 + 2),
             "end": (sequence, "evaluation_of", 1),

@@ -16,7 +16,9 @@ from headtune.analysis.models.head_model import HeadModel
 from headtune.analysis.models.loading import wrap_model
 from headtune.analysis.utils.errors import CheckError, InputError
 from headtune.train.continual import teacher_store
-from headtune.train.continual.teacher_store import Teacher, TeacherStore, compute_teacher
+from headtune.train.continual.compute_teacher import compute_teacher
+from headtune.train.continual.teacher_store import TeacherStore
+from headtune.train.continual.teachers import Teacher
 from headtune.train.losses.attention_distillation import RowRecorder, TopLogits, attention_distillation, logit_kl
 from headtune.train.losses.label_logits import label_mask, positions_only
 from headtune.train.trainer.rows import Row

@@ -20,8 +20,15 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from headtune.analysis.tasks.tokenized import encode
 from headtune.analysis.utils.errors import CheckError, InputError
 from headtune.train.config.methods import AnswerSetBlock
-from headtune.train.trainer import paging, prefix_cache, row_store
-from headtune.train.trainer.prefix_cache import CacheStats, PrefixCache, lowest_trained, refusal
+from headtune.train.trainer.prefix_cache import (
+    CacheStats,
+    PrefixCache,
+    eligibility,
+    lowest_trained,
+    refusal,
+    release_pages,
+    row_store,
+)
 from headtune.train.trainer.trl_trainers import AnswerSetCollator, AnswerSetTrainer, answer_set_rows
 from headtune.train.tuners.head_tuning import HeadTuningConfig
 from helpers.tiny import KINDS, N_LAYERS, tiny_model, tiny_task, tiny_tokenizer
@@ -44,11 +51,11 @@ def adapted(kind: str = "llama", heads: list[list[int]] = HEADS, **changes: Any)
 
 
 def backbone(model: Any) -> nn.Module:
-    return prefix_cache._parts(model).backbone
+    return eligibility.model_parts(model).backbone
 
 
 def layers(model: Any) -> list[nn.Module]:
-    return prefix_cache._parts(model).layers
+    return eligibility.model_parts(model).layers
 
 
 def rows(n: int = 6, seed: int = 0) -> list[Tensor]:
@@ -384,7 +391,10 @@ def test_noise_below_is_noticed() -> None:
 
 def test_memory_of_skipped_layers_is_given_back_once_no_unknown_rows_come(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[set[int]] = []
-    monkeypatch.setattr(prefix_cache, "page_out", lambda tensors: calls.append({id(tensor) for tensor in tensors}))
+    monkeypatch.setattr(
+        "headtune.train.trainer.prefix_cache.cache.release_pages",
+        lambda tensors: calls.append({id(tensor) for tensor in tensors}),
+    )
     model, known, unknown = adapted(), batch(rows(2), "right"), batch(rows(2, seed=1), "right")
     with installed(model):
         for _ in range(8):
@@ -415,7 +425,7 @@ def test_paged_out_tensors_are_read_as_before(tmp_path: Path) -> None:
     own, mapped = torch.arange(n, dtype=torch.float32), torch.from_file(str(path), shared=False, size=n)
     total = mapped.double().sum()
     before = mapped_kib()
-    paging.page_out([own, mapped, mapped[:3], mapped.view(-1, 2).T])
+    release_pages.release_pages([own, mapped, mapped[:3], mapped.view(-1, 2).T])
     if before - mapped_kib() < 15 << 10:
         pytest.skip("this system does not page out")
     assert mapped.double().sum() == total and torch.equal(own, mapped)
@@ -553,7 +563,7 @@ def test_training_what_follows_the_layers() -> None:
 
 def frozen(family: str = "llama", **config: Any) -> Any:
     model = tiny_model(family, **config).requires_grad_(False)
-    prefix_cache._parts(model).layers[2].requires_grad_(True)
+    eligibility.model_parts(model).layers[2].requires_grad_(True)
     return model
 
 

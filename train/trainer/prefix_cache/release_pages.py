@@ -12,7 +12,7 @@ from torch import Tensor
 _MADV_PAGEOUT = 21  # Linux 5.4
 
 
-def page_out(tensors: Iterable[Tensor]) -> None:
+def release_pages(tensors: Iterable[Tensor]) -> None:
     """Ask the system to take back the memory of contiguous CPU tensors; they can be read as before, at a cost.
 
     What is mapped from a checkpoint, as transformers loads it, is read from the checkpoint again; other memory goes to

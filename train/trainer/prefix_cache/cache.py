@@ -1,30 +1,4 @@
-"""Layers below the lowest trained one run once per example; later passes start from what they gave.
-
-    with PrefixCache(trainer.model).installed() as stats:
-        trainer.train()
-
-Head adapters mostly sit in upper layers. Everything below the lowest trained layer L is a fixed function of a row's
-tokens and positions. What it gives, `h[L] = layer[L-1](... layer[0](embed(tokens)))`, `[tokens, d_model]`, is kept
-under a digest of both, and a later pass over that row, in whatever batch, puts it in front of layer L. Losses and
-gradients stay the same to rounding. Embeddings, masks and rotary tables are still the model's own, so no family is
-special. Padding is 0 there: a loss must not look at it (the position before a left-padded row's first token).
-
-While installed, layers 0..L-1 have a `forward` of their own on the instance (as accelerate's device hooks do), which
-passes hidden states through. Modules, parameter names and state dicts stay what they are, so checkpoints written in the
-meantime are whole. A pass that the cache cannot serve runs the real layers, and its reason is counted:
-
-    pass over [batch, seq]     all rows known            -> layers 0..L-1 skipped, rows put together, padding 0
-                               some unknown              -> those alone run through the real layers first, without grad
-                               a key-value cache, other inputs than tokens, packed rows, ...   -> as without the cache
-
-On a CPU, once no unknown row has come for a while, the memory of the skipped layers' weights is given back: they are
-read from the checkpoint's file again when they are needed (see `paging`).
-
-The cache checks itself: on the 1st, 2nd, 4th, 8th, ... pass made of known rows alone, one row is computed again and
-compared, so weights that move, noise on embeddings or anything else that makes keeping wrong ends the run.
-
-Each process keeps what it sees; nothing is sent around.
-"""
+"""The cache itself: passes of a model are served from rows that are kept (see the package's docstring)."""
 
 from __future__ import annotations
 
@@ -42,16 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from headtune.analysis.models.architectures import architecture_of
 from headtune.analysis.utils.errors import CheckError, InputError
-from headtune.train import distributed
-from headtune.train.losses.activation_capture import dropout_of
 
-from .paging import page_out
+from .eligibility import lowest_trained, model_parts, refusal
+from .release_pages import release_pages
 from .row_store import RowStore
 
 log = logging.getLogger(__name__)
@@ -60,95 +30,6 @@ _TOLERANCE, _HALF_TOLERANCE = 1e-3, 5e-2  # of a position's norm, when a row is 
 _QUIET_PASSES = 8  # without an unknown row, after which the skipped layers' memory is given back
 _ROW_ARGUMENTS = ("input_ids", "attention_mask", "position_ids")
 _UNUSED = frozenset({"return_dict", "use_cache", "num_items_in_batch"})  # arguments that no layer looks at
-
-
-# --- what may be cached -----------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Parts:
-    """Where a model keeps its layers, and what comes before them."""
-
-    config: Any
-    backbone: nn.Module
-    layers: list[nn.Module]
-    front: dict[str, nn.Module]  # embeddings and the like, by name within the backbone
-
-
-def _parts(model: Any) -> _Parts:
-    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    row = architecture_of(base.config.get_text_config().model_type)
-    path, _, name = row.layers.rpartition(".")
-    backbone: nn.Module = base.get_submodule(path)
-    layers: Any = backbone.get_submodule(name)
-    later = (name, row.final_norm.rpartition(".")[2])
-    front = {key: module for key, module in backbone.named_children() if key not in later}
-    return _Parts(base.config, backbone, list(layers), front)
-
-
-def lowest_trained(model: Any) -> int:
-    """The lowest layer with a parameter that requires grad, or the number of layers where only later parts are trained.
-
-    Raises:
-        InputError: embeddings are trained, which every layer depends on.
-    """
-    parts = _parts(model)
-    for name, module in parts.front.items():
-        if any(parameter.requires_grad for parameter in module.parameters()):
-            raise InputError(f"{name} is trained, and every layer depends on it; freeze it (or untie the unembedding)")
-    for index, layer in enumerate(parts.layers):
-        if any(parameter.requires_grad for parameter in layer.parameters()):
-            return index
-    return len(parts.layers)
-
-
-def refusal(model: Any, trainer: Any = None, rows_change: bool = False) -> str | None:
-    """Why keeping the layers below the trained ones would be wrong or useless, or None where it is right.
-
-    Args:
-        model: a causal language model of a supported family, with or without a PEFT adapter.
-        trainer: the transformers or TRL trainer that is going to train it; None looks at the model alone.
-        rows_change: the rows of an epoch are drawn anew, so that no row comes twice.
-    """
-    try:
-        lowest = lowest_trained(model)
-    except InputError as error:
-        return str(error)
-    if lowest == 0:
-        return "layer 0 is trained, so there is nothing below to keep"
-    if rows_change:
-        return "rows are drawn anew in every epoch, so none comes twice"
-    parts = _parts(model)
-    named = parts.front | {f"layer {index}": layer for index, layer in enumerate(parts.layers[:lowest])}
-    below = [(where, module) for where, top in named.items() for module in top.modules()]
-    for where, module in [("the model", parts.backbone), *below]:
-        if isinstance(module, BaseTunerLayer):
-            return f"{where} carries an adapter that is not trained, and which one is active may change"
-        if drops := dropout_of(module):
-            return f"{where} drops at random ({drops}); set dropout to 0"
-    if any(parameter.device.type == "meta" for parameter in parts.backbone.parameters()):
-        return "weights are offloaded"
-    return None if trainer is None else _trainer_refusal(trainer)
-
-
-def _trainer_refusal(trainer: Any) -> str | None:
-    arguments, accelerator = trainer.args, trainer.accelerator
-    if distributed.partitioned(accelerator):
-        return f"{distributed.engine(accelerator)} keeps only a part of each layer in a process"
-    if getattr(arguments, "packing", False):
-        return "packing puts several examples into one row"
-    if getattr(arguments, "padding_free", False) or getattr(trainer, "padding_free", False):
-        return "padding_free puts the whole batch into one row"
-    if getattr(arguments, "neftune_noise_alpha", None):
-        return f"neftune_noise_alpha={arguments.neftune_noise_alpha} adds noise to the embeddings"
-    if getattr(arguments, "torch_compile", False):
-        return "torch_compile would compile the layers that are skipped"
-    if arguments.n_gpu > 1:
-        return f"one process copies the model to {arguments.n_gpu} GPUs at every step; launch one process a GPU"
-    return None
-
-
-# --- what it did ------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -183,9 +64,6 @@ class CacheStats:
         size = f"{self.memory_bytes / 2**20:.1f} MiB in memory, {self.disk_bytes / 2**20:.1f} MiB on disk"
         plain = "".join(f"; {count} passes as usual: {reason}" for reason, count in self.plain.items())
         return f"layers 0-{self.layers - 1} kept: {self.hits} rows reused, {self.misses} computed, {size}{plain}"
-
-
-# --- the cache --------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -223,7 +101,7 @@ class PrefixCache:
             raise InputError(f"layers below the trained ones cannot be kept: {reason}")
         if not memory_gb >= 0:
             raise InputError(f"memory_gb is {memory_gb}; expected 0 or more, such as 2")
-        self._parts = _parts(model)
+        self._parts = model_parts(model)
         self._limit = int(memory_gb * 2**30)
         self._top = folder
         self._signature = inspect.signature(self._parts.backbone.forward)
@@ -312,7 +190,7 @@ class PrefixCache:
         self._since_unknown = 0 if unknown else self._since_unknown + 1
         if self._resident and self._since_unknown >= _QUIET_PASSES:
             self._resident = False
-            page_out(p for layer in self._parts.layers[: stats.layers] for p in layer.parameters())
+            release_pages(p for layer in self._parts.layers[: stats.layers] for p in layer.parameters())
         self._count(self._store)
         self._ready = _assembled(rows, found, given["input_ids"])
 
