@@ -216,20 +216,20 @@ def _train(parsed: Any, heads: Any, found: list[int]) -> dict[str, int]:
     sizes: dict[str, int] = {}
     watch_training(found, sizes)
     heads.tokenizer.pad_token = heads.tokenizer.pad_token or heads.tokenizer.eos_token
-    say = functools.partial(print, file=sys.stderr)
+    notify = functools.partial(print, file=sys.stderr)
     with Tracker(parsed.folder, parsed.name, {}, wandb_mode="disabled") as tracker:
         if parsed.recipe == "seekr":
             steps = sequence.steps_of(parsed.task)
             rows_of = sequence.rows_of(parsed, heads, steps)
             units = [Unit(step.name, step.train, own) for step, own in zip(steps, rows_of, strict=True)]
-            learner = Learner(parsed, heads, units, tracker, silent, say)
+            learner = Learner(parsed, heads, units, tracker, silent, notify)
             learner.start()
             for index in range(len(units)):
                 learner.learn(index, resume=False)
         else:
             heads.record_attention(False)
             pairs = parsed.heads.pairs if parsed.heads else []
-            training.fit(parsed, heads, pairs, tasks_of(parsed.task)[0], tracker, {}, False, say)
+            training.fit(parsed, heads, pairs, tasks_of(parsed.task)[0], tracker, {}, False, notify)
     return sizes
 
 

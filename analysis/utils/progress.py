@@ -1,10 +1,11 @@
-"""How long loops tell their progress."""
+"""How long runs tell their progress: bars over loops, and lines of text."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+Notify = Callable[[str], None]  # takes one line about what is being done
 Progress = Callable[[Sequence[Any], str], Iterable[Any]]
 
 

@@ -25,7 +25,7 @@ console = Console(highlight=False, width=None if sys.stdout.isatty() or "COLUMNS
 errors = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
-def say(line: str) -> None:
+def notify(line: str) -> None:
     """One plain line about what is going on, on stderr, so that stdout stays a result."""
     if not _quiet():
         errors.print(line, markup=False, style="dim" if errors.is_terminal else None)

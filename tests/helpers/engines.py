@@ -158,7 +158,7 @@ def _work(jobs: Path, answers: Path) -> None:
             if resume:
                 _kill_late(loaded.folder)
             with _broken_off(BROKEN in command):
-                run_recipe(loaded, resume, say=lambda line: print(line, flush=True))
+                run_recipe(loaded, resume, notify=lambda line: print(line, flush=True))
         except Exception:
             error = traceback.format_exc()
             print(error, flush=True)

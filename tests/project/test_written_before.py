@@ -114,7 +114,7 @@ def test_a_head_set_is_read() -> None:
 def test_a_recipe_finds_its_heads_in_it() -> None:
     recipe = load_recipe("recipes/lofit.yaml")
     assert recipe.heads is not None
-    chosen = choose_heads(recipe.heads, load_model("model"), tasks_of(recipe.task)[0], say=lambda _line: None)
+    chosen = choose_heads(recipe.heads, load_model("model"), tasks_of(recipe.task)[0], notify=lambda _line: None)
     assert [list(pair) for pair in chosen.pairs] == EXPECTED["runs"]["lofit"]["heads"]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,13 @@ from headtune.analysis.models.head_model import HeadModel
 from headtune.analysis.reports import head_cards
 from headtune.analysis.tasks.task import Task
 from headtune.analysis.utils.errors import InputError
+from headtune.analysis.utils.progress import Notify
 from headtune.train.types import ProbeResult
 
 from .methods import HeadsBlock
 from .schema import Recipe
 
 log = logging.getLogger(__name__)
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def choose_heads(
     task: Task,
     folder: Path | None = None,
     progress: pipeline.Progress = pipeline.silent,
-    say: Say = log.info,
+    notify: Notify = log.info,
 ) -> Chosen:
     """Resolve a recipe's `heads` block on a model.
 
@@ -77,17 +77,19 @@ def choose_heads(
         if folder is not None:
             found.scores.save(folder / "scores.safetensors")
             found.heads.write(folder / "heads.json")
-        return Chosen(_top(found.heads, block, "the head set", say), found.heads, found.scores.means())
+        return Chosen(_top(found.heads, block, "the head set", notify), found.heads, found.scores.means())
     path = Path(block.source or (block.random.like if block.random else ""))
     heads = head_set.read(path / "heads.json" if path.is_dir() else path)
     for warning in heads.require_fit(model.identity()):
         log.warning(warning)
-    pairs = _top(heads, block, str(path), say)
+    pairs = _top(heads, block, str(path), notify)
     if block.random is not None:
         like = set(pairs)
         pairs = sorted(head_set.random_like(pairs, model.n_heads, block.random.seed, overlap=True))
         if shared := [f"L{layer}H{head}" for layer, head in pairs if (layer, head) in like]:
-            say(f"{len(shared)} of {len(pairs)} random heads are chosen ones, for want of others: {', '.join(shared)}")
+            notify(
+                f"{len(shared)} of {len(pairs)} random heads are chosen ones, for want of others: {', '.join(shared)}"
+            )
     scores = path.parent / "scores.safetensors" if path.is_file() else path / "scores.safetensors"
     if folder is not None:
         heads.write(folder / "heads.json")
@@ -96,7 +98,7 @@ def choose_heads(
     return Chosen(pairs, heads, load_means(scores, heads.shape) if scores.is_file() else None)
 
 
-def _top(heads: head_set.HeadSet, block: HeadsBlock, where: str, say: Say) -> list[tuple[int, int]]:
+def _top(heads: head_set.HeadSet, block: HeadsBlock, where: str, notify: Notify) -> list[tuple[int, int]]:
     roles = head_set.ROLES if block.role == "both" else (block.role,)
     if block.role == "both" and set(heads.roles) == {"selected"}:
         roles = ("selected",)  # there is no other role in such a set
@@ -110,7 +112,7 @@ def _top(heads: head_set.HeadSet, block: HeadsBlock, where: str, say: Say) -> li
                 f"lower top, or run identify with --top {block.top}"
             )
         if count < block.top:
-            say(f"{role} heads confirmed in {where}: {count}, fewer than top={block.top}")
+            notify(f"{role} heads confirmed in {where}: {count}, fewer than top={block.top}")
     if not pairs:
         raise InputError(f"the head set holds no {' or '.join(roles)} heads; run identify on more examples")
     return sorted(pairs)

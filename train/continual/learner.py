@@ -35,6 +35,7 @@ from headtune.analysis.models.head_model import HeadModel
 from headtune.analysis.tasks.task import Task
 from headtune.analysis.utils.errors import InputError
 from headtune.analysis.utils.files import write_json
+from headtune.analysis.utils.progress import Notify
 from headtune.analysis.utils.state_files import read_state
 from headtune.train import distributed
 from headtune.train.config.methods import SeekrMethod
@@ -57,7 +58,6 @@ from .teacher_store import TeacherStore
 from .teachers import by_layer
 from .trainer import Held, SequenceTrainer, collate
 
-Say = Callable[[str], None]
 Pairs = list[tuple[int, int]]
 
 
@@ -90,10 +90,10 @@ class Learner:
         units: Sequence[Unit],
         tracker: Tracker,
         progress: pipeline.Progress,
-        say: Say,
+        notify: Notify,
     ) -> None:
         assert isinstance(recipe.method, SeekrMethod)
-        self.recipe, self.heads, self.tracker, self.progress, self.say = recipe, model, tracker, progress, say
+        self.recipe, self.heads, self.tracker, self.progress, self.notify = recipe, model, tracker, progress, notify
         self.method: SeekrMethod = recipe.method
         self.units = list(units)
         self.model: Any = model.hf
@@ -140,10 +140,10 @@ class Learner:
         else:
             self.model.requires_grad_(True)
         if self.recipe.heads is not None:
-            self.say("choosing heads")
+            self.notify("choosing heads")
             folder = self.recipe.folder if self.tracker.is_main else None
             first = self.units[0].task
-            self.fixed = choose_heads(self.recipe.heads, self.heads, first, folder, self.progress, self.say).pairs
+            self.fixed = choose_heads(self.recipe.heads, self.heads, first, folder, self.progress, self.notify).pairs
 
     def learn(self, index: int, resume: bool) -> None:
         """Learn unit `index`; the model is the one after the unit before. Rank 0 writes, all read what it wrote."""
@@ -207,7 +207,7 @@ class Learner:
     def _score(self, index: int) -> None:
         """Importance of heads with unit `index`."""
         rows = [row.plain for row in self.buffer[index]]
-        self.say(f"importance of heads on {len(rows)} rows of {self.units[index].name}")
+        self.notify(f"importance of heads on {len(rows)} rows of {self.units[index].name}")
         before = AttentionSnapshot(folder=self.place(index) / "remembered")
         sensitivity = measure_sensitivity(self.heads, rows, progress=self.progress)
         moved = measure_forgetting(self.heads, rows, before, progress=self.progress)
@@ -216,7 +216,7 @@ class Learner:
     def _inform(self, index: int) -> None:
         """Fisher information of unit `index`."""
         rows = self.informing[index]
-        self.say(f"Fisher information of {self.units[index].name} on {len(rows)} rows")
+        self.notify(f"Fisher information of {self.units[index].name} on {len(rows)} rows")
         fisher = fisher_diagonal(self.model, [row.plain for row in rows])
         self.anchor.with_task(self.model, fisher).save(self.place(index) / "anchor.safetensors")
 
@@ -265,9 +265,9 @@ class Learner:
 
     def _train(self, index: int, held: Held, resume: bool) -> dict[str, Any]:
         rows, name = self.units[index].rows, self.units[index].name
-        self.say(f"task {index + 1} of {len(self.units)}, {name}: {len(rows)} rows")
+        self.notify(f"task {index + 1} of {len(self.units)}, {name}: {len(rows)} rows")
         if held.teachers is not None:
-            told_of_dropout(self.heads.hf, "distillation", self.say)
+            told_of_dropout(self.heads.hf, "distillation", self.notify)
         arguments = self.arguments(index)
         timer, marking = training.Timer(), checkpoints.Mark(arguments)
         table = [{"row": at, **row.plain} for at, row in enumerate(rows)]
@@ -276,7 +276,7 @@ class Learner:
                 self.model,
                 args=arguments,
                 processing_class=self.heads.tokenizer,
-                callbacks=[trainer_callback(self.tracker, self.n_steps), training.told(self.say), timer, marking],
+                callbacks=[trainer_callback(self.tracker, self.n_steps), training.told(self.notify), timer, marking],
                 train_dataset=datasets.Dataset.from_list(table),
                 data_collator=collate,
                 rows=rows,
@@ -291,9 +291,9 @@ class Learner:
         trainer.remove_callback(PrinterCallback)
         if self.anchor.tasks:
             trainer.penalty = self._elastic
-        checkpoint = checkpoints.newest(Path(arguments.output_dir), self.say) if resume else None
+        checkpoint = checkpoints.newest(Path(arguments.output_dir), self.notify) if resume else None
         pairs = self.fixed or (self.chosen[-1] if self.chosen else [])
-        with attach_regularisers.held(self.recipe, self.heads, pairs, self.units[index].task, trainer, self.say):
+        with attach_regularisers.held(self.recipe, self.heads, pairs, self.units[index].task, trainer, self.notify):
             training.carry_out(trainer, checkpoint)
         if frame is not None:  # every process needs the model whole: to measure it, and to train it again
             self.model = distributed.consolidated(trainer, frame, everywhere=True)

@@ -11,7 +11,7 @@ import functools
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from headtune.analysis.tasks.task import Task
 from headtune.analysis.tasks.tokenized import encode
 from headtune.analysis.utils.errors import InputError
 from headtune.analysis.utils.files import write_json
+from headtune.analysis.utils.progress import Notify
 from headtune.analysis.utils.state_files import read_state
 from headtune.train.config.methods import EvaluationBlock, SeekrMethod, TaskBlock
 from headtune.train.config.resolve_heads import choose_heads, keep_heads, selected
@@ -55,8 +56,6 @@ from headtune.train.tuners import weights_io
 
 from .learner import Learner, Unit
 from .metrics import sequence_metrics
-
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -114,7 +113,7 @@ def require_usable(recipe: Recipe, model: HeadModel, steps: Sequence[Step]) -> N
         require_choices(task)
         require_room_for(model.hf, model.tokenizer, task, recipe.evaluation.n_items)
     if recipe.heads is not None and recipe.heads.identify is None:
-        choose_heads(recipe.heads, model, steps[0].train, say=lambda _line: None)
+        choose_heads(recipe.heads, model, steps[0].train, notify=lambda _line: None)
     elif recipe.heads is not None:
         if steps[0].train.kind == "multiple_choice":
             raise InputError(
@@ -161,7 +160,7 @@ def learn_sequence(
     state: dict[str, Any],
     resume: bool,
     progress: pipeline.Progress,
-    say: Say,
+    notify: Notify,
 ) -> dict[str, Any]:
     """Learn all tasks of a recipe; returns the content of evaluation.json (empty but on rank 0).
 
@@ -189,7 +188,7 @@ def learn_sequence(
         if recipe.evaluation.before is not None:
             saved |= base_of(Path(recipe.evaluation.before), identity)
         elif main:
-            say(f"measuring the base model on {len(steps)} tasks")
+            notify(f"measuring the base model on {len(steps)} tasks")
             saved |= {
                 "before": [measured(model.hf, step.held_out) for step in steps],
                 "general_before": {task.name: measured(model.hf, task) for task in general},
@@ -202,7 +201,7 @@ def learn_sequence(
     units = [Unit(step.name, step.train, own) for step, own in zip(steps, rows, strict=True)]
     if together:
         units = [Unit("all", steps[0].train, [row for own in rows for row in own])]
-    learner = Learner(recipe, model, units, tracker, progress, say)
+    learner = Learner(recipe, model, units, tracker, progress, notify)
     learner.start()
     done = len(saved["after"])
     if done:
@@ -212,7 +211,7 @@ def learn_sequence(
         learner.learn(index, resume)
         if main:
             so_far = steps if together else steps[: index + 1]
-            say(f"measuring {len(so_far)} tasks")
+            notify(f"measuring {len(so_far)} tasks")
             found = [measured(learner.model, step.held_out) for step in so_far]
             saved["after"].append(found)
             saved |= {"heads": learner.chosen, "timing": learner.timing, "n_steps": learner.n_steps}

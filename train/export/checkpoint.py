@@ -16,7 +16,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from headtune.analysis.models.loading import parse_dtype
 from headtune.analysis.tasks.task import Task
 from headtune.analysis.utils.errors import CheckError, InputError
 from headtune.analysis.utils.files import atomic_folder, require_new_folder, sha256_of, write_json, write_text
-from headtune.analysis.utils.progress import Progress, silent
+from headtune.analysis.utils.progress import Notify, Progress, silent
 from headtune.analysis.utils.state_files import read_state
 from headtune.train.config.methods import TaskBlock
 from headtune.train.trainer.quiet import libraries_quiet
@@ -41,7 +41,6 @@ from .convert import conversion, fold
 from .model_card import Origin, adapter_card, checkpoint_card, origin_of
 
 log = logging.getLogger(__name__)
-Say = Callable[[str], None]
 FLOAT32_TOLERANCE = (
     1e-3  # largest logit difference; folding reorders float32 sums, which moves logits by about 1e-5..1e-4
 )
@@ -220,7 +219,7 @@ def export(
     new_tokens: int = 24,
     max_shard_size: str = "5GB",
     progress: Progress = silent,
-    say: Say = log.info,
+    notify: Notify = log.info,
 ) -> dict[str, Any]:
     """Fold, save, reload elsewhere, compare, and only then give the folder its name.
 
@@ -232,7 +231,7 @@ def export(
         origin: what the model card says of the run.
         max_shard_size: of one file of weights, such as "5GB".
         progress: wraps the prompts.
-        say: told what happens, a line at a time.
+        notify: told what happens, a line at a time.
 
     Returns:
         The content of `export.json`: the comparison (see `compare`), the conversion of the family, the origin, and the
@@ -248,18 +247,18 @@ def export(
     require_new_folder(target, "choose another folder")
     origin = origin or Origin()
     prompts = prompts_of(tokenizer, task, n_prompts, new_tokens)
-    say(f"logits and generations of the adapted model on {len(prompts.rows)} prompts")
+    notify(f"logits and generations of the adapted model on {len(prompts.rows)} prompts")
     expected = answers_of(model, prompts, progress)
-    say("folding the adapter into stock weights")
+    notify("folding the adapter into stock weights")
     source = copy.deepcopy(model.config)
     folded = fold(model).to(stored)  # type: ignore[arg-type]
     converted = conversion(source, folded.config)
     if target.is_dir():
         target.rmdir()  # empty, as was checked; rename needs the name free
     with atomic_folder(target) as temporary:
-        say(f"writing {dtype} weights")
+        notify(f"writing {dtype} weights")
         write_stock(folded, tokenizer, temporary, max_shard_size)
-        say(f"reloading them in a process of its own, and comparing {len(prompts.rows)} prompts")
+        notify(f"reloading them in a process of its own, and comparing {len(prompts.rows)} prompts")
         result = compare(expected, answers_elsewhere([temporary], prompts)[0], dtype)
         if not result["passed"]:
             raise CheckError(
@@ -332,7 +331,7 @@ def export_run(
     n_prompts: int = 20,
     max_shard_size: str = "5GB",
     progress: Progress = silent,
-    say: Say = log.info,
+    notify: Notify = log.info,
 ) -> dict[str, Any]:
     """Export a finished run; see `export`. The prompts compared are of its held-out task or tasks.
 
@@ -361,7 +360,7 @@ def export_run(
             n_prompts,
             max_shard_size=max_shard_size,
             progress=progress,
-            say=say,
+            notify=notify,
         )
 
     return tracked_export(run, recipe, target, make)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +28,7 @@ from transformers import PreTrainedModel
 from headtune.analysis.models.attention import AttentionCall, look_with
 from headtune.analysis.models.head_model import HeadModel
 from headtune.analysis.utils.errors import CheckError, InputError
+from headtune.analysis.utils.progress import Notify
 from headtune.train.tuners.head_weights import output_slices
 
 from .head_penalties import contributions
@@ -271,11 +272,11 @@ def dropout_of(module: nn.Module) -> str | None:
     return None
 
 
-def told_of_dropout(model: nn.Module, compared: str, say: Callable[[str], None]) -> None:
+def told_of_dropout(model: nn.Module, compared: str, notify: Notify) -> None:
     """Say so where a model drops at random what is compared with the pass of a model that does not."""
     parts = (module for name, module in model.named_modules() if "lora_dropout" not in name)
     if drops := next(filter(None, map(dropout_of, parts)), None):
-        say(
+        notify(
             f"the model drops at random in training ({drops}), what it is compared with does not: {compared} would not "
             "be 0 in a model that has not changed; to be rid of that, set dropout to 0 in its config.json"
         )

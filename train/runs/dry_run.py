@@ -196,7 +196,7 @@ def _heads(block: HeadsBlock, ready: Ready, notes: list[str]) -> tuple[list[tupl
     """The heads, or as many others where the run has yet to find them; and in words."""
     heads = ready.heads
     if block.identify is None and not block.learnt:
-        chosen = choose_heads(block, heads, ready.train, say=notes.append)
+        chosen = choose_heads(block, heads, ready.train, notify=notes.append)
         if chosen.found is not None and block.random is None and (failed := _not_dissociated(block, chosen.found)):
             notes.append(failed)
         pairs = chosen.pairs

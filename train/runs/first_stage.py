@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +15,7 @@ from headtune.analysis.interventions.last_layer import Intercept, Sink
 from headtune.analysis.models.head_model import HeadModel
 from headtune.analysis.tasks.task import Task
 from headtune.analysis.utils.errors import CheckError
+from headtune.analysis.utils.progress import Notify
 from headtune.train import distributed
 from headtune.train.config.methods import InterceptMethod, ItiMethod, ScaleMethod, SinkMethod
 from headtune.train.config.resolve_heads import Chosen, selected
@@ -25,12 +25,11 @@ from headtune.train.trainer import training
 from headtune.train.tuners import head_tuning, probing, steering
 from headtune.train.types import Penalty
 
-Say = Callable[[str], None]
 NORM = "lofit.norm"
 GATE = "jola.gate"
 
 
-def lofit_heads(recipe: Recipe, model: HeadModel, train: Task, tracker: Tracker, say: Say) -> Chosen:
+def lofit_heads(recipe: Recipe, model: HeadModel, train: Task, tracker: Tracker, notify: Notify) -> Chosen:
     """LoFiT's first stage: the heads whose scale grows most when all heads' scales are trained under an L1 penalty.
 
         score[l, h] = ||A[l, h]||_2 after training   z <- (1 + A) z   on   loss + l1 * sum |A|
@@ -50,7 +49,7 @@ def lofit_heads(recipe: Recipe, model: HeadModel, train: Task, tracker: Tracker,
     if model.tokenizer.pad_token is None:
         model.tokenizer.pad_token = model.tokenizer.eos_token
     state: dict[str, Any] = {}
-    data = training.material(recipe, model, train, state, say)
+    data = training.material(recipe, model, train, state, notify)
     changes: dict[str, Any] = {
         "learning_rate": block.learning_rate,
         "output_dir": str(recipe.folder / "select"),
@@ -58,12 +57,14 @@ def lofit_heads(recipe: Recipe, model: HeadModel, train: Task, tracker: Tracker,
     }
     if block.max_steps is not None:
         changes["max_steps"] = block.max_steps
-    say(f"choosing heads: scales on all {len(everyone)} heads, {data.n_rows} rows")
+    notify(f"choosing heads: scales on all {len(everyone)} heads, {data.n_rows} rows")
     model.record_attention(False)
     arguments = training.training_arguments(recipe, **changes)
     penalty = l1_penalty(block.l1)
     stage = tracker.stage("select")
-    trainer = training.train_with(recipe, model, config, data, arguments, stage, penalty, False, say, everywhere=True)
+    trainer = training.train_with(
+        recipe, model, config, data, arguments, stage, penalty, False, notify, everywhere=True
+    )
     adapted = trainer.accelerator.unwrap_model(trainer.model)
     norms = scale_norms(adapted, model.n_layers, model.n_heads)
     model.hf = adapted.unload()
@@ -154,7 +155,7 @@ def steered(
     train: Task,
     state: dict[str, Any],
     progress: pipeline.Progress,
-    say: Say,
+    notify: Notify,
 ) -> Any:
     """The model with an adapter that is computed, not trained; notes in `state["steering"]` what was found."""
     method: Any = recipe.method
@@ -168,7 +169,7 @@ def steered(
             settings = Sink(method.tau, method.gamma)
         case InterceptMethod():
             settings = Intercept(method.beta, *([method.fit] if method.fit else []))
-    say(f"steering: {method.kind}")
+    notify(f"steering: {method.kind}")
     model.record_attention(True)
     found = steering.steer(model, settings, chosen.pairs or None, part, recipe.seed, progress, chosen.probed)
     model.record_attention(False)

@@ -10,7 +10,7 @@ import contextlib
 import functools
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +29,7 @@ from headtune.analysis.tasks.task import Task, scored
 from headtune.analysis.tasks.tokenized import encode
 from headtune.analysis.utils.errors import InputError
 from headtune.analysis.utils.files import leftovers, require_new_folder, write_json, write_text
+from headtune.analysis.utils.progress import Notify
 from headtune.analysis.utils.state_files import mend_lines, read_state
 from headtune.train.config import recipe as recipes
 from headtune.train.config.methods import (
@@ -65,7 +66,6 @@ from .load_run import _saved, _warn_of_code
 
 log = logging.getLogger(__name__)
 FIRST = "recipe.yaml"  # without it nothing of a run is there
-Say = Callable[[str], None]
 
 
 @contextmanager
@@ -91,14 +91,14 @@ def run_recipe(
     recipe: Recipe,
     resume: bool = False,
     progress: pipeline.Progress = pipeline.silent,
-    say: Say = log.info,
+    notify: Notify = log.info,
 ) -> dict[str, Any]:
     """Carry out a recipe.
 
     Args:
         resume: continue the run in `recipe.output_dir` from its newest checkpoint.
         progress: wraps lists of examples that take long.
-        say: told what happens, a line at a time.
+        notify: told what happens, a line at a time.
 
     Returns:
         The content of evaluation.json.
@@ -109,17 +109,17 @@ def run_recipe(
         Interrupted: SIGTERM or SIGINT came (see `interruption`).
     """
     with signals.watched(recipe.folder), failures.in_one_line(recipe.folder):
-        return _run(recipe, resume, progress, say)
+        return _run(recipe, resume, progress, notify)
 
 
-def _run(recipe: Recipe, resume: bool, progress: pipeline.Progress, say: Say) -> dict[str, Any]:
+def _run(recipe: Recipe, resume: bool, progress: pipeline.Progress, notify: Notify) -> dict[str, Any]:
     folder = recipe.folder
     main = int(os.environ.get("RANK", "0")) == 0
     saved = _saved(folder) if resume else {}  # before anybody writes run.json anew
     if resume:
         _require_same(recipe, folder)
         if saved.get("state") == "done":
-            say(f"run {folder} is finished")
+            notify(f"run {folder} is finished")
             if isinstance(recipe.method, SeekrMethod) and main:
                 sequence.clear(recipe)
             done = folder / "evaluation.json"
@@ -134,8 +134,8 @@ def _run(recipe: Recipe, resume: bool, progress: pipeline.Progress, say: Say) ->
     data = None if in_order else _data(heads, train, held_out)  # a sequence keeps its own account
     if data is not None and "data" in saved:
         _require_same_data(data, saved["data"], folder)
-    say(f"run {folder} on {block.name}")  # not earlier: what is refused is refused in one line
-    say(f"task {held_out.name}: {scored(held_out.kind, recipe.evaluation.n_items)}")
+    notify(f"run {folder} on {block.name}")  # not earlier: what is refused is refused in one line
+    notify(f"task {held_out.name}: {scored(held_out.kind, recipe.evaluation.n_items)}")
     if main:
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / FIRST, recipe.to_yaml())
@@ -160,8 +160,8 @@ def _run(recipe: Recipe, resume: bool, progress: pipeline.Progress, say: Say) ->
         source = lineage.head_set_of(recipe)
         tracker.uses(state["inputs"], {"heads": source} if source else {})
         if not in_order:
-            return _carry_out(recipe, heads, train, held_out, tracker, state, resume, progress, say)
-        evaluation = sequence.learn_sequence(recipe, heads, steps, tracker, state, resume, progress, say)
+            return _carry_out(recipe, heads, train, held_out, tracker, state, resume, progress, notify)
+        evaluation = sequence.learn_sequence(recipe, heads, steps, tracker, state, resume, progress, notify)
         if main:
             _show_products(recipe, state, evaluation, tracker)
     if main:
@@ -214,7 +214,7 @@ def _carry_out(
     state: dict[str, Any],
     resume: bool,
     progress: pipeline.Progress,
-    say: Say,
+    notify: Notify,
 ) -> dict[str, Any]:
     folder = recipe.folder
     main = int(os.environ.get("RANK", "0")) == 0
@@ -222,17 +222,17 @@ def _carry_out(
     if chosen is None:
         chosen = Chosen([])
         if recipe.heads is not None:
-            say("choosing heads")
-            chosen = _choose(recipe, model, train, tracker, main, progress, say)
+            notify("choosing heads")
+            chosen = _choose(recipe, model, train, tracker, main, progress, notify)
     state["heads"] = [list(pair) for pair in chosen.pairs]
     tracker.config(lineage.pinned(recipe.recipe, chosen.pairs, lineage.role_of(recipe.heads), None))
     if main:
         write_json(folder / "run.json", state | {"state": "running"})
     if chosen.found is not None and main:
         if set(head_set.ROLES) & set(chosen.found.roles):
-            say(head_report.verdict(chosen.found))
+            notify(head_report.verdict(chosen.found))
             if advice := head_report.next_step(chosen.found):
-                say(advice)
+                notify(advice)
         media.show_heads(tracker, chosen.found, chosen.means or {}, folder, f"{folder.name}-heads")
     if isinstance(recipe.method, LofitMethod) and recipe.method.select_only:
         PartialState().wait_for_everyone()
@@ -247,19 +247,19 @@ def _carry_out(
         try:
             before, rows_before = read_before(folder / "evaluation.json", identity)
         except InputError:  # another recipe or other data would have been refused before
-            say(f"{folder / 'evaluation.json'} is damaged; the base model is measured once more")
+            notify(f"{folder / 'evaluation.json'} is damaged; the base model is measured once more")
     if before is None and settings.before is not None:
         before, rows_before = read_before(Path(settings.before), identity)
     if main:
         if before is None:
-            say(f"evaluating the base model on {len(held_out.examples)} held-out prompts")
+            notify(f"evaluating the base model on {len(held_out.examples)} held-out prompts")
             before, rows_before = measured(model.hf)
         write_evaluation(folder, identity, before, None, rows_before, [])
         tracker.log(flat("before", before), step=0)
 
     total = sum(p.numel() for p in model.hf.parameters())
     torch.manual_seed(recipe.seed)
-    adapted = _adapted(recipe, model, chosen, train, tracker, state, resume, progress, say)
+    adapted = _adapted(recipe, model, chosen, train, tracker, state, resume, progress, notify)
     trained = state.get("parameters", sum(p.numel() for p in adapted.parameters() if p.requires_grad))
     state |= {"parameters": trained, "model_parameters": total, "parameters_share": trained / total}
     state["peak_memory_gib"] = peak_memory()
@@ -278,7 +278,7 @@ def _carry_out(
         keep_heads(chosen, folder)
         assert chosen.found is not None
         media.show_heads(tracker, chosen.found, chosen.means or {}, folder, f"{folder.name}-heads")
-    say(f"evaluating the adapted model ({trained} parameters, {100 * trained / total:.4f}% of the model)")
+    notify(f"evaluating the adapted model ({trained} parameters, {100 * trained / total:.4f}% of the model)")
     after, rows_after = measured(adapted)
     evaluation = write_evaluation(folder, identity, before, after, rows_before, rows_after)
     tracker.log(flat("after", after))
@@ -313,7 +313,7 @@ def _require_usable(recipe: Recipe, model: HeadModel, train: Task, held_out: Tas
     require_choices(held_out)
     require_room_for(model.hf, model.tokenizer, held_out, recipe.evaluation.n_items)
     if block is not None and block.identify is None and not block.learnt:
-        choose_heads(block, model, train, say=lambda _line: None)
+        choose_heads(block, model, train, notify=lambda _line: None)
     if objective is not None:
         training.training_arguments(recipe)
 
@@ -325,14 +325,14 @@ def _choose(
     tracker: Tracker,
     main: bool,
     progress: pipeline.Progress,
-    say: Say,
+    notify: Notify,
 ) -> Chosen:
     block, folder = recipe.heads, recipe.folder if main else None
     assert block is not None
     if not block.learnt:
-        return choose_heads(block, model, train, folder, progress, say)
+        return choose_heads(block, model, train, folder, progress, notify)
     if block.lofit is not None:
-        chosen = first_stage.lofit_heads(recipe, model, train, tracker, say)
+        chosen = first_stage.lofit_heads(recipe, model, train, tracker, notify)
     else:
         chosen = first_stage.probed_heads(recipe, model, train, progress)
     if main:
@@ -349,14 +349,14 @@ def _adapted(
     state: dict[str, Any],
     resume: bool,
     progress: pipeline.Progress,
-    say: Say,
+    notify: Notify,
 ) -> Any:
     """The model with its trained, or for `steer` its computed, adapter; in eval mode."""
     if isinstance(recipe.method, ObjectiveBlock):
         if model.tokenizer.pad_token is None:
             model.tokenizer.pad_token = model.tokenizer.eos_token
-        return training.fit(recipe, model, chosen.pairs, train, tracker, state, resume, say)
-    return first_stage.steered(recipe, model, chosen, train, state, progress, say)
+        return training.fit(recipe, model, chosen.pairs, train, tracker, state, resume, notify)
+    return first_stage.steered(recipe, model, chosen, train, state, progress, notify)
 
 
 def _require_same(recipe: Recipe, folder: Path) -> None:

@@ -15,7 +15,7 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,8 @@ from typing import Any
 import yaml
 
 from headtune.analysis.utils.errors import InputError
+from headtune.analysis.utils.progress import Notify
 from headtune.train.config import recipe as recipes
-
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -139,7 +138,7 @@ def state_of(folder: Path) -> str | None:
         return None
 
 
-def carry_out(name: str, of: Sequence[Cell], say: Say) -> list[Cell]:
+def carry_out(name: str, of: Sequence[Cell], notify: Notify) -> list[Cell]:
     """Run what is not finished, one after the other; returns those that failed. Their words are in FOLDER.log.
 
     A run that is interrupted (SIGTERM, Ctrl-C: both are passed on to it) interrupts the sweep.
@@ -152,12 +151,12 @@ def carry_out(name: str, of: Sequence[Cell], say: Say) -> list[Cell]:
     failed = []
     for index, cell in enumerate(of):
         if state_of(cell.folder) == "done":
-            say(f"{index + 1}/{len(of)} {cell.folder.name}: finished before")
+            notify(f"{index + 1}/{len(of)} {cell.folder.name}: finished before")
             continue
         cell.folder.parent.mkdir(parents=True, exist_ok=True)
         resume = (cell.folder / "recipe.yaml").is_file()
         path = cell.folder.with_name(f"{cell.folder.name}.log")
-        say(f"{index + 1}/{len(of)} {cell.folder.name}{': going on' if resume else ''} (its words are in {path})")
+        notify(f"{index + 1}/{len(of)} {cell.folder.name}{': going on' if resume else ''} (its words are in {path})")
         with path.open("a", encoding="utf-8") as log:
             command = cell.command(name, resume)
             # In a session of its own, so that Ctrl-C reaches it once: through `_ended`.
@@ -166,7 +165,7 @@ def carry_out(name: str, of: Sequence[Cell], say: Say) -> list[Cell]:
             raise KeyboardInterrupt(f"interrupted in {cell.folder.name}; run the same sweep again to go on")
         if code or state_of(cell.folder) != "done":
             last = path.read_text(encoding="utf-8").strip().splitlines()[-1:]
-            say(f"{cell.folder.name} failed with exit code {code}: {' '.join(last)} (all of it in {path})")
+            notify(f"{cell.folder.name} failed with exit code {code}: {' '.join(last)} (all of it in {path})")
             failed.append(cell)
     return failed
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from peft import PeftModel
@@ -13,6 +13,7 @@ from headtune.analysis.models.head_model import HeadModel
 from headtune.analysis.tasks.loading import load_task
 from headtune.analysis.tasks.task import Task, take_split
 from headtune.analysis.utils.errors import InputError
+from headtune.analysis.utils.progress import Notify
 from headtune.train.config import methods
 from headtune.train.config.resolve_heads import choose_heads
 from headtune.train.config.schema import Recipe
@@ -24,7 +25,6 @@ from headtune.train.tuners.head_weights import held_slices
 
 from .rows import rows_of
 
-Say = Callable[[str], None]
 Pairs = Sequence[tuple[int, int]]
 
 
@@ -70,14 +70,14 @@ def require_usable(recipe: Recipe, model: HeadModel, train: Task) -> None:
     if stiff:
         rows_of(_fisher_task(recipe, train, stiff[0]), model.tokenizer, 0, recipe.seed)
     for term in terms:
-        own = choose_heads(term.heads, model, train, say=lambda _line: None).pairs if term.heads else [(0, 0)]
+        own = choose_heads(term.heads, model, train, notify=lambda _line: None).pairs if term.heads else [(0, 0)]
         if not isinstance(term, methods.PruneGates):
             regularisers.Regularisers(model, [_spec(term, own)], fisher={})
 
 
 @contextlib.contextmanager
 def held(
-    recipe: Recipe, model: HeadModel, pairs: Pairs, train: Task, trainer: Any, say: Say
+    recipe: Recipe, model: HeadModel, pairs: Pairs, train: Task, trainer: Any, notify: Notify
 ) -> Iterator[head_pruning.HeadGates | None]:
     """Inside the block the trainer's loss has the recipe's regularisers.
 
@@ -93,7 +93,7 @@ def held(
         InputError: heads that do not exist, options that are no single tokens.
     """
     terms = [
-        (term, list(pairs) if term.heads is None else choose_heads(term.heads, model, train, say=say).pairs)
+        (term, list(pairs) if term.heads is None else choose_heads(term.heads, model, train, notify=notify).pairs)
         for term in _terms(recipe)
     ]
     gates: head_pruning.HeadGates | None = None
@@ -116,20 +116,22 @@ def held(
                 spec.kind for spec in specs if isinstance(spec, activations) or getattr(spec, "role", None) == "recall"
             ]
             if compared:
-                told_of_dropout(model.hf, " and ".join(compared), say)
+                told_of_dropout(model.hf, " and ".join(compared), notify)
             watching = regularisers.Regularisers(
-                model, specs, fisher=_fisher(recipe, model, train, terms, trainer.model, say)
+                model, specs, fisher=_fisher(recipe, model, train, terms, trainer.model, notify)
             )
             during.enter_context(watching.installed())
             trainer.penalty = combined(trainer.penalty, watching)
-            during.callback(_tell_skipped, watching, say)
+            during.callback(_tell_skipped, watching, notify)
         yield gates
 
 
-def _tell_skipped(watching: regularisers.Regularisers, say: Say) -> None:
+def _tell_skipped(watching: regularisers.Regularisers, notify: Notify) -> None:
     for name in watching.specs:
         if skipped := watching.counts[f"{name}.skipped"]:
-            say(f"{name} skipped {skipped} of {watching.counts[f'{name}.rows']} rows, which do not name both options")
+            notify(
+                f"{name} skipped {skipped} of {watching.counts[f'{name}.rows']} rows, which do not name both options"
+            )
 
 
 def _terms(recipe: Recipe) -> Sequence[methods.AnyRegulariser]:
@@ -175,7 +177,7 @@ def _fisher_task(recipe: Recipe, train: Task, term: methods.WeightDrift) -> Task
 
 
 def _fisher(
-    recipe: Recipe, model: HeadModel, train: Task, terms: Sequence[tuple[Any, Pairs]], trained: Any, say: Say
+    recipe: Recipe, model: HeadModel, train: Task, terms: Sequence[tuple[Any, Pairs]], trained: Any, notify: Notify
 ) -> dict[str, Tensor] | None:
     """The Fisher diagonal of the weights that are held by it, by their names without an adapter.
 
@@ -188,7 +190,7 @@ def _fisher(
     if not stiff:
         return None
     task = _fisher_task(recipe, train, stiff[0][0])
-    say(f"Fisher information on {len(task.examples)} prompts of {task.name}")
+    notify(f"Fisher information on {len(task.examples)} prompts of {task.name}")
     rows = [row.plain for row in rows_of(task, model.tokenizer, 0, recipe.seed)]
     wanted = {slices.weight for term, of in stiff for slices in held_slices(model, of, term.parts)}
     names = {name: name.replace(".base_layer", "") for name, _ in model.hf.named_parameters()}

@@ -16,7 +16,6 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,37 +26,36 @@ from transformers import TrainerCallback, TrainerState
 from headtune.analysis.utils.errors import InputError
 from headtune.analysis.utils.files import sha256_of, share_weights, write_json
 from headtune.analysis.utils.paths import inside, require_no_way_out
+from headtune.analysis.utils.progress import Notify
 from headtune.train.tuners.weights_io import remove_card
-
-Say = Callable[[str], None]
 
 MARK = "complete.json"
 
 
-def newest(folder: Path, say: Say) -> Path | None:
+def newest(folder: Path, notify: Notify) -> Path | None:
     """The whole `checkpoint-N` with the highest N, or None; rank 0 looks, and all ranks get what it found.
 
     Args:
-        say: told which it is, and of each newer one that is passed over, with the reason.
+        notify: told which it is, and of each newer one that is passed over, with the reason.
     """
     found: list[Path | None] = [None]
     alone = not (distributed.is_available() and distributed.is_initialized())
     if alone or distributed.get_rank() == 0:
-        found = [_newest(folder, say)]
+        found = [_newest(folder, notify)]
     if not alone:
         distributed.broadcast_object_list(found)
     if found[0] is not None:
-        say(f"going on from {found[0]}")
+        notify(f"going on from {found[0]}")
     return found[0]
 
 
-def _newest(folder: Path, say: Say) -> Path | None:
+def _newest(folder: Path, notify: Notify) -> Path | None:
     steps = by_step(folder)
     for step in sorted(steps, reverse=True):
-        reason = damage(steps[step], say)
+        reason = damage(steps[step], notify)
         if reason is None:
             return steps[step]
-        say(f"{steps[step]} is passed over: {reason}")
+        notify(f"{steps[step]} is passed over: {reason}")
     return None
 
 
@@ -67,8 +65,8 @@ def by_step(folder: Path) -> dict[int, Path]:
     return {int(found.group(1)): path for found, path in named if found and path.is_dir()}
 
 
-def damage(checkpoint: Path, say: Say) -> str | None:
-    """Why a checkpoint cannot be trusted, or None; `say` is told of one that nothing can be said about."""
+def damage(checkpoint: Path, notify: Notify) -> str | None:
+    """Why a checkpoint cannot be trusted, or None; `notify` is told of one that nothing can be said about."""
     mark = checkpoint / MARK
     if not mark.is_file():
         return f"its writing did not come to its end (no {MARK})"
@@ -76,7 +74,7 @@ def damage(checkpoint: Path, say: Say) -> str | None:
         content = json.loads(mark.read_text(encoding="utf-8"))
         files = content.get("files")
         if files is None:
-            say(f"{checkpoint} was written by an earlier version, without check sums; it is not verified")
+            notify(f"{checkpoint} was written by an earlier version, without check sums; it is not verified")
             return None
         require_no_way_out(checkpoint, "checkpoint")
         for name, expected in files.items():

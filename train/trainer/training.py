@@ -23,6 +23,7 @@ from headtune.analysis.models.head_model import HeadModel
 from headtune.analysis.tasks.task import Task
 from headtune.analysis.tasks.tokenized import encode
 from headtune.analysis.utils.errors import CheckError, InputError
+from headtune.analysis.utils.progress import Notify
 from headtune.train import distributed
 from headtune.train.config.methods import (
     FullMethod,
@@ -45,7 +46,6 @@ from headtune.train.types import Penalty
 from . import attach_regularisers, checkpoints, signals, trl_trainers
 from .prefix_cache import PrefixCache, lowest_trained, refusal
 
-Say = Callable[[str], None]
 Pairs = Sequence[tuple[int, int]]
 
 
@@ -113,7 +113,7 @@ def training_arguments(recipe: Recipe, **changes: Any) -> Any:
         "logging_nan_inf_filter": False,
         "ddp_find_unused_parameters": False,
         "ddp_timeout": 24 * 3600,  # the others wait while rank 0 measures, or chooses heads
-        "disable_tqdm": True,  # told through `say`
+        "disable_tqdm": True,  # told through `notify`
         **({"beta": 0.5} if kind is trl.DPOConfig else {}),
     }
     own: dict[str, Any] = {
@@ -151,13 +151,13 @@ def text_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, train: Task) -
     return trl_trainers.open_rows(rows, tokenizer, whole=recipe.training.get("completion_only_loss") is False)
 
 
-def material(recipe: Recipe, model: HeadModel, train: Task, state: dict[str, Any], say: Say) -> Material:
+def material(recipe: Recipe, model: HeadModel, train: Task, state: dict[str, Any], notify: Notify) -> Material:
     """The rows of a recipe's objective; notes what they are in `state["training_data"]`."""
     method: Any = recipe.method
     tokenizer = model.tokenizer
     limit = recipe.task.max_train_examples
     if method.objective == "answer_set":
-        say("writing the model's own lists" if method.answer_set.own_lists else "preparing prompts")
+        notify("writing the model's own lists" if method.answer_set.own_lists else "preparing prompts")
         task = trl_trainers.answer_set_task(
             model.hf,
             tokenizer,
@@ -189,7 +189,7 @@ def train_with(
     tracker: Logs | None,
     penalty: Penalty | None,
     resume: bool,
-    say: Say,
+    notify: Notify,
     held: Callable[[Any], contextlib.AbstractContextManager[Any]] | None = None,
     everywhere: bool = False,
 ) -> Any:
@@ -216,7 +216,7 @@ def train_with(
             model.hf,
             args=arguments,
             processing_class=model.tokenizer,
-            callbacks=[*([trainer_callback(tracker)] if tracker else []), told(say), timer, marking],
+            callbacks=[*([trainer_callback(tracker)] if tracker else []), told(notify), timer, marking],
             peft_config=config,
             **data.arguments,
             **extra,
@@ -233,8 +233,8 @@ def train_with(
     if any(not isinstance(term, PruneGates) for term in method.regularisers):
         _require_visible_pass(trainer.args)
     trainer.remove_callback(PrinterCallback)
-    checkpoint = checkpoints.newest(Path(arguments.output_dir), say) if resume else None
-    cache = _prefix_cache(recipe, model, trainer, say)
+    checkpoint = checkpoints.newest(Path(arguments.output_dir), notify) if resume else None
+    cache = _prefix_cache(recipe, model, trainer, notify)
     prunes = any(isinstance(term, PruneGates) for term in method.regularisers)
     split = distributed.partitioned(trainer.accelerator)
     frame = distributed.frame_of(trainer.model) if split else None
@@ -284,7 +284,7 @@ def _require_visible_pass(args: Any) -> None:
         )
 
 
-def _prefix_cache(recipe: Recipe, model: HeadModel, trainer: Any, say: Say) -> PrefixCache | None:
+def _prefix_cache(recipe: Recipe, model: HeadModel, trainer: Any, notify: Notify) -> PrefixCache | None:
     method: Any = recipe.method
     if not method.prefix_cache or method.regularisers:  # which look at what layers below put out, too
         return None
@@ -292,9 +292,9 @@ def _prefix_cache(recipe: Recipe, model: HeadModel, trainer: Any, say: Say) -> P
     reason = refusal(trained, trainer)
     if reason is not None:
         if isinstance(method, LofitMethod | JolaMethod | MaskedMethod):
-            say(f"prefix cache off: {reason}")
+            notify(f"prefix cache off: {reason}")
         return None
-    say(f"prefix cache: layers 0-{lowest_trained(trained) - 1} run once per example")
+    notify(f"prefix cache: layers 0-{lowest_trained(trained) - 1} run once per example")
     return PrefixCache(trained, method.prefix_memory_gb, _cache_folder(recipe))
 
 
@@ -310,7 +310,7 @@ def fit(
     tracker: Tracker,
     state: dict[str, Any],
     resume: bool,
-    say: Say,
+    notify: Notify,
 ) -> Any:
     """The model after a recipe's training: a PeftModel, or the whole model for full fine-tuning; in eval mode.
 
@@ -318,19 +318,19 @@ def fit(
     """
     method: Any = recipe.method
     config = peft_config(method, pairs, model.hf)
-    data = material(recipe, model, train, state, say)
+    data = material(recipe, model, train, state, notify)
     penalty = l0_penalty(method) if isinstance(method, JolaMethod) else None
     gates: head_pruning.HeadGates | None = None
 
     @contextlib.contextmanager
     def held(trainer: Any) -> Iterator[None]:
         nonlocal gates
-        with attach_regularisers.held(recipe, model, pairs, train, trainer, say) as gates:
+        with attach_regularisers.held(recipe, model, pairs, train, trainer, notify) as gates:
             yield
 
-    say(f"training on {data.n_rows} {'pairs' if method.objective == 'dpo' else 'prompts'}")
+    notify(f"training on {data.n_rows} {'pairs' if method.objective == 'dpo' else 'prompts'}")
     arguments = training_arguments(recipe)
-    trainer = train_with(recipe, model, config, data, arguments, tracker, penalty, resume, say, held)
+    trainer = train_with(recipe, model, config, data, arguments, tracker, penalty, resume, notify, held)
     shutil.rmtree(_cache_folder(recipe), ignore_errors=True)  # of use to a broken run only
     tracker.log({"train/steps": trainer.state.global_step})
     state["training"] = {"steps": trainer.state.global_step, **trainer.timing}
@@ -339,7 +339,7 @@ def fit(
     if gates is not None:
         gates = head_pruning.gates_of(trained)  # as trained: an engine may have put the model together anew
         state["pruned"] = head_pruning.summary(gates)
-        say(f"{state['pruned']['closed']} of {state['pruned']['gated']} heads are closed")
+        notify(f"{state['pruned']['closed']} of {state['pruned']['gated']} heads are closed")
         if isinstance(trained, PeftModel):
             trained = trained.merge_and_unload()
         head_pruning.fold(trained, gates)
@@ -377,7 +377,7 @@ class Timer(TrainerCallback):
         return {"seconds_per_step": statistics.median(self.seconds), "seconds": sum(self.seconds)}
 
 
-def told(say: Say) -> TrainerCallback:
+def told(notify: Notify) -> TrainerCallback:
     """Tells how the training goes, at every logging step, and stops it where the loss is no number any more."""
 
     class Told(TrainerCallback):
@@ -391,7 +391,7 @@ def told(say: Say) -> TrainerCallback:
                             f"(it was {logs.get('learning_rate')})"
                         )
                 parts = [f"{name} {float(value):.4g}" for name, value in logs.items() if name not in _UNTOLD]
-                say(f"step {state.global_step}/{state.max_steps}: " + ", ".join(parts))
+                notify(f"step {state.global_step}/{state.max_steps}: " + ", ".join(parts))
 
     return Told()
 

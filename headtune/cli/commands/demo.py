@@ -54,13 +54,13 @@ def demo(out: Path | None = None, quick: bool = False) -> dict[str, Any]:
     require_new_folder(folder, "choose another --out")
     start = time.monotonic()
 
-    console.say(f"1/3 identify: which heads of {EMBEDDED} recall answers, which suppress those already given")
+    console.notify(f"1/3 identify: which heads of {EMBEDDED} recall answers, which suppress those already given")
     task = load_task("one_to_many:train").limited(8 if quick else 96)
     top = 8 if quick else 16
     found = identify_into(EMBEDDED, task, folder / "heads", {"group": folder.name}, top=top)
     print_heads(found)
 
-    console.say("2/3 train: scale and offset on those heads alone, evaluated on subjects never trained on")
+    console.notify("2/3 train: scale and offset on those heads alone, evaluated on subjects never trained on")
     overrides = [
         f"heads={{from: {folder / 'heads'}, role: both, top: {top}}}",
         f"output_dir={folder / 'run'}",
@@ -70,17 +70,19 @@ def demo(out: Path | None = None, quick: bool = False) -> dict[str, Any]:
     if quick:
         overrides += ["training.max_steps=2", "task.max_train_examples=32", "task.max_eval_examples=8"]
     recipe = load_recipe(RECIPE, overrides)
-    evaluation = run_recipe(recipe, progress=console.progress, say=console.say)
+    evaluation = run_recipe(recipe, progress=console.progress, notify=console.notify)
 
-    console.say("3/3 export: folded into a stock checkpoint, reloaded by plain transformers and compared")
-    exported = checkpoint.export_run(folder / "run", folder / "export", progress=console.progress, say=console.say)
+    console.notify("3/3 export: folded into a stock checkpoint, reloaded by plain transformers and compared")
+    exported = checkpoint.export_run(
+        folder / "run", folder / "export", progress=console.progress, notify=console.notify
+    )
     print_evaluation(folder / "run", evaluation)
     console.console.print(
         f"export: {folder / 'export'} (largest logit difference {exported['max_logit_difference']:.2g}, "
         f"{exported['identical_generations']} of {exported['prompts']} generations identical)",
         markup=False,
     )
-    console.say(f"done in {time.monotonic() - start:.0f} s")
+    console.notify(f"done in {time.monotonic() - start:.0f} s")
     return {
         "folder": str(folder),
         "heads": str(folder / "heads" / "heads.json"),

@@ -100,7 +100,7 @@ def evaluate_command(arguments: argparse.Namespace) -> int:
     if chosen:
         turned = last_layer.turned(wrap_model(model, tokenizer, arguments.target), chosen, console.progress)
     with turned as notes:
-        console.say(f"evaluating on {len(task.examples)} prompts, {scored(task.kind, arguments.items)}")
+        console.notify(f"evaluating on {len(task.examples)} prompts, {scored(task.kind, arguments.items)}")
         preamble = truthfulqa_preamble() if arguments.preamble else ""
         metrics, lists = evaluate(model, tokenizer, task, arguments.items, arguments.batch_size, preamble)
     generations = [{"prompt": s.example.prompt, "text": s.text, "kinds": s.kinds, "values": s.values} for s in lists]

@@ -29,7 +29,7 @@ def export_command(arguments: argparse.Namespace) -> int:
     model_quiet()
     from headtune.train.export import checkpoint
 
-    from ..console import console, progress, say
+    from ..console import console, notify, progress
 
     if arguments.adapter:
         result = checkpoint.export_adapter(arguments.run, arguments.out)
@@ -38,7 +38,7 @@ def export_command(arguments: argparse.Namespace) -> int:
             line += f"; import {result['import_first']} before loading it with PEFT"
     else:
         result = checkpoint.export_run(
-            arguments.run, arguments.out, arguments.dtype, arguments.prompts, arguments.max_shard_size, progress, say
+            arguments.run, arguments.out, arguments.dtype, arguments.prompts, arguments.max_shard_size, progress, notify
         )
         line = (
             f"{arguments.out}: {result['dtype']}, largest logit difference {result['max_logit_difference']:.2g} on a "

@@ -39,7 +39,7 @@ def sweep_command(arguments: argparse.Namespace) -> int:
     if arguments.printed == "slurm":
         print(sweep.slurm_array(arguments.recipe, grid), end="")
         return 0
-    failed = sweep.carry_out(arguments.recipe, grid, console.say)
+    failed = sweep.carry_out(arguments.recipe, grid, console.notify)
     if len(failed) < len(grid):
         found = compare.compare(read_runs(arguments.out, group=arguments.out.name))
         if arguments.json:

@@ -63,7 +63,7 @@ def train_command(arguments: argparse.Namespace) -> int:
         recipe,
         arguments.resume,
         console.progress if main_rank else (lambda items, _what: iter(items)),
-        console.say if main_rank else (lambda _line: None),
+        console.notify if main_rank else (lambda _line: None),
     )
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         from accelerate import PartialState
@@ -76,7 +76,9 @@ def train_command(arguments: argparse.Namespace) -> int:
     elif evaluation:
         console.print_evaluation(recipe.folder, evaluation)
     else:
-        console.say(f"heads chosen: {recipe.folder / 'heads.json'}; tune them with heads='{{from: {recipe.folder}}}'")
+        console.notify(
+            f"heads chosen: {recipe.folder / 'heads.json'}; tune them with heads='{{from: {recipe.folder}}}'"
+        )
     return 0
 
 
@@ -92,7 +94,7 @@ def dry_run_command(arguments: argparse.Namespace) -> int:
 
     from .. import console
 
-    console.say(f"dry run of {recipe.name} on {recipe.model.name}: nothing is trained, nothing is written")
+    console.notify(f"dry run of {recipe.name} on {recipe.model.name}: nothing is trained, nothing is written")
     found = dry_run(recipe)
     if arguments.json:
         print_json(_plain(found, recipe))

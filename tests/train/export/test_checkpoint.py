@@ -331,7 +331,7 @@ def test_licences_are_those_that_are_known(tmp_path: Path) -> None:
 
 def test_a_run_is_exported_with_its_origin(llama_run: Path, tmp_path: Path) -> None:
     told: list[str] = []
-    result = export_run(llama_run, tmp_path / "out", n_prompts=2, say=told.append)
+    result = export_run(llama_run, tmp_path / "out", n_prompts=2, notify=told.append)
     assert [line.split()[0] for line in told] == ["logits", "folding", "writing", "reloading"]
     evaluation = json.loads((llama_run / "evaluation.json").read_text())
     assert result["prompts"] == 2 and result["max_logit_difference"] < 1e-5 * max(1, result["logit_scale"])
