@@ -34,7 +34,7 @@ from grid import RESULTS, ROOT
 from readme import cell, put, rows
 
 from headtune.analysis.tasks.task import Example
-from headtune.train.config.methods import TaskBlock
+from headtune.train.config.methods import TaskConfig
 from headtune.train.config.resolve_tasks import tasks_of
 
 K = 16  # heads tuned, 6% of 270
@@ -392,7 +392,7 @@ def search(setting: Setting, folder: Path, jobs: int, threads: int) -> None:
 
 def prior(setting: Setting, seeds: list[int]) -> None:
     """Exact match of the answer that a relation's training prompts give most often; no model."""
-    train, held_out = tasks_of(TaskBlock(**setting.task))
+    train, held_out = tasks_of(TaskConfig(**setting.task))
 
     def wording(example: Example) -> str:
         return example.prompt.replace(example.subject, "{}")

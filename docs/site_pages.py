@@ -63,11 +63,11 @@ def recipe_reference() -> str:
         (block,) = _blocks(Recipe.model_fields[key].annotation)
         parts += [f"## {key}\n", *_described(block, f"{key}.")]
     parts.append("## method\n\nWhich keys there are depends on `recipe`.\n")
-    shared = frozenset(methods.ObjectiveBlock.model_fields)
+    shared = frozenset(methods.ObjectiveConfig.model_fields)
     parts += ["### What every trained family takes\n", "All but `steer` and `seekr`.\n"]
-    parts += _described(methods.ObjectiveBlock, "method.")
+    parts += _described(methods.ObjectiveConfig, "method.")
     for family, block in methods.METHODS.items():
-        without = shared if issubclass(block, methods.ObjectiveBlock) else frozenset()
+        without = shared if issubclass(block, methods.ObjectiveConfig) else frozenset()
         for kind, each in (methods.STEERING if family == "steer" else {"": block}).items():
             parts += [f"### {family}{f', kind {kind}' if kind else ''}\n", *_described(each, "method.", without)]
     parts.append("## method.regularisers\n\nA list; each entry has a `kind` and the keys of all of them:\n")

@@ -26,7 +26,7 @@ from headtune.analysis.tasks.tokenized import encode
 from headtune.analysis.utils.files import sha256_of
 from headtune.cli.main import main
 from headtune.train.config.recipe import load_recipe
-from headtune.train.config.resolve_heads import choose_heads
+from headtune.train.config.resolve_heads import resolve_heads
 from headtune.train.config.resolve_tasks import tasks_of
 from headtune.train.evaluation.compare import compare
 from headtune.train.evaluation.evaluate import answer_mass
@@ -114,7 +114,7 @@ def test_a_head_set_is_read() -> None:
 def test_a_recipe_finds_its_heads_in_it() -> None:
     recipe = load_recipe("recipes/lofit.yaml")
     assert recipe.heads is not None
-    chosen = choose_heads(recipe.heads, load_model("model"), tasks_of(recipe.task)[0], notify=lambda _line: None)
+    chosen = resolve_heads(recipe.heads, load_model("model"), tasks_of(recipe.task)[0], notify=lambda _line: None)
     assert [list(pair) for pair in chosen.pairs] == EXPECTED["runs"]["lofit"]["heads"]
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 
-class Block(BaseModel):
+class StrictConfig(BaseModel):
     """A part of a recipe: no unknown keys, no conversion between types, no NaN or infinity, immutable."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, populate_by_name=True, allow_inf_nan=False)
@@ -23,7 +23,7 @@ def _count_or_all(value: Any) -> Any:
 CountOrAll = Annotated[Annotated[int, Field(ge=1)] | Literal["all"], BeforeValidator(_count_or_all)]
 
 
-class LoraSizes(Block):
+class LoraSizes(StrictConfig):
     """The shape of a LoRA."""
 
     r: Annotated[int, Field(ge=1)] = 8

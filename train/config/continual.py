@@ -6,11 +6,11 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from .base import Block, CountOrAll, LoraSizes
+from .base import CountOrAll, LoraSizes, StrictConfig
 from .regularisers import AnyRegulariser
 
 
-class ReplayBlock(Block):
+class ReplayConfig(StrictConfig):
     """What of earlier tasks is seen again: a random sample of each task's rows, evenly interleaved.
 
     Attributes:
@@ -28,7 +28,7 @@ class ReplayBlock(Block):
         return self
 
 
-class DistilBlock(Block):
+class DistilConfig(StrictConfig):
     """SEEKR's distillation (He et al. 2024): L_task + l1 L_replay + (1 - l1) L_logits + l2 L_attention.
 
     Attributes:
@@ -59,7 +59,7 @@ class DistilBlock(Block):
     logits_top: Annotated[int, Field(ge=1)] | None = None
 
 
-class SeekrMethod(Block):
+class SeekrConfig(StrictConfig):
     """A sequence of tasks learnt one after the other, and what is done so that earlier ones are not forgotten.
 
     Attributes:
@@ -76,8 +76,8 @@ class SeekrMethod(Block):
     strategy: Literal["seekr", "sequential", "replay", "der", "ewc", "lwf", "multitask"] = "seekr"
     tune: Literal["full", "lora"] = "full"
     lora: LoraSizes = LoraSizes()
-    replay: ReplayBlock = ReplayBlock(ratio=0.1)
-    distil: DistilBlock = DistilBlock()
+    replay: ReplayConfig = ReplayConfig(ratio=0.1)
+    distil: DistilConfig = DistilConfig()
     der_weight: Annotated[float, Field(ge=0)] = 0.5
     ewc_weight: Annotated[float, Field(ge=0)] = 1000.0
     ewc_rows: CountOrAll = 64

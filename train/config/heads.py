@@ -6,10 +6,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from .base import Block
+from .base import StrictConfig
 
 
-class IdentifyBlock(Block):
+class IdentifyConfig(StrictConfig):
     """Find the heads first, on the training task."""
 
     method: str = "all"
@@ -24,7 +24,7 @@ class IdentifyBlock(Block):
         return value
 
 
-class SelectBlock(Block):
+class FirstStageConfig(StrictConfig):
     """LoFiT's first stage (Yin et al. 2024, section 3): train a scale on *every* head, rank heads by its size.
 
         z <- (1 + A) * z,  A ~ N(0, init_std),  minimise  loss + l1 * sum |A|;  score of a head = ||A_h||_2
@@ -38,7 +38,7 @@ class SelectBlock(Block):
     max_steps: Annotated[int, Field(ge=1)] | None = None
 
 
-class ProbeBlock(Block):
+class ProbeConfig(StrictConfig):
     """Rank heads by how well a linear probe on their output tells right answers from wrong ones (ITI).
 
     `per_prompt` draws so many right and so many wrong answers a prompt; null takes all.
@@ -49,14 +49,14 @@ class ProbeBlock(Block):
     max_examples: Annotated[int, Field(ge=1)] | None = None
 
 
-class RandomBlock(Block):
+class RandomConfig(StrictConfig):
     """Random heads, as many in each layer as the heads chosen from `like` with this block's role and top."""
 
     like: str
     seed: int = 0
 
 
-class HeadsBlock(Block):
+class HeadsConfig(StrictConfig):
     """Which heads: exactly one of `from`, `identify`, `lofit`, `probe`, `random`, `all`, `list`.
 
     `role` and `top` choose from a head set; `both` takes the top recall and the top suppression heads. What `lofit`,
@@ -64,10 +64,10 @@ class HeadsBlock(Block):
     """
 
     source: str | None = Field(None, alias="from")
-    identify: IdentifyBlock | None = None
-    lofit: SelectBlock | None = None
-    probe: ProbeBlock | None = None
-    random: RandomBlock | None = None
+    identify: IdentifyConfig | None = None
+    lofit: FirstStageConfig | None = None
+    probe: ProbeConfig | None = None
+    random: RandomConfig | None = None
     every: Literal[True] | None = Field(None, alias="all")
     pairs: Annotated[list[tuple[int, int]], Field(min_length=1)] | None = Field(None, alias="list")
     role: Literal["recall", "suppression", "both", "selected"] = "both"
@@ -82,7 +82,7 @@ class HeadsBlock(Block):
         return data
 
     @model_validator(mode="after")
-    def _one_source(self) -> HeadsBlock:
+    def _one_source(self) -> HeadsConfig:
         sources = {
             "from": self.source,
             "identify": self.identify,

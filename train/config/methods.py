@@ -10,9 +10,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from .base import Block, LoraSizes
-from .continual import DistilBlock, ReplayBlock, SeekrMethod
-from .heads import HeadsBlock, IdentifyBlock, ProbeBlock, RandomBlock, SelectBlock
+from .base import LoraSizes, StrictConfig
+from .continual import DistilConfig, ReplayConfig, SeekrConfig
+from .heads import FirstStageConfig, HeadsConfig, IdentifyConfig, ProbeConfig, RandomConfig
 from .regularisers import (
     AnyRegulariser,
     AttentionKl,
@@ -28,25 +28,25 @@ __all__ = [  # of the files beside
     "AnyRegulariser",
     "AttentionKl",
     "AttributionHinge",
-    "Block",
-    "DistilBlock",
-    "HeadsBlock",
-    "IdentifyBlock",
+    "DistilConfig",
+    "FirstStageConfig",
+    "HeadsConfig",
+    "IdentifyConfig",
     "LoraSizes",
     "NegativeAttention",
     "OutputDrift",
-    "ProbeBlock",
+    "ProbeConfig",
     "PruneGates",
-    "RandomBlock",
+    "RandomConfig",
     "Regulariser",
-    "ReplayBlock",
-    "SeekrMethod",
-    "SelectBlock",
+    "ReplayConfig",
+    "SeekrConfig",
+    "StrictConfig",
     "WeightDrift",
 ]
 
 
-class ModelBlock(Block):
+class ModelConfig(StrictConfig):
     """Which model: a built-in name, a local folder or a hub id."""
 
     name: str = "smollm2-135m"
@@ -55,7 +55,7 @@ class ModelBlock(Block):
     trust_remote_code: bool = False
 
 
-class SplitBlock(Block):
+class SplitConfig(StrictConfig):
     """How one task becomes train, validation and test; no subject is in two of them.
 
     `by: file` takes `train` and `eval` as they are, as published splits are, whose subjects may recur.
@@ -65,7 +65,7 @@ class SplitBlock(Block):
     seed: int = 0
 
 
-class StepBlock(Block):
+class StepConfig(StrictConfig):
     """One task of a sequence: a task to split by subject, or two to train on and to measure on."""
 
     train: str
@@ -73,7 +73,7 @@ class StepBlock(Block):
     name: str | None = None
 
 
-class TaskBlock(Block):
+class TaskConfig(StrictConfig):
     """What is learnt and what is measured. The same name twice is split by subject: train / test.
 
     `kind` says how answers are scored, where the task's own format does not. `sequence` lists the tasks of recipe seekr
@@ -82,9 +82,9 @@ class TaskBlock(Block):
 
     train: str = "one_to_many"
     eval: str | None = None
-    sequence: Annotated[list[StepBlock], Field(min_length=2)] | None = None
+    sequence: Annotated[list[StepConfig], Field(min_length=2)] | None = None
     kind: Literal["lists", "exact_match", "multiple_choice"] | None = None
-    split: SplitBlock = SplitBlock()
+    split: SplitConfig = SplitConfig()
     max_train_examples: Annotated[int, Field(ge=1)] | None = None
     max_eval_examples: Annotated[int, Field(ge=1)] | None = None
 
@@ -99,7 +99,7 @@ class TaskBlock(Block):
         return data
 
 
-class AnswerSetBlock(Block):
+class AnswerSetConfig(StrictConfig):
     """The `answer_set` objective: see `headtune.train.losses.answer_set.answer_set`.
 
     Attributes:
@@ -119,13 +119,13 @@ class AnswerSetBlock(Block):
     retention_positions: Annotated[int, Field(ge=1)] = 8
 
 
-class PairsBlock(Block):
+class DpoConfig(StrictConfig):
     """Preference pairs: `one` a question (best answer, first incorrect one; as LoFiT publishes), or `all` of them."""
 
     pairs: Literal["one", "all"] = "one"
 
 
-class ObjectiveBlock(Block):
+class ObjectiveConfig(StrictConfig):
     """What the training minimises, and whether what lies below the trained layers is run once and kept.
 
     Attributes:
@@ -139,14 +139,14 @@ class ObjectiveBlock(Block):
     """
 
     objective: Literal["answer_set", "sft", "dpo"] = "answer_set"
-    answer_set: AnswerSetBlock = AnswerSetBlock()
-    dpo: PairsBlock = PairsBlock()
+    answer_set: AnswerSetConfig = AnswerSetConfig()
+    dpo: DpoConfig = DpoConfig()
     prefix_cache: bool = True
     prefix_memory_gb: Annotated[float, Field(ge=0)] = 2.0
     regularisers: list[AnyRegulariser] = Field(default_factory=list)
 
 
-class LofitMethod(ObjectiveBlock):
+class LofitConfig(ObjectiveConfig):
     """The head adapter: scale and offset on chosen heads, everything else frozen.
 
     LoFiT as published trains offsets alone (`scale: none`, `init_std: 1e-3`) on the heads of its own first stage
@@ -159,7 +159,7 @@ class LofitMethod(ObjectiveBlock):
     select_only: bool = False
 
 
-class JolaMethod(ObjectiveBlock):
+class JolaConfig(ObjectiveConfig):
     """JoLA: scale and offset with a HardConcrete gate on each, `z <- (1 + g2 a) z + g1 v`; chooses while it tunes.
 
     Attributes:
@@ -174,27 +174,27 @@ class JolaMethod(ObjectiveBlock):
     gate_learning_rate: Annotated[float, Field(gt=0)] = 0.2
 
 
-class MaskedMethod(ObjectiveBlock):
+class MaskedConfig(ObjectiveConfig):
     """Fine-tune the slices of W_Q, W_K, W_V, W_O that belong to chosen heads (K and V by KV group)."""
 
     parts: Annotated[list[Literal["q", "k", "v", "o"]], Field(min_length=1)] = Field(default=["q", "k", "v", "o"])
 
 
-class LoraMethod(LoraSizes, ObjectiveBlock):
+class LoraConfig(LoraSizes, ObjectiveConfig):
     """LoRA on all linear layers, the baseline; `heads` is ignored by it and may be left out."""
 
 
-class FullMethod(ObjectiveBlock):
+class FullConfig(ObjectiveConfig):
     """Full fine-tuning, the upper baseline. `keep` writes the whole model to the run's `model/` folder."""
 
     keep: bool = True
 
 
-class LnMethod(ObjectiveBlock):
+class LnConfig(ObjectiveConfig):
     """Train the gains and biases of all norms (LN tuning, Zhao et al. 2023), a baseline of few parameters."""
 
 
-class RegulariseMethod(ObjectiveBlock):
+class RegulariseConfig(ObjectiveConfig):
     """Train everything else while the heads of `heads` are held by `regularisers` (at least one).
 
     Attributes:
@@ -208,14 +208,14 @@ class RegulariseMethod(ObjectiveBlock):
     keep: bool = True
 
 
-class ScaleMethod(Block):
+class ScaleConfig(StrictConfig):
     """No training: chosen heads multiplied by a factor."""
 
     kind: Literal["scale"] = "scale"
     factor: float = 1.25
 
 
-class ItiMethod(Block):
+class ItiConfig(StrictConfig):
     """No training: inference-time intervention, `z <- z + alpha * sigma * theta` with mass-mean directions."""
 
     kind: Literal["iti"]
@@ -224,7 +224,7 @@ class ItiMethod(Block):
     max_examples: Annotated[int, Field(ge=1)] | None = None
 
 
-class SinkMethod(Block):
+class SinkConfig(StrictConfig):
     """No training: last-layer heads that look at the first position more than `tau` are multiplied by `gamma`."""
 
     kind: Literal["sink"]
@@ -232,7 +232,7 @@ class SinkMethod(Block):
     gamma: Annotated[float, Field(ge=0)] = 0.5
 
 
-class InterceptMethod(Block):
+class InterceptConfig(StrictConfig):
     """No training: the last MLP's intercept is taken away, `M <- M - beta * b`, fitted on the prompts of `fit`."""
 
     kind: Literal["intercept"]
@@ -240,29 +240,29 @@ class InterceptMethod(Block):
     fit: str | None = None
 
 
-STEERING: dict[str, type[Block]] = {
-    "scale": ScaleMethod,
-    "iti": ItiMethod,
-    "sink": SinkMethod,
-    "intercept": InterceptMethod,
+STEERING: dict[str, type[StrictConfig]] = {
+    "scale": ScaleConfig,
+    "iti": ItiConfig,
+    "sink": SinkConfig,
+    "intercept": InterceptConfig,
 }
-SteerMethod = ScaleMethod | ItiMethod | SinkMethod | InterceptMethod
-TrainedMethod = LofitMethod | JolaMethod | MaskedMethod | LoraMethod | FullMethod | LnMethod | RegulariseMethod
-METHODS: dict[str, type[Block]] = {
-    "lofit": LofitMethod,
-    "jola": JolaMethod,
-    "masked": MaskedMethod,
-    "steer": ScaleMethod,
-    "lora": LoraMethod,
-    "full": FullMethod,
-    "ln": LnMethod,
-    "regularise": RegulariseMethod,
-    "seekr": SeekrMethod,
+SteerMethod = ScaleConfig | ItiConfig | SinkConfig | InterceptConfig
+TrainedMethod = LofitConfig | JolaConfig | MaskedConfig | LoraConfig | FullConfig | LnConfig | RegulariseConfig
+METHODS: dict[str, type[StrictConfig]] = {
+    "lofit": LofitConfig,
+    "jola": JolaConfig,
+    "masked": MaskedConfig,
+    "steer": ScaleConfig,
+    "lora": LoraConfig,
+    "full": FullConfig,
+    "ln": LnConfig,
+    "regularise": RegulariseConfig,
+    "seekr": SeekrConfig,
 }
 WITHOUT_HEADS = ("lora", "full", "ln", "regularise", "seekr")  # families that change the whole model
 
 
-class EvaluationBlock(Block):
+class EvaluationConfig(StrictConfig):
     """How the model is measured.
 
     Attributes:
@@ -282,7 +282,7 @@ class EvaluationBlock(Block):
     general: list[str] = Field(default_factory=list)
 
 
-class TrackingBlock(Block):
+class TrackingConfig(StrictConfig):
     """Where the run is filed. `wandb`: online, offline, disabled, or null to use W&B where a key is present."""
 
     project: str = "headtune"

@@ -31,8 +31,8 @@ from .errors import Problem, Source, given_twice
 from .methods import (
     METHODS,
     STEERING,
-    FullMethod,
-    HeadsBlock,
+    FullConfig,
+    HeadsConfig,
 )
 from .schema import Recipe
 
@@ -85,7 +85,7 @@ def _check(data: dict[Any, Any]) -> tuple[Recipe | None, list[Problem]]:
     recipe = None
     try:
         stand_in = {} if method else {"recipe": "full"}
-        recipe = Recipe.model_validate({**data, "method": method or FullMethod(), **stand_in})
+        recipe = Recipe.model_validate({**data, "method": method or FullConfig(), **stand_in})
     except ValidationError as error:
         problems += validation.of_block(error, Recipe)
     training = data.get("training")
@@ -100,7 +100,7 @@ def _check(data: dict[Any, Any]) -> tuple[Recipe | None, list[Problem]]:
     return recipe, problems
 
 
-def _heads_label(heads: HeadsBlock | None) -> str:
+def _heads_label(heads: HeadsConfig | None) -> str:
     if heads is None:
         return "none"
     if heads.every:

@@ -6,11 +6,11 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from .base import Block
-from .heads import HeadsBlock
+from .base import StrictConfig
+from .heads import HeadsConfig
 
 
-class Regulariser(Block):
+class Regulariser(StrictConfig):
     """What all penalties on heads have.
 
     Attributes:
@@ -20,7 +20,7 @@ class Regulariser(Block):
     """
 
     weight: Annotated[float, Field(ge=0)] = 1.0
-    heads: HeadsBlock | None = None
+    heads: HeadsConfig | None = None
     schedule: Literal["constant", "linear"] = "constant"
     warmup: Annotated[float, Field(ge=0, le=1)] = 0.0
 

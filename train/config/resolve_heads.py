@@ -21,14 +21,14 @@ from headtune.analysis.utils.errors import InputError
 from headtune.analysis.utils.progress import Notify
 from headtune.train.types import ProbeResult
 
-from .methods import HeadsBlock
+from .methods import HeadsConfig
 from .schema import Recipe
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Chosen:
+class ResolvedHeads:
     """The heads of a run.
 
     Attributes:
@@ -44,14 +44,14 @@ class Chosen:
     probed: ProbeResult | None = None
 
 
-def choose_heads(
-    block: HeadsBlock,
+def resolve_heads(
+    block: HeadsConfig,
     model: HeadModel,
     task: Task,
     folder: Path | None = None,
     progress: pipeline.Progress = pipeline.silent,
     notify: Notify = log.info,
-) -> Chosen:
+) -> ResolvedHeads:
     """Resolve a recipe's `heads` block on a model.
 
     Args:
@@ -63,21 +63,21 @@ def choose_heads(
     from headtune.analysis.models.hooks import require_heads
 
     if block.every:
-        return Chosen([(layer, head) for layer in range(model.n_layers) for head in range(model.n_heads)])
+        return ResolvedHeads([(layer, head) for layer in range(model.n_layers) for head in range(model.n_heads)])
     if block.pairs:
         require_heads(model, block.pairs)
         if len(set(block.pairs)) < len(block.pairs):
             raise InputError(
                 f"heads.list {[list(pair) for pair in block.pairs]} names a head twice; remove the repeats"
             )
-        return Chosen(sorted(block.pairs))
+        return ResolvedHeads(sorted(block.pairs))
     if block.identify is not None:
         part = task.limited(block.identify.max_examples)
         found = pipeline.identify(model, part, block.identify.method, top=block.top, progress=progress)
         if folder is not None:
             found.scores.save(folder / "scores.safetensors")
             found.heads.write(folder / "heads.json")
-        return Chosen(_top(found.heads, block, "the head set", notify), found.heads, found.scores.means())
+        return ResolvedHeads(_top(found.heads, block, "the head set", notify), found.heads, found.scores.means())
     path = Path(block.source or (block.random.like if block.random else ""))
     heads = head_set.read(path / "heads.json" if path.is_dir() else path)
     for warning in heads.require_fit(model.identity()):
@@ -95,10 +95,10 @@ def choose_heads(
         heads.write(folder / "heads.json")
         if (seen := scores.with_name("portraits.json")).is_file():
             head_cards.write(head_cards.read(seen), folder / "portraits.json")
-    return Chosen(pairs, heads, load_means(scores, heads.shape) if scores.is_file() else None)
+    return ResolvedHeads(pairs, heads, load_means(scores, heads.shape) if scores.is_file() else None)
 
 
-def _top(heads: head_set.HeadSet, block: HeadsBlock, where: str, notify: Notify) -> list[tuple[int, int]]:
+def _top(heads: head_set.HeadSet, block: HeadsConfig, where: str, notify: Notify) -> list[tuple[int, int]]:
     roles = head_set.ROLES if block.role == "both" else (block.role,)
     if block.role == "both" and set(heads.roles) == {"selected"}:
         roles = ("selected",)  # there is no other role in such a set
@@ -126,7 +126,7 @@ def selected(
     model: HeadModel,
     data: dict[str, Any],
     method: dict[str, Any],
-) -> Chosen:
+) -> ResolvedHeads:
     """Ranked heads as a head set with the one role `selected`."""
     found = HeadSet(
         model=model.identity(),
@@ -136,10 +136,10 @@ def selected(
         **provenance(),
     )
     means = {quantity: np.ascontiguousarray(values.float().numpy()) for quantity, values in scores.items()}
-    return Chosen(sorted((entry.layer, entry.head) for entry in ranked), found, means)
+    return ResolvedHeads(sorted((entry.layer, entry.head) for entry in ranked), found, means)
 
 
-def keep_heads(chosen: Chosen, folder: Path) -> None:
+def keep_heads(chosen: ResolvedHeads, folder: Path) -> None:
     """Write a run's own head set and its scores."""
     assert chosen.found is not None and chosen.means is not None
     Scores({}, [], dict(chosen.means)).save(folder / "scores.safetensors")

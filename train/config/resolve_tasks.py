@@ -8,10 +8,10 @@ from headtune.analysis.tasks.loading import load_task
 from headtune.analysis.tasks.task import Task, split_subjects, take_split
 from headtune.analysis.utils.errors import InputError
 
-from .methods import TaskBlock
+from .methods import TaskConfig
 
 
-def tasks_of(block: TaskBlock) -> tuple[Task, Task]:
+def tasks_of(block: TaskConfig) -> tuple[Task, Task]:
     """The training and the evaluation task of a recipe; one task is split by subject.
 
     Raises:
@@ -36,7 +36,7 @@ def tasks_of(block: TaskBlock) -> tuple[Task, Task]:
     return train, evaluation.limited(block.max_eval_examples, seed=0)
 
 
-def _not_held_out(block: TaskBlock, train: Task) -> str:
+def _not_held_out(block: TaskConfig, train: Task) -> str:
     """What is wrong where task.eval is task.train, and this names one part of a task."""
     why = f"task.train {block.train!r} is one part of a task, and task.eval is the same"
     why += " (it is task.train where it is not given)" if block.eval is None else ""
@@ -48,7 +48,7 @@ def _not_held_out(block: TaskBlock, train: Task) -> str:
     return f"{why}: nothing is held out; {fix}"
 
 
-def in_words(block: TaskBlock, train: Task, evaluation: Task) -> str:
+def in_words(block: TaskConfig, train: Task, evaluation: Task) -> str:
     """Where the two tasks of `tasks_of` are from: one task's parts, with the part that is in neither, or two tasks."""
     if (block.eval or block.train) != block.train or load_task(block.train, block.split.seed).split is not None:
         return f"{train.name} and {evaluation.name} as they are"

@@ -9,14 +9,14 @@ import yaml
 from pydantic import Field
 
 from .methods import (
-    Block,
-    EvaluationBlock,
-    HeadsBlock,
-    ModelBlock,
-    SeekrMethod,
+    EvaluationConfig,
+    HeadsConfig,
+    ModelConfig,
+    SeekrConfig,
     SteerMethod,
-    TaskBlock,
-    TrackingBlock,
+    StrictConfig,
+    TaskConfig,
+    TrackingConfig,
     TrainedMethod,
 )
 
@@ -35,21 +35,21 @@ _READ_BY = {
 _CHOOSING = ("choice", "heads", "layers", "selection")  # of method.distil, where the recipe names no heads
 
 
-def _unread(method: SeekrMethod) -> list[str]:
+def _unread(method: SeekrConfig) -> list[str]:
     return sorted(key for key, strategies in _READ_BY.items() if method.strategy not in strategies)
 
 
-class Recipe(Block):
+class Recipe(StrictConfig):
     """A whole recipe. `method` is the block of the family named by `recipe`."""
 
     recipe: Literal["lofit", "jola", "masked", "steer", "lora", "full", "ln", "regularise", "seekr"]
-    model: ModelBlock = ModelBlock()
-    heads: HeadsBlock | None = None
-    task: TaskBlock = TaskBlock()
-    method: TrainedMethod | SteerMethod | SeekrMethod
+    model: ModelConfig = ModelConfig()
+    heads: HeadsConfig | None = None
+    task: TaskConfig = TaskConfig()
+    method: TrainedMethod | SteerMethod | SeekrConfig
     training: dict[str, Any] = Field(default_factory=dict)
-    evaluation: EvaluationBlock = EvaluationBlock()
-    tracking: TrackingBlock = TrackingBlock()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    tracking: TrackingConfig = TrackingConfig()
     name: str = ""
     output_dir: str = ""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0  # what numpy takes
@@ -63,7 +63,7 @@ class Recipe(Block):
         data = self.model_dump(mode="json", by_alias=True, exclude_none=True)
         if self.task.sequence is not None:
             del data["task"]["train"]  # the sequence stands in its place
-        if isinstance(self.method, SeekrMethod):
+        if isinstance(self.method, SeekrConfig):
             for key in _unread(self.method):
                 data["method"].pop(key)
             if self.heads is not None and "distil" in data["method"]:

@@ -16,7 +16,7 @@ from headtune.analysis.utils.errors import nearest
 
 from . import methods
 from .errors import Keys, Problem
-from .methods import WITHOUT_HEADS, SeekrMethod
+from .methods import WITHOUT_HEADS, SeekrConfig
 
 if TYPE_CHECKING:
     from .schema import Recipe
@@ -175,7 +175,7 @@ def contradictions(recipe: Recipe) -> Iterator[Problem]:
     """A method without the heads that it needs, and settings that contradict each other."""
     method: Any = recipe.method
     heads = recipe.heads
-    if isinstance(method, SeekrMethod):
+    if isinstance(method, SeekrConfig):
         yield from _of_sequence(recipe, method)
     else:
         if recipe.task.sequence is not None:
@@ -184,7 +184,7 @@ def contradictions(recipe: Recipe) -> Iterator[Problem]:
         if recipe.evaluation.general:
             message = f"evaluation.general is for recipe seekr, found recipe {recipe.recipe!r}; remove it"
             yield Problem(("evaluation", "general"), message)
-    if isinstance(method, methods.RegulariseMethod) and not method.regularisers:
+    if isinstance(method, methods.RegulariseConfig) and not method.regularisers:
         message = "method.regularisers is empty; give at least one, such as {kind: attention_kl}"
         yield Problem(("method", "regularisers"), message)
     for index, term in enumerate(getattr(method, "regularisers", [])):
@@ -200,7 +200,7 @@ def contradictions(recipe: Recipe) -> Iterator[Problem]:
     yield from _of_full_tuning(recipe)
 
 
-def _of_sequence(recipe: Recipe, method: SeekrMethod) -> Iterator[Problem]:
+def _of_sequence(recipe: Recipe, method: SeekrConfig) -> Iterator[Problem]:
     heads = recipe.heads
     if recipe.task.sequence is None:
         yield Problem(("task", "sequence"), "task.sequence is missing; list the tasks in the order they are learnt")
@@ -219,16 +219,16 @@ def _of_sequence(recipe: Recipe, method: SeekrMethod) -> Iterator[Problem]:
 
 def _of_heads(recipe: Recipe) -> Iterator[Problem]:
     method, heads = recipe.method, recipe.heads
-    finds_its_own = isinstance(method, methods.SinkMethod | methods.InterceptMethod)
+    finds_its_own = isinstance(method, methods.SinkConfig | methods.InterceptConfig)
     if heads is None and not finds_its_own and recipe.recipe not in WITHOUT_HEADS:
         yield Problem(("heads",), "heads is missing; give from, identify, lofit, probe, random, all or list")
-    if heads is not None and isinstance(method, methods.SinkMethod | methods.InterceptMethod):
+    if heads is not None and isinstance(method, methods.SinkConfig | methods.InterceptConfig):
         yield Problem(("heads",), f"method.kind {method.kind!r} finds its own heads; remove heads")
     if heads is not None and heads.lofit is not None and recipe.recipe == "steer":
         message = "heads.lofit needs an objective to train with, recipe steer has none; use heads.probe"
         yield Problem(("heads", "lofit"), message)
     given = heads is None or not (heads.learnt or heads.identify)
-    if isinstance(method, methods.LofitMethod) and method.select_only and given:
+    if isinstance(method, methods.LofitConfig) and method.select_only and given:
         message = (
             "method.select_only stops after choosing heads, and none are chosen; use heads.lofit, probe or identify"
         )
@@ -237,8 +237,8 @@ def _of_heads(recipe: Recipe) -> Iterator[Problem]:
 
 def _of_full_tuning(recipe: Recipe) -> Iterator[Problem]:
     method: Any = recipe.method
-    whole = isinstance(method, methods.FullMethod) or (
-        isinstance(method, methods.RegulariseMethod | SeekrMethod) and method.tune == "full"
+    whole = isinstance(method, methods.FullConfig) or (
+        isinstance(method, methods.RegulariseConfig | SeekrConfig) and method.tune == "full"
     )
     if whole and recipe.model.dtype != "float32":
         message = (

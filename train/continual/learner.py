@@ -38,8 +38,8 @@ from headtune.analysis.utils.files import write_json
 from headtune.analysis.utils.progress import Notify
 from headtune.analysis.utils.state_files import read_state
 from headtune.train import distributed
-from headtune.train.config.methods import SeekrMethod
-from headtune.train.config.resolve_heads import choose_heads
+from headtune.train.config.methods import SeekrConfig
+from headtune.train.config.resolve_heads import resolve_heads
 from headtune.train.config.schema import Recipe
 from headtune.train.losses.activation_capture import told_of_dropout
 from headtune.train.losses.attention_distillation import query_positions
@@ -74,7 +74,7 @@ class Learner:
     """A model on its way through a sequence of tasks.
 
     Attributes:
-        recipe: the run's; its method is a SeekrMethod.
+        recipe: the run's; its method is a SeekrConfig.
         model: the model's heads. Its `model` carries the LoRA, where there is one, in place.
         model: what is trained: `model.hf`, or the PeftModel around it.
         units: what is learnt, one after the other; one of all tasks' rows for `multitask`.
@@ -92,9 +92,9 @@ class Learner:
         progress: pipeline.Progress,
         notify: Notify,
     ) -> None:
-        assert isinstance(recipe.method, SeekrMethod)
+        assert isinstance(recipe.method, SeekrConfig)
         self.recipe, self.heads, self.tracker, self.progress, self.notify = recipe, model, tracker, progress, notify
-        self.method: SeekrMethod = recipe.method
+        self.method: SeekrConfig = recipe.method
         self.units = list(units)
         self.model: Any = model.hf
         self.buffer = [
@@ -143,7 +143,7 @@ class Learner:
             self.notify("choosing heads")
             folder = self.recipe.folder if self.tracker.is_main else None
             first = self.units[0].task
-            self.fixed = choose_heads(self.recipe.heads, self.heads, first, folder, self.progress, self.notify).pairs
+            self.fixed = resolve_heads(self.recipe.heads, self.heads, first, folder, self.progress, self.notify).pairs
 
     def learn(self, index: int, resume: bool) -> None:
         """Learn unit `index`; the model is the one after the unit before. Rank 0 writes, all read what it wrote."""

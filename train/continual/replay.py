@@ -13,11 +13,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from headtune.train.config.methods import ReplayBlock
+from headtune.train.config.methods import ReplayConfig
 from headtune.train.trainer.rows import Row
 
 
-def sample(rows: Sequence[Row], block: ReplayBlock, seed: str) -> list[Row]:
+def sample(rows: Sequence[Row], block: ReplayConfig, seed: str) -> list[Row]:
     """A task's share of the buffer, in the order of the task: at least one row, at most all."""
     return drawn(rows, block.count if block.count is not None else max(1, round((block.ratio or 0) * len(rows))), seed)
 

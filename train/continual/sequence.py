@@ -34,8 +34,8 @@ from headtune.analysis.utils.errors import InputError
 from headtune.analysis.utils.files import write_json
 from headtune.analysis.utils.progress import Notify
 from headtune.analysis.utils.state_files import read_state
-from headtune.train.config.methods import EvaluationBlock, SeekrMethod, TaskBlock
-from headtune.train.config.resolve_heads import choose_heads, keep_heads, selected
+from headtune.train.config.methods import EvaluationConfig, SeekrConfig, TaskConfig
+from headtune.train.config.resolve_heads import keep_heads, resolve_heads, selected
 from headtune.train.config.resolve_tasks import tasks_of
 from headtune.train.config.schema import Recipe
 from headtune.train.evaluation.evaluate import perplexity, require_room_for, score_task
@@ -67,7 +67,7 @@ class Step:
     held_out: Task
 
 
-def steps_of(block: TaskBlock) -> list[Step]:
+def steps_of(block: TaskConfig) -> list[Step]:
     """The tasks of a sequence, in order.
 
     Raises:
@@ -104,7 +104,7 @@ def rows_of(recipe: Recipe, model: HeadModel, steps: Sequence[Step]) -> list[lis
 def require_usable(recipe: Recipe, model: HeadModel, steps: Sequence[Step]) -> None:
     """Refuse, before anything is written, what does not fit the tokenizer, the tasks, the model or transformers."""
     method = recipe.method
-    assert isinstance(method, SeekrMethod)
+    assert isinstance(method, SeekrConfig)
     general = general_tasks(recipe)
     names = [step.name for step in steps] + [task.name for task in general]
     if twice := [name for name in names if names.count(name) > 1]:
@@ -113,7 +113,7 @@ def require_usable(recipe: Recipe, model: HeadModel, steps: Sequence[Step]) -> N
         require_choices(task)
         require_room_for(model.hf, model.tokenizer, task, recipe.evaluation.n_items)
     if recipe.heads is not None and recipe.heads.identify is None:
-        choose_heads(recipe.heads, model, steps[0].train, notify=lambda _line: None)
+        resolve_heads(recipe.heads, model, steps[0].train, notify=lambda _line: None)
     elif recipe.heads is not None:
         if steps[0].train.kind == "multiple_choice":
             raise InputError(
@@ -170,7 +170,7 @@ def learn_sequence(
         InputError: a run that is taken up with other data or another model than it was started with.
     """
     folder, method = recipe.folder, recipe.method
-    assert isinstance(method, SeekrMethod)
+    assert isinstance(method, SeekrConfig)
     main, path, general = tracker.is_main, folder / PROGRESS, general_tasks(recipe)
     identity = identity_of(recipe, model, steps, general)
     # What a trainer does to a model's special tokens would change what it writes: before anything is measured.
@@ -280,7 +280,7 @@ def clear(recipe: Recipe) -> None:
 
     And what a killed process left half written (see `atomic_folder`).
     """
-    assert isinstance(recipe.method, SeekrMethod)
+    assert isinstance(recipe.method, SeekrConfig)
     names = [
         "teachers",
         "checkpoints",
@@ -297,7 +297,7 @@ def clear(recipe: Recipe) -> None:
                 path.unlink(missing_ok=True)
 
 
-def scores_of(tokenizer: Any, settings: EvaluationBlock, model: Any, task: Task) -> dict[str, Any]:
+def scores_of(tokenizer: Any, settings: EvaluationConfig, model: Any, task: Task) -> dict[str, Any]:
     """A task's main metric by example, with what the model wrote."""
     model.eval()
     preamble = truthfulqa_preamble() if settings.preamble == "truthfulqa" and task.kind == "multiple_choice" else ""

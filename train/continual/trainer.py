@@ -29,7 +29,7 @@ from torch.nn import functional
 from trl import SFTTrainer
 
 from headtune.train import distributed
-from headtune.train.config.methods import SeekrMethod
+from headtune.train.config.methods import SeekrConfig
 from headtune.train.losses.attention_distillation import RowRecorder, attention_distillation, logit_kl
 from headtune.train.losses.label_logits import label_mask, positions_only
 from headtune.train.trainer.rows import Row, padded
@@ -66,7 +66,7 @@ def collate(examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
 class _Sequence(SFTTrainer):
     penalty: Any = None
 
-    def __init__(self, *args: Any, rows: Sequence[Row], method: SeekrMethod, held: Held, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, rows: Sequence[Row], method: SeekrConfig, held: Held, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.rows, self.method, self.held = rows, method, held
         self.pad_token_id: int = self.processing_class.pad_token_id  # type: ignore[union-attr]

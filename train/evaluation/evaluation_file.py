@@ -17,7 +17,7 @@ from headtune.analysis.models.head_model import HeadModel
 from headtune.analysis.tasks.task import Task
 from headtune.analysis.utils.errors import InputError
 from headtune.analysis.utils.files import atomic_folder, write_json
-from headtune.train.config.methods import EvaluationBlock
+from headtune.train.config.methods import EvaluationConfig
 from headtune.train.config.schema import Recipe
 
 from .evaluate import Scored, evaluate
@@ -111,7 +111,7 @@ def write_evaluation(
 
 
 def measure(
-    tokenizer: Any, task: Task, settings: EvaluationBlock, model: Any
+    tokenizer: Any, task: Task, settings: EvaluationConfig, model: Any
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     preamble = truthfulqa_preamble() if settings.preamble == "truthfulqa" else ""
     metrics, scored = evaluate(model, tokenizer, task, settings.n_items, settings.batch_size, preamble)

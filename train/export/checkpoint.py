@@ -33,7 +33,7 @@ from headtune.analysis.utils.errors import CheckError, InputError
 from headtune.analysis.utils.files import atomic_folder, require_new_folder, sha256_of, write_json, write_text
 from headtune.analysis.utils.progress import Notify, Progress, silent
 from headtune.analysis.utils.state_files import read_state
-from headtune.train.config.methods import TaskBlock
+from headtune.train.config.methods import TaskConfig
 from headtune.train.trainer.quiet import libraries_quiet
 from headtune.train.tuners.weights_io import ADAPTER, read_adapter
 
@@ -366,7 +366,7 @@ def export_run(
     return tracked_export(run, recipe, target, make)
 
 
-def _held_out(block: TaskBlock, n: int) -> Task:
+def _held_out(block: TaskConfig, n: int) -> Task:
     """The held-out prompts to choose `n` from, however few the run was evaluated on; `n` of a sequence's by turns."""
     from headtune.train.config.resolve_tasks import tasks_of
     from headtune.train.continual.sequence import steps_of

@@ -23,8 +23,8 @@ from headtune.analysis.tasks.task import scored
 from headtune.analysis.utils.errors import InputError
 from headtune.analysis.utils.files import require_new_folder
 from headtune.train.config import resolve_tasks
-from headtune.train.config.methods import HeadsBlock, ObjectiveBlock, SeekrMethod
-from headtune.train.config.resolve_heads import choose_heads
+from headtune.train.config.methods import HeadsConfig, ObjectiveConfig, SeekrConfig
+from headtune.train.config.resolve_heads import resolve_heads
 from headtune.train.config.schema import Recipe
 from headtune.train.continual import sequence
 from headtune.train.trainer import training
@@ -96,9 +96,9 @@ def dry_run(recipe: Recipe) -> DryRun:
     method: Any = recipe.method
     if getattr(method, "select_only", False):
         notes.append("method.select_only: the run ends when heads are chosen")
-    if isinstance(method, SeekrMethod):
+    if isinstance(method, SeekrConfig):
         return _in_order(recipe, ready, words, total, notes)
-    if not isinstance(method, ObjectiveBlock):
+    if not isinstance(method, ObjectiveConfig):
         notes.append("recipe steer trains nothing: what it adds is computed from the training prompts")
         return DryRun(words, {}, total, examples, tasks, notes=notes)
     return _trained(recipe, ready, pairs, words, total, tasks, notes)
@@ -114,7 +114,7 @@ def _trained(
     notes: list[str],
 ) -> DryRun:
     heads, method = ready.heads, recipe.method
-    assert isinstance(method, ObjectiveBlock)
+    assert isinstance(method, ObjectiveConfig)
     if heads.tokenizer.pad_token is None:
         heads.tokenizer.pad_token = heads.tokenizer.eos_token
     limit = recipe.task.max_train_examples
@@ -167,7 +167,7 @@ def _trained(
 def _in_order(recipe: Recipe, ready: Ready, words: str | None, total: int, notes: list[str]) -> DryRun:
     """A sequence of tasks: the batch shows the first task's rows in their order, which training shuffles."""
     method, heads = recipe.method, ready.heads
-    assert isinstance(method, SeekrMethod)
+    assert isinstance(method, SeekrConfig)
     tasks = sequence.rows_of(recipe, heads, ready.steps)
     arguments = training.training_arguments(recipe)
     if method.tune == "lora":
@@ -192,11 +192,11 @@ def _in_order(recipe: Recipe, ready: Ready, words: str | None, total: int, notes
     )
 
 
-def _heads(block: HeadsBlock, ready: Ready, notes: list[str]) -> tuple[list[tuple[int, int]], str]:
+def _heads(block: HeadsConfig, ready: Ready, notes: list[str]) -> tuple[list[tuple[int, int]], str]:
     """The heads, or as many others where the run has yet to find them; and in words."""
     heads = ready.heads
     if block.identify is None and not block.learnt:
-        chosen = choose_heads(block, heads, ready.train, notify=notes.append)
+        chosen = resolve_heads(block, heads, ready.train, notify=notes.append)
         if chosen.found is not None and block.random is None and (failed := _not_dissociated(block, chosen.found)):
             notes.append(failed)
         pairs = chosen.pairs
@@ -208,7 +208,7 @@ def _heads(block: HeadsBlock, ready: Ready, notes: list[str]) -> tuple[list[tupl
     return pairs, f"{'up to ' if block.role == 'both' else ''}{len(pairs)}, to be found by {how}"
 
 
-def _not_dissociated(block: HeadsBlock, found: HeadSet) -> str:
+def _not_dissociated(block: HeadsConfig, found: HeadSet) -> str:
     """One line where the head set's own check failed for a role that is trained, with what to do; else empty."""
     tested = found.verification.get("dissociation") or {}
     roles = ROLES if block.role == "both" else (block.role,)

@@ -17,8 +17,8 @@ from headtune.analysis.tasks.task import Task
 from headtune.analysis.utils.errors import CheckError
 from headtune.analysis.utils.progress import Notify
 from headtune.train import distributed
-from headtune.train.config.methods import InterceptMethod, ItiMethod, ScaleMethod, SinkMethod
-from headtune.train.config.resolve_heads import Chosen, selected
+from headtune.train.config.methods import InterceptConfig, ItiConfig, ScaleConfig, SinkConfig
+from headtune.train.config.resolve_heads import ResolvedHeads, selected
 from headtune.train.config.schema import Recipe
 from headtune.train.tracking.tracker import Tracker
 from headtune.train.trainer import training
@@ -29,7 +29,7 @@ NORM = "lofit.norm"
 GATE = "jola.gate"
 
 
-def lofit_heads(recipe: Recipe, model: HeadModel, train: Task, tracker: Tracker, notify: Notify) -> Chosen:
+def lofit_heads(recipe: Recipe, model: HeadModel, train: Task, tracker: Tracker, notify: Notify) -> ResolvedHeads:
     """LoFiT's first stage: the heads whose scale grows most when all heads' scales are trained under an L1 penalty.
 
         score[l, h] = ||A[l, h]||_2 after training   z <- (1 + A) z   on   loss + l1 * sum |A|
@@ -97,7 +97,7 @@ def scale_norms(model: Any, n_layers: int, n_heads: int) -> Tensor:
     return norms
 
 
-def probed_heads(recipe: Recipe, model: HeadModel, train: Task, progress: pipeline.Progress) -> Chosen:
+def probed_heads(recipe: Recipe, model: HeadModel, train: Task, progress: pipeline.Progress) -> ResolvedHeads:
     """The heads whose output a linear probe reads right from wrong answers best (Li et al. 2023)."""
     assert recipe.heads is not None and recipe.heads.probe is not None
     block = recipe.heads.probe
@@ -111,7 +111,9 @@ def probed_heads(recipe: Recipe, model: HeadModel, train: Task, progress: pipeli
     return replace(chosen, probed=found)
 
 
-def open_gates(recipe: Recipe, model: HeadModel, trained: Any, chosen: Chosen, data: dict[str, Any]) -> Chosen:
+def open_gates(
+    recipe: Recipe, model: HeadModel, trained: Any, chosen: ResolvedHeads, data: dict[str, Any]
+) -> ResolvedHeads:
     """The heads that JoLA's gates left open; `chosen` says which had gates.
 
     Ranked by what their gates let through, `||g2 a||_2 + ||g1 v||_2`: many gates are open as far as they go.
@@ -151,7 +153,7 @@ def _part(recipe: Recipe, train: Task, max_examples: int | None) -> Task:
 def steered(
     recipe: Recipe,
     model: HeadModel,
-    chosen: Chosen,
+    chosen: ResolvedHeads,
     train: Task,
     state: dict[str, Any],
     progress: pipeline.Progress,
@@ -161,13 +163,13 @@ def steered(
     method: Any = recipe.method
     part = _part(recipe, train, getattr(method, "max_examples", None))
     match method:
-        case ScaleMethod():
+        case ScaleConfig():
             settings: steering.Settings = steering.Scale(method.factor)
-        case ItiMethod():
+        case ItiConfig():
             settings = steering.ITI(method.alpha, per_prompt=method.per_prompt)
-        case SinkMethod():
+        case SinkConfig():
             settings = Sink(method.tau, method.gamma)
-        case InterceptMethod():
+        case InterceptConfig():
             settings = Intercept(method.beta, *([method.fit] if method.fit else []))
     notify(f"steering: {method.kind}")
     model.record_attention(True)

@@ -11,7 +11,7 @@ from headtune.analysis.utils.errors import InputError
 from headtune.analysis.utils.paths import require_no_way_out
 from headtune.analysis.utils.state_files import read_state
 from headtune.train.config import recipe as recipes
-from headtune.train.config.methods import LofitMethod, ModelBlock
+from headtune.train.config.methods import LofitConfig, ModelConfig
 from headtune.train.config.schema import Recipe
 from headtune.train.tuners import weights_io
 
@@ -20,7 +20,7 @@ OWN = ("recipe.yaml", "run.json", "evaluation.json", "adapter", "model")  # what
 log = logging.getLogger(__name__)
 
 
-def _warn_of_code(block: ModelBlock) -> None:
+def _warn_of_code(block: ModelConfig) -> None:
     """Tell that a model's own code is going to run."""
     if block.trust_remote_code:
         log.warning("model.trust_remote_code: code that comes with %s runs with your rights", block.name)
@@ -46,7 +46,7 @@ def load_run(folder: Path | str) -> tuple[Any, Any, Recipe]:
     require_no_way_out(folder, "run", OWN)
     recipe = recipes.load_recipe(str(folder / "recipe.yaml"))
     block = recipe.model
-    if isinstance(recipe.method, LofitMethod) and recipe.method.select_only:
+    if isinstance(recipe.method, LofitConfig) and recipe.method.select_only:
         raise InputError(f"run {str(folder)!r} chose heads and trained nothing; tune them with heads.from={folder}")
     if (state := _saved(folder).get("state")) != "done":
         raise InputError(f"run {str(folder)!r} is {state}; finish it with: headtune train RECIPE --resume")

@@ -21,15 +21,15 @@ from typing import Any
 
 from headtune.analysis.utils.errors import InputError
 from headtune.train.config.methods import (
-    FullMethod,
-    HeadsBlock,
-    JolaMethod,
-    LnMethod,
-    LofitMethod,
-    LoraMethod,
-    MaskedMethod,
-    RegulariseMethod,
-    SeekrMethod,
+    FullConfig,
+    HeadsConfig,
+    JolaConfig,
+    LnConfig,
+    LofitConfig,
+    LoraConfig,
+    MaskedConfig,
+    RegulariseConfig,
+    SeekrConfig,
 )
 from headtune.train.config.schema import Recipe
 
@@ -140,31 +140,31 @@ def trained_of(recipe: Recipe, shape: Shape) -> Trained:
     """What a recipe's method trains. Heads that are yet to be found are taken to reach down to layer 0."""
     method: Any = recipe.method
     match method:
-        case FullMethod():
+        case FullConfig():
             return model_shape.everything(shape)
-        case LnMethod():
+        case LnConfig():
             return model_shape.norm_gains(shape)
-        case LoraMethod():
+        case LoraConfig():
             return model_shape.lora(shape, method.r, method.target_modules)
-        case RegulariseMethod() | SeekrMethod():
+        case RegulariseConfig() | SeekrConfig():
             if method.tune == "full":
                 return model_shape.everything(shape)
             return model_shape.lora(shape, method.lora.r, method.lora.target_modules)
     assert recipe.heads is not None
     pairs = heads_of(recipe.heads, shape)
     match method:
-        case LofitMethod():
+        case LofitConfig():
             return model_shape.head_values(shape, pairs, method.scale, method.offset)
-        case JolaMethod():
+        case JolaConfig():
             return model_shape.head_values(shape, pairs, gates=True)
-        case MaskedMethod():
+        case MaskedConfig():
             return model_shape.head_slices(shape, pairs, method.parts)
     raise InputError(
         f"recipe {recipe.recipe!r} has no plan; plan lofit, jola, masked, lora, full, ln, regularise, seekr"
     )
 
 
-def heads_of(block: HeadsBlock, shape: Shape) -> list[tuple[int, int]]:
+def heads_of(block: HeadsConfig, shape: Shape) -> list[tuple[int, int]]:
     """A recipe's heads as far as they are known; those that are not, spread over the layers from 0 up."""
     if block.pairs is not None:
         for layer, head in block.pairs:
@@ -182,7 +182,7 @@ def heads_of(block: HeadsBlock, shape: Shape) -> list[tuple[int, int]]:
     return sorted((index % shape.n_layers, index // shape.n_layers) for index in range(wanted))
 
 
-def _read(block: HeadsBlock, shape: Shape) -> list[tuple[int, int]]:
+def _read(block: HeadsConfig, shape: Shape) -> list[tuple[int, int]]:
     from headtune.analysis.identify import head_set
 
     assert block.source is not None
@@ -200,7 +200,7 @@ def _read(block: HeadsBlock, shape: Shape) -> list[tuple[int, int]]:
 def objective_of(recipe: Recipe, shape: Shape, setup: Setup) -> Objective:
     """What a recipe's loss looks at."""
     method: Any = recipe.method
-    if isinstance(method, SeekrMethod):
+    if isinstance(method, SeekrConfig):
         tasks = len(recipe.task.sequence or [])
         copies = 2 if method.strategy == "ewc" else 0  # Fisher information, and where the weights were
         again = 0
@@ -239,7 +239,7 @@ def _train_stage(
         size = rows // setup.gpus * setup.length * shape.d_model * (2 if setup.half else 4)
         host = min(size, int(method.prefix_memory_gb * GIB))
         disk = size - host
-    if isinstance(method, SeekrMethod) and objective.distilled and rows is not None:
+    if isinstance(method, SeekrConfig) and objective.distilled and rows is not None:
         disk += teachers(recipe, shape, setup, rows)
     if setup.device == "cpu":  # one memory
         memory = replace(memory, parts={**memory.parts, **({"prefix cache": host} if host else {})})
@@ -250,7 +250,7 @@ def _train_stage(
     if steps <= 0 and rows is not None:
         at_once = setup.batch * setup.accumulation * setup.gpus
         steps = math.ceil(float(recipe.training.get("num_train_epochs", 3)) * math.ceil(rows / at_once))
-    if isinstance(method, SeekrMethod):
+    if isinstance(method, SeekrConfig):
         steps *= len(recipe.task.sequence or [])
     operations = setup.accumulation * _step(shape, trained, setup, objective, cached)
     above = shape.n_layers - trained.lowest

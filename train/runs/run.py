@@ -33,14 +33,14 @@ from headtune.analysis.utils.progress import Notify
 from headtune.analysis.utils.state_files import mend_lines, read_state
 from headtune.train.config import recipe as recipes
 from headtune.train.config.methods import (
-    FullMethod,
-    JolaMethod,
-    LofitMethod,
-    ObjectiveBlock,
-    RegulariseMethod,
-    SeekrMethod,
+    FullConfig,
+    JolaConfig,
+    LofitConfig,
+    ObjectiveConfig,
+    RegulariseConfig,
+    SeekrConfig,
 )
-from headtune.train.config.resolve_heads import Chosen, choose_heads, keep_heads
+from headtune.train.config.resolve_heads import ResolvedHeads, keep_heads, resolve_heads
 from headtune.train.config.resolve_tasks import tasks_of
 from headtune.train.config.schema import Recipe
 from headtune.train.continual import sequence
@@ -120,14 +120,14 @@ def _run(recipe: Recipe, resume: bool, progress: pipeline.Progress, notify: Noti
         _require_same(recipe, folder)
         if saved.get("state") == "done":
             notify(f"run {folder} is finished")
-            if isinstance(recipe.method, SeekrMethod) and main:
+            if isinstance(recipe.method, SeekrConfig) and main:
                 sequence.clear(recipe)
             done = folder / "evaluation.json"
             return read_state(done) if done.is_file() else {}
     elif main:
         fix = "choose another output_dir or name, or continue it with --resume (resume=True in Python)"
         require_new_folder(folder, fix, FIRST)
-    in_order = isinstance(recipe.method, SeekrMethod)
+    in_order = isinstance(recipe.method, SeekrConfig)
     ready = prepared(recipe)
     heads, train, held_out, steps = ready.heads, ready.train, ready.held_out, ready.steps
     block = recipe.model
@@ -189,7 +189,7 @@ def prepared(recipe: Recipe) -> Ready:
     Raises:
         InputError: the task, the model, the tokenizer, the heads or the training arguments do not go together.
     """
-    in_order = isinstance(recipe.method, SeekrMethod)
+    in_order = isinstance(recipe.method, SeekrConfig)
     steps = sequence.steps_of(recipe.task) if in_order else []
     train, held_out = (steps[0].train, steps[0].held_out) if in_order else tasks_of(recipe.task)
     block = recipe.model
@@ -220,7 +220,7 @@ def _carry_out(
     main = int(os.environ.get("RANK", "0")) == 0
     chosen = _resumed_heads(folder, state) if resume else None
     if chosen is None:
-        chosen = Chosen([])
+        chosen = ResolvedHeads([])
         if recipe.heads is not None:
             notify("choosing heads")
             chosen = _choose(recipe, model, train, tracker, main, progress, notify)
@@ -234,7 +234,7 @@ def _carry_out(
             if advice := head_report.next_step(chosen.found):
                 notify(advice)
         media.show_heads(tracker, chosen.found, chosen.means or {}, folder, f"{folder.name}-heads")
-    if isinstance(recipe.method, LofitMethod) and recipe.method.select_only:
+    if isinstance(recipe.method, LofitConfig) and recipe.method.select_only:
         PartialState().wait_for_everyone()
         return {}
     model.record_attention(False)  # rows are not needed any more
@@ -269,11 +269,11 @@ def _carry_out(
     if isinstance(adapted, PeftModel):
         with new_folder(folder / "adapter") as temporary:
             weights_io.write(adapted, temporary)
-    elif isinstance(recipe.method, FullMethod | RegulariseMethod) and recipe.method.keep:
+    elif isinstance(recipe.method, FullConfig | RegulariseConfig) and recipe.method.keep:
         with new_folder(folder / "model") as temporary:
             weights_io.write(adapted, temporary)
             model.tokenizer.save_pretrained(str(temporary))
-    if isinstance(recipe.method, JolaMethod):
+    if isinstance(recipe.method, JolaConfig):
         chosen = first_stage.open_gates(recipe, model, adapted, chosen, state["training_data"])
         keep_heads(chosen, folder)
         assert chosen.found is not None
@@ -299,7 +299,7 @@ def _carry_out(
 def _require_usable(recipe: Recipe, model: HeadModel, train: Task, held_out: Task) -> None:
     """Refuse, before anything is written, what does not fit the tokenizer, the task, the model or transformers."""
     block, method = recipe.heads, recipe.method
-    objective = method.objective if isinstance(method, ObjectiveBlock) else None
+    objective = method.objective if isinstance(method, ObjectiveConfig) else None
     if objective == "answer_set" or (block is not None and block.identify is not None):
         if train.kind == "multiple_choice":
             raise InputError(
@@ -313,7 +313,7 @@ def _require_usable(recipe: Recipe, model: HeadModel, train: Task, held_out: Tas
     require_choices(held_out)
     require_room_for(model.hf, model.tokenizer, held_out, recipe.evaluation.n_items)
     if block is not None and block.identify is None and not block.learnt:
-        choose_heads(block, model, train, notify=lambda _line: None)
+        resolve_heads(block, model, train, notify=lambda _line: None)
     if objective is not None:
         training.training_arguments(recipe)
 
@@ -326,11 +326,11 @@ def _choose(
     main: bool,
     progress: pipeline.Progress,
     notify: Notify,
-) -> Chosen:
+) -> ResolvedHeads:
     block, folder = recipe.heads, recipe.folder if main else None
     assert block is not None
     if not block.learnt:
-        return choose_heads(block, model, train, folder, progress, notify)
+        return resolve_heads(block, model, train, folder, progress, notify)
     if block.lofit is not None:
         chosen = first_stage.lofit_heads(recipe, model, train, tracker, notify)
     else:
@@ -343,7 +343,7 @@ def _choose(
 def _adapted(
     recipe: Recipe,
     model: HeadModel,
-    chosen: Chosen,
+    chosen: ResolvedHeads,
     train: Task,
     tracker: Tracker,
     state: dict[str, Any],
@@ -352,7 +352,7 @@ def _adapted(
     notify: Notify,
 ) -> Any:
     """The model with its trained, or for `steer` its computed, adapter; in eval mode."""
-    if isinstance(recipe.method, ObjectiveBlock):
+    if isinstance(recipe.method, ObjectiveConfig):
         if model.tokenizer.pad_token is None:
             model.tokenizer.pad_token = model.tokenizer.eos_token
         return training.fit(recipe, model, chosen.pairs, train, tracker, state, resume, notify)
@@ -393,13 +393,13 @@ def _require_same_data(now: Mapping[str, Any], then: Mapping[str, Any], folder: 
         )
 
 
-def _resumed_heads(folder: Path, state: Mapping[str, Any]) -> Chosen | None:
+def _resumed_heads(folder: Path, state: Mapping[str, Any]) -> ResolvedHeads | None:
     """The heads a broken run had already chosen, or None where it did not get that far."""
     pairs = state.get("heads")
     if pairs is None:
         return None
     path, scores = folder / "heads.json", folder / "scores.safetensors"
-    return Chosen(
+    return ResolvedHeads(
         [(layer, head) for layer, head in pairs],
         head_set.read(path) if path.is_file() else None,
         load_means(scores) if scores.is_file() else None,

@@ -19,7 +19,7 @@ from headtune.analysis.utils.files import sha256_of
 from headtune.analysis.utils.paths import require_no_way_out
 
 if TYPE_CHECKING:
-    from headtune.train.config.heads import HeadsBlock
+    from headtune.train.config.heads import HeadsConfig
     from headtune.train.config.schema import Recipe
 
 PINNED = ("recipe", "heads", "K", "role", "parameters")
@@ -67,7 +67,7 @@ def pinned(
     return dict(zip(PINNED, values, strict=True))
 
 
-def role_of(block: HeadsBlock | None) -> str | None:
+def role_of(block: HeadsConfig | None) -> str | None:
     """In a word, what the heads of a recipe are: a role of the head set, or `list`, `all`, `random (<role>)`."""
     if block is None:
         return None

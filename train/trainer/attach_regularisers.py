@@ -15,7 +15,7 @@ from headtune.analysis.tasks.task import Task, take_split
 from headtune.analysis.utils.errors import InputError
 from headtune.analysis.utils.progress import Notify
 from headtune.train.config import methods
-from headtune.train.config.resolve_heads import choose_heads
+from headtune.train.config.resolve_heads import resolve_heads
 from headtune.train.config.schema import Recipe
 from headtune.train.losses import regularisers
 from headtune.train.losses.activation_capture import told_of_dropout
@@ -70,7 +70,7 @@ def require_usable(recipe: Recipe, model: HeadModel, train: Task) -> None:
     if stiff:
         rows_of(_fisher_task(recipe, train, stiff[0]), model.tokenizer, 0, recipe.seed)
     for term in terms:
-        own = choose_heads(term.heads, model, train, notify=lambda _line: None).pairs if term.heads else [(0, 0)]
+        own = resolve_heads(term.heads, model, train, notify=lambda _line: None).pairs if term.heads else [(0, 0)]
         if not isinstance(term, methods.PruneGates):
             regularisers.Regularisers(model, [_spec(term, own)], fisher={})
 
@@ -93,7 +93,7 @@ def held(
         InputError: heads that do not exist, options that are no single tokens.
     """
     terms = [
-        (term, list(pairs) if term.heads is None else choose_heads(term.heads, model, train, notify=notify).pairs)
+        (term, list(pairs) if term.heads is None else resolve_heads(term.heads, model, train, notify=notify).pairs)
         for term in _terms(recipe)
     ]
     gates: head_pruning.HeadGates | None = None

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import peft
 import torch
-from peft import LNTuningConfig, LoraConfig, PeftConfig, PeftModel
+from peft import LNTuningConfig, PeftConfig, PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallback, TrainerState, set_seed
 
@@ -26,15 +27,15 @@ from headtune.analysis.utils.errors import CheckError, InputError
 from headtune.analysis.utils.progress import Notify
 from headtune.train import distributed
 from headtune.train.config.methods import (
-    FullMethod,
-    JolaMethod,
-    LnMethod,
-    LofitMethod,
-    LoraMethod,
+    FullConfig,
+    JolaConfig,
+    LnConfig,
+    LofitConfig,
+    LoraConfig,
     LoraSizes,
-    MaskedMethod,
+    MaskedConfig,
     PruneGates,
-    RegulariseMethod,
+    RegulariseConfig,
     TrainedMethod,
 )
 from headtune.train.config.schema import Recipe
@@ -54,27 +55,27 @@ def peft_config(method: TrainedMethod, pairs: Pairs, model: nn.Module) -> PeftCo
     heads = [list(pair) for pair in pairs]
     common: dict[str, Any] = {"task_type": "CAUSAL_LM"}
     match method:
-        case LofitMethod():
+        case LofitConfig():
             own: dict[str, Any] = {"scale": method.scale, "offset": method.offset, "init_std": method.init_std}
             return head_tuning.HeadTuningConfig(heads=heads, **own, **common)
-        case JolaMethod():
+        case JolaConfig():
             return head_tuning.HeadTuningConfig(heads=heads, gates=True, init_std=method.init_std, **common)
-        case MaskedMethod():
+        case MaskedConfig():
             return head_slices.HeadSlicesConfig(heads=heads, parts=list(method.parts), **common)
-        case LoraMethod():
+        case LoraConfig():
             return lora_config(method)
-        case LnMethod():
+        case LnConfig():
             return LNTuningConfig(target_modules=norms(model), **common)
-        case RegulariseMethod() if method.tune == "lora":
+        case RegulariseConfig() if method.tune == "lora":
             return lora_config(method.lora)
-        case FullMethod() | RegulariseMethod():
+        case FullConfig() | RegulariseConfig():
             return None
 
 
-def lora_config(shape: LoraSizes) -> LoraConfig:
+def lora_config(shape: LoraSizes) -> peft.LoraConfig:
     """PEFT's configuration of a LoRA."""
     sizes: dict[str, Any] = {"r": shape.r, "lora_alpha": shape.alpha, "target_modules": shape.target_modules}
-    return LoraConfig(task_type="CAUSAL_LM", **sizes)
+    return peft.LoraConfig(task_type="CAUSAL_LM", **sizes)
 
 
 def norms(model: nn.Module) -> list[str]:
@@ -226,7 +227,7 @@ def train_with(
     except ValueError as error:  # such as packing with answer_set
         raise InputError(f"training: {str(error).splitlines()[0]}") from error
     trainer.penalty = penalty
-    if isinstance(method, JolaMethod):
+    if isinstance(method, JolaConfig):
         trainer.rates = {"head_tuning_gate": method.gate_learning_rate}
     distributed.require_launch(trainer.accelerator)
     distributed.require_full_state(trainer.accelerator)
@@ -291,7 +292,7 @@ def _prefix_cache(recipe: Recipe, model: HeadModel, trainer: Any, notify: Notify
     trained = trainer.model
     reason = refusal(trained, trainer)
     if reason is not None:
-        if isinstance(method, LofitMethod | JolaMethod | MaskedMethod):
+        if isinstance(method, LofitConfig | JolaConfig | MaskedConfig):
             notify(f"prefix cache off: {reason}")
         return None
     notify(f"prefix cache: layers 0-{lowest_trained(trained) - 1} run once per example")
@@ -319,7 +320,7 @@ def fit(
     method: Any = recipe.method
     config = peft_config(method, pairs, model.hf)
     data = material(recipe, model, train, state, notify)
-    penalty = l0_penalty(method) if isinstance(method, JolaMethod) else None
+    penalty = l0_penalty(method) if isinstance(method, JolaConfig) else None
     gates: head_pruning.HeadGates | None = None
 
     @contextlib.contextmanager
@@ -347,7 +348,7 @@ def fit(
     return trained
 
 
-def l0_penalty(method: JolaMethod) -> Penalty:
+def l0_penalty(method: JolaConfig) -> Penalty:
     """Mean P(gate > 0), its weight growing linearly over the first `l0_warmup` of the steps."""
 
     def penalty(model: Any, progress: float) -> dict[str, tuple[Tensor, float]]:

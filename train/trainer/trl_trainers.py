@@ -25,7 +25,7 @@ from headtune.analysis.tasks.task import Example, Task, to_jsonl
 from headtune.analysis.tasks.tokenized import EncodedTask, continuation
 from headtune.analysis.utils.errors import InputError
 from headtune.analysis.utils.files import write_text
-from headtune.train.config.methods import AnswerSetBlock
+from headtune.train.config.methods import AnswerSetConfig
 from headtune.train.evaluation.evaluate import generate_lists
 from headtune.train.losses.answer_set import answer_set, retention
 from headtune.train.types import Penalty
@@ -74,7 +74,7 @@ def answer_set_task(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     task: Task,
-    block: AnswerSetBlock,
+    block: AnswerSetConfig,
     n_rows: int,
     seed: int,
     batch_size: int = 16,
@@ -306,7 +306,7 @@ class DPO(Penalised, DPOTrainer):
 class _AnswerSet(SFTTrainer):
     """SFTTrainer whose loss is `objectives.answer_set` at END; its parts are logged by name."""
 
-    def __init__(self, *args: Any, block: AnswerSetBlock, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, block: AnswerSetConfig, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.block = block
         # The loss is a mean over rows, so accumulated steps are averaged by the trainer, not by token counts.

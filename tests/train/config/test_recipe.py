@@ -10,7 +10,7 @@ import yaml
 
 from headtune.analysis.utils.errors import InputError
 from headtune.train.config import recipe as recipes
-from headtune.train.config.methods import SeekrMethod
+from headtune.train.config.methods import SeekrConfig
 from headtune.train.config.recipe import load_recipe, parse, recipe_names
 from headtune.train.config.schema import Recipe
 from helpers.paths import ROOT
@@ -106,7 +106,7 @@ def test_published_hyperparameters_of_seekr(name: str, ratio: float, weight: flo
     """He et al. 2024: l1, l2 by the ratio, budgets of layers, heads and query rows, learning rate, 128 rows a step."""
     recipe = load_recipe(f"seekr/llama2_7b_trace_{name}")
     method, training = recipe.method, recipe.training
-    assert isinstance(method, SeekrMethod) and method.tune == "full" and method.replay.ratio == ratio
+    assert isinstance(method, SeekrConfig) and method.tune == "full" and method.replay.ratio == ratio
     distil = method.distil
     assert (distil.replay_weight, distil.attention_weight) == (0.5, weight)
     assert (distil.layers, distil.heads, distil.queries) == (24, 128, 100)
@@ -411,7 +411,7 @@ def test_the_schema_names_every_block() -> None:
     assert {"recipe", "model", "heads", "task", "method", "training", "evaluation", "tracking"} <= set(
         schema["properties"]
     )
-    assert "from" in schema["$defs"]["HeadsBlock"]["properties"]
+    assert "from" in schema["$defs"]["HeadsConfig"]["properties"]
 
 
 @pytest.mark.parametrize("text", ["1e-3", "1.e-3", "1.0e-3", "+1E-3", "0.001"])

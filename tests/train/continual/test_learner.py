@@ -19,7 +19,7 @@ from headtune.analysis.tasks.loading import load_task
 from headtune.analysis.tasks.task import Example, Task, to_jsonl
 from headtune.analysis.utils.files import write_text
 from headtune.cli.main import main
-from headtune.train.config.methods import ReplayBlock, SeekrMethod
+from headtune.train.config.methods import ReplayConfig, SeekrConfig
 from headtune.train.config.recipe import load_recipe
 from headtune.train.continual import learner as continual
 from headtune.train.continual import sequence
@@ -88,13 +88,13 @@ def rows(n: int, index: int = 0) -> list[Row]:
 
 def test_a_sample_is_random_and_at_least_one_row() -> None:
     everything = rows(100)
-    chosen = sample(everything, ReplayBlock(ratio=0.1), seed="0")
+    chosen = sample(everything, ReplayConfig(ratio=0.1), seed="0")
     assert len(chosen) == 10 and len(set(chosen)) == 10
-    assert chosen == sample(everything, ReplayBlock(ratio=0.1), seed="0")
-    assert chosen != sample(everything, ReplayBlock(ratio=0.1), seed="1")
+    assert chosen == sample(everything, ReplayConfig(ratio=0.1), seed="0")
+    assert chosen != sample(everything, ReplayConfig(ratio=0.1), seed="1")
     assert chosen != everything[:10]  # not the first ones of the file
-    assert len(sample(everything, ReplayBlock(ratio=0.001), seed="0")) == 1
-    assert len(sample(everything, ReplayBlock(count=500), seed="0")) == 100
+    assert len(sample(everything, ReplayConfig(ratio=0.001), seed="0")) == 1
+    assert len(sample(everything, ReplayConfig(count=500), seed="0")) == 100
 
 
 @pytest.mark.parametrize("per_batch", [0.08, 0.5, 1.0, 2.3])
@@ -543,5 +543,5 @@ def test_a_task_that_comes_twice_needs_another_name(
 ) -> None:
     assert train(recipe(tmp_path, llama, [tasks[0], tasks[0]], {})) == 2
     assert "names 'task0' twice" in capsys.readouterr().err
-    block = SeekrMethod.model_validate({"strategy": "seekr"})
+    block = SeekrConfig.model_validate({"strategy": "seekr"})
     assert block.replays

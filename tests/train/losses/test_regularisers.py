@@ -27,7 +27,7 @@ from headtune.analysis.models.head_model import HeadModel
 from headtune.analysis.models.loading import wrap_model
 from headtune.analysis.tasks.tokenized import encode
 from headtune.analysis.utils.errors import CheckError, InputError
-from headtune.train.config.methods import AnswerSetBlock
+from headtune.train.config.methods import AnswerSetConfig
 from headtune.train.losses import head_penalties
 from headtune.train.losses.label_logits import labelled_positions
 from headtune.train.losses.regularisers import (
@@ -725,7 +725,7 @@ def trainer_of(objective: str, model: HeadModel, folder: Path, adapted: bool, **
             args=SFTConfig(**options),
             train_dataset=rows,
             data_collator=trl_trainers.AnswerSetCollator(0),
-            block=AnswerSetBlock(retention=1.0 if adapted else 0.0),
+            block=AnswerSetConfig(retention=1.0 if adapted else 0.0),
             **common,
         )
     prompts = [f"List five cities in {name}." + " I know" * (i % 3) for i, name in enumerate(names)]

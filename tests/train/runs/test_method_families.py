@@ -16,7 +16,7 @@ from headtune.analysis.models.head_model import HeadModel
 from headtune.analysis.models.loading import wrap_model
 from headtune.analysis.tasks.task import Example, Task, to_jsonl
 from headtune.analysis.utils.files import write_text
-from headtune.train.config.methods import JolaMethod
+from headtune.train.config.methods import JolaConfig
 from headtune.train.runs.first_stage import l1_penalty, scale_norms
 from headtune.train.runs.load_run import load_run
 from headtune.train.trainer import trl_trainers
@@ -232,7 +232,7 @@ def test_the_l1_term_is_part_of_the_loss_however_batches_are_cut(
     from trl import SFTConfig
 
     from headtune.analysis.tasks.tokenized import encode
-    from headtune.train.config.methods import AnswerSetBlock
+    from headtune.train.config.methods import AnswerSetConfig
 
     tokenizer, rate, l1 = tiny_tokenizer(), 0.5, 0.25
     task = tiny_task(subjects=4)
@@ -266,7 +266,7 @@ def test_the_l1_term_is_part_of_the_loss_however_batches_are_cut(
             more = {
                 "train_dataset": trl_trainers.answer_set_rows(encode(task, tokenizer)),
                 "data_collator": trl_trainers.AnswerSetCollator(tokenizer.pad_token_id),
-                "block": AnswerSetBlock(retention=0.0),
+                "block": AnswerSetConfig(retention=0.0),
             }
             kind = trl_trainers.AnswerSetTrainer
         trainer = kind(model, args=arguments, processing_class=tokenizer, peft_config=config, **more)
@@ -299,7 +299,7 @@ def test_the_weight_of_open_gates_grows() -> None:
     model: Any = get_peft_model(
         tiny_model("llama"), HeadTuningConfig(heads=[[0, 1]], gates=True, init_std=0.1, task_type="CAUSAL_LM")
     )
-    penalty = l0_penalty(JolaMethod(l0=0.5, l0_warmup=0.2))
+    penalty = l0_penalty(JolaConfig(l0=0.5, l0_warmup=0.2))
     terms = [penalty(model, progress)["l0"] for progress in (0.0, 0.1, 0.2, 0.9)]
     assert [weight for _, weight in terms] == pytest.approx([0, 0.25, 0.5, 0.5])
     assert len({term.item() for term, _ in terms}) == 1 and terms[0][0].item() > 0

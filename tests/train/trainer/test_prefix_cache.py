@@ -19,7 +19,7 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from headtune.analysis.tasks.tokenized import encode
 from headtune.analysis.utils.errors import CheckError, InputError
-from headtune.train.config.methods import AnswerSetBlock
+from headtune.train.config.methods import AnswerSetConfig
 from headtune.train.trainer.prefix_cache import (
     CacheStats,
     PrefixCache,
@@ -689,7 +689,7 @@ def test_answer_set_trainer(tmp_path: Path) -> None:
             processing_class=tiny_tokenizer(),
             peft_config=HeadTuningConfig(heads=HEADS),
             data_collator=AnswerSetCollator(0),
-            block=AnswerSetBlock(own_lists=0.0, retention=1.0),
+            block=AnswerSetConfig(own_lists=0.0, retention=1.0),
         )
 
     n = len(encoded.examples)

@@ -15,7 +15,7 @@ from headtune.analysis.models import loading
 from headtune.analysis.tasks.task import Example, Kind, Task
 from headtune.analysis.tasks.tokenized import encode
 from headtune.analysis.utils.errors import InputError
-from headtune.train.config.methods import AnswerSetBlock
+from headtune.train.config.methods import AnswerSetConfig
 from headtune.train.config.recipe import load_recipe
 from headtune.train.evaluation.evaluate import Scored, parse_items, score_items
 from headtune.train.losses.answer_set import answer_set, retention
@@ -101,7 +101,7 @@ def test_a_prompt_with_nothing_left_to_give_is_left_out(monkeypatch: pytest.Monk
 @pytest.mark.parametrize(("share", "n_given", "n_own"), [(0.0, 8, 0), (0.25, 6, 2), (1.0, 0, 8)])
 def test_the_share_of_own_lists(share: float, n_given: int, n_own: int, cities: Task, monkeypatch: Any) -> None:
     calls = writes(monkeypatch, " Rome\n4. Tokyo\n5. Paris\n6. Oslo\n7. Lima\n")
-    block = AnswerSetBlock(own_lists=share, own_items=3)
+    block = AnswerSetConfig(own_lists=share, own_items=3)
     task = answer_set_task(None, None, cities, block, 8, seed=0, batch_size=5)  # type: ignore[arg-type]
     given = [example for example in task.examples if example in cities.examples]
     assert (len(given), len(task.examples) - len(given)) == (n_given, n_own)
@@ -117,14 +117,14 @@ def test_the_share_of_own_lists(share: float, n_given: int, n_own: int, cities: 
 def test_a_model_that_writes_no_lists_is_refused(cities: Task, monkeypatch: pytest.MonkeyPatch) -> None:
     writes(monkeypatch, " Rome and that is it")
     with pytest.raises(InputError, match=r"own_lists=0"):
-        answer_set_task(None, None, cities, AnswerSetBlock(own_lists=0.5), 8, seed=0)  # type: ignore[arg-type]
+        answer_set_task(None, None, cities, AnswerSetConfig(own_lists=0.5), 8, seed=0)  # type: ignore[arg-type]
 
 
 def test_written_lists_are_kept_and_read_back(cities: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HEADTUNE_CACHE", str(tmp_path / "cache"))
     # U+2028 and U+0085 end a line for str.splitlines, not for JSON.
     calls = writes(monkeypatch, " Rome\u2028x\x85y\n4. Tokyo\n5. Paris\n")
-    block, model = AnswerSetBlock(own_lists=1.0, own_items=2), tiny_model("llama")
+    block, model = AnswerSetConfig(own_lists=1.0, own_items=2), tiny_model("llama")
 
     def task(**changes: Any) -> Task:
         options = {"n_rows": 8, "seed": 0, "batch_size": 4, "weights_sha256": "a" * 64} | changes
@@ -226,7 +226,7 @@ NONE_GIVEN = Example("Some cities in Spain:\n-", "Spain", ("Madrid", "Sevilla"))
 EXAMPLES = (ITALY, LONG, NONE_GIVEN)
 
 
-def trainer_of(tmp_path: Path, family: str = "llama", block: AnswerSetBlock | None = None, **arguments: Any) -> Any:
+def trainer_of(tmp_path: Path, family: str = "llama", block: AnswerSetConfig | None = None, **arguments: Any) -> Any:
     """An AnswerSetTrainer over a tiny model whose adapter is not zero."""
     tokenizer = tiny_tokenizer()
     options = {"per_device_train_batch_size": 3, "max_steps": 1, "learning_rate": 0.1, "lr_scheduler_type": "constant"}
@@ -235,7 +235,7 @@ def trainer_of(tmp_path: Path, family: str = "llama", block: AnswerSetBlock | No
         train_dataset=answer_set_rows(encode(Task("t", EXAMPLES), tokenizer)),
         data_collator=AnswerSetCollator(tokenizer.pad_token_id),
         peft_config=HeadTuningConfig(heads=[[0, 1], [1, 0], [1, 3]], task_type="CAUSAL_LM"),
-        block=block or AnswerSetBlock(unlikelihood=2.0, retention=0.0),
+        block=block or AnswerSetConfig(unlikelihood=2.0, retention=0.0),
         processing_class=tokenizer,
         args=SFTConfig(
             output_dir=str(tmp_path),
@@ -303,7 +303,7 @@ def test_retention_is_measured_where_there_is_text(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Divergence from the base model at the drawn columns of the first rows, padded positions left out."""
-    trainer = trainer_of(tmp_path, family, AnswerSetBlock(unlikelihood=2.0, retention=3.0))
+    trainer = trainer_of(tmp_path, family, AnswerSetConfig(unlikelihood=2.0, retention=3.0))
     short = list(trainer.train_dataset)[2]
     longest = max(len(row["input_ids"]) for row in trainer.train_dataset)
     rows = [short, *(row for row in trainer.train_dataset if len(row["input_ids"]) == longest)]
@@ -329,14 +329,14 @@ def test_retention_is_measured_where_there_is_text(
 
 
 def test_retained_columns_lie_before_the_end_and_change(tmp_path: Path) -> None:
-    trainer = trainer_of(tmp_path, block=AnswerSetBlock(retention=1.0, retention_positions=4))
+    trainer = trainer_of(tmp_path, block=AnswerSetConfig(retention=1.0, retention_positions=4))
     torch.manual_seed(0)
     drawn = [trainer._retained_columns(10) for _ in range(200)]
     assert all(len(set(columns)) == 4 and columns == sorted(columns) for columns in drawn)
     assert {column for columns in drawn for column in columns} == set(range(1, 9)), "any column but the first and END"
     assert trainer._retained_columns(2) == []
     assert trainer._retained_columns(3) == [1]
-    assert trainer_of(tmp_path, block=AnswerSetBlock(retention=0.0))._retained_columns(10) == []
+    assert trainer_of(tmp_path, block=AnswerSetConfig(retention=0.0))._retained_columns(10) == []
 
 
 @pytest.mark.parametrize(("batch_size", "accumulated"), [(3, 1), (1, 3)])
