@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import logging
 import math
 import random
 import sys
@@ -18,7 +19,10 @@ from typing import Any
 
 from headtune.analysis.utils.errors import InputError, nearest
 from headtune.analysis.utils.files import write_json
+from headtune.analysis.utils.progress import Notify
 from headtune.analysis.utils.secrets import redact
+
+log = logging.getLogger(__name__)
 
 SCHEMA = 1
 ROLES = ("recall", "suppression")
@@ -78,6 +82,39 @@ class HeadSet:
         if k is not None and k > len(ranked):
             raise InputError(f"asked for the top {k} {role} heads, the head set holds {len(ranked)}; lower top")
         return [(entry.layer, entry.head) for entry in ranked[:k]]
+
+    def top_heads(
+        self, role: str, top: int, source: str = "the head set", notify: Notify = log.info
+    ) -> list[tuple[int, int]]:
+        """The best heads of a role, (layer, head), sorted: what a recipe's `heads` block chooses with `role` and `top`.
+
+        Args:
+            role: a role of this set, or `both`: the top recall and the top suppression heads.
+            source: what messages call this set, such as its path.
+            notify: is told where fewer than `top` heads were confirmed.
+
+        Raises:
+            InputError: no such role, no heads, or more heads asked for than identify was told to keep.
+        """
+        if top < 1:
+            raise InputError(f"top {top} must be at least 1")
+        roles = ROLES if role == "both" else (role,)
+        if role == "both" and set(self.roles) == {"selected"}:
+            roles = ("selected",)  # there is no other role in such a set
+        pairs = {pair for name in roles for pair in self.top(name, min(top, len(self.roles.get(name, ()))))}
+        limit = self.method.get("parameters", {}).get("top")  # not of every set: heads may be chosen by other means
+        for name in roles:
+            count = len(self.roles[name])
+            if isinstance(limit, int) and top > limit:
+                raise InputError(
+                    f"only {count} {name} heads in {source}, top={top} asked: identify kept at most {limit} a role; "
+                    f"lower top, or run identify with --top {top}"
+                )
+            if count < top:
+                notify(f"{name} heads confirmed in {source}: {count}, fewer than top={top}")
+        if not pairs:
+            raise InputError(f"the head set holds no {' or '.join(roles)} heads; run identify on more examples")
+        return sorted(pairs)
 
     def write(self, path: Path) -> None:
         write_json(path, asdict(self))

@@ -77,12 +77,14 @@ def resolve_heads(
         if folder is not None:
             found.scores.save(folder / "scores.safetensors")
             found.heads.write(folder / "heads.json")
-        return ResolvedHeads(_top(found.heads, block, "the head set", notify), found.heads, found.scores.means())
+        return ResolvedHeads(
+            found.heads.top_heads(block.role, block.top, notify=notify), found.heads, found.scores.means()
+        )
     path = Path(block.source or (block.random.like if block.random else ""))
     heads = head_set.read(path / "heads.json" if path.is_dir() else path)
     for warning in heads.require_fit(model.identity()):
         log.warning(warning)
-    pairs = _top(heads, block, str(path), notify)
+    pairs = heads.top_heads(block.role, block.top, str(path), notify)
     if block.random is not None:
         like = set(pairs)
         pairs = sorted(head_set.random_like(pairs, model.n_heads, block.random.seed, overlap=True))
@@ -96,26 +98,6 @@ def resolve_heads(
         if (seen := scores.with_name("portraits.json")).is_file():
             head_cards.write(head_cards.read(seen), folder / "portraits.json")
     return ResolvedHeads(pairs, heads, load_means(scores, heads.shape) if scores.is_file() else None)
-
-
-def _top(heads: head_set.HeadSet, block: HeadsConfig, where: str, notify: Notify) -> list[tuple[int, int]]:
-    roles = head_set.ROLES if block.role == "both" else (block.role,)
-    if block.role == "both" and set(heads.roles) == {"selected"}:
-        roles = ("selected",)  # there is no other role in such a set
-    pairs = {pair for role in roles for pair in heads.top(role, min(block.top, len(heads.roles.get(role, ()))))}
-    kept = heads.method.get("parameters", {}).get("top")  # not of every set: heads may be chosen by other means
-    for role in roles:
-        count = len(heads.roles.get(role, ()))
-        if isinstance(kept, int) and block.top > kept:
-            raise InputError(
-                f"only {count} {role} heads in {where}, top={block.top} asked: identify kept at most {kept} a role; "
-                f"lower top, or run identify with --top {block.top}"
-            )
-        if count < block.top:
-            notify(f"{role} heads confirmed in {where}: {count}, fewer than top={block.top}")
-    if not pairs:
-        raise InputError(f"the head set holds no {' or '.join(roles)} heads; run identify on more examples")
-    return sorted(pairs)
 
 
 def selected(

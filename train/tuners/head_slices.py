@@ -28,7 +28,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
@@ -38,6 +37,8 @@ from transformers.pytorch_utils import Conv1D
 
 from headtune.analysis.models.architectures import ARCHITECTURES, Architecture, architecture_of
 from headtune.analysis.utils.errors import InputError
+
+from .base import HeadTunerConfig
 
 PARTS = ("q", "k", "v", "o")
 SHARED = ("k", "v")  # one per KV group, not per head
@@ -52,7 +53,7 @@ class SlicesPeftType(str, enum.Enum):  # noqa: UP042  PEFT compares its types as
 
 
 @dataclass
-class HeadSlicesConfig(PeftConfig):
+class HeadSlicesConfig(HeadTunerConfig):
     """Which slices to train.
 
     Attributes:
@@ -62,20 +63,13 @@ class HeadSlicesConfig(PeftConfig):
         target_modules: the projections that hold the slices; read from the family's row when left out.
     """
 
-    heads: list[list[int]] = field(default_factory=list)
     parts: list[str] = field(default_factory=lambda: list(PARTS))
-    n_heads: int | None = None
     n_kv_heads: int | None = None
     target_modules: list[str] | None = None
-    modules_to_save: list[str] | None = None  # read by TRL, as is the next
-    trainable_token_indices: list[int] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = SlicesPeftType.HEAD_SLICES
-        self.heads = sorted([int(layer), int(head)] for layer, head in self.heads)
-        if len({tuple(head) for head in self.heads}) < len(self.heads):
-            raise InputError(f"heads {self.heads} name a head twice; remove the repeats")
         if not self.parts or len(set(self.parts)) < len(self.parts) or not set(self.parts) <= set(PARTS):
             raise InputError(f"parts {self.parts} are not understood; give some of {', '.join(PARTS)}, each once")
         self.parts = [part for part in PARTS if part in self.parts]

@@ -25,7 +25,6 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
@@ -35,6 +34,7 @@ from headtune.analysis.models.architectures import ARCHITECTURES, architecture_o
 from headtune.analysis.utils.errors import InputError
 
 from . import hard_concrete
+from .base import HeadTunerConfig
 
 SCALES = ("none", "head", "vector")
 
@@ -46,7 +46,7 @@ class HeadPeftType(str, enum.Enum):  # noqa: UP042  PEFT compares its types as p
 
 
 @dataclass
-class HeadTuningConfig(PeftConfig):
+class HeadTuningConfig(HeadTunerConfig):
     """Which heads to tune, and how.
 
     Attributes:
@@ -62,30 +62,23 @@ class HeadTuningConfig(PeftConfig):
         mlp_projection: the MLP's last projection within a layer; read from the family's row when left out.
     """
 
-    heads: list[list[int]] = field(default_factory=list)
     scale: str = "vector"
     offset: bool = True
     gates: bool = False
     mlp_layers: list[int] = field(default_factory=list)
     init_std: float = 0.0
-    n_heads: int | None = None
     target_modules: list[str] | str | None = None
     mlp_projection: str | None = None
     exclude_modules: list[str] | str | None = None
-    modules_to_save: list[str] | None = None
-    trainable_token_indices: list[int] | None = None  # read by TRL
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = HeadPeftType.HEAD_TUNING
-        self.heads = sorted([int(layer), int(head)] for layer, head in self.heads)
         if self.scale not in SCALES:
             raise InputError(f"scale {self.scale!r} is unknown; choose one of {', '.join(SCALES)}")
         self.mlp_layers = sorted(int(layer) for layer in self.mlp_layers)
         if self.heads and self.scale == "none" and not self.offset:
             raise InputError("an adapter with scale 'none' and offset false trains nothing; switch one on")
-        if len({tuple(head) for head in self.heads}) < len(self.heads):
-            raise InputError(f"heads {self.heads} name a head twice; remove the repeats")
         if len(set(self.mlp_layers)) < len(self.mlp_layers):
             raise InputError(f"mlp_layers {self.mlp_layers} name a layer twice; remove the repeats")
         if self.gates and not self.heads:
