@@ -35,8 +35,8 @@ import numpy as np
 import torch
 from speed_analysis import code_sha256
 
-from headtune.analysis.identify import ranking
-from headtune.analysis.identify.head_set import provenance
+from headtune.analysis.heads import ranking
+from headtune.analysis.heads.head_set import provenance
 from headtune.analysis.interventions.counterfactuals import References
 from headtune.analysis.methods.registry import METHODS, score_examples
 from headtune.analysis.methods.scores import Scores
@@ -78,7 +78,7 @@ def graded(found: planted.PlantedModel, examples: int) -> list[dict[str, Any]]:
     for role, quantity in QUANTITY.items():
         k = len(found.truth(role)[0])
         maps = {name: of.mean(f"{name}.{quantity}") for name, of in scores.items()}
-        maps["composite"] = ranking.composite(both, role)
+        maps["composite"] = composite(both, role)
         maps["attention"] = planted.SIGNS[role] * both.mean(SEEN[role])
         for name, values in maps.items():
             record = {
@@ -118,6 +118,16 @@ def stability(name: str, scores: dict[str, Scores], both: Scores, role: str, k: 
     if name == "composite":
         return ranking.stability(both, role, k)
     return None if name in ("attention", "random") else ranking.stability(scores[name], role, k)
+
+
+def composite(scores: Scores, role: str) -> Any:
+    """The ranking as one number per head: the attribution where ablation has the same sign, 0 elsewhere.
+
+    `[n_layers, n_heads]`, in the attribution's unit and sign (a suppression head is negative).
+    """
+    attribution, _, ablation = ranking.rule_for(role, scores)
+    direct, confirming = scores.mean(attribution), scores.mean(ablation)
+    return np.where(direct * confirming > 0, direct, np.float32(0))
 
 
 def summary(records: Sequence[dict[str, Any]], group: str) -> dict[str, dict[str, dict[str, float | None]]]:
@@ -192,7 +202,7 @@ def real(results: dict[str, Any], out: Path, prompts: int, seed: int) -> None:
 def estimate(name: str, model: HeadModel, examples: Sequence[Encoded], seed: int) -> Any:
     """`[n_layers, n_heads]`: the method's estimate of how far a head raises the remaining answers."""
     if name == "composite":
-        return ranking.composite(score_examples(model, examples, "dla,ablation", seed, progress), "recall")
+        return composite(score_examples(model, examples, "dla,ablation", seed, progress), "recall")
     if name == "attention":
         return score_examples(model, examples, "dla", seed, progress).mean(SEEN["recall"])
     return score_examples(model, examples, name, seed, progress).mean(f"{name}.target")
@@ -268,7 +278,8 @@ def main() -> None:
         examples = 8 if arguments.quick else arguments.examples
         block = part(results, "planted", {"examples": examples})
         records = block.setdefault("records", [])
-        for found in planted.suite(range(1 if arguments.quick else arguments.seeds), kinds):
+        seeds = range(1 if arguments.quick else arguments.seeds)
+        for found in (planted.plant(replace(kind, seed=seed)) for seed in seeds for kind in kinds):
             name = (found.planting.name, found.planting.seed)
             if any((record["kind"], record["seed"]) == name for record in records):
                 continue

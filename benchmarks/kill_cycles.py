@@ -37,7 +37,7 @@ from safetensors.torch import load_file
 from transformers import TrainerState
 from transformers.models.llama import modeling_llama  # noqa: F401
 
-from headtune.analysis.identify import head_set
+from headtune.analysis.heads import head_set
 from headtune.analysis.utils.files import write_json
 from headtune.cli import main as cli
 from headtune.train.runs import run  # noqa: F401

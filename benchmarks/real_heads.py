@@ -26,8 +26,9 @@ from typing import Any
 import torch
 from speed_analysis import code_sha256
 
-from headtune.analysis.identify import pipeline, ranking
-from headtune.analysis.identify.head_set import ROLES, provenance
+from headtune.analysis.heads import ranking
+from headtune.analysis.heads.head_set import ROLES, provenance
+from headtune.analysis.identify import pipeline
 from headtune.analysis.models.head_model import HeadModel
 from headtune.analysis.models.loading import load_model
 from headtune.analysis.tasks.build import Template, build, invert

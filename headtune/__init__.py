@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from headtune.peft_types import register as _register
 
 if TYPE_CHECKING:
-    from headtune.analysis.identify.head_set import HeadSet as HeadSet
+    from headtune.analysis.heads.head_set import HeadSet as HeadSet
     from headtune.analysis.identify.pipeline import identify as identify
     from headtune.analysis.methods.registry import score as score
     from headtune.analysis.models.head_model import HeadModel as HeadModel
@@ -42,7 +42,7 @@ _ROOMS = {
     "score": "analysis.methods.registry",
     "identify": "analysis.identify.pipeline",
     "HeadModel": "analysis.models.head_model",
-    "HeadSet": "analysis.identify.head_set",
+    "HeadSet": "analysis.heads.head_set",
     "HeadTuningConfig": "train.tuners.head_tuning",
     "HeadSlicesConfig": "train.tuners.head_slices",
     "load_recipe": "train.config.recipe",

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from headtune.analysis.identify.head_set import RankedHead
+from headtune.analysis.heads.head_set import RankedHead
 from headtune.analysis.methods.scores import Scores
 from headtune.analysis.tasks.task import Task
 from headtune.analysis.utils.errors import InputError

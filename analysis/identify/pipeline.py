@@ -12,38 +12,83 @@ from typing import Any, Literal
 
 import numpy as np
 
+from headtune.analysis.heads.controls import lowest, random_like
+from headtune.analysis.heads.head_set import ROLES, HeadSet, RankedHead, provenance
+from headtune.analysis.heads.ranking import elbow, rank, rule_for, stability
 from headtune.analysis.methods.parallel_map import Shards
 from headtune.analysis.methods.patching import set_probabilities
 from headtune.analysis.methods.registry import chosen, score_examples
 from headtune.analysis.methods.scores import ENOUGH_SUBJECTS, FEW_SUBJECTS, Array, Scores, mean_interval
 from headtune.analysis.models.head_model import HeadModel
+from headtune.analysis.reports import head_cards, head_profiles, head_report
 from headtune.analysis.tasks.task import Task
 from headtune.analysis.tasks.tokenized import Encoded, EncodedTask, encode
 from headtune.analysis.utils.errors import InputError
 from headtune.analysis.utils.files import require_new_folder
 from headtune.analysis.utils.progress import Progress, silent
 
-from .head_set import ROLES, HeadSet, RankedHead, provenance, random_like
-from .ranking import elbow, lowest, rank, rule_for, stability
-
 log = logging.getLogger(__name__)
 
+PROFILED = 64  # heads with a profile in the report, best of the roles first: about 10 kB each
 ELBOW_UP_TO = 16  # heads considered when the elbow says how many
 Heads = Sequence[tuple[int, int]]
 
 
 @dataclass(frozen=True)
 class IdentifyResult:
-    """What identify found: the head set, the scores, and the examples behind them."""
+    """What `identify` returns.
 
+    Attributes:
+        model: the model whose heads they are.
+        heads: the ranked and verified heads.
+        scores: of every head, by example.
+        examples: those that could be scored.
+        shards: what is stored of finished examples, until `save`.
+    """
+
+    model: HeadModel
     heads: HeadSet
     scores: Scores
     examples: list[Encoded]
-    shards: Shards = field(default_factory=Shards)  # what is kept of finished examples, until `write`
+    shards: Shards = field(default_factory=Shards)
+
+    def ranked(self) -> list[tuple[int, int]]:
+        """The heads of all roles, best first within a role, each once."""
+        return list(dict.fromkeys(head for role in self.heads.roles for head in self.heads.top(role)))
 
     def save(self, folder: Path | str) -> None:
-        """Write heads.json and scores.safetensors into a new folder (see `write`)."""
-        write(self, Path(folder))
+        """Write heads.json, scores.safetensors, portraits.json and report.html into a new folder, all or none.
+
+        Of the processes that shared the examples only the first writes. The partial results are removed after it.
+
+        Raises:
+            InputError: the folder exists with contents or cannot be written.
+        """
+        if self.shards.rank:
+            return
+        folder = Path(folder)
+        require_new_folder(folder, "choose another --out")
+        profiled = self.ranked()[:PROFILED]
+        portraits = head_profiles.portrait(self.model, self.examples, profiled) if profiled else []
+        folder.mkdir(parents=True, exist_ok=True)
+        files = [folder / name for name in ("scores.safetensors", "portraits.json", "report.html", "heads.json")]
+        scores, profiles, report, heads = files
+        try:
+            self.scores.save(scores)
+            head_cards.write(portraits, profiles)
+            head_report.write_report(report, self.heads, self.scores.means(), portraits=portraits)
+            self.heads.save(heads)
+        except BaseException:
+            for file in files:
+                file.unlink(missing_ok=True)
+            raise
+        self.shards.finish()
+
+
+def partial_folder(out: Path) -> Path:
+    """Where an unfinished `identify` stores its finished examples: beside `out`, so that `out` is whole or absent."""
+    whole = out.resolve()
+    return whole.parent / f".{whole.name}.partial"
 
 
 def identify(
@@ -63,15 +108,15 @@ def identify(
     """Score every head, rank recall and suppression heads, verify them against controls.
 
     Args:
-        method: names of `methods.METHODS` with commas, or `all`: direct attribution ranks, exact ablation confirms.
-            With others see `selection.rule_for`.
+        method: names of `registry.METHODS` with commas, or `all`: direct attribution ranks, exact ablation confirms.
+            With others see `ranking.rule_for`.
         top: heads kept per role; `elbow` silences the best 1, 2, ... together and stops where the effect bends.
         verify_top: heads silenced together in the verification.
         n_random: matched random sets drawn for the verification.
         progress: wraps the list of examples while it is worked through.
         threshold: keep only heads whose score is at least this far from zero, in the ranking score's unit.
         controls: name -> another task's head set of the same model, silenced too: its heads of the same role.
-        partial: where finished examples are kept until `write` has written the result; a second call with the same
+        partial: where finished examples are kept until `save` has written the result; a second call with the same
             arguments goes on there.
         share: divide the examples among the processes of `accelerate launch`.
 
@@ -141,7 +186,7 @@ def identify(
         **provenance(),
     )
     verified = verify(model, heads, encoded.examples, verify_top, n_random, seed, progress, scores, controls, shards)
-    return IdentifyResult(verified, scores, encoded.examples, shards)
+    return IdentifyResult(model, verified, scores, encoded.examples, shards)
 
 
 def _key(model: HeadModel, task: EncodedTask, *options: Any) -> dict[str, Any]:
@@ -297,20 +342,3 @@ def dissociation(block: dict[str, Any]) -> dict[str, Any]:
             "held": bool(held),
         }
     return result
-
-
-def write(found: IdentifyResult, folder: Path) -> None:
-    """Write heads.json and scores.safetensors into a new folder, both or neither; then drop what was kept on the way.
-
-    Raises:
-        InputError: the folder exists with contents or cannot be written.
-    """
-    require_new_folder(folder, "choose another --out")
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        found.scores.save(folder / "scores.safetensors")
-        found.heads.write(folder / "heads.json")
-    except BaseException:
-        (folder / "scores.safetensors").unlink(missing_ok=True)
-        raise
-    found.shards.finish()

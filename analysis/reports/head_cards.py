@@ -14,7 +14,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from headtune.analysis.identify.head_set import RankedHead
+from headtune.analysis.heads.head_set import RankedHead
 from headtune.analysis.utils.errors import InputError
 from headtune.analysis.utils.files import write_json
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from numpy.typing import ArrayLike
 
-from headtune.analysis.identify.head_set import ROLES, HeadSet
+from headtune.analysis.heads.head_set import ROLES, HeadSet
 
 from .head_cards import ANSWERS, GUIDE, HeadPortrait, anchor, card, gist
 from .heat_maps import MAPS as MAPS

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from headtune.analysis.identify.head_set import ROLES, HeadSet
+from headtune.analysis.heads.head_set import ROLES, HeadSet
 from headtune.analysis.utils.files import atomic_path
 
 from .html import number, png_of

@@ -20,7 +20,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from headtune.analysis.identify.head_set import provenance
+from headtune.analysis.heads.head_set import provenance
 from headtune.analysis.models.head_model import HeadModel
 from headtune.analysis.reports.html import html_table, number, picture, write_page
 from headtune.analysis.tasks.task import Task

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from headtune.analysis.identify.ranking import SIGNS, elbow, rank
+from headtune.analysis.heads.ranking import SIGNS, elbow, rank
 from headtune.analysis.interventions.counterfactuals import References
 from headtune.analysis.interventions.last_token import EndRun, Head, Row
 from headtune.analysis.methods.patching import (

@@ -21,7 +21,7 @@ How the weights make them do so is in `planting`. A `Planting` with more `backgr
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -122,13 +122,6 @@ class PlantedModel:
             "precision_at_k": precision_at_k(signed, positives, negatives),
             "sign_accuracy": sign_accuracy(signed, positives, 1.0),
         }
-
-
-def suite(seeds: Iterable[int], kinds: Iterable[Planting] = KINDS) -> Iterator[PlantedModel]:
-    """Every kind of model with every seed, one at a time."""
-    for seed in seeds:
-        for kind in kinds:
-            yield plant(replace(kind, seed=seed))
 
 
 def plant(planting: Planting) -> PlantedModel:

@@ -18,10 +18,8 @@ from typing import TYPE_CHECKING, Any
 from .arguments import Add, completed, memory, model_quiet, positive, volume_arguments
 
 if TYPE_CHECKING:
-    from headtune.analysis.identify.head_set import HeadSet
+    from headtune.analysis.heads.head_set import HeadSet
     from headtune.analysis.identify.pipeline import IdentifyResult
-
-PORTRAITS = 64  # heads drawn in the report, best of the roles first: about 10 kB each
 
 
 def _top(text: str) -> int | str:
@@ -98,10 +96,10 @@ class _ListMethods(argparse.Action):
 def _load(arguments: argparse.Namespace) -> Any:
     from headtune.analysis.models.loading import load_model
 
-    heads = load_model(arguments.model, arguments.dtype, device_map=arguments.device_map)
+    model = load_model(arguments.model, arguments.dtype, device_map=arguments.device_map)
     if arguments.max_memory is not None:
-        heads.max_memory = arguments.max_memory
-    return heads
+        model.max_memory = arguments.max_memory
+    return model
 
 
 def _task(arguments: argparse.Namespace) -> Any:
@@ -133,22 +131,37 @@ def identify_command(arguments: argparse.Namespace) -> int:
 
     require_new_folder(arguments.out, "choose another --out")
     controls = _controls(arguments.control)
+    task = _task(arguments)
+    model_quiet()
+    from headtune.analysis.identify.pipeline import identify, partial_folder
+    from headtune.analysis.methods.registry import chosen
+    from headtune.analysis.utils.errors import InputError
+    from headtune.analysis.utils.progress import silent
+    from headtune.train.tracking.identify_run import track_identify
+
+    chosen(arguments.method)  # before the model is loaded
+    if arguments.device_map and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError(
+            f"--device-map {arguments.device_map} spreads one model over all devices; with several processes leave it "
+            "out, or start one process"
+        )
     try:
-        found = identify_into(
-            arguments.model,
-            _task(arguments),
-            arguments.out,
-            wandb={"project": arguments.project, "group": arguments.group, "wandb_mode": arguments.wandb},
-            dtype=arguments.dtype,
-            device_map=arguments.device_map,
-            max_memory=arguments.max_memory,
+        result = identify(
+            _load(arguments),
+            task,
             method=arguments.method,
             top=arguments.top,
             threshold=arguments.threshold,
             verify_top=arguments.verify_top,
             controls=controls,
             seed=arguments.seed,
+            progress=console.progress if _main_rank() else silent,
+            partial=partial_folder(arguments.out),
+            share=True,
         )
+        result.save(arguments.out)
+        if _main_rank():
+            track_identify(result, arguments.out, arguments.project, arguments.group, arguments.wandb)
     except KeyboardInterrupt:
         if not _main_rank() or not partial_folder(arguments.out).exists():
             raise
@@ -157,104 +170,29 @@ def identify_command(arguments: argparse.Namespace) -> int:
     if not _main_rank():
         return 0
     if arguments.json:
-        print(json.dumps(asdict(found.heads), ensure_ascii=False, indent=1))
+        print(json.dumps(asdict(result.heads), ensure_ascii=False, indent=1))
     else:
-        print_heads(found)
+        print_heads(result)
         console.console.print(f"\n{arguments.out}/heads.json, scores.safetensors, report.html", markup=False)
     return 0
 
 
-def _controls(given: Sequence[str]) -> dict[str, HeadSet]:
-    from headtune.analysis.identify import head_set
+def _controls(texts: Sequence[str]) -> dict[str, HeadSet]:
+    from headtune.analysis.heads.head_set import HeadSet
     from headtune.analysis.utils.errors import InputError
 
     controls = {}
-    for text in given:
+    for text in texts:
         name, equals, path = text.partition("=")
         if not equals or not re.fullmatch(r"\w+", name):
             raise InputError(f"--control {text!r} must look like capitals=runs/capitals/heads.json")
         if name in controls:
             raise InputError(f"--control {text!r} names {name!r} a second time; give each control its own name")
-        file = Path(path)
-        controls[name] = head_set.read(file / "heads.json" if file.is_dir() else file)
+        controls[name] = HeadSet.load(path)
     return controls
 
 
-def identify_into(
-    model: str,
-    task: Any,
-    out: Path,
-    wandb: dict[str, Any],
-    dtype: str = "float32",
-    device_map: str | None = None,
-    max_memory: int | None = None,
-    **options: Any,
-) -> IdentifyResult:
-    """Identify and write everything a person or a recipe needs into `out`.
-
-    Finished examples are kept beside `out` until then, in `.<name>.partial`, so that the same call goes on after a
-    break. Under a launcher the examples are shared, and the first process writes.
-    """
-    from . import console
-
-    model_quiet()
-    from headtune.analysis.identify import pipeline
-    from headtune.analysis.methods.registry import chosen
-    from headtune.analysis.models.loading import load_model
-    from headtune.analysis.reports import head_cards, head_profiles, head_report
-    from headtune.analysis.utils.errors import InputError
-    from headtune.analysis.utils.progress import silent
-    from headtune.train.tracking import media
-    from headtune.train.tracking.lineage import artifact_name, pinned
-    from headtune.train.tracking.tracker import Tracker
-
-    chosen(options.get("method", "all"))  # before the model is loaded
-    if device_map and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise InputError(
-            f"--device-map {device_map} spreads one model over all devices; with several processes leave it out, or "
-            "start one process"
-        )
-    heads = load_model(model, dtype, device_map=device_map)
-    if max_memory is not None:
-        heads.max_memory = max_memory
-    found = pipeline.identify(
-        heads,
-        task,
-        progress=console.progress if _main_rank() else silent,
-        partial=partial_folder(out),
-        share=True,
-        **options,
-    )
-    if not _main_rank():
-        return found
-    means = found.scores.means()
-    ranked = list(dict.fromkeys(head for role in found.heads.roles for head in found.heads.top(role)))
-    portraits = head_profiles.portrait(heads, found.examples, ranked[:PORTRAITS]) if ranked else []
-    pipeline.write(found, out)
-    head_cards.write(portraits, out / "portraits.json")
-    head_report.write_report(out / "report.html", found.heads, means, portraits=portraits)
-    with Tracker(
-        out,
-        out.name,
-        pinned("identify", ranked, " ".join(found.heads.roles), None)
-        | {"model": found.heads.model, "task": found.heads.task, "method": found.heads.method},
-        job_type="identify",
-        tags=["identify"],
-        **wandb,
-    ) as tracker:
-        media.show_heads(tracker, found.heads, means, out, artifact_name(f"{out.resolve().name}-heads"))
-        stability = {role: found.heads.stability[role] for role in found.heads.roles}
-        tracker.log({f"stability/{role}": float(v) for role, v in stability.items() if v is not None}, step=0)
-    return found
-
-
-def partial_folder(out: Path) -> Path:
-    """Where an unfinished `identify` keeps its finished examples: beside `out`, so that `out` is whole or absent."""
-    whole = out.resolve()
-    return whole.parent / f".{whole.name}.partial"
-
-
-def print_heads(found: IdentifyResult) -> None:
+def print_heads(result: IdentifyResult) -> None:
     """The dissociation table, what it says, and the ranked heads."""
     from rich.table import Table
 
@@ -263,7 +201,7 @@ def print_heads(found: IdentifyResult) -> None:
 
     from .console import console, print_titled
 
-    heads = found.heads
+    heads = result.heads
     task = heads.task
     console.print(
         f"{task['n_examples']} prompts of {task['name']}, {task['n_dropped']} left out"
@@ -349,34 +287,7 @@ def analyse_command(arguments: argparse.Namespace) -> int:
 
 
 def report_command(arguments: argparse.Namespace) -> int:
-    from headtune.analysis.identify import head_set
-    from headtune.analysis.methods.scores import load_means
-    from headtune.analysis.reports import head_cards, head_report
-    from headtune.analysis.utils.errors import InputError
-    from headtune.analysis.utils.state_files import read_state
+    from headtune.train.runs.rebuild_report import rebuild_report
 
-    folder: Path = arguments.folder
-    path = folder / "evaluation.json"
-    evaluation = read_state(path) if path.is_file() else None
-    if evaluation is not None and evaluation.get("after") is None:
-        evaluation = None  # a run that has not finished has nothing to compare yet
-    if (folder / "recipe.yaml").is_file() and not (folder / "heads.json").is_file():
-        if evaluation is None:
-            raise InputError(f"run {str(folder)!r} is not finished; finish it with: headtune train RECIPE --resume")
-        from headtune.train.config.recipe import load_recipe
-        from headtune.train.tracking.media import write_run_page
-
-        write_run_page(load_recipe(str(folder / "recipe.yaml")), folder, evaluation)
-        print(folder / "report.html")
-        return 0
-    if not (folder / "heads.json").is_file():
-        raise InputError(
-            f"{str(folder)!r} is neither a run (recipe.yaml) nor a head set (heads.json); give a folder that headtune "
-            "train or headtune identify wrote"
-        )
-    heads = head_set.read(folder / "heads.json")
-    means = load_means(folder / "scores.safetensors", heads.shape) if (folder / "scores.safetensors").is_file() else {}
-    portraits = head_cards.read(folder / "portraits.json") if (folder / "portraits.json").is_file() else []
-    head_report.write_report(folder / "report.html", heads, means, evaluation, portraits=portraits)
-    print(folder / "report.html")
+    print(rebuild_report(arguments.folder))
     return 0

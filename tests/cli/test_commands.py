@@ -128,7 +128,7 @@ def test_a_bad_line_of_a_task(line: str, words: list[str], refused: Refusals, re
 
 def test_heads_that_do_not_fit(refused: Refusals, recipe: Path, tiny_llama: Path, tmp_path: Path) -> None:
     assert "L0H9" in refused("train", recipe, "heads={list: [[0, 9]]}")
-    head_set(loading.load_model(str(tiny_llama)).identity(), n_heads=12).write(tmp_path / "heads.json")
+    head_set(loading.load_model(str(tiny_llama)).identity(), n_heads=12).save(tmp_path / "heads.json")
     message = refused("train", recipe, "heads={from: heads.json}")
     assert "n_heads 12" in message and "has 4" in message
     assert "does not exist" in refused("train", recipe, "heads={from: none.json}")
@@ -344,9 +344,9 @@ def test_refusals_of_identify(refused: Refusals, task: Path, tiny_llama: Path, t
     for bad in ("bad", "=x", "two words=heads.json", "a/b=heads.json"):
         assert f"--control {bad!r} must look like" in message("--control", bad)
     assert "'none.json' does not exist" in message("--control", "mine=none.json")
-    head_set(loading.load_model(str(tiny_llama)).identity()).write(tmp_path / "heads.json")
+    head_set(loading.load_model(str(tiny_llama)).identity()).save(tmp_path / "heads.json")
     assert "a second time" in message("--control", "mine=heads.json", "--control", "mine=heads.json")
-    head_set(loading.load_model(str(tiny_llama)).identity(), n_heads=12).write(tmp_path / "heads.json")
+    head_set(loading.load_model(str(tiny_llama)).identity(), n_heads=12).save(tmp_path / "heads.json")
     assert "n_heads 12" in message("--control", "mine=heads.json")
     for threshold in ("-1", "nan", "inf"):
         assert "threshold" in message(f"--threshold={threshold}")
@@ -448,7 +448,7 @@ def test_gates_from_start_to_report(
 def test_the_elbow_and_a_control_on_the_command_line(
     task: Path, tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    head_set(loading.load_model(str(tiny_llama)).identity()).write(tmp_path / "other" / "heads.json")
+    head_set(loading.load_model(str(tiny_llama)).identity()).save(tmp_path / "other" / "heads.json")
     words = ["elbow" if word == "2" else word for word in identify_words(tiny_llama, task, "heads")]
     assert main([*words, "--control", "mine=other", "--control", "file=other/heads.json", "--threshold", "0.01"]) == 0
     capsys.readouterr()

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from headtune.analysis.identify.head_set import HeadSet, RankedHead
+from headtune.analysis.heads.head_set import HeadSet, RankedHead
 from headtune.analysis.tasks.task import Example, to_jsonl
 from headtune.analysis.utils.files import write_text
 from headtune.cli.main import main

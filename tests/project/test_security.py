@@ -18,7 +18,7 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from headtune.analysis.identify import head_set as headset
+from headtune.analysis.heads.head_set import provenance
 from headtune.analysis.reports import heat_maps
 from headtune.analysis.utils import paths
 from headtune.analysis.utils.errors import InputError
@@ -192,7 +192,7 @@ def test_a_password_that_is_a_key_of_every_recipe_refuses_none(monkeypatch: pyte
 def test_the_command_of_a_file_holds_no_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "planted-in-environment")
     monkeypatch.setattr(sys, "argv", ["headtune", "identify", "https://u:planted@host/m", "planted-in-environment"])
-    command = headset.provenance()["command"]
+    command = provenance()["command"]
     assert command == "headtune identify https://***@host/m ***HF_TOKEN***"
 
 

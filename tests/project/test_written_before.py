@@ -18,7 +18,7 @@ from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import headtune  # noqa: F401  makes the adapters' types known to PEFT
-from headtune.analysis.identify import head_set
+from headtune.analysis.heads.head_set import HeadSet
 from headtune.analysis.methods.scores import load_means
 from headtune.analysis.models.loading import load_model, load_plain
 from headtune.analysis.reports import head_cards
@@ -81,7 +81,7 @@ def require_logits(model: Any, tokenizer: Any, expected: dict[str, Any]) -> None
 
 
 def roles_of(folder: str) -> dict[str, list[list[int]]]:
-    heads = head_set.read(Path(folder) / "heads.json")
+    heads = HeadSet.load(folder)
     return {role: [list(pair) for pair in heads.top(role)] for role in heads.roles}
 
 
@@ -94,7 +94,7 @@ def test_the_model_is_the_one_of_then() -> None:
 
 
 def test_a_head_set_is_read() -> None:
-    expected, heads = EXPECTED["heads"], head_set.read(Path("heads/heads.json"))
+    expected, heads = EXPECTED["heads"], HeadSet.load("heads")
     assert roles_of("heads") == expected["roles"]
     for role, scores in expected["ranked_by"].items():
         assert [entry.score for entry in heads.roles[role]] == pytest.approx(scores, abs=TOLERANCE)

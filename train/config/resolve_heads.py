@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from headtune.analysis.identify import head_set, pipeline
-from headtune.analysis.identify.head_set import HeadSet, RankedHead, provenance
+from headtune.analysis.heads.controls import random_like
+from headtune.analysis.heads.head_set import HeadSet, RankedHead, provenance
+from headtune.analysis.identify import pipeline
 from headtune.analysis.methods.scores import Scores, load_means
 from headtune.analysis.models.head_model import HeadModel
 from headtune.analysis.reports import head_cards
@@ -39,7 +40,7 @@ class ResolvedHeads:
     """
 
     pairs: list[tuple[int, int]]
-    found: head_set.HeadSet | None = None
+    found: HeadSet | None = None
     means: Mapping[str, Any] | None = None
     probed: ProbeResult | None = None
 
@@ -76,25 +77,25 @@ def resolve_heads(
         found = pipeline.identify(model, part, block.identify.method, top=block.top, progress=progress)
         if folder is not None:
             found.scores.save(folder / "scores.safetensors")
-            found.heads.write(folder / "heads.json")
+            found.heads.save(folder)
         return ResolvedHeads(
             found.heads.top_heads(block.role, block.top, notify=notify), found.heads, found.scores.means()
         )
     path = Path(block.source or (block.random.like if block.random else ""))
-    heads = head_set.read(path / "heads.json" if path.is_dir() else path)
+    heads = HeadSet.load(path)
     for warning in heads.require_fit(model.identity()):
         log.warning(warning)
     pairs = heads.top_heads(block.role, block.top, str(path), notify)
     if block.random is not None:
         like = set(pairs)
-        pairs = sorted(head_set.random_like(pairs, model.n_heads, block.random.seed, overlap=True))
+        pairs = sorted(random_like(pairs, model.n_heads, block.random.seed, overlap=True))
         if shared := [f"L{layer}H{head}" for layer, head in pairs if (layer, head) in like]:
             notify(
                 f"{len(shared)} of {len(pairs)} random heads are chosen ones, for want of others: {', '.join(shared)}"
             )
     scores = path.parent / "scores.safetensors" if path.is_file() else path / "scores.safetensors"
     if folder is not None:
-        heads.write(folder / "heads.json")
+        heads.save(folder)
         if (seen := scores.with_name("portraits.json")).is_file():
             head_cards.write(head_cards.read(seen), folder / "portraits.json")
     return ResolvedHeads(pairs, heads, load_means(scores, heads.shape) if scores.is_file() else None)
@@ -125,4 +126,4 @@ def keep_heads(chosen: ResolvedHeads, folder: Path) -> None:
     """Write a run's own head set and its scores."""
     assert chosen.found is not None and chosen.means is not None
     Scores({}, [], dict(chosen.means)).save(folder / "scores.safetensors")
-    chosen.found.write(folder / "heads.json")
+    chosen.found.save(folder)

@@ -29,8 +29,8 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor
 from transformers import PrinterCallback, set_seed
 
+from headtune.analysis.heads.controls import random_like
 from headtune.analysis.identify import pipeline
-from headtune.analysis.identify.head_set import random_like
 from headtune.analysis.models.head_model import HeadModel
 from headtune.analysis.tasks.task import Task
 from headtune.analysis.utils.errors import InputError

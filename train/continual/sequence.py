@@ -22,8 +22,8 @@ from accelerate import PartialState
 from peft import PeftModel
 from transformers.trainer_utils import align_special_tokens
 
-from headtune.analysis.identify import head_set, pipeline
-from headtune.analysis.identify.head_set import RankedHead
+from headtune.analysis.heads.head_set import HeadSet, RankedHead
+from headtune.analysis.identify import pipeline
 from headtune.analysis.methods.scores import load_means, mean_interval
 from headtune.analysis.models.head_model import HeadModel
 from headtune.analysis.reports import head_report
@@ -235,9 +235,9 @@ def learn_sequence(
     if learner.chosen and learner.fixed is None:
         _keep_heads(recipe, model, learner)
     if (folder / "heads.json").is_file():
-        kept, scores = head_set.read(folder / "heads.json"), folder / "scores.safetensors"
+        heads, scores = HeadSet.load(folder), folder / "scores.safetensors"
         means = load_means(scores) if scores.is_file() else {}
-        head_report.write_report(folder / "report.html", kept, means, evaluation, title=recipe.name)
+        head_report.write_report(folder / "report.html", heads, means, evaluation, title=recipe.name)
     else:
         media.write_run_page(recipe, folder, evaluation)
     tracker.log(flat("after", evaluation["after"]))

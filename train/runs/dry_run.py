@@ -16,7 +16,7 @@ import torch
 from peft import get_peft_model
 from transformers import set_seed
 
-from headtune.analysis.identify.head_set import ROLES, HeadSet
+from headtune.analysis.heads.head_set import ROLES, HeadSet
 from headtune.analysis.models.head_model import HeadModel
 from headtune.analysis.reports.head_report import next_step
 from headtune.analysis.tasks.task import scored

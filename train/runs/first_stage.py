@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from headtune.analysis.heads.head_set import RankedHead
 from headtune.analysis.identify import pipeline
-from headtune.analysis.identify.head_set import RankedHead
 from headtune.analysis.interventions.last_layer import Intercept, Sink
 from headtune.analysis.models.head_model import HeadModel
 from headtune.analysis.tasks.task import Task

@@ -183,11 +183,11 @@ def heads_of(block: HeadsConfig, shape: Shape) -> list[tuple[int, int]]:
 
 
 def _read(block: HeadsConfig, shape: Shape) -> list[tuple[int, int]]:
-    from headtune.analysis.identify import head_set
+    from headtune.analysis.heads.head_set import HeadSet
 
     assert block.source is not None
     source = Path(block.source)
-    found = head_set.read(source / "heads.json" if source.is_dir() else source)
+    found = HeadSet.load(source)
     roles = ("recall", "suppression") if block.role == "both" else (block.role,)
     if block.role == "both" and set(found.roles) == {"selected"}:
         roles = ("selected",)

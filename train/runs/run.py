@@ -20,7 +20,8 @@ import torch
 from accelerate import PartialState
 from peft import PeftModel
 
-from headtune.analysis.identify import head_set, pipeline
+from headtune.analysis.heads.head_set import ROLES, HeadSet, provenance
+from headtune.analysis.identify import pipeline
 from headtune.analysis.methods.scores import load_means
 from headtune.analysis.models.head_model import HeadModel
 from headtune.analysis.models.loading import load_model
@@ -141,7 +142,7 @@ def _run(recipe: Recipe, resume: bool, progress: pipeline.Progress, notify: Noti
         write_text(folder / FIRST, recipe.to_yaml())
         for left in leftovers(folder / FIRST):
             left.unlink(missing_ok=True)
-    state = {"name": recipe.name, "recipe": recipe.recipe, "seed": recipe.seed, **head_set.provenance()}
+    state = {"name": recipe.name, "recipe": recipe.recipe, "seed": recipe.seed, **provenance()}
     state |= {key: saved[key] for key in ("heads", "wandb_id", "training_data", "inputs") if key in saved}
     if data is not None:
         state["data"] = data
@@ -229,7 +230,7 @@ def _carry_out(
     if main:
         write_json(folder / "run.json", state | {"state": "running"})
     if chosen.found is not None and main:
-        if set(head_set.ROLES) & set(chosen.found.roles):
+        if set(ROLES) & set(chosen.found.roles):
             notify(head_report.verdict(chosen.found))
             if advice := head_report.next_step(chosen.found):
                 notify(advice)
@@ -401,7 +402,7 @@ def _resumed_heads(folder: Path, state: Mapping[str, Any]) -> ResolvedHeads | No
     path, scores = folder / "heads.json", folder / "scores.safetensors"
     return ResolvedHeads(
         [(layer, head) for layer, head in pairs],
-        head_set.read(path) if path.is_file() else None,
+        HeadSet.load(path) if path.is_file() else None,
         load_means(scores) if scores.is_file() else None,
     )
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from headtune.analysis.reports import head_report, heat_maps
 
 if TYPE_CHECKING:
-    from headtune.analysis.identify.head_set import HeadSet
+    from headtune.analysis.heads.head_set import HeadSet
     from headtune.train.config.schema import Recipe
 
     from .tracker import Tracker

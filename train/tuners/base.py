@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from peft import PeftConfig
 
-from headtune.analysis.identify import head_set
+from headtune.analysis.heads.head_set import HeadSet
 from headtune.analysis.utils.errors import InputError
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ class HeadTunerConfig(PeftConfig):
     @classmethod
     def from_head_set(
         cls,
-        heads: head_set.HeadSet | IdentifyResult | Path | str,
+        heads: HeadSet | IdentifyResult | Path | str,
         role: str = "both",
         top: int = 8,
         model: HeadModel | None = None,
@@ -66,9 +66,9 @@ class HeadTunerConfig(PeftConfig):
         """
         if isinstance(heads, str | Path):
             path = Path(heads)
-            chosen_from, source = head_set.read(path / "heads.json" if path.is_dir() else path), str(path)
+            chosen_from, source = HeadSet.load(path), str(path)
         else:
-            chosen_from = heads if isinstance(heads, head_set.HeadSet) else heads.heads
+            chosen_from = heads if isinstance(heads, HeadSet) else heads.heads
             source = "the head set"
         if model is not None:
             for warning in chosen_from.require_fit(model.identity()):

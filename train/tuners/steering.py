@@ -27,7 +27,7 @@ import torch
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor
 
-from headtune.analysis.identify.head_set import RankedHead
+from headtune.analysis.heads.head_set import RankedHead
 from headtune.analysis.interventions.last_layer import Intercept, Sink
 from headtune.analysis.interventions.mlp_regression import decompose
 from headtune.analysis.methods.scores import Scores

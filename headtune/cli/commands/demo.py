@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ..arguments import Add, print_json, volume_arguments
+from ..arguments import Add, model_quiet, print_json, volume_arguments
 
 RECIPE = "lofit/one_to_many"
 
@@ -39,15 +39,17 @@ def demo(out: Path | None = None, quick: bool = False) -> dict[str, Any]:
     Returns:
         Paths, the evaluation, and the export's measured difference.
     """
-    from headtune.analysis.models.loading import EMBEDDED
+    from headtune.analysis.identify.pipeline import identify
+    from headtune.analysis.models.loading import EMBEDDED, load_model
     from headtune.analysis.tasks.loading import load_task
     from headtune.analysis.utils.files import require_new_folder
     from headtune.train.config.recipe import load_recipe
     from headtune.train.export import checkpoint
     from headtune.train.runs.run import run_recipe
+    from headtune.train.tracking.identify_run import track_identify
 
     from .. import console
-    from ..analysis import identify_into, print_heads
+    from ..analysis import print_heads
     from ..console import print_evaluation
 
     folder = out or _next_free(Path("runs/demo"))
@@ -57,8 +59,11 @@ def demo(out: Path | None = None, quick: bool = False) -> dict[str, Any]:
     console.notify(f"1/3 identify: which heads of {EMBEDDED} recall answers, which suppress those already given")
     task = load_task("one_to_many:train").limited(8 if quick else 96)
     top = 8 if quick else 16
-    found = identify_into(EMBEDDED, task, folder / "heads", {"group": folder.name}, top=top)
-    print_heads(found)
+    model_quiet()
+    result = identify(load_model(EMBEDDED), task, top=top, progress=console.progress)
+    result.save(folder / "heads")
+    track_identify(result, folder / "heads", group=folder.name)
+    print_heads(result)
 
     console.notify("2/3 train: scale and offset on those heads alone, evaluated on subjects never trained on")
     overrides = [

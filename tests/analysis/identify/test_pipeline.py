@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 import torch
 
-from headtune.analysis.identify import head_set, pipeline
-from headtune.analysis.identify.head_set import ROLES, HeadSet, RankedHead
+from headtune.analysis.heads.head_set import ROLES, HeadSet, RankedHead
+from headtune.analysis.identify import pipeline
 from headtune.analysis.identify.pipeline import IdentifyResult, dissociation
 from headtune.analysis.methods.scores import load_means
 from headtune.analysis.models import hooks
 from headtune.analysis.models.head_model import HeadModel
 from headtune.analysis.models.loading import load_model, wrap_model
-from headtune.analysis.reports import head_report
+from headtune.analysis.reports import head_cards, head_report
 from headtune.analysis.tasks.task import Task
 from headtune.analysis.tasks.tokenized import Encoded, encode
 from headtune.analysis.utils.errors import InputError
@@ -75,9 +75,12 @@ def test_scores_are_one_value_an_example_and_head(found: IdentifyResult) -> None
 
 def test_files(found: IdentifyResult, tmp_path: Path) -> None:
     folder = tmp_path / "deep" / "out"
-    pipeline.write(found, folder)
-    assert sorted(file.name for file in folder.iterdir()) == ["heads.json", "scores.safetensors"]
-    assert head_set.read(folder / "heads.json") == found.heads
+    found.save(folder)
+    files = {file.name for file in folder.iterdir()}
+    assert files == {"heads.json", "portraits.json", "report.html", "scores.safetensors"}
+    portraits = head_cards.read(folder / "portraits.json")
+    assert [(portrait.layer, portrait.head) for portrait in portraits] == found.ranked()
+    assert HeadSet.load(folder) == found.heads
     means = load_means(folder / "scores.safetensors")
     assert set(means) == set(found.scores.by_example)
     for role, (name, *_) in {"recall": ("dla.target",), "suppression": ("dla.previous",)}.items():
@@ -88,14 +91,14 @@ def test_files(found: IdentifyResult, tmp_path: Path) -> None:
 def test_an_existing_folder_is_refused_and_left_alone(found: IdentifyResult, tmp_path: Path) -> None:
     (tmp_path / "note").write_text("mine")
     with pytest.raises(InputError, match="exists and is not empty; choose another --out"):
-        pipeline.write(found, tmp_path)
+        found.save(tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["note"]
     with pytest.raises(InputError, match="is a file; choose another --out"):
-        pipeline.write(found, tmp_path / "note")
+        found.save(tmp_path / "note")
     with pytest.raises(InputError, match="is a file; choose another --out"):
-        pipeline.write(found, tmp_path / "note" / "out")
+        found.save(tmp_path / "note" / "out")
     (tmp_path / "empty").mkdir()
-    pipeline.write(found, tmp_path / "empty")
+    found.save(tmp_path / "empty")
 
 
 def test_identify_is_reproducible(model: HeadModel, found: IdentifyResult) -> None:
@@ -108,7 +111,7 @@ def test_identify_is_reproducible(model: HeadModel, found: IdentifyResult) -> No
 def test_a_model_folder_is_enough(tiny_llama: Path, tmp_path: Path) -> None:
     loaded = load_model(str(tiny_llama), device="cpu")
     found = pipeline.identify(loaded, tiny_task(subjects=4), top=1, verify_top=1, n_random=2)
-    pipeline.write(found, tmp_path / "out")
+    found.save(tmp_path / "out")
     assert json.loads((tmp_path / "out" / "heads.json").read_text())["model"]["name"] == str(tiny_llama)
 
 
@@ -330,8 +333,8 @@ def chance() -> HeadModel:
 
 def shown(found: IdentifyResult, folder: Path) -> str:
     """Everything a person sees of a head set: files, terminal, page. Returns the page."""
-    pipeline.write(found, folder)
-    heads = head_set.read(folder / "heads.json")
+    found.save(folder)
+    heads = HeadSet.load(folder)
     assert heads == found.heads
     with console.console.capture() as printed:
         print_heads(replace(found, heads=heads))

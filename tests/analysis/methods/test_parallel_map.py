@@ -18,7 +18,7 @@ import torch
 from safetensors.numpy import load_file
 
 from headtune.analysis.identify import pipeline
-from headtune.analysis.identify.pipeline import IdentifyResult
+from headtune.analysis.identify.pipeline import IdentifyResult, partial_folder
 from headtune.analysis.methods import logit_attribution, parallel_map, patching, registry
 from headtune.analysis.methods.parallel_map import Shards
 from headtune.analysis.methods.scores import Array
@@ -27,7 +27,6 @@ from headtune.analysis.models.loading import wrap_model
 from headtune.analysis.tasks.task import Task
 from headtune.analysis.utils.errors import CheckError, InputError
 from headtune.cli import console
-from headtune.cli.analysis import partial_folder
 from headtune.cli.main import main
 from helpers.paths import ROOT
 from helpers.small_runs import head_set, write_task
@@ -243,7 +242,7 @@ def test_a_broken_identification_ends_as_an_unbroken_one(
     assert sorted(scored) == sorted(example.prompt for example in TASK.examples)
     same(found, unbroken)
     assert partial.exists()
-    pipeline.write(found, tmp_path / "out")
+    found.save(tmp_path / "out")
     assert not partial.exists()
 
 
@@ -466,7 +465,7 @@ def one_thread() -> Iterator[None]:
 @pytest.mark.usefixtures("one_thread")
 def test_two_processes_find_what_one_finds(place: Path, tiny_llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Methods by example, with references, and of the whole task; the elbow and a control; files of the first alone."""
-    head_set(json.loads((_identity(tiny_llama, place)).read_text())["model"]).write(place / "control.json")
+    head_set(json.loads((_identity(tiny_llama, place)).read_text())["model"]).save(place / "control.json")
     capsys.readouterr()
     more = ["--method", "dla,ablation,mean,gates", "--control", "other=control.json", "--json"]
     more = ["elbow" if word == "2" else word for word in words(tiny_llama, "OUT", *more)]

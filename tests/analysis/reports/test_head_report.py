@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from headtune.analysis.identify.head_set import HeadSet, RankedHead
+from headtune.analysis.heads.head_set import HeadSet, RankedHead
 from headtune.analysis.identify.pipeline import dissociation
 from headtune.analysis.reports import head_cards, head_report, heat_maps
 from headtune.analysis.utils.errors import InputError

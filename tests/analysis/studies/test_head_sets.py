@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from headtune.analysis.identify.ranking import elbow, rank
+from headtune.analysis.heads.ranking import elbow, rank
 from headtune.analysis.interventions.counterfactuals import References
 from headtune.analysis.methods.patching import INPUTS, every_head, path_effects
 from headtune.analysis.methods.scores import Scores

@@ -156,7 +156,7 @@ def test_more_heads_than_identify_kept_are_refused(
 ) -> None:
     found = head_set(loading.load_model(str(tiny_llama)).identity())
     kept = replace(found, method=found.method | {"parameters": {"top": 2}})
-    kept.write(tmp_path / "heads" / "heads.json")
+    kept.save(tmp_path / "heads" / "heads.json")
     heads = f"heads={{from: {tmp_path / 'heads'}, role: both, top: %d}}"
     recipe = write_recipe(tmp_path, tiny_llama)
     for words in (["--dry-run"], []):
@@ -173,7 +173,7 @@ def test_heads_whose_own_check_failed_are_named(
 ) -> None:
     found = head_set(loading.load_model(str(tiny_llama)).identity())
     verdicts = {role: {"held": role == "recall", "reason": "no heads"} for role in ("recall", "suppression")}
-    replace(found, verification={"dissociation": verdicts}).write(tmp_path / "heads" / "heads.json")
+    replace(found, verification={"dissociation": verdicts}).save(tmp_path / "heads" / "heads.json")
     recipe = write_recipe(tmp_path, tiny_llama)
     heads = f"heads={{from: {tmp_path / 'heads'}, role: %s, top: 1}}"
     [note] = [line for line in dry(recipe, capsys, heads % "both")["notes"] if "FAILS" in line]

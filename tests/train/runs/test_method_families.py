@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from headtune.analysis.identify import head_set
+from headtune.analysis.heads.head_set import HeadSet
 from headtune.analysis.models.head_model import HeadModel
 from headtune.analysis.models.loading import wrap_model
 from headtune.analysis.tasks.task import Example, Task, to_jsonl
@@ -197,7 +197,7 @@ def test_lofit_chooses_heads_and_tunes_them(llama: Path, tmp_path: Path) -> None
     method = SFT | {"scale": "none", "init_std": 1e-3}
     assert train(write_recipe(tmp_path, llama, heads=heads, method=method)) == 0
     state, _, run = run_of(tmp_path)
-    chosen = head_set.read(run / "heads.json")
+    chosen = HeadSet.load(run)
     assert chosen.method["name"] == "lofit" and list(chosen.roles) == ["selected"]
     assert sorted(chosen.top("selected")) == [tuple(pair) for pair in state["heads"]] and len(state["heads"]) == 4
     scores = load_file(run / "scores.safetensors")["lofit.norm"]
@@ -308,7 +308,7 @@ def test_the_weight_of_open_gates_grows() -> None:
 def test_jola_says_which_heads_stayed_open(llama: Path, tmp_path: Path) -> None:
     assert train(write_recipe(tmp_path, llama, recipe="jola", heads={"all": True}, method=SFT | {"l0": 0.0})) == 0
     _, _, run = run_of(tmp_path)
-    chosen = head_set.read(run / "heads.json")
+    chosen = HeadSet.load(run)
     assert chosen.method["name"] == "jola" and len(chosen.roles["selected"]) == 12
     assert all(entry.score > 0 for entry in chosen.roles["selected"])
     scores = load_file(run / "scores.safetensors")
@@ -323,7 +323,7 @@ def test_gates_close_under_a_strong_penalty_and_learn_at_their_own_rate(llama: P
     recipe = write_recipe(tmp_path, llama, recipe="jola", heads={"all": True}, method=method)
     assert train(recipe, "training.max_steps=20", "training.lr_scheduler_type=constant") == 0
     _, _, run = run_of(tmp_path)
-    assert head_set.read(run / "heads.json").roles["selected"] == ()
+    assert HeadSet.load(run).roles["selected"] == ()
     adapted = load_file(run / "adapter" / "adapter_model.safetensors")
     gates = [value for name, value in adapted.items() if "gate" in name]
     assert gates and all((value < -2.4).all() for value in gates)
@@ -469,7 +469,7 @@ def test_steering_is_an_adapter_like_any_other(
         base = model(tokens).logits
     assert not torch.equal(model(tokens).logits, base)
     if heads and "probe" in heads:
-        assert len(head_set.read(run / "heads.json").roles["selected"]) == 3
+        assert len(HeadSet.load(run).roles["selected"]) == 3
 
 
 # --- the prefix cache in a run ----------------------------------------------------------------------------------------

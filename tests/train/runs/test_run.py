@@ -272,7 +272,7 @@ def steer(folder: Path, model: Path, heads: Any) -> Path:
 @pytest.fixture
 def heads_file(tiny_llama: Path, tmp_path: Path) -> Path:
     folder = tmp_path / "heads"
-    head_set(loading.load_model(str(tiny_llama)).identity()).write(folder / "heads.json")
+    head_set(loading.load_model(str(tiny_llama)).identity()).save(folder / "heads.json")
     return folder / "heads.json"
 
 
@@ -340,7 +340,7 @@ def test_heads_that_do_not_fit_are_refused_before_anything_is_written(
     block: Any, words: list[str], tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     other = tmp_path / "other.json"
-    head_set(loading.load_model(str(tiny_llama)).identity(), n_layers=5).write(other)
+    head_set(loading.load_model(str(tiny_llama)).identity(), n_layers=5).save(other)
     text = json.dumps(block).replace("OTHER", str(other)).replace("MISSING", str(tmp_path / "none.json"))
     recipe = steer(tmp_path, tiny_llama, json.loads(text))
     capsys.readouterr()

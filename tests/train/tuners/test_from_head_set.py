@@ -10,7 +10,7 @@ import pytest
 from peft import PeftModel, get_peft_model
 
 from headtune import HeadSet, HeadSlicesConfig, HeadTuningConfig, InputError, identify
-from headtune.analysis.identify.head_set import RankedHead
+from headtune.analysis.heads.head_set import RankedHead
 from headtune.analysis.models.loading import wrap_model
 from headtune.train.config.methods import HeadsConfig
 from headtune.train.config.resolve_heads import resolve_heads

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from headtune.analysis.identify import head_set
-from headtune.analysis.identify.head_set import HeadSet, RankedHead, provenance, random_like
+from headtune.analysis.heads.controls import random_like
+from headtune.analysis.heads.head_set import HeadSet, RankedHead, provenance
 from headtune.analysis.models.loading import wrap_model
 from headtune.analysis.utils.errors import InputError
 from helpers.tiny import tiny_model, tiny_tokenizer
@@ -50,8 +50,10 @@ def path(tmp_path: Path) -> Path:
 
 def test_round_trip(path: Path) -> None:
     heads = a_head_set()
-    heads.write(path)
-    assert head_set.read(path) == heads
+    heads.save(path)
+    assert HeadSet.load(path) == HeadSet.load(path.parent) == heads
+    heads.save(path.parent / "folder")
+    assert HeadSet.load(path.parent / "folder" / "heads.json") == heads
     assert json.loads(path.read_text())["schema"] == 1
 
 
@@ -127,40 +129,40 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_does_not_fit_is_refused(case: str, path: Path) -> None:
     changes, message = REFUSED[case]
-    a_head_set().write(path)
+    a_head_set().save(path)
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))  # json writes NaN and Infinity as literals
     with pytest.raises(InputError) as refusal:
-        head_set.read(path)
+        HeadSet.load(path)
     assert message in str(refusal.value)
     assert str(path) in str(refusal.value) and "\n" not in str(refusal.value)
 
 
 def test_the_same_head_may_have_two_roles(path: Path) -> None:
     same = (RankedHead(1, 1, 1.0, (0.5, 1.5)),)
-    a_head_set(roles={"recall": same, "suppression": same}).write(path)
-    assert head_set.read(path).top("recall") == head_set.read(path).top("suppression")
+    a_head_set(roles={"recall": same, "suppression": same}).save(path)
+    assert HeadSet.load(path).top("recall") == HeadSet.load(path).top("suppression")
 
 
 def test_files_that_are_not_head_sets(path: Path) -> None:
     with pytest.raises(InputError, match="does not exist; headtune identify writes one"):
-        head_set.read(path)
-    with pytest.raises(InputError, match=r"is a folder; name the heads\.json in it"):
-        head_set.read(path.parent)
+        HeadSet.load(path)
+    with pytest.raises(InputError, match=r"heads\.json' does not exist; headtune identify writes one"):
+        HeadSet.load(path.parent)
     page = path.with_name("report.html")
     page.write_text("<html>")
     with pytest.raises(InputError, match=r"is not JSON; give the folder that holds it, or its heads\.json"):
-        head_set.read(page)
+        HeadSet.load(page)
     for text, message in (("{", "is not JSON"), ("[]", "has schema 'list'"), ("\xff", "is not JSON")):
         path.write_bytes(text.encode("latin-1"))
         with pytest.raises(InputError, match=message):
-            head_set.read(path)
+            HeadSet.load(path)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_head_set_with_nan_is_not_written(path: Path, value: float) -> None:
     heads = a_head_set(roles={"recall": (RankedHead(0, 0, value, (0.0, 0.0)),)})
     with pytest.raises(ValueError, match="not JSON compliant"):
-        heads.write(path)
+        heads.save(path)
     assert list(path.parent.iterdir()) == []
 
 

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from headtune.analysis.identify.ranking import elbow, lowest, rank, rule_for, stability
+from headtune.analysis.heads.controls import lowest
+from headtune.analysis.heads.ranking import elbow, rank, rule_for, stability
 from headtune.analysis.methods.scores import Scores
 from headtune.analysis.utils.errors import InputError
 

@@ -1,6 +1,6 @@
-"""heads.json: which heads recall and which suppress, for which model, found how, and how surely.
+"""heads.json: which heads recall and which suppress, for which model, by which method, and how surely.
 
-The format is `schema` 1; `read` refuses what does not match the model it is used on.
+The format is `schema` 1; `HeadSet.load` checks the file, `HeadSet.require_fit` the model it is used on.
 """
 
 from __future__ import annotations
@@ -9,9 +9,7 @@ import importlib.metadata
 import json
 import logging
 import math
-import random
 import sys
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,6 +23,7 @@ from headtune.analysis.utils.secrets import redact
 log = logging.getLogger(__name__)
 
 SCHEMA = 1
+FILE_NAME = "heads.json"
 ROLES = ("recall", "suppression")
 
 
@@ -116,8 +115,21 @@ class HeadSet:
             raise InputError(f"the head set holds no {' or '.join(roles)} heads; run identify on more examples")
         return sorted(pairs)
 
-    def write(self, path: Path) -> None:
-        write_json(path, asdict(self))
+    def save(self, path: Path | str) -> None:
+        """Write heads.json into a folder, or a file of another name that ends in .json."""
+        path = Path(path)
+        write_json(path if path.suffix == ".json" else path / FILE_NAME, asdict(self))
+
+    @classmethod
+    def load(cls, path: Path | str) -> HeadSet:
+        """Read and check the heads.json of a folder, or a file of another name.
+
+        Raises:
+            InputError: not there, not JSON, unknown schema, missing blocks, heads out of range, twice, or not finite.
+        """
+        path = Path(path)
+        path = path / FILE_NAME if path.is_dir() else path
+        return cls(**_checked(_json(path), f"head set {str(path)!r}"))
 
     def require_fit(self, model: dict[str, Any]) -> list[str]:
         """Refuse a head set of another model; return warnings (other weights of the same shape).
@@ -152,52 +164,49 @@ def provenance() -> dict[str, Any]:
     return {"created": datetime.now(UTC).isoformat(timespec="seconds"), "versions": versions, "command": command}
 
 
-def read(path: Path) -> HeadSet:
-    """Read and check heads.json.
-
-    Raises:
-        InputError: not there, not JSON, unknown schema, missing blocks, heads out of range, twice, or not finite.
-    """
-    where = f"head set {str(path)!r}"
+def _json(path: Path) -> Any:
+    name = f"head set {str(path)!r}"
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise InputError(f"{where} does not exist; headtune identify writes one") from None
-    except IsADirectoryError:
-        raise InputError(f"{where} is a folder; name the heads.json in it") from None
+        raise InputError(f"{name} does not exist; headtune identify writes one") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         if path.suffix != ".json":
-            raise InputError(f"{where} is not JSON; give the folder that holds it, or its heads.json") from None
-        raise InputError(f"{where} is not JSON: {error}; run headtune identify again") from None
+            raise InputError(f"{name} is not JSON; give the folder that holds it, or its heads.json") from None
+        raise InputError(f"{name} is not JSON: {error}; run headtune identify again") from None
+
+
+def _checked(data: Any, source: str) -> dict[str, Any]:
+    """The fields of a HeadSet from the file's content; `source` names the file in errors."""
     if not isinstance(data, dict) or data.get("schema") != SCHEMA:
-        found = data.get("schema") if isinstance(data, dict) else type(data).__name__
+        schema = data.get("schema") if isinstance(data, dict) else type(data).__name__
         raise InputError(
-            f"{where} has schema {found!r}, this version reads schema {SCHEMA}; run headtune identify again"
+            f"{source} has schema {schema!r}, this version reads schema {SCHEMA}; run headtune identify again"
         )
-    known = set(HeadSet.__dataclass_fields__)
+    fields = set(HeadSet.__dataclass_fields__)
     for key in data:
-        if key not in known:
-            raise InputError(f"{where}: unknown key {key!r}; {nearest(key, known)}")
+        if key not in fields:
+            raise InputError(f"{source}: unknown key {key!r}; {nearest(key, fields)}")
     for key in ("model", "task", "method", "roles"):
         if not isinstance(data.get(key), dict):
-            raise InputError(f"{where}: block {key!r} is missing; run headtune identify again")
+            raise InputError(f"{source}: block {key!r} is missing; run headtune identify again")
     for key in ("stability", "versions", "verification"):
         if not isinstance(data.get(key, {}), dict):
-            raise InputError(f"{where}: block {key!r} must be an object, found {data[key]!r}"[:300])
+            raise InputError(f"{source}: block {key!r} must be an object, found {data[key]!r}"[:300])
     if not isinstance(data["task"].get("dropped", {}), dict):
-        raise InputError(f"{where}: task.dropped must be an object, found {data['task']['dropped']!r}"[:300])
-    _require_verified(data.get("verification", {}), where)
+        raise InputError(f"{source}: task.dropped must be an object, found {data['task']['dropped']!r}"[:300])
+    _require_verified(data.get("verification", {}), source)
     for role, value in data.get("stability", {}).items():
         if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
-            raise InputError(f"{where}: stability.{role} must be a number or null, found {value!r}"[:300])
+            raise InputError(f"{source}: stability.{role} must be a number or null, found {value!r}"[:300])
     for key in ("n_layers", "n_heads", "head_dim"):
         if not isinstance(data["model"].get(key), int):
-            raise InputError(f"{where}: model.{key} must be a whole number, found {data['model'].get(key)!r}")
-    roles = {role: _ranked(entries, role, data["model"], where) for role, entries in data["roles"].items()}
-    return HeadSet(**{**data, "roles": roles})
+            raise InputError(f"{source}: model.{key} must be a whole number, found {data['model'].get(key)!r}")
+    roles = {role: _ranked(entries, role, data["model"], source) for role, entries in data["roles"].items()}
+    return {**data, "roles": roles}
 
 
-def _require_verified(block: dict[str, Any], where: str) -> None:
+def _require_verified(block: dict[str, Any], source: str) -> None:
     try:
         for name, entry in block.items():
             if name == "dissociation":
@@ -210,12 +219,12 @@ def _require_verified(block: dict[str, Any], where: str) -> None:
                 _, (_, _) = float(numbers["mean"]), numbers["ci"]
     except (AttributeError, KeyError, TypeError, ValueError):
         what = "block 'verification' is not what identify writes"
-        raise InputError(f"{where}: {what}; run headtune identify again") from None
+        raise InputError(f"{source}: {what}; run headtune identify again") from None
 
 
-def _ranked(entries: Any, role: str, model: dict[str, Any], where: str) -> tuple[RankedHead, ...]:
+def _ranked(entries: Any, role: str, model: dict[str, Any], source: str) -> tuple[RankedHead, ...]:
     if not isinstance(entries, list):
-        raise InputError(f"{where}: role {role!r} must be a list of heads, found {entries!r}"[:300])
+        raise InputError(f"{source}: role {role!r} must be a list of heads, found {entries!r}"[:300])
     ranked: list[RankedHead] = []
     for entry in entries:
         try:
@@ -224,51 +233,13 @@ def _ranked(entries: Any, role: str, model: dict[str, Any], where: str) -> tuple
             interval = None if low is None or high is None else (low, high)
             head = RankedHead(entry["layer"], entry["head"], float(entry["score"]), interval, effect)
         except (AttributeError, KeyError, TypeError, ValueError):
-            raise InputError(f"{where}: {role} entry {entry!r} needs layer, head, score and ci"[:300]) from None
+            raise InputError(f"{source}: {role} entry {entry!r} needs layer, head, score and ci"[:300]) from None
         for value, limit, what in ((head.layer, model["n_layers"], "layers"), (head.head, model["n_heads"], "heads")):
             if type(value) is not int or not 0 <= value < limit:
-                raise InputError(f"{where}: {role} head {head.name} is out of range; the model has {limit} {what}")
+                raise InputError(f"{source}: {role} head {head.name} is out of range; the model has {limit} {what}")
         if not all(math.isfinite(x) for x in (head.score, *(head.ci or ()), *head.effect.values())):
-            raise InputError(f"{where}: {role} head {head.name} has a score that is not finite")
+            raise InputError(f"{source}: {role} head {head.name} has a score that is not finite")
         if any((other.layer, other.head) == (head.layer, head.head) for other in ranked):
-            raise InputError(f"{where}: {role} names {head.name} twice; remove one")
+            raise InputError(f"{source}: {role} names {head.name} twice; remove one")
         ranked.append(head)
     return tuple(ranked)
-
-
-def random_like(
-    heads: Sequence[tuple[int, int]],
-    n_heads: int,
-    seed: int,
-    exclude: Sequence[tuple[int, int]] = (),
-    overlap: bool = False,
-) -> list[tuple[int, int]]:
-    """Random heads, as many in each layer as `heads` has, none of `heads`, none of `exclude` where that is possible.
-
-    Args:
-        overlap: where more than half of a layer is chosen, take all its other heads and fill up with chosen ones drawn
-            at random, instead of refusing.
-
-    Raises:
-        InputError: a layer has too few other heads to draw from, and `overlap` is False.
-    """
-    generator = random.Random(seed)
-    drawn = []
-    for layer in sorted({layer for layer, _ in heads}):
-        taken = sorted({head for of, head in heads if of == layer})
-        barred = {head for of, head in exclude if of == layer}
-        others = [head for head in range(n_heads) if head not in taken]
-        allowed = [head for head in others if head not in barred]
-        if len(allowed) >= len(taken):
-            picked = generator.sample(allowed, len(taken))
-        elif len(others) >= len(taken):
-            picked = generator.sample(others, len(taken))
-        elif overlap:
-            picked = others + generator.sample(taken, len(taken) - len(others))
-        else:
-            raise InputError(
-                f"layer {layer} has {len(taken)} of its {n_heads} heads chosen, which leaves too few others for a "
-                "matched random set; choose fewer heads"
-            )
-        drawn += [(layer, head) for head in picked]
-    return drawn

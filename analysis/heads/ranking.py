@@ -1,7 +1,7 @@
 """From scores to heads: attribution finds, ablation confirms, resampling says how stable the choice is.
 
 Three ways to say how many: the best k (`rank`), all beyond a threshold (`rank` with `threshold`), or up to where the
-cumulative effect bends (`elbow`). Three controls: `headset.random_like`, `lowest`, and another task's heads.
+cumulative effect bends (`elbow`). What they are compared with is in `controls`.
 """
 
 from __future__ import annotations
@@ -92,16 +92,6 @@ def _confirmed(scores: Scores, attribution: str, sign: float, ablation: str, n: 
     return right
 
 
-def composite(scores: Scores, role: str) -> Array:
-    """The ranking as one number per head: the attribution where ablation has the same sign, 0 elsewhere.
-
-    `[n_layers, n_heads]`, in the attribution's unit and sign (a suppression head is negative).
-    """
-    attribution, _, ablation = rule_for(role, scores)
-    found, confirming = scores.mean(attribution), scores.mean(ablation)
-    return np.where(found * confirming > 0, found, np.float32(0))
-
-
 def stability(scores: Scores, role: str, top: int, n: int = 200, seed: int = 0) -> float | None:
     """Mean Jaccard overlap between the top heads by attribution and those of `n` resamplings of the subjects.
 
@@ -129,21 +119,6 @@ def _top(values: Array, top: int) -> set[int]:
     """Flat indices of the `top` largest values, less those that are ruled out (-inf)."""
     best = np.argsort(-values, axis=None, kind="stable")[:top]
     return set(best[np.isfinite(values.flat[best])].tolist())
-
-
-def lowest(scores: Scores, role: str, like: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """The control of least evidence: for each of `like`, the head of its layer with the score nearest to zero.
-
-    None of `like`, none twice; fewer than asked for where a layer runs out of other heads.
-    """
-    attribution, _, _ = rule_for(role, scores)
-    size = np.abs(scores.mean(attribution))
-    found: list[tuple[int, int]] = []
-    for layer in sorted({layer for layer, _ in like}):
-        taken = {head for of, head in like if of == layer}
-        others = [int(head) for head in np.argsort(size[layer], kind="stable") if int(head) not in taken]
-        found += [(layer, head) for head in others[: len(taken)]]
-    return found
 
 
 def elbow(effects: Sequence[float]) -> int:
