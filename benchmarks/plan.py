@@ -159,8 +159,9 @@ def work(name: str) -> dict[str, Any]:
 
     from headtune.analysis.models.loading import load_model
     from headtune.train.config import recipe
-    from headtune.train.runs import memory as plan
-    from headtune.train.runs import memory_of_recipe, model_shape
+    from headtune.train.memory import estimate as plan
+    from headtune.train.memory import model_shape
+    from headtune.train.runs import memory_of_recipe
 
     torch.set_num_threads(1)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -327,7 +328,7 @@ def scale_recipes(shape: Any) -> dict[str, tuple[Any, int]]:
 
 def scale_table(name: str) -> str:
     """A model's stages on 1, 8 and 64 GPUs."""
-    from headtune.train.runs import model_shape
+    from headtune.train.memory import model_shape
 
     shape = model_shape.shape_of(name)
     lines = [["identify, 100 prompts", *(_identify_cell(shape, gpus) for gpus in GPUS)]]
@@ -339,7 +340,7 @@ def scale_table(name: str) -> str:
 
 def _identify_cell(shape: Any, gpus: int) -> str:
     from headtune.cli.commands.plan import gib, span
-    from headtune.train.runs import memory as plan
+    from headtune.train.memory import estimate as plan
     from headtune.train.runs import memory_of_recipe
 
     for spread in (1, memory_of_recipe.MACHINE):
@@ -353,7 +354,7 @@ def _identify_cell(shape: Any, gpus: int) -> str:
 
 def _cell(parsed: Any, shape: Any, gpus: int, length: int) -> str:
     from headtune.cli.commands.plan import gib, span
-    from headtune.train.runs import memory as plan
+    from headtune.train.memory import estimate as plan
     from headtune.train.runs import memory_of_recipe
 
     setup = memory_of_recipe.setup_of(parsed, "ddp" if gpus > 1 else "single", gpus, length, 16)
@@ -371,7 +372,7 @@ def _cell(parsed: Any, shape: Any, gpus: int, length: int) -> str:
 
 def fill(check: bool = False) -> list[str]:
     """Write the document's tables, or (`check`) only say which of them are not what they should be."""
-    from headtune.train.runs import model_shape
+    from headtune.train.memory import model_shape
 
     tables = {"measured": measured_table()} | {name: scale_table(name) for name in model_shape.known()}
     return [name for name, table in tables.items() if not put(DOCUMENT, name, table, check)]

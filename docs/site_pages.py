@@ -46,7 +46,9 @@ def reference() -> dict[str, str]:
 
 
 def recipe_reference() -> str:
+    from headtune.plugins import TUNING_METHODS
     from headtune.train.config import methods
+    from headtune.train.config.method_registry import method_rules
     from headtune.train.config.schema import Recipe
 
     parts = [
@@ -66,9 +68,10 @@ def recipe_reference() -> str:
     shared = frozenset(methods.ObjectiveConfig.model_fields)
     parts += ["### What every trained family takes\n", "All but `steer` and `seekr`.\n"]
     parts += _described(methods.ObjectiveConfig, "method.")
-    for family, block in methods.METHODS.items():
-        without = shared if issubclass(block, methods.ObjectiveConfig) else frozenset()
-        for kind, each in (methods.STEERING if family == "steer" else {"": block}).items():
+    for family in TUNING_METHODS:
+        rules = method_rules(family)
+        without = shared if issubclass(rules.config, methods.ObjectiveConfig) else frozenset()
+        for kind, each in (rules.kinds or {"": rules.config}).items():
             parts += [f"### {family}{f', kind {kind}' if kind else ''}\n", *_described(each, "method.", without)]
     parts.append("## method.regularisers\n\nA list; each entry has a `kind` and the keys of all of them:\n")
     parts += _described(methods.Regulariser, "")

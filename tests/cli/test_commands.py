@@ -19,8 +19,8 @@ from headtune.analysis.models import loading
 from headtune.analysis.tasks.loading import load_task
 from headtune.cli.arguments import memory
 from headtune.cli.main import main
+from headtune.plugins import TUNING_METHODS
 from headtune.train.config import recipe as recipes
-from headtune.train.config.methods import METHODS
 from helpers.small_runs import head_set, train, write_recipe, write_task
 
 
@@ -294,7 +294,7 @@ def test_recipes(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shown = output("show", "lofit/one_to_many")
     assert yaml.safe_load(shown)["recipe"] == "lofit" and shown.startswith("#")
     assert output("validate", str(recipe)).startswith(f"{recipe}: valid (lofit, lofit-list3-s0-")
-    assert json.loads(output("schema"))["properties"]["recipe"]["enum"] == list(METHODS)
+    assert json.loads(output("schema"))["properties"]["recipe"]["enum"] == list(TUNING_METHODS)
 
 
 def test_identify_writes_what_a_recipe_reads(task: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -246,20 +246,6 @@ STEERING: dict[str, type[StrictConfig]] = {
     "sink": SinkConfig,
     "intercept": InterceptConfig,
 }
-SteerMethod = ScaleConfig | ItiConfig | SinkConfig | InterceptConfig
-TrainedMethod = LofitConfig | JolaConfig | MaskedConfig | LoraConfig | FullConfig | LnConfig | RegulariseConfig
-METHODS: dict[str, type[StrictConfig]] = {
-    "lofit": LofitConfig,
-    "jola": JolaConfig,
-    "masked": MaskedConfig,
-    "steer": ScaleConfig,
-    "lora": LoraConfig,
-    "full": FullConfig,
-    "ln": LnConfig,
-    "regularise": RegulariseConfig,
-    "seekr": SeekrConfig,
-}
-WITHOUT_HEADS = ("lora", "full", "ln", "regularise", "seekr")  # families that change the whole model
 
 
 class EvaluationConfig(StrictConfig):

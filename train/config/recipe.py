@@ -28,12 +28,8 @@ from headtune.analysis.utils.secrets import require_no_secrets
 
 from . import validation
 from .errors import Problem, Source, given_twice
-from .methods import (
-    METHODS,
-    STEERING,
-    FullConfig,
-    HeadsConfig,
-)
+from .method_registry import MethodRules, method_rules, tuning_method_names
+from .methods import FullConfig, HeadsConfig
 from .schema import Recipe
 
 
@@ -64,20 +60,23 @@ def _parsed(data: Any, source: Source) -> Recipe:
 def _check(data: dict[Any, Any]) -> tuple[Recipe | None, list[Problem]]:
     """The recipe, and all that is wrong with it. What depends on a part that is wrong itself is left out."""
     family, problems = data.get("recipe"), []
-    if not isinstance(family, str) or family not in METHODS:
-        hint = nearest(str(family), METHODS) if family else "known: " + ", ".join(METHODS)
+    rules: MethodRules | None = None
+    if isinstance(family, str) and family in tuning_method_names():
+        rules = method_rules(family)
+    else:
+        names = tuning_method_names()
+        hint = nearest(str(family), names) if family else "known: " + ", ".join(names)
         problems.append(Problem(("recipe",), f"recipe {family!r} is unknown; {hint}"))
-        family = None
-    # Checked on its own, so that errors name method.x and not one alternative of a union.
+    # Checked by itself, so that errors name method.x and not the recipe.
     settings: Any = {} if data.get("method") is None else data["method"]
     method: Any = None
-    if family is not None:
-        kind = settings.get("kind") if isinstance(settings, dict) else None
-        if family == "steer" and kind is not None and kind not in STEERING:
-            message = f"method.kind {kind!r} is unknown; {nearest(str(kind), STEERING)}"
+    if rules is not None:
+        kind = settings.get("kind") if rules.kinds and isinstance(settings, dict) else None
+        if kind is not None and kind not in rules.kinds:
+            message = f"method.kind {kind!r} is unknown; {nearest(str(kind), rules.kinds)}"
             problems.append(Problem(("method", "kind"), message))
         else:
-            block = STEERING[kind] if family == "steer" and kind is not None else METHODS[family]
+            block = rules.config if kind is None else rules.kinds[kind]
             try:
                 method = block.model_validate(settings)
             except ValidationError as error:
@@ -89,10 +88,10 @@ def _check(data: dict[Any, Any]) -> tuple[Recipe | None, list[Problem]]:
     except ValidationError as error:
         problems += validation.of_block(error, Recipe)
     training = data.get("training")
-    if isinstance(training, dict) and training and family == "steer":
-        message = f"training.{next(iter(training))}: recipe steer trains nothing; remove training"
+    if isinstance(training, dict) and training and rules is not None and not rules.trains:
+        message = f"training.{next(iter(training))}: recipe {family} trains nothing; remove training"
         problems.append(Problem(("training",), message))
-    elif isinstance(training, dict) and family is not None:
+    elif isinstance(training, dict) and rules is not None:
         dpo = isinstance(settings, dict) and settings.get("objective") == "dpo"
         problems += validation.of_training(training, "DPOConfig" if dpo else "SFTConfig")
     if recipe is not None and method is not None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from headtune.analysis.heads.controls import random_like
@@ -18,7 +19,7 @@ from headtune.analysis.methods.scores import Scores, load_means
 from headtune.analysis.models.head_model import HeadModel
 from headtune.analysis.reports import head_cards
 from headtune.analysis.tasks.task import Task
-from headtune.analysis.utils.errors import InputError
+from headtune.analysis.utils.errors import CheckError, InputError
 from headtune.analysis.utils.progress import Notify
 from headtune.train.types import ProbeResult
 
@@ -120,6 +121,15 @@ def selected(
     )
     means = {quantity: np.ascontiguousarray(values.float().numpy()) for quantity, values in scores.items()}
     return ResolvedHeads(sorted((entry.layer, entry.head) for entry in ranked), found, means)
+
+
+def ranked_heads(scores: Tensor, top: int, rate: str) -> tuple[RankedHead, ...]:
+    """The `top` heads by score, best first; CheckError where training has left no numbers."""
+    if not torch.isfinite(scores).all():
+        raise CheckError(f"a head's score is not finite after training; lower {rate}")
+    order = scores.flatten().argsort(descending=True, stable=True)[:top].tolist()
+    pairs = (divmod(index, scores.shape[1]) for index in order)
+    return tuple(RankedHead(layer, head, float(scores[layer, head]), None) for layer, head in pairs)
 
 
 def keep_heads(chosen: ResolvedHeads, folder: Path) -> None:

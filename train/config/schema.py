@@ -3,50 +3,27 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import yaml
-from pydantic import Field
+from pydantic import Field, SerializeAsAny
 
-from .methods import (
-    EvaluationConfig,
-    HeadsConfig,
-    ModelConfig,
-    SeekrConfig,
-    SteerMethod,
-    StrictConfig,
-    TaskConfig,
-    TrackingConfig,
-    TrainedMethod,
-)
-
-# Which strategies of recipe seekr read a key. A recipe may hold others, so that one file serves all strategies; the
-# resolved recipe of a run holds what it read.
-_READ_BY = {
-    "distil": ("seekr", "der", "lwf"),
-    "replay": ("seekr", "replay", "der"),
-    "der_weight": ("der",),
-    "ewc_weight": ("ewc",),
-    "ewc_rows": ("ewc",),
-    "lwf_weight": ("lwf",),
-}
+from .method_registry import method_rules, tuning_method_names
+from .methods import EvaluationConfig, HeadsConfig, ModelConfig, StrictConfig, TaskConfig, TrackingConfig
 
 
-_CHOOSING = ("choice", "heads", "layers", "selection")  # of method.distil, where the recipe names no heads
-
-
-def _unread(method: SeekrConfig) -> list[str]:
-    return sorted(key for key, strategies in _READ_BY.items() if method.strategy not in strategies)
+def _names_in_schema(schema: dict[str, Any]) -> None:
+    schema["enum"] = tuning_method_names()
 
 
 class Recipe(StrictConfig):
     """A whole recipe. `method` is the block of the family named by `recipe`."""
 
-    recipe: Literal["lofit", "jola", "masked", "steer", "lora", "full", "ln", "regularise", "seekr"]
+    recipe: Annotated[str, Field(json_schema_extra=_names_in_schema)]
     model: ModelConfig = ModelConfig()
     heads: HeadsConfig | None = None
     task: TaskConfig = TaskConfig()
-    method: TrainedMethod | SteerMethod | SeekrConfig
+    method: SerializeAsAny[Any]  # the method's config, see `method_registry`
     training: dict[str, Any] = Field(default_factory=dict)
     evaluation: EvaluationConfig = EvaluationConfig()
     tracking: TrackingConfig = TrackingConfig()
@@ -63,12 +40,7 @@ class Recipe(StrictConfig):
         data = self.model_dump(mode="json", by_alias=True, exclude_none=True)
         if self.task.sequence is not None:
             del data["task"]["train"]  # the sequence stands in its place
-        if isinstance(self.method, SeekrConfig):
-            for key in _unread(self.method):
-                data["method"].pop(key)
-            if self.heads is not None and "distil" in data["method"]:
-                for key in _CHOOSING:
-                    data["method"]["distil"].pop(key, None)
+        method_rules(self.recipe).dump(self, data)
         return data
 
     def to_yaml(self) -> str:

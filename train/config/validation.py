@@ -16,7 +16,7 @@ from headtune.analysis.utils.errors import nearest
 
 from . import methods
 from .errors import Keys, Problem
-from .methods import WITHOUT_HEADS, SeekrConfig
+from .method_registry import MethodRules, method_rules
 
 if TYPE_CHECKING:
     from .schema import Recipe
@@ -174,19 +174,15 @@ def _nearest_few(word: str, known: Iterable[str], config: str) -> str:
 def contradictions(recipe: Recipe) -> Iterator[Problem]:
     """A method without the heads that it needs, and settings that contradict each other."""
     method: Any = recipe.method
-    heads = recipe.heads
-    if isinstance(method, SeekrConfig):
-        yield from _of_sequence(recipe, method)
-    else:
+    rules, heads = method_rules(recipe.recipe), recipe.heads
+    if not rules.learns_sequence:
         if recipe.task.sequence is not None:
             message = f"task.sequence is for recipe seekr, found recipe {recipe.recipe!r}; give task.train"
             yield Problem(("task", "sequence"), message)
         if recipe.evaluation.general:
             message = f"evaluation.general is for recipe seekr, found recipe {recipe.recipe!r}; remove it"
             yield Problem(("evaluation", "general"), message)
-    if isinstance(method, methods.RegulariseConfig) and not method.regularisers:
-        message = "method.regularisers is empty; give at least one, such as {kind: attention_kl}"
-        yield Problem(("method", "regularisers"), message)
+    yield from rules.issues(recipe)
     for index, term in enumerate(getattr(method, "regularisers", [])):
         path, name = ("method", "regularisers", index), f"method.regularisers.{index}"
         if term.heads is None and heads is None:
@@ -194,59 +190,33 @@ def contradictions(recipe: Recipe) -> Iterator[Problem]:
         if term.heads is not None and (term.heads.learnt or term.heads.identify):
             message = f"{name}.heads must be there before; use from, random, all or list"
             yield Problem((*path, "heads"), message)
-        if isinstance(term, methods.PruneGates) and recipe.recipe != "regularise":
+        if isinstance(term, methods.PruneGates) and not rules.prunes:
             yield Problem((*path, "kind"), f"{name}: kind prune is for recipe regularise")
-    yield from _of_heads(recipe)
-    yield from _of_full_tuning(recipe)
+    yield from _of_heads(recipe, rules)
+    if rules.tunes_everything(method):
+        yield from _of_full_tuning(recipe)
 
 
-def _of_sequence(recipe: Recipe, method: SeekrConfig) -> Iterator[Problem]:
-    heads = recipe.heads
-    if recipe.task.sequence is None:
-        yield Problem(("task", "sequence"), "task.sequence is missing; list the tasks in the order they are learnt")
-    if heads is not None and method.strategy != "seekr" and not method.regularisers:
-        yield Problem(("heads",), f"heads are of no use to method.strategy {method.strategy!r}; remove heads")
-    if method.strategy == "der" and method.distil.logits_top is not None:
-        message = "method.distil.logits_top keeps too little for strategy der; remove it"
-        yield Problem(("method", "distil", "logits_top"), message)
-    if method.strategy == "der" and method.distil.teacher == "latest":
-        message = "method.distil.teacher=latest is for strategy seekr; remove it"
-        yield Problem(("method", "distil", "teacher"), message)
-    if heads is not None and heads.learnt:
-        message = "heads.lofit and heads.probe choose on one task; name a head set (heads.from)"
-        yield Problem(("heads", "lofit" if heads.lofit else "probe"), message)
-
-
-def _of_heads(recipe: Recipe) -> Iterator[Problem]:
+def _of_heads(recipe: Recipe, rules: MethodRules) -> Iterator[Problem]:
     method, heads = recipe.method, recipe.heads
-    finds_its_own = isinstance(method, methods.SinkConfig | methods.InterceptConfig)
-    if heads is None and not finds_its_own and recipe.recipe not in WITHOUT_HEADS:
+    if heads is None and rules.needs_heads(method):
         yield Problem(("heads",), "heads is missing; give from, identify, lofit, probe, random, all or list")
-    if heads is not None and isinstance(method, methods.SinkConfig | methods.InterceptConfig):
+    if heads is not None and not rules.takes_heads(method):
         yield Problem(("heads",), f"method.kind {method.kind!r} finds its own heads; remove heads")
-    if heads is not None and heads.lofit is not None and recipe.recipe == "steer":
-        message = "heads.lofit needs an objective to train with, recipe steer has none; use heads.probe"
+    if heads is not None and heads.lofit is not None and not rules.trains:
+        message = f"heads.lofit needs an objective to train with, recipe {recipe.recipe} has none; use heads.probe"
         yield Problem(("heads", "lofit"), message)
-    given = heads is None or not (heads.learnt or heads.identify)
-    if isinstance(method, methods.LofitConfig) and method.select_only and given:
-        message = (
-            "method.select_only stops after choosing heads, and none are chosen; use heads.lofit, probe or identify"
-        )
-        yield Problem(("method", "select_only"), message)
 
 
 def _of_full_tuning(recipe: Recipe) -> Iterator[Problem]:
     method: Any = recipe.method
-    whole = isinstance(method, methods.FullConfig) or (
-        isinstance(method, methods.RegulariseConfig | SeekrConfig) and method.tune == "full"
-    )
-    if whole and recipe.model.dtype != "float32":
+    if recipe.model.dtype != "float32":
         message = (
             f"model.dtype {recipe.model.dtype!r} would round most steps of full fine-tuning away; set it to float32, "
             "and training.bf16=true to compute in bfloat16"
         )
         yield Problem(("model", "dtype"), message)
-    if whole and getattr(method, "objective", None) == "answer_set" and method.answer_set.retention:
+    if getattr(method, "objective", None) == "answer_set" and method.answer_set.retention:
         message = (
             "method.answer_set.retention compares with the model without its adapter, and full fine-tuning has none; "
             "set it to 0"

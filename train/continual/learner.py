@@ -44,6 +44,7 @@ from headtune.train.config.schema import Recipe
 from headtune.train.losses.activation_capture import told_of_dropout
 from headtune.train.losses.attention_distillation import query_positions
 from headtune.train.losses.weight_penalties import WeightAnchor, fisher_diagonal
+from headtune.train.methods.base import method_of
 from headtune.train.tracking.tracker import Tracker, trainer_callback
 from headtune.train.trainer import attach_regularisers, checkpoints, training
 from headtune.train.trainer.rows import Row
@@ -132,13 +133,13 @@ class Learner:
 
     def start(self) -> None:
         """Make the model trainable."""
-        method = self.method
         set_seed(self.recipe.seed)
         self.heads.record_attention(True)
-        if method.tune == "lora":
-            self.model = get_peft_model(self.heads.hf, training.lora_config(method.lora))
-        else:
+        config = method_of(self.recipe).peft_config(self.method, [], self.heads.hf)
+        if config is None:
             self.model.requires_grad_(True)
+        else:
+            self.model = get_peft_model(self.heads.hf, config)
         if self.recipe.heads is not None:
             self.notify("choosing heads")
             folder = self.recipe.folder if self.tracker.is_main else None

@@ -265,7 +265,7 @@ def _note_run(recipe: Recipe, learner: Learner, steps: Sequence[Step], state: di
     state["training"] = {"steps": learner.n_steps, "seconds": sum(part["seconds"] for part in timed)}
     if timed:
         state["training"]["seconds_per_step"] = sum(part["seconds_per_step"] for part in timed) / len(timed)
-    if recipe.method.strategy == "ewc":  # type: ignore[union-attr]
+    if recipe.method.strategy == "ewc":
         of = zip(learner.units, learner.informing, strict=True)
         state["fisher_rows"] = {unit.name: len(rows) for unit, rows in list(of)[:-1]}  # nothing comes after the last
     state["buffer"] = {unit.name: len(share) for unit, share in zip(learner.units, learner.buffer, strict=True)}
@@ -398,7 +398,7 @@ def _keep_heads(recipe: Recipe, model: HeadModel, learner: Learner) -> None:
     found, chosen = learner.importance, learner.chosen[-1]
     values = {"importance": found.value(), "sensitivity": found.sensitivity, "forgetting": found.forgetting}
     scores = {f"seekr.{name}": tensor for name, tensor in values.items()}
-    by = recipe.method.distil.choice  # type: ignore[union-attr]
+    by = recipe.method.distil.choice
     drawn = by.startswith("random")  # whose rank would mean nothing
     ranking = torch.zeros_like(found.value()) if drawn else scores[f"seekr.{by}"]
     ranked = tuple(
@@ -412,7 +412,7 @@ def _keep_heads(recipe: Recipe, model: HeadModel, learner: Learner) -> None:
         "n_dropped": 0,
         "dropped": {},
     }
-    method = {"parameters": recipe.method.distil.model_dump()}  # type: ignore[union-attr]
+    method = {"parameters": recipe.method.distil.model_dump()}
     keep_heads(selected("random" if drawn else "seekr", scores, ranked, recipe, model, task, method), recipe.folder)
 
 

@@ -23,13 +23,15 @@ from headtune.analysis.tasks.task import scored
 from headtune.analysis.utils.errors import InputError
 from headtune.analysis.utils.files import require_new_folder
 from headtune.train.config import resolve_tasks
-from headtune.train.config.methods import HeadsConfig, ObjectiveConfig, SeekrConfig
+from headtune.train.config.methods import HeadsConfig
 from headtune.train.config.resolve_heads import resolve_heads
 from headtune.train.config.schema import Recipe
 from headtune.train.continual import sequence
+from headtune.train.memory import model_shape
+from headtune.train.methods.base import method_of
 from headtune.train.trainer import training
 
-from . import batch_preview, memory_of_recipe, model_shape
+from . import batch_preview, memory_of_recipe
 from .memory_of_recipe import Stage
 from .run import FIRST, Ready, prepared
 
@@ -93,13 +95,13 @@ def dry_run(recipe: Recipe) -> DryRun:
     examples = (len(ready.train.examples), len(ready.held_out.examples))
     tasks = f"{resolve_tasks.in_words(recipe.task, ready.train, ready.held_out)}, "
     tasks += scored(ready.held_out.kind, recipe.evaluation.n_items)
-    method: Any = recipe.method
-    if getattr(method, "select_only", False):
+    family = method_of(recipe)
+    if family.stops_after_heads(recipe.method):
         notes.append("method.select_only: the run ends when heads are chosen")
-    if isinstance(method, SeekrConfig):
+    if family.learns_sequence:
         return _in_order(recipe, ready, words, total, notes)
-    if not isinstance(method, ObjectiveConfig):
-        notes.append("recipe steer trains nothing: what it adds is computed from the training prompts")
+    if not family.trains:
+        notes.append(f"recipe {recipe.recipe} trains nothing: what it adds is computed from the training prompts")
         return DryRun(words, {}, total, examples, tasks, notes=notes)
     return _trained(recipe, ready, pairs, words, total, tasks, notes)
 
@@ -114,7 +116,6 @@ def _trained(
     notes: list[str],
 ) -> DryRun:
     heads, method = ready.heads, recipe.method
-    assert isinstance(method, ObjectiveConfig)
     if heads.tokenizer.pad_token is None:
         heads.tokenizer.pad_token = heads.tokenizer.eos_token
     limit = recipe.task.max_train_examples
@@ -127,7 +128,7 @@ def _trained(
     data = training.material(given, heads, ready.train, {}, lambda _line: None)
     with tempfile.TemporaryDirectory() as folder:  # a trainer makes its output folder
         arguments = training.training_arguments(recipe, output_dir=folder)
-        config: Any = training.peft_config(method, pairs, heads.hf)
+        config: Any = method_of(recipe).peft_config(method, pairs, heads.hf)
         if config is None:
             heads.hf.requires_grad_(True)
         set_seed(recipe.seed)
@@ -166,14 +167,11 @@ def _trained(
 
 def _in_order(recipe: Recipe, ready: Ready, words: str | None, total: int, notes: list[str]) -> DryRun:
     """A sequence of tasks: the batch shows the first task's rows in their order, which training shuffles."""
-    method, heads = recipe.method, ready.heads
-    assert isinstance(method, SeekrConfig)
+    heads = ready.heads
     tasks = sequence.rows_of(recipe, heads, ready.steps)
     arguments = training.training_arguments(recipe)
-    if method.tune == "lora":
-        model: Any = get_peft_model(heads.hf, training.lora_config(method.lora))
-    else:
-        model = heads.hf.requires_grad_(True)
+    config = method_of(recipe).peft_config(recipe.method, [], heads.hf)
+    model: Any = heads.hf.requires_grad_(True) if config is None else get_peft_model(heads.hf, config)
     at_once = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
     steps = sum(_steps(arguments, len(rows), at_once) for rows in tasks)
     longest = max(row.length for rows in tasks for row in rows)

@@ -9,24 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from headtune.analysis.heads.head_set import RankedHead
 from headtune.analysis.identify import pipeline
-from headtune.analysis.interventions.last_layer import Intercept, Sink
 from headtune.analysis.models.head_model import HeadModel
 from headtune.analysis.tasks.task import Task
-from headtune.analysis.utils.errors import CheckError
 from headtune.analysis.utils.progress import Notify
 from headtune.train import distributed
-from headtune.train.config.methods import InterceptConfig, ItiConfig, ScaleConfig, SinkConfig
-from headtune.train.config.resolve_heads import ResolvedHeads, selected
+from headtune.train.config.resolve_heads import ResolvedHeads, ranked_heads, selected
 from headtune.train.config.schema import Recipe
+from headtune.train.methods.base import method_of
 from headtune.train.tracking.tracker import Tracker
 from headtune.train.trainer import training
-from headtune.train.tuners import head_tuning, probing, steering
+from headtune.train.tuners import head_tuning, probing
 from headtune.train.types import Penalty
 
 NORM = "lofit.norm"
-GATE = "jola.gate"
 
 
 def lofit_heads(recipe: Recipe, model: HeadModel, train: Task, tracker: Tracker, notify: Notify) -> ResolvedHeads:
@@ -70,8 +66,8 @@ def lofit_heads(recipe: Recipe, model: HeadModel, train: Task, tracker: Tracker,
     model.hf = adapted.unload()
     shutil.rmtree(changes["output_dir"], ignore_errors=True)
     tracker.log({"select/steps": trainer.state.global_step})
-    method = {"parameters": block.model_dump() | {"objective": recipe.method.objective}, **trainer.timing}  # type: ignore[union-attr]
-    ranked = _ranked(norms, top, "heads.lofit.learning_rate")
+    method = {"parameters": block.model_dump() | {"objective": recipe.method.objective}, **trainer.timing}
+    ranked = ranked_heads(norms, top, "heads.lofit.learning_rate")
     return selected("lofit", {NORM: norms}, ranked, recipe, model, state["training_data"], method)
 
 
@@ -111,40 +107,6 @@ def probed_heads(recipe: Recipe, model: HeadModel, train: Task, progress: pipeli
     return replace(chosen, probed=found)
 
 
-def open_gates(
-    recipe: Recipe, model: HeadModel, trained: Any, chosen: ResolvedHeads, data: dict[str, Any]
-) -> ResolvedHeads:
-    """The heads that JoLA's gates left open; `chosen` says which had gates.
-
-    Ranked by what their gates let through, `||g2 a||_2 + ||g1 v||_2`: many gates are open as far as they go.
-    """
-    gates, through = (torch.zeros(model.n_layers, model.n_heads) for _ in range(2))
-    for row in head_tuning.open_heads(trained):
-        gates[row.layer, row.head] = max(row.gate_scale or 0.0, row.gate_offset or 0.0)
-    with torch.no_grad():
-        for module in trained.modules():
-            if isinstance(module, head_tuning.HeadTuningLayer):
-                scale, offset = (None if f is None else f.float().cpu() for f in module.factors("default"))
-                changes = [part for part in (None if scale is None else scale - 1, offset) if part is not None]
-                through[module.layer] = sum(part.unflatten(0, (model.n_heads, -1)).norm(dim=-1) for part in changes)
-    method = {"parameters": {"l0": recipe.method.l0, "gated": len(chosen.pairs)}}  # type: ignore[union-attr]
-    ranked = _ranked(
-        through.masked_fill(gates <= 0, 0.0),
-        int((gates > 0).sum()),
-        "training.learning_rate or method.gate_learning_rate",
-    )
-    return selected("jola", {GATE: gates, "jola.norm": through}, ranked, recipe, model, data, method)
-
-
-def _ranked(scores: Tensor, top: int, rate: str) -> tuple[RankedHead, ...]:
-    """The `top` heads by score, best first; CheckError where training has left no numbers."""
-    if not torch.isfinite(scores).all():
-        raise CheckError(f"a head's score is not finite after training; lower {rate}")
-    order = scores.flatten().argsort(descending=True, stable=True)[:top].tolist()
-    pairs = (divmod(index, scores.shape[1]) for index in order)
-    return tuple(RankedHead(layer, head, float(scores[layer, head]), None) for layer, head in pairs)
-
-
 def _part(recipe: Recipe, train: Task, max_examples: int | None) -> Task:
     """The training prompts that a computation may see: those of a training, and of those at most `max_examples`."""
     return train.limited(recipe.task.max_train_examples, recipe.seed).limited(max_examples, recipe.seed)
@@ -160,21 +122,9 @@ def steered(
     notify: Notify,
 ) -> Any:
     """The model with an adapter that is computed, not trained; notes in `state["steering"]` what was found."""
-    method: Any = recipe.method
-    part = _part(recipe, train, getattr(method, "max_examples", None))
-    match method:
-        case ScaleConfig():
-            settings: steering.Settings = steering.Scale(method.factor)
-        case ItiConfig():
-            settings = steering.ITI(method.alpha, per_prompt=method.per_prompt)
-        case SinkConfig():
-            settings = Sink(method.tau, method.gamma)
-        case InterceptConfig():
-            settings = Intercept(method.beta, *([method.fit] if method.fit else []))
-    notify(f"steering: {method.kind}")
-    model.record_attention(True)
-    found = steering.steer(model, settings, chosen.pairs or None, part, recipe.seed, progress, chosen.probed)
-    model.record_attention(False)
-    state["steering"] = found.note
-    state["heads"] = [list(pair) for pair in found.pairs]
-    return steering.apply(model.hf, found)
+    part = _part(recipe, train, None)
+    notify(f"steering: {getattr(recipe.method, 'kind', recipe.recipe)}")
+    computed = method_of(recipe).compute(recipe.method, model, chosen, part, recipe.seed, progress)
+    state["steering"] = computed.note
+    state["heads"] = [list(pair) for pair in computed.pairs]
+    return computed.model

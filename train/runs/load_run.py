@@ -11,8 +11,9 @@ from headtune.analysis.utils.errors import InputError
 from headtune.analysis.utils.paths import require_no_way_out
 from headtune.analysis.utils.state_files import read_state
 from headtune.train.config import recipe as recipes
-from headtune.train.config.methods import LofitConfig, ModelConfig
+from headtune.train.config.methods import ModelConfig
 from headtune.train.config.schema import Recipe
+from headtune.train.methods.base import method_of
 from headtune.train.tuners import weights_io
 
 OWN = ("recipe.yaml", "run.json", "evaluation.json", "adapter", "model")  # what is read of a run that is done
@@ -46,17 +47,18 @@ def load_run(folder: Path | str) -> tuple[Any, Any, Recipe]:
     require_no_way_out(folder, "run", OWN)
     recipe = recipes.load_recipe(str(folder / "recipe.yaml"))
     block = recipe.model
-    if isinstance(recipe.method, LofitConfig) and recipe.method.select_only:
-        raise InputError(f"run {str(folder)!r} chose heads and trained nothing; tune them with heads.from={folder}")
+    method = method_of(recipe)
+    why_no_model = method.why_no_model(recipe.method, folder)
+    if method.stops_after_heads(recipe.method):
+        raise InputError(str(why_no_model))
     if (state := _saved(folder).get("state")) != "done":
         raise InputError(f"run {str(folder)!r} is {state}; finish it with: headtune train RECIPE --resume")
     if (folder / "model" / "config.json").is_file():
         model, tokenizer = load_plain(str(folder / "model"), "float32")
         return model.eval(), tokenizer, recipe
     if not (folder / "adapter" / "adapter_config.json").is_file():
-        if (keep := getattr(recipe.method, "keep", True)) in (False, "none"):
-            wanted = "last" if keep == "none" else "true"
-            raise InputError(f"run {str(folder)!r} did not keep its model; run it again with method.keep={wanted}")
+        if why_no_model is not None:
+            raise InputError(why_no_model)
         raise InputError(f"run {str(folder)!r} has no adapter yet; finish it with: headtune train RECIPE --resume")
     if not (folder / "adapter" / "adapter_model.safetensors").is_file():  # else PEFT would take a pickle
         raise InputError(f"run {str(folder)!r} has an adapter without adapter_model.safetensors; train it anew")

@@ -20,23 +20,13 @@ from pathlib import Path
 from typing import Any
 
 from headtune.analysis.utils.errors import InputError
-from headtune.train.config.methods import (
-    FullConfig,
-    HeadsConfig,
-    JolaConfig,
-    LnConfig,
-    LofitConfig,
-    LoraConfig,
-    MaskedConfig,
-    RegulariseConfig,
-    SeekrConfig,
-)
+from headtune.train.config.methods import HeadsConfig
 from headtune.train.config.schema import Recipe
-
-from . import memory as plan
-from . import model_shape
-from .memory import GIB, Memory, Objective, Setup
-from .model_shape import Shape, Trained
+from headtune.train.memory import estimate as plan
+from headtune.train.memory import model_shape
+from headtune.train.memory.estimate import GIB, Memory, Objective, Setup
+from headtune.train.memory.model_shape import Shape, Trained
+from headtune.train.methods.base import method_of
 
 UTILISATION = (0.2, 0.45)  # of the peak rate, slow and fast end; identify's single tokens are half as efficient
 PEAK_RATE = {2: 989e12, 4: 67e12}  # H100 SXM: dense bfloat16, and float32 without tensor cores; operations a second
@@ -102,8 +92,10 @@ def stages(recipe: Recipe, shape: Shape, setup: Setup, prompts: int | None = Non
     Args:
         prompts: of the training data; the recipe's limit where there is one.
     """
-    if recipe.recipe == "steer":
-        raise InputError("recipe steer trains nothing, and takes the memory of loading the model; plan another recipe")
+    if not method_of(recipe).trains:
+        raise InputError(
+            f"recipe {recipe.recipe} trains nothing, and takes the memory of loading the model; plan another recipe"
+        )
     rows = min(filter(None, (recipe.task.max_train_examples, prompts)), default=None)
     heads, found = recipe.heads, [_load_stage(shape, setup)]
     if heads is not None and heads.identify is not None:
@@ -112,7 +104,7 @@ def stages(recipe: Recipe, shape: Shape, setup: Setup, prompts: int | None = Non
         everyone = [(layer, head) for layer in range(shape.n_layers) for head in range(shape.n_heads)]
         scales = model_shape.head_values(shape, everyone, offset=False)
         found.append(_train_stage("select", recipe, shape, scales, setup, rows, heads.lofit.max_steps))
-    if not getattr(recipe.method, "select_only", False):
+    if not method_of(recipe).stops_after_heads(recipe.method):
         found.append(_train_stage("train", recipe, shape, trained_of(recipe, shape), setup, rows))
     return found
 
@@ -138,30 +130,12 @@ def identify_stage(shape: Shape, setup: Setup, prompts: int | None, spread: int 
 
 def trained_of(recipe: Recipe, shape: Shape) -> Trained:
     """What a recipe's method trains. Heads that are yet to be found are taken to reach down to layer 0."""
-    method: Any = recipe.method
-    match method:
-        case FullConfig():
-            return model_shape.everything(shape)
-        case LnConfig():
-            return model_shape.norm_gains(shape)
-        case LoraConfig():
-            return model_shape.lora(shape, method.r, method.target_modules)
-        case RegulariseConfig() | SeekrConfig():
-            if method.tune == "full":
-                return model_shape.everything(shape)
-            return model_shape.lora(shape, method.lora.r, method.lora.target_modules)
-    assert recipe.heads is not None
-    pairs = heads_of(recipe.heads, shape)
-    match method:
-        case LofitConfig():
-            return model_shape.head_values(shape, pairs, method.scale, method.offset)
-        case JolaConfig():
-            return model_shape.head_values(shape, pairs, gates=True)
-        case MaskedConfig():
-            return model_shape.head_slices(shape, pairs, method.parts)
-    raise InputError(
-        f"recipe {recipe.recipe!r} has no plan; plan lofit, jola, masked, lora, full, ln, regularise, seekr"
-    )
+    method, pairs = method_of(recipe), _pairs(recipe, shape) or []
+    return method.trained_weights(recipe.method, shape, pairs)
+
+
+def _pairs(recipe: Recipe, shape: Shape) -> list[tuple[int, int]] | None:
+    return None if recipe.heads is None else heads_of(recipe.heads, shape)
 
 
 def heads_of(block: HeadsConfig, shape: Shape) -> list[tuple[int, int]]:
@@ -199,24 +173,7 @@ def _read(block: HeadsConfig, shape: Shape) -> list[tuple[int, int]]:
 
 def objective_of(recipe: Recipe, shape: Shape, setup: Setup) -> Objective:
     """What a recipe's loss looks at."""
-    method: Any = recipe.method
-    if isinstance(method, SeekrConfig):
-        tasks = len(recipe.task.sequence or [])
-        copies = 2 if method.strategy == "ewc" else 0  # Fisher information, and where the weights were
-        again = 0
-        if method.replays:
-            limit = recipe.task.max_train_examples
-            share = method.replay.ratio or ((method.replay.count or 0) / limit if limit else 0.01)
-            again = max(1, round(share * (tasks - 1) * setup.batch + 0.499))
-        distils = method.strategy == "seekr"
-        heads = method.distil.heads if recipe.heads is None else len(heads_of(recipe.heads, shape))
-        return Objective("sequence", copies, again, heads * distils, method.distil.queries)
-    compares = [t for t in method.regularisers if t.kind in ("attention_kl", "output_drift", "attribution_hinge")]
-    whole = trained_of(recipe, shape).kind == "full"
-    copies = int(whole and (method.objective == "dpo" or bool(compares)))
-    columns = method.answer_set.retention_positions if method.objective == "answer_set" else 0
-    columns = columns if columns and method.answer_set.retention else 0
-    return Objective(method.objective, copies, columns=columns)
+    return method_of(recipe).objective(recipe, trained_of(recipe, shape), setup, _pairs(recipe, shape))
 
 
 def _train_stage(
@@ -239,8 +196,8 @@ def _train_stage(
         size = rows // setup.gpus * setup.length * shape.d_model * (2 if setup.half else 4)
         host = min(size, int(method.prefix_memory_gb * GIB))
         disk = size - host
-    if isinstance(method, SeekrConfig) and objective.distilled and rows is not None:
-        disk += teachers(recipe, shape, setup, rows)
+    if rows is not None:
+        disk += method_of(recipe).stored_bytes(recipe, shape, setup, rows, _pairs(recipe, shape))
     if setup.device == "cpu":  # one memory
         memory = replace(memory, parts={**memory.parts, **({"prefix cache": host} if host else {})})
         memory = replace(memory, peak=memory.peak + host)
@@ -250,24 +207,11 @@ def _train_stage(
     if steps <= 0 and rows is not None:
         at_once = setup.batch * setup.accumulation * setup.gpus
         steps = math.ceil(float(recipe.training.get("num_train_epochs", 3)) * math.ceil(rows / at_once))
-    if isinstance(method, SeekrConfig):
-        steps *= len(recipe.task.sequence or [])
+    steps *= len(recipe.task.sequence or [None])
     operations = setup.accumulation * _step(shape, trained, setup, objective, cached)
     above = shape.n_layers - trained.lowest
     passes = setup.accumulation * (shape.n_layers - cached + 2 * above + shape.n_layers * setup.checkpointing)
     return Stage(name, memory, operations, passes, "step", steps if steps > 0 else None, setup.compute_bytes)
-
-
-def teachers(recipe: Recipe, shape: Shape, setup: Setup, rows: int) -> int:
-    """Bytes of SEEKR's stored teachers: `heads x queries x length / 2` probabilities a row, and logits."""
-    method: Any = recipe.method
-    tasks = len(recipe.task.sequence or [])
-    kept = method.replay.count or round(method.replay.ratio * rows)
-    top = method.distil.logits_top
-    logits = setup.labels * (shape.vocabulary if top is None else 2 * top + 1)
-    heads = method.distil.heads if recipe.heads is None else len(heads_of(recipe.heads, shape))
-    attention = heads * min(method.distil.queries, setup.length) * setup.length // 2
-    return int(kept * (tasks - 1) * (attention + logits) * (2 if method.distil.dtype == "float16" else 4))
 
 
 def _forward(shape: Shape, tokens: int, length: int, layers: int, positions: int = 1) -> float:

@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from peft import PeftModel
 
 from headtune.analysis.heads.head_set import ROLES, HeadSet, provenance
 from headtune.analysis.identify import pipeline
@@ -33,14 +32,6 @@ from headtune.analysis.utils.files import leftovers, require_new_folder, write_j
 from headtune.analysis.utils.progress import Notify
 from headtune.analysis.utils.state_files import mend_lines, read_state
 from headtune.train.config import recipe as recipes
-from headtune.train.config.methods import (
-    FullConfig,
-    JolaConfig,
-    LofitConfig,
-    ObjectiveConfig,
-    RegulariseConfig,
-    SeekrConfig,
-)
 from headtune.train.config.resolve_heads import ResolvedHeads, keep_heads, resolve_heads
 from headtune.train.config.resolve_tasks import tasks_of
 from headtune.train.config.schema import Recipe
@@ -50,17 +41,16 @@ from headtune.train.evaluation.evaluation_file import (
     evaluation_identity,
     flat,
     measure,
-    new_folder,
     peak_memory,
     read_before,
     write_evaluation,
 )
 from headtune.train.evaluation.multiple_choice import require_choices
+from headtune.train.methods.base import method_of
 from headtune.train.tracking import lineage, media
 from headtune.train.tracking.tracker import METRICS, Tracker
 from headtune.train.trainer import attach_regularisers, failures, signals, training, trl_trainers
 from headtune.train.trainer.quiet import libraries_quiet
-from headtune.train.tuners import weights_io
 
 from . import first_stage
 from .load_run import _saved, _warn_of_code
@@ -121,14 +111,14 @@ def _run(recipe: Recipe, resume: bool, progress: pipeline.Progress, notify: Noti
         _require_same(recipe, folder)
         if saved.get("state") == "done":
             notify(f"run {folder} is finished")
-            if isinstance(recipe.method, SeekrConfig) and main:
+            if method_of(recipe).learns_sequence and main:
                 sequence.clear(recipe)
             done = folder / "evaluation.json"
             return read_state(done) if done.is_file() else {}
     elif main:
         fix = "choose another output_dir or name, or continue it with --resume (resume=True in Python)"
         require_new_folder(folder, fix, FIRST)
-    in_order = isinstance(recipe.method, SeekrConfig)
+    in_order = method_of(recipe).learns_sequence
     ready = prepared(recipe)
     heads, train, held_out, steps = ready.heads, ready.train, ready.held_out, ready.steps
     block = recipe.model
@@ -190,7 +180,7 @@ def prepared(recipe: Recipe) -> Ready:
     Raises:
         InputError: the task, the model, the tokenizer, the heads or the training arguments do not go together.
     """
-    in_order = isinstance(recipe.method, SeekrConfig)
+    in_order = method_of(recipe).learns_sequence
     steps = sequence.steps_of(recipe.task) if in_order else []
     train, held_out = (steps[0].train, steps[0].held_out) if in_order else tasks_of(recipe.task)
     block = recipe.model
@@ -235,7 +225,8 @@ def _carry_out(
             if advice := head_report.next_step(chosen.found):
                 notify(advice)
         media.show_heads(tracker, chosen.found, chosen.means or {}, folder, f"{folder.name}-heads")
-    if isinstance(recipe.method, LofitConfig) and recipe.method.select_only:
+    family = method_of(recipe)
+    if family.stops_after_heads(recipe.method):
         PartialState().wait_for_everyone()
         return {}
     model.record_attention(False)  # rows are not needed any more
@@ -267,15 +258,10 @@ def _carry_out(
     if not main:
         PartialState().wait_for_everyone()
         return {}
-    if isinstance(adapted, PeftModel):
-        with new_folder(folder / "adapter") as temporary:
-            weights_io.write(adapted, temporary)
-    elif isinstance(recipe.method, FullConfig | RegulariseConfig) and recipe.method.keep:
-        with new_folder(folder / "model") as temporary:
-            weights_io.write(adapted, temporary)
-            model.tokenizer.save_pretrained(str(temporary))
-    if isinstance(recipe.method, JolaConfig):
-        chosen = first_stage.open_gates(recipe, model, adapted, chosen, state["training_data"])
+    family.save(recipe.method, adapted, model.tokenizer, folder)
+    tuned = family.heads_after(recipe, model, adapted, chosen, state.get("training_data", {}))
+    if tuned is not None:
+        chosen = tuned
         keep_heads(chosen, folder)
         assert chosen.found is not None
         media.show_heads(tracker, chosen.found, chosen.means or {}, folder, f"{folder.name}-heads")
@@ -300,7 +286,7 @@ def _carry_out(
 def _require_usable(recipe: Recipe, model: HeadModel, train: Task, held_out: Task) -> None:
     """Refuse, before anything is written, what does not fit the tokenizer, the task, the model or transformers."""
     block, method = recipe.heads, recipe.method
-    objective = method.objective if isinstance(method, ObjectiveConfig) else None
+    objective = method.objective if method_of(recipe).trains else None
     if objective == "answer_set" or (block is not None and block.identify is not None):
         if train.kind == "multiple_choice":
             raise InputError(
@@ -353,7 +339,7 @@ def _adapted(
     notify: Notify,
 ) -> Any:
     """The model with its trained, or for `steer` its computed, adapter; in eval mode."""
-    if isinstance(recipe.method, ObjectiveConfig):
+    if method_of(recipe).trains:
         if model.tokenizer.pad_token is None:
             model.tokenizer.pad_token = model.tokenizer.eos_token
         return training.fit(recipe, model, chosen.pairs, train, tracker, state, resume, notify)

@@ -14,10 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import peft
 import torch
-from peft import LNTuningConfig, PeftConfig, PeftModel
-from torch import Tensor, nn
+from peft import PeftConfig, PeftModel
 from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallback, TrainerState, set_seed
 
 from headtune.analysis.models.head_model import HeadModel
@@ -26,67 +24,18 @@ from headtune.analysis.tasks.tokenized import encode
 from headtune.analysis.utils.errors import CheckError, InputError
 from headtune.analysis.utils.progress import Notify
 from headtune.train import distributed
-from headtune.train.config.methods import (
-    FullConfig,
-    JolaConfig,
-    LnConfig,
-    LofitConfig,
-    LoraConfig,
-    LoraSizes,
-    MaskedConfig,
-    PruneGates,
-    RegulariseConfig,
-    TrainedMethod,
-)
+from headtune.train.config.methods import PruneGates
 from headtune.train.config.schema import Recipe
 from headtune.train.losses.label_logits import labelled_positions
+from headtune.train.methods.base import method_of
 from headtune.train.tracking.tracker import Logs, Tracker, trainer_callback
-from headtune.train.tuners import head_pruning, head_slices, head_tuning, weights_io
+from headtune.train.tuners import head_pruning, weights_io
 from headtune.train.types import Penalty
 
 from . import attach_regularisers, checkpoints, signals, trl_trainers
 from .prefix_cache import PrefixCache, lowest_trained, refusal
 
 Pairs = Sequence[tuple[int, int]]
-
-
-def peft_config(method: TrainedMethod, pairs: Pairs, model: nn.Module) -> PeftConfig | None:
-    """The PEFT configuration of a trained method; None for full fine-tuning, which has no adapter."""
-    heads = [list(pair) for pair in pairs]
-    common: dict[str, Any] = {"task_type": "CAUSAL_LM"}
-    match method:
-        case LofitConfig():
-            own: dict[str, Any] = {"scale": method.scale, "offset": method.offset, "init_std": method.init_std}
-            return head_tuning.HeadTuningConfig(heads=heads, **own, **common)
-        case JolaConfig():
-            return head_tuning.HeadTuningConfig(heads=heads, gates=True, init_std=method.init_std, **common)
-        case MaskedConfig():
-            return head_slices.HeadSlicesConfig(heads=heads, parts=list(method.parts), **common)
-        case LoraConfig():
-            return lora_config(method)
-        case LnConfig():
-            return LNTuningConfig(target_modules=norms(model), **common)
-        case RegulariseConfig() if method.tune == "lora":
-            return lora_config(method.lora)
-        case FullConfig() | RegulariseConfig():
-            return None
-
-
-def lora_config(shape: LoraSizes) -> peft.LoraConfig:
-    """PEFT's configuration of a LoRA."""
-    sizes: dict[str, Any] = {"r": shape.r, "lora_alpha": shape.alpha, "target_modules": shape.target_modules}
-    return peft.LoraConfig(task_type="CAUSAL_LM", **sizes)
-
-
-def norms(model: nn.Module) -> list[str]:
-    """Names of a model's norms: the modules without children all of whose parameters are vectors."""
-    return [
-        name
-        for name, module in model.named_modules()
-        if not list(module.children())
-        and (own := list(module.parameters(recurse=False)))
-        and all(parameter.ndim == 1 for parameter in own)
-    ]
 
 
 def training_arguments(recipe: Recipe, **changes: Any) -> Any:
@@ -227,8 +176,7 @@ def train_with(
     except ValueError as error:  # such as packing with answer_set
         raise InputError(f"training: {str(error).splitlines()[0]}") from error
     trainer.penalty = penalty
-    if isinstance(method, JolaConfig):
-        trainer.rates = {"head_tuning_gate": method.gate_learning_rate}
+    trainer.rates = method_of(recipe).learning_rates(method)
     distributed.require_launch(trainer.accelerator)
     distributed.require_full_state(trainer.accelerator)
     if any(not isinstance(term, PruneGates) for term in method.regularisers):
@@ -292,7 +240,7 @@ def _prefix_cache(recipe: Recipe, model: HeadModel, trainer: Any, notify: Notify
     trained = trainer.model
     reason = refusal(trained, trainer)
     if reason is not None:
-        if isinstance(method, LofitConfig | JolaConfig | MaskedConfig):
+        if method_of(recipe).needs_heads(method):  # of the others nobody expects it
             notify(f"prefix cache off: {reason}")
         return None
     notify(f"prefix cache: layers 0-{lowest_trained(trained) - 1} run once per example")
@@ -318,9 +266,10 @@ def fit(
     Writes into `state` what it trained on, how long a step took, and what the prefix cache did.
     """
     method: Any = recipe.method
-    config = peft_config(method, pairs, model.hf)
+    family = method_of(recipe)
+    config = family.peft_config(method, pairs, model.hf)
     data = material(recipe, model, train, state, notify)
-    penalty = l0_penalty(method) if isinstance(method, JolaConfig) else None
+    penalty = family.penalty(method)
     gates: head_pruning.HeadGates | None = None
 
     @contextlib.contextmanager
@@ -346,17 +295,6 @@ def fit(
         head_pruning.fold(trained, gates)
         model.hf = trained
     return trained
-
-
-def l0_penalty(method: JolaConfig) -> Penalty:
-    """Mean P(gate > 0), its weight growing linearly over the first `l0_warmup` of the steps."""
-
-    def penalty(model: Any, progress: float) -> dict[str, tuple[Tensor, float]]:
-        weight = method.l0 * (min(1.0, progress / method.l0_warmup) if method.l0_warmup else 1.0)
-        with distributed.whole(distributed.trained(model)):
-            return {"l0": (head_tuning.l0(model), weight)}
-
-    return penalty
 
 
 class Timer(TrainerCallback):

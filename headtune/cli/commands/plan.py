@@ -40,8 +40,9 @@ def add_parsers(add: Add) -> None:
 def plan_command(arguments: argparse.Namespace) -> int:
     from headtune.analysis.utils.errors import InputError
     from headtune.train.config import recipe
-    from headtune.train.runs import memory, memory_of_recipe
-    from headtune.train.runs.model_shape import shape_of
+    from headtune.train.memory import estimate as memory
+    from headtune.train.memory.model_shape import shape_of
+    from headtune.train.runs import memory_of_recipe
 
     from ..console import console
 

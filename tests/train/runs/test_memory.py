@@ -15,10 +15,12 @@ from torch import Tensor
 
 from headtune.cli.main import main
 from headtune.train.config import recipe
-from headtune.train.runs import memory, memory_of_recipe, model_shape
-from headtune.train.runs.memory import Objective, Setup
-from headtune.train.runs.model_shape import Shape, Trained
-from headtune.train.trainer import training
+from headtune.train.memory import estimate as memory
+from headtune.train.memory import model_shape
+from headtune.train.memory.estimate import Objective, Setup
+from headtune.train.memory.model_shape import Shape, Trained
+from headtune.train.methods.ln import norms
+from headtune.train.runs import memory_of_recipe
 from headtune.train.tuners.head_slices import HeadSlicesConfig
 from headtune.train.tuners.head_tuning import HeadTuningConfig
 from helpers.paths import ROOT
@@ -73,9 +75,7 @@ def test_parameters_are_those_of_the_model(name: str) -> None:
     found = shape(model)
     assert found.parameters == sum(parameter.numel() for parameter in model.parameters())
     assert (found.n_kv_heads, found.head_dim, found.n_layers) == (kind.n_kv_heads, kind.head_dim, 3)
-    assert found.norms == sum(
-        p.numel() for path in training.norms(model) for p in model.get_submodule(path).parameters()
-    )
+    assert found.norms == sum(p.numel() for path in norms(model) for p in model.get_submodule(path).parameters())
 
 
 def test_published_sizes_are_the_published_parameter_counts() -> None:

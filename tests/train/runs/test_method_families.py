@@ -17,10 +17,11 @@ from headtune.analysis.models.loading import wrap_model
 from headtune.analysis.tasks.task import Example, Task, to_jsonl
 from headtune.analysis.utils.files import write_text
 from headtune.train.config.methods import JolaConfig
+from headtune.train.methods.jola import l0_penalty
+from headtune.train.methods.ln import norms
 from headtune.train.runs.first_stage import l1_penalty, scale_norms
 from headtune.train.runs.load_run import load_run
 from headtune.train.trainer import trl_trainers
-from headtune.train.trainer.training import l0_penalty, norms
 from headtune.train.tuners.head_tuning import HeadTuningConfig, HeadTuningLayer
 from helpers.small_runs import train, write_recipe
 from helpers.tiny import FACTS, save_tiny, tiny_model, tiny_task, tiny_tokenizer

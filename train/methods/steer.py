@@ -1,0 +1,59 @@
+"""Steering: heads scaled, moved along probes' directions (ITI), or a last-layer intervention; nothing is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from headtune.train.config.base import StrictConfig
+from headtune.train.config.method_registry import register_tuning_method
+from headtune.train.config.methods import STEERING, InterceptConfig, ItiConfig, ScaleConfig, SinkConfig
+
+from .base import ComputedModel, TuningMethod
+
+if TYPE_CHECKING:
+    from headtune.analysis.identify.pipeline import Progress
+    from headtune.analysis.models.head_model import HeadModel
+    from headtune.analysis.tasks.task import Task
+    from headtune.train.config.resolve_heads import ResolvedHeads
+
+
+@register_tuning_method
+class Steer(TuningMethod):
+    name, config, trains = "steer", ScaleConfig, False
+
+    @property
+    def kinds(self) -> Mapping[str, type[StrictConfig]]:
+        return STEERING
+
+    def needs_heads(self, config: Any) -> bool:
+        return self.takes_heads(config)
+
+    def takes_heads(self, config: Any) -> bool:
+        return not isinstance(config, SinkConfig | InterceptConfig)  # which find their own
+
+    def compute(
+        self, config: Any, model: HeadModel, resolved: ResolvedHeads, task: Task, seed: int, progress: Progress
+    ) -> ComputedModel:
+        from headtune.train.tuners import steering
+
+        part = task.limited(getattr(config, "max_examples", None), seed)
+        model.record_attention(True)
+        found = steering.steer(model, _settings(config), resolved.pairs or None, part, seed, progress, resolved.probed)
+        model.record_attention(False)
+        return ComputedModel(steering.apply(model.hf, found), list(found.pairs), found.note)
+
+
+def _settings(config: Any) -> Any:
+    """What `steering.steer` takes, of a recipe's `method`."""
+    from headtune.analysis.interventions.last_layer import Intercept, Sink
+    from headtune.train.tuners import steering
+
+    match config:
+        case ItiConfig():
+            return steering.ITI(config.alpha, per_prompt=config.per_prompt)
+        case SinkConfig():
+            return Sink(config.tau, config.gamma)
+        case InterceptConfig():
+            return Intercept(config.beta, *([config.fit] if config.fit else []))
+    return steering.Scale(config.factor)
