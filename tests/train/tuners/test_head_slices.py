@@ -7,8 +7,8 @@ what the model does: which queries, keys, values and outputs a change of a slice
 
 from __future__ import annotations
 
-import copy
 import importlib.util
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,7 +25,7 @@ from headtune.analysis.models.loading import EMBEDDED, cache_folder, load_model
 from headtune.analysis.utils.errors import InputError
 from headtune.train.tuners.head_slices import PARTS, HeadSlicesConfig, HeadSlicesLayer, touched_heads
 from helpers.slices import masks_of, slice_of
-from helpers.tiny import D_MODEL, KINDS, N_HEADS, N_LAYERS, Kind, tiny_model
+from helpers.tiny import D_MODEL, HARD_KINDS, KINDS, N_HEADS, N_LAYERS, Kind, tiny_model
 
 HEADS = [[0, 1], [2, 0], [2, 3]]  # one layer without, one with one, one with two: of two KV groups where there are two
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "gpt2", "opt", "gpt_neox", "phi", "phi3"]
@@ -112,13 +112,10 @@ def changed_copy(kind: Kind, values: dict[str, nn.Parameter], heads: list[list[i
 # --- what it computes -------------------------------------------------------------------------------------------------
 
 
-def test_a_fresh_adapter_changes_nothing(kind: Kind) -> None:
-    model = get_peft_model(build(kind), HeadSlicesConfig(heads=HEADS)).eval()
-    assert torch.equal(logits(model), logits(build(kind)))
-
-
 def test_logits_and_gradients_are_those_of_the_whole_model_cut_to_the_slices(kind: Kind) -> None:
-    model = adapted(kind)
+    model = get_peft_model(build(kind), HeadSlicesConfig(heads=HEADS)).eval()
+    assert torch.equal(logits(model), logits(build(kind))), "a fresh adapter changes nothing"
+    randomise(model)
     values = deltas(model)
     reference = changed_copy(kind, values, HEADS)
     close(logits(model), logits(reference))
@@ -158,6 +155,7 @@ def train_both(kind: Kind, optimiser: Any, steps: int, **options: Any) -> tuple[
     return model, reference, trained
 
 
+@pytest.mark.parametrize("kind", HARD_KINDS, indirect=True)
 def test_a_step_of_sgd_is_the_masked_step_of_the_whole_model(kind: Kind) -> None:
     model, reference, _ = train_both(kind, torch.optim.SGD, 1, lr=0.5)
     close(logits(model), logits(reference))
@@ -186,21 +184,6 @@ def test_weight_decay_pulls_to_the_base_weights() -> None:
     optimiser.step()
     for name, parameter in deltas(model).items():
         close(parameter.detach(), 0.9 * before[name])
-
-
-def test_gradient_checkpointing_gives_the_same_gradients(family: Kind) -> None:
-    model = adapted(family)
-    expected = torch.autograd.grad(loss_of(model), list(deltas(model).values()))
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        module.training = True  # checkpoints are for training; opt draws its dropout from a number
-        if isinstance(getattr(module, "dropout", None), float):
-            module.dropout = 0.0
-    found = torch.autograd.grad(loss_of(model), list(deltas(model).values()))
-    for actual, wanted in zip(found, expected, strict=True):
-        close(actual, wanted, 1e-6)
 
 
 # --- whose slices they are --------------------------------------------------------------------------------------------
@@ -240,22 +223,21 @@ def differ(first: Tensor, second: Tensor, axis: int) -> list[int]:
     return [index for index, gap in enumerate(gaps.tolist()) if gap > 1e-6]
 
 
-@pytest.mark.parametrize("head", range(N_HEADS))
-@pytest.mark.parametrize("part", PARTS)
-def test_a_part_reaches_what_it_says(family: Kind, part: str, head: int) -> None:
+def test_a_part_reaches_what_it_says(family: Kind) -> None:
     """Queries leave the caches alone, keys and values change their own group of their own cache, outputs no z."""
-    kind = family
-    base = run(build(kind), kind)
-    model = adapted(kind, [[1, head]], parts=[part]).get_base_model()
-    z, keys, values, scores = run(model, kind)
-    group = head // (N_HEADS // kind.n_kv_heads)
-    touched = [h for _, h in touched_heads([[1, head]], [part], N_HEADS, kind.n_kv_heads)]
-    assert differ(z, base[0], 2) == ([] if part == "o" else touched)
-    assert differ(keys, base[1], 1) == ([group] if part == "k" else [])
-    assert differ(values, base[2], 1) == ([group] if part == "v" else [])
-    assert (scores - base[3]).abs().max() > 1e-4
-    if part == "o":  # nothing of it is left without the head
-        close(run(model, kind, without=head)[3], run(build(kind), kind, without=head)[3])
+    plain = build(family)
+    base = run(plain, family)
+    for part, head in itertools.product(PARTS, range(N_HEADS)):
+        model = adapted(family, [[1, head]], parts=[part]).get_base_model()
+        z, keys, values, scores = run(model, family)
+        group = head // (N_HEADS // family.n_kv_heads)
+        touched = [h for _, h in touched_heads([[1, head]], [part], N_HEADS, family.n_kv_heads)]
+        assert differ(z, base[0], 2) == ([] if part == "o" else touched), (part, head)
+        assert differ(keys, base[1], 1) == ([group] if part == "k" else []), (part, head)
+        assert differ(values, base[2], 1) == ([group] if part == "v" else []), (part, head)
+        assert (scores - base[3]).abs().max() > 1e-4, (part, head)
+        if part == "o":  # nothing of it is left without the head
+            close(run(model, family, without=head)[3], run(plain, family, without=head)[3])
 
 
 def test_touched_heads() -> None:
@@ -293,23 +275,6 @@ def test_parameters_are_exactly_the_slices(
 # --- a base in half precision -----------------------------------------------------------------------------------------
 
 
-def test_float32_slices_over_a_bfloat16_base(family: Kind) -> None:
-    base = build(family).to(torch.bfloat16)
-    model = get_peft_model(base, HeadSlicesConfig(heads=HEADS)).eval()
-    assert {parameter.dtype for parameter in deltas(model).values()} == {torch.float32}
-    assert torch.equal(logits(model), logits(build(family).to(torch.bfloat16)))
-    randomise(model)
-    expected = logits(adapted(family))
-    assert (logits(model).float() - expected).abs().max() < 0.1 * expected.abs().max()
-    gradients = torch.autograd.grad(loss_of(model).float(), list(deltas(model).values()))
-    assert all(gradient.dtype == torch.float32 and gradient.abs().max() > 0 for gradient in gradients)
-    before = copy.deepcopy(model.state_dict())
-    model.merge_adapter()
-    assert model.get_base_model().dtype == torch.bfloat16
-    model.unmerge_adapter()
-    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-
-
 def test_the_addition_is_computed_in_float32_and_rounded_once() -> None:
     """An addition too fine for the base's dtype still counts: 1 + 2^-10 is 1 in bfloat16."""
     model = get_peft_model(build(KINDS["llama"]).to(torch.bfloat16), HeadSlicesConfig(heads=[[0, 1]]))
@@ -326,15 +291,6 @@ def test_the_addition_is_computed_in_float32_and_rounded_once() -> None:
 
 
 # --- off, on, another -------------------------------------------------------------------------------------------------
-
-
-def test_disable_adapter_is_the_base_exactly(family: Kind) -> None:
-    base, model = logits(build(family)), adapted(family)
-    changed = logits(model)
-    with model.disable_adapter():
-        assert torch.equal(logits(model), base)
-    assert torch.equal(logits(model), changed)
-    assert not torch.equal(changed, base)
 
 
 def test_a_second_adapter(family: Kind, tmp_path: Path) -> None:
@@ -371,8 +327,8 @@ def test_a_second_adapter(family: Kind, tmp_path: Path) -> None:
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("parts", [PARTS, ("q",), ("k", "o")])
-def test_saved_and_loaded_is_the_same(family: Kind, tmp_path: Path, parts: tuple[str, ...]) -> None:
+def test_saved_and_loaded_is_the_same(family: Kind, tmp_path: Path) -> None:
+    parts = ("k", "o")  # all of them, and one alone: test_peft_contract.py
     base_folder, folder = tmp_path / "base", tmp_path / "adapter"
     base = build(family)
     base.save_pretrained(base_folder)
@@ -419,38 +375,18 @@ def test_merged_it_is_a_stock_model_that_differs_in_the_slices_only(kind: Kind, 
     close(logits(AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()), expected)
 
 
-def test_merge_then_unmerge_is_bit_exact(family: Kind) -> None:
-    model = adapted(family)
-    expected, before = logits(model), copy.deepcopy(model.state_dict())
-    model.merge_adapter()
-    close(logits(model), expected)
-    assert any(not torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-    model.unmerge_adapter()
-    after = model.state_dict()
-    assert list(after) == list(before)
-    assert all(torch.equal(after[name], before[name]) for name in before)
-    assert torch.equal(logits(model), expected)
-
-
-def test_disabling_a_merged_adapter_is_the_base_exactly(family: Kind) -> None:
-    model = adapted(family)
-    model.merge_adapter()
-    with model.disable_adapter():
-        assert torch.equal(logits(model), logits(build(family)))
-
-
-@pytest.mark.parametrize("together", [True, False])
-def test_two_adapters_on_the_same_slices_add_up(family: Kind, together: bool) -> None:
+def test_two_adapters_on_the_same_slices_add_up(family: Kind) -> None:
     model = adapted(family)
     model.add_adapter("other", HeadSlicesConfig(heads=[[0, 1], [1, 2], [2, 2]]))
     randomise(model, "other", seed=4)
     model.base_model.set_adapter(["default", "other"])
     expected = logits(model)
-    for names in [["default", "other"]] if together else [["default"], ["other"]]:
-        model.merge_adapter(names)
-    close(logits(model), expected)
-    model.unmerge_adapter()
-    assert torch.equal(logits(model), expected)
+    for steps in ([["default", "other"]], [["default"], ["other"]]):
+        for names in steps:
+            model.merge_adapter(names)
+        close(logits(model), expected)
+        model.unmerge_adapter()
+        assert torch.equal(logits(model), expected)
     with model.disable_adapter():
         assert torch.equal(logits(model), logits(build(family)))
 

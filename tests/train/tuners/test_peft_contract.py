@@ -54,7 +54,7 @@ TUNERS = {
     "slices": Tuner(lambda heads, **o: HeadSlicesConfig(heads=heads, **o), "head_slices_"),
     "slices-o": Tuner(lambda heads, **o: HeadSlicesConfig(heads=heads, parts=["o"], **o), "head_slices_"),
 }
-FAMILIES = ("llama-gqa", "gpt2", "qwen3", "gpt_neox")
+FAMILIES = ("llama-gqa", "gpt2", "phi3", "gpt_neox")
 
 
 @pytest.fixture(params=TUNERS)
@@ -218,9 +218,8 @@ def test_saved_and_loaded_is_the_same(tuner: Tuner, kind: Kind, tmp_path: Path) 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("imports", ["headtune.train, peft", "peft, headtune.train"])
-def test_another_process_loads_it_after_the_import(imports: str, tmp_path: Path) -> None:
-    """`import headtune.train` is all it takes, before PEFT or after."""
+def test_another_process_loads_it_after_the_import(tmp_path: Path) -> None:
+    """`import headtune.train` is all it takes, after PEFT; before it: test_the_import_is_cheap_and_leaves_nothing."""
     kind = KINDS["llama"]
     base = build(kind)
     base.save_pretrained(tmp_path / "base")
@@ -232,7 +231,7 @@ def test_another_process_loads_it_after_the_import(imports: str, tmp_path: Path)
         save_file({"logits": logits(model.eval())}, tmp_path / f"{name}.safetensors")
     script = f"""
 import sys, torch
-import {imports}
+import peft, headtune.train
 from safetensors.torch import load_file
 for name in ("everything", "slices"):
     folder = {str(tmp_path)!r} + "/" + name
@@ -247,7 +246,7 @@ for name in ("everything", "slices"):
 def test_the_import_is_cheap_and_leaves_nothing_behind() -> None:
     """Neither PEFT nor torch comes with it; transformers looks for PEFT without importing it; then it is imported."""
     script = """
-import sys, headtune.train.cli
+import sys, headtune.train, headtune.cli.main
 assert not {"peft", "torch", "transformers"} & set(sys.modules)
 import importlib.util
 assert importlib.util.find_spec("peft") is not None and "peft" not in sys.modules
@@ -284,15 +283,15 @@ def test_merge_then_unmerge_is_bit_exact(tuner: Tuner, kind: Kind) -> None:
     assert torch.equal(logits(model), expected)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_unload_gives_the_base_back(tuner: Tuner, kind: Kind, dtype: torch.dtype) -> None:
+def test_unload_gives_the_base_back(tuner: Tuner, kind: Kind) -> None:
     """Also after merging in half precision, where weights that were computed back would be rounded."""
-    before = dict(build(kind).to(dtype).state_dict())
-    model = get_peft_model(build(kind).to(dtype), tuner.config(HEADS))
-    randomise(model, tuner)
-    model.merge_adapter()
-    model.unmerge_adapter()
-    same(dict(model.unload().state_dict()), before)
+    for dtype in (torch.bfloat16, torch.float16):
+        before = dict(build(kind).to(dtype).state_dict())
+        model = get_peft_model(build(kind).to(dtype), tuner.config(HEADS))
+        randomise(model, tuner)
+        model.merge_adapter()
+        model.unmerge_adapter()
+        same(dict(model.unload().state_dict()), before)
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
@@ -313,15 +312,15 @@ def test_a_float32_adapter_over_a_bfloat16_base(tuner: Tuner, kind: Kind) -> Non
     )
 
 
-@pytest.mark.parametrize("use_reentrant", [False, True])
-def test_gradient_checkpointing_gives_the_same_gradients(tuner: Tuner, kind: Kind, use_reentrant: bool) -> None:
+def test_gradient_checkpointing_gives_the_same_gradients(tuner: Tuner, kind: Kind) -> None:
     """In training mode: what gates draw must be drawn again in the recomputation."""
     model = adapted(tuner, kind).train()
     expected = gradients(model, tuner)
     model.enable_input_require_grads()  # reentrant checkpoints see no gradient without
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
-    assert model.is_gradient_checkpointing
-    same(gradients(model, tuner), expected, 1e-6)
+    for use_reentrant in (False, True):
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
+        assert model.is_gradient_checkpointing
+        same(gradients(model, tuner), expected, 1e-6)
 
 
 class StopAfterSave(TrainerCallback):
@@ -376,27 +375,29 @@ def test_a_resumed_run_ends_where_it_would_have(name: str, tmp_path: Path) -> No
     same(dict(adapter_parameters(resumed.model, tuner)), dict(expected))
 
 
-def one_rank(rank: int, name: str, folder: str) -> None:
+PARALLEL = ("everything", "slices")
+
+
+def one_rank(rank: int, folder: str) -> None:
     """Two processes, half the batch each; every one draws the same gates."""
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=2)
-    tuner = TUNERS[name]
-    model = adapted(tuner, KINDS["llama-gqa"]).train()
-    parallel = nn.parallel.DistributedDataParallel(model)
-    found = gradients(parallel, tuner, batch(4)[2 * rank : 2 * rank + 2])
-    save_file(found, Path(folder) / f"{rank}.safetensors")
-    torch.distributed.barrier()
-    del parallel  # which holds on to the group
+    for name in PARALLEL:
+        model = adapted(TUNERS[name], KINDS["llama-gqa"]).train()
+        parallel = nn.parallel.DistributedDataParallel(model)
+        found = gradients(parallel, TUNERS[name], batch(4)[2 * rank : 2 * rank + 2])
+        save_file(found, Path(folder) / f"{name}.{rank}.safetensors")
+        torch.distributed.barrier()
+        del parallel  # which holds on to the group
     torch.distributed.destroy_process_group()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["everything", "slices"])
-def test_two_processes_have_the_gradients_of_one(name: str, tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(one_rank, (name, str(tmp_path)), nprocs=2)
-    tuner = TUNERS[name]
-    expected = gradients(adapted(tuner, KINDS["llama-gqa"]).train(), tuner, batch(4))
-    for rank in range(2):
-        found = load_file(tmp_path / f"{rank}.safetensors")
-        same(dict(sorted(found.items())), expected, 1e-6)
+def test_two_processes_have_the_gradients_of_one(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(one_rank, (str(tmp_path),), nprocs=2)
+    for name in PARALLEL:
+        expected = gradients(adapted(TUNERS[name], KINDS["llama-gqa"]).train(), TUNERS[name], batch(4))
+        for rank in range(2):
+            found = load_file(tmp_path / f"{name}.{rank}.safetensors")
+            same(dict(sorted(found.items())), expected, 1e-6)
