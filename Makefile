@@ -8,7 +8,7 @@
 
 PYTHON ?= python3
 ARGS ?=
-# Processes that tests run in, one thread each; a file's tests stay together.
+# Processes that tests run in, one thread each; a file's tests stay together, in the order of tests/conftest.py.
 WORKERS ?= 2
 
 BIN := .venv/bin
@@ -25,7 +25,7 @@ demo: $(STAMP)
 	$(BIN)/headtune demo
 
 test test-slow test-all: export OMP_NUM_THREADS := 1
-PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test: $(STAMP)
 	$(PYTEST) -m "not slow" $(ARGS)

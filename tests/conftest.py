@@ -19,6 +19,28 @@ from transformers import PreTrainedTokenizerFast
 from headtune.analysis.tasks.task import Task
 from helpers import stock, tiny
 
+# What takes longest begins first (`make` hands out whole files), so that no process ends long after the others.
+FIRST = (
+    "train/test_distributed.py",
+    "faults",
+    "cli/test_demo.py",
+    "project/test_real_model.py",
+    "cli/test_accelerate_launch.py",
+    "train/export",
+    "train/continual",
+    "train/tracking",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = Path(__file__).parent
+
+    def place(item: pytest.Item) -> int:
+        name = item.path.relative_to(here).as_posix() if item.path.is_relative_to(here) else ""
+        return next((index for index, first in enumerate(FIRST) if name.startswith(first)), len(FIRST))
+
+    items.sort(key=place)
+
 
 @pytest.fixture(scope="module", autouse=True)
 def _imports_are_not_collected() -> None:

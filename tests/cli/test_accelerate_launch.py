@@ -278,37 +278,6 @@ def test_what_only_the_model_refutes_is_said_once(way: str, tiny_llama: Path, tm
         assert done.stderr.count("\n") == 1, done.stderr
 
 
-def rank_of(process: psutil.Process) -> str | None:
-    try:
-        return process.environ().get("RANK")
-    except psutil.Error:
-        return None
-
-
-@pytest.mark.slow
-def test_a_rank_that_dies_ends_all(tiny_llama: Path, tmp_path: Path) -> None:
-    recipe = write_recipe(tmp_path, tiny_llama)
-    words = [*command("headtune", recipe), "training.max_steps=100000", "training.save_steps=100000"]
-    log = tmp_path / "log"
-    with log.open("w") as stderr:
-        process = subprocess.Popen(words, stdout=stderr, stderr=stderr, cwd=tmp_path, env=os.environ | ENVIRONMENT)
-    try:
-        metrics, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 500
-        while not (metrics.is_file() and "loss" in metrics.read_text()):
-            assert process.poll() is None and time.monotonic() < deadline, log.read_text()
-            time.sleep(0.2)
-        ranks = {rank_of(child): child for child in psutil.Process(process.pid).children()}
-        assert {"0", "1"} <= set(ranks)
-        ranks["1"].kill()
-        assert process.wait(120) == 128 + signal.SIGKILL
-        lines = [line for line in log.read_text().splitlines() if line.startswith("headtune: ")]
-        assert len(lines) == 1 and "rank 1 was ended by SIGKILL" in lines[0]
-        assert "Traceback" not in log.read_text()
-        assert not ranks["0"].is_running()
-    finally:
-        process.kill()
-
-
 @pytest.mark.slow
 def test_a_signal_while_one_rank_measures_ends_all_well(tmp_path: Path) -> None:
     """Rank 0 answers it; the other one waits in a collective, where it cannot."""
@@ -320,13 +289,12 @@ def test_a_signal_while_one_rank_measures_ends_all_well(tmp_path: Path) -> None:
             command("headtune", recipe), stdout=said, stderr=said, cwd=tmp_path, env=os.environ | ENVIRONMENT
         )
     try:
-        deadline = time.monotonic() + 500
         while "evaluating the base model" not in log.read_text():
-            assert process.poll() is None and time.monotonic() < deadline, log.read_text()
+            assert process.poll() is None, log.read_text()
             time.sleep(0.02)
         children = psutil.Process(process.pid).children()
         process.send_signal(signal.SIGTERM)
-        assert process.wait(120) == 0, log.read_text()
+        assert process.wait() == 0, log.read_text()
         lines = [line for line in log.read_text().splitlines() if line.startswith("headtune: ")]
         assert len(lines) == 1 and "interrupted by SIGTERM" in lines[0], lines
         assert json.loads((tmp_path / "run" / "run.json").read_text())["state"] == "interrupted"

@@ -52,8 +52,6 @@ def fill(place: Path) -> Path:
     ("family", "when"),
     [
         ("lofit", "step 5/"),  # a checkpoint
-        pytest.param("full", "step 5/", marks=pytest.mark.slow),
-        pytest.param("seekr", "task 2 of 3", marks=pytest.mark.slow),
         pytest.param("seekr", "importance of heads", marks=pytest.mark.slow),  # and teachers
         pytest.param("full", "evaluating the adapted model", marks=pytest.mark.slow),
         pytest.param("lofit", f"step {machines.STEPS}/", marks=pytest.mark.slow),  # the adapter

@@ -46,11 +46,6 @@ def heads(request: pytest.FixtureRequest) -> HeadModel:
 
 
 @pytest.fixture(scope="module")
-def llama() -> HeadModel:
-    return wrap_model(tiny_model("llama", num_key_value_heads=2), tiny_tokenizer(), "tiny llama")
-
-
-@pytest.fixture(scope="module")
 def prompt(heads: HeadModel) -> Encoded:
     return encode(tiny_task(subjects=1), heads.tokenizer).examples[0]
 

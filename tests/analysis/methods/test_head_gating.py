@@ -31,11 +31,6 @@ def heads(request: pytest.FixtureRequest) -> HeadModel:
     return wrap_model(tiny_model(kind.family, **kind.config), tiny_tokenizer(), request.param)
 
 
-@pytest.fixture(scope="module")
-def llama() -> HeadModel:
-    return wrap_model(tiny_model("llama", num_key_value_heads=2), tiny_tokenizer(), "tiny llama")
-
-
 def examples_of(model: HeadModel, previous: Sequence[int] = (1, 3)) -> list[Encoded]:
     return encode(tiny_task(previous=tuple(previous), subjects=3), model.tokenizer).examples
 

@@ -29,6 +29,7 @@ from headtune.analysis.models.head_model import HeadModel
 from headtune.analysis.models.loading import check, wrap_model
 from headtune.analysis.tasks.tokenized import Encoded, encode
 from headtune.analysis.utils.errors import CheckError, InputError
+from helpers.close import close
 from helpers.tiny import HARD_KINDS, KINDS, N_HEADS, N_LAYERS, Kind, tiny_model, tiny_task, tiny_tokenizer
 
 # What each family adds to a norm's weight, written down here once more.
@@ -52,11 +53,6 @@ def heads(kind: Kind) -> HeadModel:
 
 
 @pytest.fixture(scope="module")
-def llama() -> HeadModel:
-    return wrap_model(tiny_model("llama", num_key_value_heads=2), tiny_tokenizer(), "tiny llama")
-
-
-@pytest.fixture(scope="module")
 def prompt(heads: HeadModel) -> Encoded:
     """One list prompt with two answers given."""
     return encode(tiny_task(subjects=1), heads.tokenizer).examples[0]
@@ -65,10 +61,6 @@ def prompt(heads: HeadModel) -> Encoded:
 def batch_of(model: HeadModel, rows: int = 3, length: int = 9) -> Tensor:
     generator = torch.Generator().manual_seed(5)
     return torch.randint(3, model.hf.config.vocab_size, (rows, length), generator=generator)
-
-
-def close(actual: Tensor, expected: Tensor, tolerance: float) -> None:
-    torch.testing.assert_close(actual, expected, atol=tolerance, rtol=tolerance)
 
 
 def hook_count(model: HeadModel) -> int:

@@ -42,11 +42,6 @@ def examples(model: HeadModel) -> list[Encoded]:
     return encode(tiny_task(subjects=4), model.tokenizer).examples
 
 
-@pytest.fixture(scope="module")
-def llama() -> HeadModel:
-    return wrap_model(tiny_model("llama", num_key_value_heads=2), tiny_tokenizer())
-
-
 def listing(model: HeadModel, previous: tuple[int, ...] = (2,)) -> list[Encoded]:
     return encode(tiny_task(previous, subjects=4), model.tokenizer).examples
 

@@ -30,7 +30,7 @@ from headtune.train.runs.load_run import load_run
 from headtune.train.tracking.tracker import Tracker
 from headtune.train.trainer.rows import Row, padded, rows_of
 from headtune.train.tuners import weights_io
-from helpers.tiny import FACTS, quick_among, save_tiny, tiny_model, tiny_tokenizer
+from helpers.tiny import FACTS, quick_among, tiny_model, tiny_tokenizer
 
 TEMPLATES = ("Some city in {}:", "List cities in {}. 1.", "Here is a city I know in {}:")
 TRAINING = {
@@ -41,11 +41,6 @@ TRAINING = {
     "save_steps": 2,
     "use_cpu": True,
 }
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny(tmp_path_factory.mktemp("llama") / "model", "llama", num_key_value_heads=2)
 
 
 @pytest.fixture(scope="module")

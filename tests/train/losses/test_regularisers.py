@@ -20,7 +20,6 @@ import torch
 from peft import LNTuningConfig, LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
-from trl import DPOConfig, SFTConfig
 from trl.trainer.utils import add_fused_lm_head
 
 from headtune.analysis.models.head_model import HeadModel
@@ -44,6 +43,7 @@ from headtune.train.trainer.prefix_cache import PrefixCache
 from headtune.train.tuners.head_slices import HeadSlicesConfig
 from headtune.train.tuners.head_tuning import HeadTuningConfig
 from helpers.tiny import FACTS, KINDS, N_HEADS, Kind, tiny_model, tiny_task, tiny_tokenizer
+from helpers.trainers import config_of
 
 FAMILIES = ["llama", "qwen2", "gpt2", "phi3", "gemma2", "gemma2-caps", "opt", "gpt_neox", "qwen2-sliding"]
 PAIRS = [(0, 1), (2, 0), (2, 3)]
@@ -695,17 +695,10 @@ class AnswerSet(Shown, trl_trainers.AnswerSetTrainer): ...
 def trainer_of(objective: str, model: HeadModel, folder: Path, adapted: bool, **changes: Any) -> Any:
     tokenizer = tiny_tokenizer()
     options: dict[str, Any] = {
-        "output_dir": str(folder),
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "use_cpu": True,
-        "dataloader_pin_memory": False,
-        "report_to": "none",
         "remove_unused_columns": False,
         "max_length": None,
         "save_strategy": "no",
         "logging_steps": 1,
-        "disable_tqdm": True,
         "per_device_train_batch_size": 4,
         "gradient_accumulation_steps": 2,
         "max_steps": 2,
@@ -713,7 +706,6 @@ def trainer_of(objective: str, model: HeadModel, folder: Path, adapted: bool, **
         "lr_scheduler_type": "constant",
         "optim": "sgd",
         "max_grad_norm": 0.0,
-        "seed": 0,
     } | changes
     config = LoraConfig(r=4, target_modules=all_linear(model), task_type="CAUSAL_LM") if adapted else None
     common: dict[str, Any] = {"processing_class": tokenizer, "peft_config": config}
@@ -722,7 +714,7 @@ def trainer_of(objective: str, model: HeadModel, folder: Path, adapted: bool, **
         rows = trl_trainers.answer_set_rows(encode(tiny_task(), tokenizer))
         return AnswerSet(
             model.hf,
-            args=SFTConfig(**options),
+            args=config_of(folder, **options),
             train_dataset=rows,
             data_collator=trl_trainers.AnswerSetCollator(0),
             block=AnswerSetConfig(retention=1.0 if adapted else 0.0),
@@ -733,7 +725,7 @@ def trainer_of(objective: str, model: HeadModel, folder: Path, adapted: bool, **
         rows = datasets.Dataset.from_list(
             [{"prompt": p, "completion": f" {FACTS[n][0]}\n"} for p, n in zip(prompts, names, strict=True)]
         )
-        return SFT(model.hf, args=SFTConfig(**options), train_dataset=rows, **common)
+        return SFT(model.hf, args=config_of(folder, **options), train_dataset=rows, **common)
     rows = datasets.Dataset.from_list(
         [
             {"prompt": p, "chosen": f" {FACTS[n][0]}", "rejected": f" {FACTS[o][0]}"}
@@ -741,7 +733,7 @@ def trainer_of(objective: str, model: HeadModel, folder: Path, adapted: bool, **
         ]
     )
     ref = None if adapted else heads_of(KINDS["llama-gqa"]).hf
-    return DPO(model.hf, args=DPOConfig(**options), train_dataset=rows, ref_model=ref, **common)
+    return DPO(model.hf, args=config_of(folder, "DPOConfig", **options), train_dataset=rows, ref_model=ref, **common)
 
 
 def train(

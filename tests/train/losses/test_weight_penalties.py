@@ -21,6 +21,7 @@ from headtune.train.losses.weight_penalties import WeightAnchor, fisher_diagonal
 from headtune.train.tuners.head_slices import PARTS, HeadSlicesConfig
 from headtune.train.tuners.head_tuning import HeadTuningConfig
 from headtune.train.tuners.head_weights import added, effective, held_slices, output_slices, stored
+from helpers.close import close
 from helpers.slices import masks_of
 from helpers.tiny import KINDS, Kind, tiny_model, tiny_tokenizer
 
@@ -62,10 +63,6 @@ def masked(kind: Kind, of: Any, parts: tuple[str, ...] = PARTS) -> list[Tensor]:
 
 def half_square(parts: list[Tensor]) -> Tensor:
     return torch.stack([part.pow(2).sum() for part in parts]).sum() / 2
-
-
-def close(actual: Any, expected: Any) -> None:
-    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
 
 
 # --- slices -----------------------------------------------------------------------------------------------------------

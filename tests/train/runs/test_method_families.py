@@ -40,11 +40,6 @@ def questions(n_wrong: int = 2) -> list[Example]:
 
 
 @pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny(tmp_path_factory.mktemp("llama") / "model", "llama", num_key_value_heads=2)
-
-
-@pytest.fixture(scope="module")
 def asked(tmp_path_factory: pytest.TempPathFactory) -> str:
     path = tmp_path_factory.mktemp("task") / "asked.jsonl"
     write_text(path, to_jsonl(questions()))

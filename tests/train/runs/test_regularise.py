@@ -44,11 +44,6 @@ DRIFTS = ("attention_kl", "output_drift", "weight_drift", "recall")
 
 
 @pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny(tmp_path_factory.mktemp("llama") / "model", "llama", num_key_value_heads=2)
-
-
-@pytest.fixture(scope="module")
 def asked(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Questions with wrong answers that name both options."""
     names = list(FACTS)

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from trl import SFTConfig
 
 from headtune.analysis.models import loading
 from headtune.analysis.tasks.task import Example, Kind, Task
@@ -31,6 +30,7 @@ from headtune.train.trainer.trl_trainers import (
 from headtune.train.tuners.head_tuning import HeadTuningConfig
 from helpers.small_runs import write_recipe
 from helpers.tiny import tiny_model, tiny_tokenizer
+from helpers.trainers import config_of
 
 ITALY = Example(
     "List five cities in Italy.\n1. Rome\n2.", "Italy", ("Rome", "Milan", "Naples", "Turin", "Genoa"), ("Rome",)
@@ -229,7 +229,9 @@ EXAMPLES = (ITALY, LONG, NONE_GIVEN)
 def trainer_of(tmp_path: Path, family: str = "llama", block: AnswerSetConfig | None = None, **arguments: Any) -> Any:
     """An AnswerSetTrainer over a tiny model whose adapter is not zero."""
     tokenizer = tiny_tokenizer()
-    options = {"per_device_train_batch_size": 3, "max_steps": 1, "learning_rate": 0.1, "lr_scheduler_type": "constant"}
+    options: dict[str, Any] = {"per_device_train_batch_size": 3, "max_steps": 1, "learning_rate": 0.1}
+    options |= {"lr_scheduler_type": "constant", "remove_unused_columns": False, "max_length": None}
+    options |= {"save_strategy": "no", "logging_steps": 1, "seed": 42}
     trainer = AnswerSetTrainer(
         tiny_model(family),
         train_dataset=answer_set_rows(encode(Task("t", EXAMPLES), tokenizer)),
@@ -237,20 +239,7 @@ def trainer_of(tmp_path: Path, family: str = "llama", block: AnswerSetConfig | N
         peft_config=HeadTuningConfig(heads=[[0, 1], [1, 0], [1, 3]], task_type="CAUSAL_LM"),
         block=block or AnswerSetConfig(unlikelihood=2.0, retention=0.0),
         processing_class=tokenizer,
-        args=SFTConfig(
-            output_dir=str(tmp_path),
-            bf16=False,
-            gradient_checkpointing=False,
-            use_cpu=True,
-            dataloader_pin_memory=False,
-            report_to="none",
-            remove_unused_columns=False,
-            max_length=None,
-            save_strategy="no",
-            logging_steps=1,
-            disable_tqdm=True,
-            **(options | arguments),
-        ),
+        args=config_of(tmp_path, **(options | arguments)),
     )
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():

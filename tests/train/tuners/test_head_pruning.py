@@ -22,6 +22,7 @@ from headtune.analysis.utils.errors import CheckError, InputError
 from headtune.train.tuners import hard_concrete, head_pruning
 from headtune.train.tuners.head_tuning import HeadTuningConfig
 from helpers.tiny import HARD_KINDS, KINDS, N_HEADS, Kind, tiny_model, tiny_tokenizer
+from helpers.trainers import config_of
 
 HEADS = [(2, 3), (0, 1), (2, 0)]  # one layer without, one with one, one with two; not in order
 LOG_ALPHA = [0.4, -4.0, 5.0]  # of (0, 1), (2, 0), (2, 3): between, closed, open
@@ -308,33 +309,20 @@ def trainer_of(
     folder: Path, adapter: bool, *callbacks: TrainerCallback, rate: float = 0.3, weight: float = 2.0, **settings: Any
 ) -> Any:
     from datasets import Dataset
-    from trl import SFTConfig
 
     from headtune.train.trainer.trl_trainers import SFT
 
     rows = [
         {"prompt": f"List five cities in {name}.\n1.", "completion": " Rome\n"} for name in ("Italy", "Japan", "Spain")
     ]
-    defaults: dict[str, Any] = {"max_steps": 4, "save_steps": 2}
+    defaults = {"max_steps": 4, "save_steps": 2, "per_device_train_batch_size": 2, "learning_rate": 0.01}
     trainer = SFT(
         build(),
         train_dataset=Dataset.from_list(rows),
         peft_config=LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM") if adapter else None,
         processing_class=tiny_tokenizer(),
         callbacks=[head_pruning.GatesInCheckpoints(), *callbacks],
-        args=SFTConfig(
-            output_dir=str(folder),
-            per_device_train_batch_size=2,
-            learning_rate=0.01,
-            bf16=False,
-            use_cpu=True,
-            gradient_checkpointing=False,
-            dataloader_pin_memory=False,
-            report_to="none",
-            disable_tqdm=True,
-            seed=0,
-            **(defaults | settings),
-        ),
+        args=config_of(folder, **(defaults | settings)),
     )
     gates = head_pruning.attach(trainer.model, [(layer, head) for layer in range(3) for head in range(N_HEADS)])
     trainer.rates = {head_pruning.NAME: rate}

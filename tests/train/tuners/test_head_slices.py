@@ -24,6 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from headtune.analysis.models.loading import EMBEDDED, cache_folder, load_model
 from headtune.analysis.utils.errors import InputError
 from headtune.train.tuners.head_slices import PARTS, HeadSlicesConfig, HeadSlicesLayer, touched_heads
+from helpers.close import close
 from helpers.slices import masks_of, slice_of
 from helpers.tiny import D_MODEL, HARD_KINDS, KINDS, N_HEADS, N_LAYERS, Kind, tiny_model
 
@@ -58,10 +59,6 @@ def logits(model: Any) -> Tensor:
 def loss_of(model: Any) -> Tensor:
     loss: Tensor = model(batch(), labels=batch(), use_cache=False).loss
     return loss
-
-
-def close(actual: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
-    torch.testing.assert_close(actual, expected, atol=tolerance, rtol=tolerance)
 
 
 # --- where the slices are ---------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from headtune.analysis.utils.errors import InputError
 from headtune.train.tuners import hard_concrete
 from headtune.train.tuners.head_tuning import SCALES, HeadTuningConfig, HeadTuningLayer, l0, open_heads
+from helpers.close import close
 from helpers.tiny import D_MODEL, N_HEADS, N_LAYERS, tiny_model
 
 HEADS = [[0, 1], [2, 0], [2, 3]]  # one layer without, one with one, one with two
@@ -158,10 +159,6 @@ def without_dropout(model: Any) -> Any:
         elif isinstance(getattr(module, "dropout", None), float):  # opt
             module.dropout = 0.0
     return model.train()
-
-
-def close(actual: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
-    torch.testing.assert_close(actual, expected, atol=tolerance, rtol=tolerance)
 
 
 def loss_of(model: Any) -> Tensor:

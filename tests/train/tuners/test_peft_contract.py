@@ -27,6 +27,7 @@ from transformers import TrainerCallback
 from headtune.train.tuners.head_slices import HeadSlicesConfig
 from headtune.train.tuners.head_tuning import HeadTuningConfig
 from helpers.tiny import KINDS, Kind, tiny_model, tiny_tokenizer
+from helpers.trainers import config_of
 
 HEADS = [[0, 1], [2, 0], [2, 3]]  # one layer without, one with one, one with two
 OTHERS = [[1, 2], [2, 3]]  # a layer that HEADS does not touch, and a head in common
@@ -330,7 +331,7 @@ class StopAfterSave(TrainerCallback):
 
 def trainer_of(tuner: Tuner, folder: Path, callbacks: list[TrainerCallback] | None = None) -> Any:
     from datasets import Dataset  # here, so that the processes of the last test start without them
-    from trl import SFTConfig, SFTTrainer
+    from trl import SFTTrainer
 
     rows = [
         {"prompt": f"List five cities in {name}.\n1.", "completion": " Rome\n"} for name in ("Italy", "Japan", "Spain")
@@ -341,19 +342,7 @@ def trainer_of(tuner: Tuner, folder: Path, callbacks: list[TrainerCallback] | No
         peft_config=tuner.config(HEADS, task_type="CAUSAL_LM"),
         processing_class=tiny_tokenizer(),
         callbacks=callbacks,
-        args=SFTConfig(
-            output_dir=str(folder),
-            max_steps=4,
-            save_steps=2,
-            per_device_train_batch_size=2,
-            learning_rate=0.05,
-            bf16=False,
-            use_cpu=True,
-            dataloader_pin_memory=False,
-            report_to="none",
-            disable_tqdm=True,
-            seed=0,
-        ),
+        args=config_of(folder, max_steps=4, save_steps=2, per_device_train_batch_size=2, learning_rate=0.05),
     )
 
 
