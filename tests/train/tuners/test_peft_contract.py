@@ -143,6 +143,7 @@ def test_disable_adapter_is_the_base_exactly(tuner: Tuner, kind: Kind) -> None:
         assert torch.equal(logits(model), base)
 
 
+@pytest.mark.parametrize("kind", FAMILIES[:2], indirect=True)
 def test_several_adapters(tuner: Tuner, kind: Kind, tmp_path: Path) -> None:
     """Each is itself, whichever was added, loaded or deleted before."""
     expected = {
@@ -185,6 +186,7 @@ def test_several_adapters(tuner: Tuner, kind: Kind, tmp_path: Path) -> None:
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("kind", FAMILIES[1:3], indirect=True)
 def test_saved_and_loaded_is_the_same(tuner: Tuner, kind: Kind, tmp_path: Path) -> None:
     base_folder, folder = tmp_path / "base", tmp_path / "adapter"
     base = build(kind)
