@@ -28,14 +28,14 @@ KINDS: dict[str, Callable[[References, int], Tensor | None]] = {
 
 
 @pytest.fixture(scope="module")
-def heads() -> HeadModel:
+def model() -> HeadModel:
     return wrap_model(tiny_model("llama", num_key_value_heads=2), tiny_tokenizer(), "tiny llama")
 
 
 @pytest.fixture(scope="module")
-def examples(heads: HeadModel) -> list[Encoded]:
+def examples(model: HeadModel) -> list[Encoded]:
     """Eight subjects in two templates, two cities given."""
-    return encode(tiny_task(), heads.tokenizer).examples
+    return encode(tiny_task(), model.tokenizer).examples
 
 
 def encoded(model: HeadModel, *examples: Example) -> list[Encoded]:
@@ -97,18 +97,18 @@ def test_templates_and_counts_have_shapes_of_their_own() -> None:
 # --- outputs ----------------------------------------------------------------------------------------------------------
 
 
-def test_outputs_are_the_heads_part_of_the_projections_input(heads: HeadModel, examples: list[Encoded]) -> None:
+def test_outputs_are_the_heads_part_of_the_projections_input(model: HeadModel, examples: list[Encoded]) -> None:
     tokens = examples[0].tokens
-    whole = slow_outputs(heads, tokens)
-    torch.testing.assert_close(outputs(heads, tokens, end_only=False), whole)
-    torch.testing.assert_close(outputs(heads, tokens), whole[:, :, -1])
+    whole = slow_outputs(model, tokens)
+    torch.testing.assert_close(outputs(model, tokens, end_only=False), whole)
+    torch.testing.assert_close(outputs(model, tokens), whole[:, :, -1])
 
 
 # --- which examples ---------------------------------------------------------------------------------------------------
 
 
-def test_the_mean_is_over_other_subjects_of_the_same_shape(heads: HeadModel, examples: list[Encoded]) -> None:
-    references = References(heads, examples)
+def test_the_mean_is_over_other_subjects_of_the_same_shape(model: HeadModel, examples: list[Encoded]) -> None:
+    references = References(model, examples)
     for index in (0, 3, len(examples) - 1):
         own = examples[index].example
         others = [
@@ -117,29 +117,29 @@ def test_the_mean_is_over_other_subjects_of_the_same_shape(heads: HeadModel, exa
             if other.example.subject != own.subject and shape_of(other.example) == shape_of(own)
         ]
         assert len(others) == 7
-        runs = [slow_outputs(heads, tokens) for tokens in others]
+        runs = [slow_outputs(model, tokens) for tokens in others]
         torch.testing.assert_close(references.mean(index), torch.stack([run[:, :, -1] for run in runs]).mean(0))
         everywhere = references.mean_everywhere(index)
         torch.testing.assert_close(everywhere, torch.cat(runs, 2).mean(2, keepdim=True))
 
 
-def test_without_a_prompt_of_the_same_shape_the_mean_is_over_all_others(heads: HeadModel) -> None:
+def test_without_a_prompt_of_the_same_shape_the_mean_is_over_all_others(model: HeadModel) -> None:
     found = encoded(
-        heads,
+        model,
         example("Some cities in Italy:", "Italy"),
         example("List of cities in Japan:", "Japan"),
         example("Here is a list of cities in Spain:", "Spain"),
         example("I know cities in Italy:", "Italy"),
     )
-    expected = torch.stack([slow_outputs(heads, found[i].tokens)[:, :, -1] for i in (1, 2)]).mean(0)
-    torch.testing.assert_close(References(heads, found).mean(0), expected)
+    expected = torch.stack([slow_outputs(model, found[i].tokens)[:, :, -1] for i in (1, 2)]).mean(0)
+    torch.testing.assert_close(References(model, found).mean(0), expected)
 
 
-def test_resample_is_another_subjects_run(heads: HeadModel, examples: list[Encoded]) -> None:
-    references = References(heads, examples)
+def test_resample_is_another_subjects_run(model: HeadModel, examples: list[Encoded]) -> None:
+    references = References(model, examples)
     shapes, drawn = set(), set()
     for index, own in enumerate(examples):
-        (at_end,) = is_of(heads, references.resample(index), examples, end_only=True)
+        (at_end,) = is_of(model, references.resample(index), examples, end_only=True)
         assert examples[at_end].example.subject != own.example.subject
         drawn.add(at_end)
         shapes.add(shape_of(examples[at_end].example) == shape_of(own.example))
@@ -151,16 +151,16 @@ def test_resample_is_another_subjects_run(heads: HeadModel, examples: list[Encod
         ]
         assert (everywhere is None) == (not as_long)
         if everywhere is not None:
-            (found,) = is_of(heads, everywhere, examples, end_only=False)
+            (found,) = is_of(model, everywhere, examples, end_only=False)
             assert found in as_long
     assert shapes == {True, False}  # whatever its shape
     assert len(drawn) > len(examples) // 4  # every example has a draw of its own
 
 
 def test_a_counterpart_has_another_subject_the_same_shape_and_where_it_can_the_same_length(
-    heads: HeadModel, examples: list[Encoded]
+    model: HeadModel, examples: list[Encoded]
 ) -> None:
-    references = References(heads, examples)
+    references = References(model, examples)
     for index, own in enumerate(examples):
         tokens = references.corrupt_tokens(index)
         assert tokens is not None
@@ -169,54 +169,54 @@ def test_a_counterpart_has_another_subject_the_same_shape_and_where_it_can_the_s
         assert shape_of(other.example) == shape_of(own.example)
         lengths = {len(examples[i].tokens) for i in references.others(index)}
         assert len(tokens) == len(own.tokens) or len(own.tokens) not in lengths
-        torch.testing.assert_close(references.corrupt(index), slow_outputs(heads, tokens)[:, :, -1])
+        torch.testing.assert_close(references.corrupt(index), slow_outputs(model, tokens)[:, :, -1])
 
 
-def test_at_end_shape_comes_before_length(heads: HeadModel) -> None:
+def test_at_end_shape_comes_before_length(model: HeadModel) -> None:
     """ "New York" makes the only prompt of the same shape longer; another prompt is as long."""
     found = encoded(
-        heads,
+        model,
         example("Some cities in Italy:", "Italy"),
         Example("Some cities in New York City:", "New York City", ("Boston", "Denver")),
         example("List cities in Japan:", "Japan"),
     )
     assert [len(one.tokens) for one in found] == [5, 7, 5]
-    references = References(heads, found)
+    references = References(model, found)
     assert torch.equal(references.corrupt_tokens(0), found[1].tokens)
     assert torch.equal(references.corrupt_tokens(0, same_length=True), found[2].tokens)
 
 
-def test_an_examples_own_counterpart_goes_first(heads: HeadModel) -> None:
+def test_an_examples_own_counterpart_goes_first(model: HeadModel) -> None:
     corrupt = "Some cities in Spain:"
     found = encoded(
-        heads,
+        model,
         example("Some cities in Italy:", "Italy", corrupt),
         example("Some cities in Japan:", "Japan", "Some cities in New York City:"),
     )
-    references = References(heads, found)
-    own = torch.tensor(heads.tokenizer(corrupt).input_ids)
-    torch.testing.assert_close(references.corrupt(0), slow_outputs(heads, own)[:, :, -1])
-    torch.testing.assert_close(references.corrupt_everywhere(0), slow_outputs(heads, own))
+    references = References(model, found)
+    own = torch.tensor(model.tokenizer(corrupt).input_ids)
+    torch.testing.assert_close(references.corrupt(0), slow_outputs(model, own)[:, :, -1])
+    torch.testing.assert_close(references.corrupt_everywhere(0), slow_outputs(model, own))
     # Its own, though it is longer and the other example is not: at END lengths do not matter, at all positions they do.
-    longer = torch.tensor(heads.tokenizer("Some cities in New York City:").input_ids)
-    torch.testing.assert_close(references.corrupt(1), slow_outputs(heads, longer)[:, :, -1])
+    longer = torch.tensor(model.tokenizer("Some cities in New York City:").input_ids)
+    torch.testing.assert_close(references.corrupt(1), slow_outputs(model, longer)[:, :, -1])
     assert references.corrupt_everywhere(1) is None
 
 
-def test_no_prompt_as_long_means_no_reference_at_all_positions(heads: HeadModel) -> None:
-    found = encoded(heads, example("Some cities in Italy:", "Italy"), example("Cities, in Japan, 1.", "Japan"))
+def test_no_prompt_as_long_means_no_reference_at_all_positions(model: HeadModel) -> None:
+    found = encoded(model, example("Some cities in Italy:", "Italy"), example("Cities, in Japan, 1.", "Japan"))
     assert len(found[0].tokens) != len(found[1].tokens)
-    references = References(heads, found)
+    references = References(model, found)
     assert references.resample_everywhere(0) is None and references.corrupt_everywhere(0) is None
-    torch.testing.assert_close(references.corrupt(0), slow_outputs(heads, found[1].tokens)[:, :, -1])
+    torch.testing.assert_close(references.corrupt(0), slow_outputs(model, found[1].tokens)[:, :, -1])
 
 
 # --- draws ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_order_of_work_changes_nothing(heads: HeadModel, examples: list[Encoded], kind: str) -> None:
-    chosen, forward, backward = [0, 5, 9], References(heads, examples, seed=3), References(heads, examples, seed=3)
+def test_the_order_of_work_changes_nothing(model: HeadModel, examples: list[Encoded], kind: str) -> None:
+    chosen, forward, backward = [0, 5, 9], References(model, examples, seed=3), References(model, examples, seed=3)
     first = {index: KINDS[kind](forward, index) for index in chosen}
     second = {index: KINDS[kind](backward, index) for index in reversed(chosen)}
     for index in chosen:
@@ -226,19 +226,19 @@ def test_the_order_of_work_changes_nothing(heads: HeadModel, examples: list[Enco
 
 @pytest.mark.parametrize("draw", [References.resample, References.corrupt])
 def test_another_seed_draws_others(
-    heads: HeadModel, examples: list[Encoded], draw: Callable[[References, int], Tensor]
+    model: HeadModel, examples: list[Encoded], draw: Callable[[References, int], Tensor]
 ) -> None:
-    drawn = [torch.stack([draw(References(heads, examples, seed), i) for i in range(6)]) for seed in (0, 0, 1)]
+    drawn = [torch.stack([draw(References(model, examples, seed), i) for i in range(6)]) for seed in (0, 0, 1)]
     assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
 
 
 def test_outputs_at_end_are_computed_once(
-    heads: HeadModel, examples: list[Encoded], monkeypatch: pytest.MonkeyPatch
+    model: HeadModel, examples: list[Encoded], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     passes: list[int] = []
     capture = hooks.capture
     monkeypatch.setattr(hooks, "capture", lambda *a, **k: passes.append(1) or capture(*a, **k))
-    references = References(heads, examples)
+    references = References(model, examples)
     for index in range(len(examples)):
         references.mean(index)
         references.resample(index)
@@ -248,7 +248,7 @@ def test_outputs_at_end_are_computed_once(
 # --- errors -----------------------------------------------------------------------------------------------------------
 
 
-def test_one_subject_is_refused(heads: HeadModel) -> None:
-    one = encode(tiny_task(subjects=1), heads.tokenizer).examples
+def test_one_subject_is_refused(model: HeadModel) -> None:
+    one = encode(tiny_task(subjects=1), model.tokenizer).examples
     with pytest.raises(InputError, match="need examples of at least two subjects; add some, or use zero ablation"):
-        References(heads, one)
+        References(model, one)

@@ -41,82 +41,82 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
-def heads(request: pytest.FixtureRequest) -> HeadModel:
+def model(request: pytest.FixtureRequest) -> HeadModel:
     family, config = FAMILIES[request.param]
     return wrap_model(tiny_model(family, **config), tiny_tokenizer(), request.param)
 
 
 @pytest.fixture(scope="module")
-def prompts(heads: HeadModel) -> list[Tensor]:
-    return [example.tokens for example in encode(tiny_task(), heads.tokenizer).examples]
+def prompts(model: HeadModel) -> list[Tensor]:
+    return [example.tokens for example in encode(tiny_task(), model.tokenizer).examples]
 
 
 # --- parts of a run ---------------------------------------------------------------------------------------------------
 
 
-def test_parts_are_those_of_the_end_step(heads: HeadModel, prompts: list[Tensor]) -> None:
+def test_parts_are_those_of_the_end_step(model: HeadModel, prompts: list[Tensor]) -> None:
     for tokens in prompts[:3]:
-        parts = mlp_regression.end_parts(heads, tokens)
-        step = EndRun(heads, tokens).step([CLEAN], keep=["attention", "mlp", "residual", "pattern"])
+        parts = mlp_regression.end_parts(model, tokens)
+        step = EndRun(model, tokens).step([CLEAN], keep=["attention", "mlp", "residual", "pattern"])
         torch.testing.assert_close(parts.mlps, step.kept["mlp"][0], atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(parts.final, step.kept["residual"][0], atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(parts.pattern, step.kept["pattern"][0], atol=1e-5, rtol=1e-5)
         biases = []
-        for layer in range(heads.n_layers):
+        for layer in range(model.n_layers):
             # What attention adds without any head: its projection's bias, through the norm where there is one.
             end = torch.tensor([len(tokens) - 1])
-            block, norm = heads.attention(layer), heads.post_attention_norm(layer)
+            block, norm = model.attention(layer), model.post_attention_norm(layer)
             watched = [module for module in (block, norm) if module is not None]
             with torch.no_grad(), hooks.watch(watched) as seen:
-                heads.hf(tokens[None], use_cache=False)
-            bias: Any = heads.projection(layer).bias
-            bias = torch.zeros(heads.d_model) if bias is None else bias
+                model.hf(tokens[None], use_cache=False)
+            bias: Any = model.projection(layer).bias
+            bias = torch.zeros(model.d_model) if bias is None else bias
             if norm is not None:
-                bias = mlp_regression.through_norm(heads, norm, seen[norm][0][0, end.item()], bias[None])[0]  # type: ignore[index]
+                bias = mlp_regression.through_norm(model, norm, seen[norm][0][0, end.item()], bias[None])[0]  # type: ignore[index]
             biases.append(bias)
         torch.testing.assert_close(
             parts.heads.sum(1) + torch.stack(biases).detach(), step.kept["attention"][0], atol=1e-4, rtol=1e-4
         )
 
 
-def test_what_comes_from_the_first_position_is_all_of_a_one_token_prompt(heads: HeadModel) -> None:
-    parts = mlp_regression.end_parts(heads, torch.tensor([7]))
+def test_what_comes_from_the_first_position_is_all_of_a_one_token_prompt(model: HeadModel) -> None:
+    parts = mlp_regression.end_parts(model, torch.tensor([7]))
     torch.testing.assert_close(parts.first, parts.heads[-1])
 
 
-def test_what_comes_from_the_first_position(heads: HeadModel, prompts: list[Tensor]) -> None:
+def test_what_comes_from_the_first_position(model: HeadModel, prompts: list[Tensor]) -> None:
     """The last layer's contribution falls by it when the first position's value is silenced in that layer."""
-    tokens, last = prompts[0], heads.n_layers - 1
-    parts = mlp_regression.end_parts(heads, tokens)
-    run = EndRun(heads, tokens)
+    tokens, last = prompts[0], model.n_layers - 1
+    parts = mlp_regression.end_parts(model, tokens)
+    run = EndRun(model, tokens)
     run.values[last][:, 0] = 0
     z = run.step([CLEAN], keep=["z"]).kept["z"][0, last]
-    if heads.post_attention_norm(last) is None:  # else the norm's scale differs too
-        rest = torch.einsum("hd,hdm->hm", z, heads.output_weight(last))
+    if model.post_attention_norm(last) is None:  # else the norm's scale differs too
+        rest = torch.einsum("hd,hdm->hm", z, model.output_weight(last))
         torch.testing.assert_close(parts.heads[last] - parts.first, rest.detach(), atol=1e-4, rtol=1e-4)
 
 
-def test_parts_through_a_norm_add_up_to_its_output(heads: HeadModel) -> None:
-    parts = torch.randn(5, heads.d_model, generator=torch.Generator().manual_seed(0))
-    norm: Any = heads.final_norm
+def test_parts_through_a_norm_add_up_to_its_output(model: HeadModel) -> None:
+    parts = torch.randn(5, model.d_model, generator=torch.Generator().manual_seed(0))
+    norm: Any = model.final_norm
     x = parts.sum(0)
     bias = getattr(norm, "bias", None)
     expected = norm(x).detach() - (0 if bias is None else bias.detach())
     torch.testing.assert_close(
-        mlp_regression.through_norm(heads, norm, x, parts).sum(0), expected, atol=1e-5, rtol=1e-4
+        mlp_regression.through_norm(model, norm, x, parts).sum(0), expected, atol=1e-5, rtol=1e-4
     )
 
 
-def test_decoded_is_the_dot_product_with_unembedding_directions(heads: HeadModel) -> None:
+def test_decoded_is_the_dot_product_with_unembedding_directions(model: HeadModel) -> None:
     generator = torch.Generator().manual_seed(1)
     residual, parts = (
-        torch.randn(heads.d_model, generator=generator),
-        torch.randn(3, heads.d_model, generator=generator),
+        torch.randn(model.d_model, generator=generator),
+        torch.randn(3, model.d_model, generator=generator),
     )
     tokens = torch.arange(20)
-    expected = parts @ heads.unembedding_directions(residual, tokens).T
+    expected = parts @ model.unembedding_directions(residual, tokens).T
     torch.testing.assert_close(
-        mlp_regression.decoded(heads, residual, parts)[:, :20], expected.detach(), atol=1e-4, rtol=1e-4
+        mlp_regression.decoded(model, residual, parts)[:, :20], expected.detach(), atol=1e-4, rtol=1e-4
     )
 
 

@@ -25,14 +25,14 @@ FAMILIES = ("llama-gqa", "mistral-sliding", "gpt2", "opt", "gpt_neox", "phi", "g
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
-def heads(request: pytest.FixtureRequest) -> HeadModel:
+def model(request: pytest.FixtureRequest) -> HeadModel:
     kind = KINDS[request.param]
     return wrap_model(tiny_model(kind.family, **kind.config), tiny_tokenizer(), request.param)
 
 
 @pytest.fixture(scope="module")
-def prompt(heads: HeadModel) -> Encoded:
-    return encode(tiny_task(subjects=1), heads.tokenizer).examples[0]
+def prompt(model: HeadModel) -> Encoded:
+    return encode(tiny_task(subjects=1), model.tokenizer).examples[0]
 
 
 @pytest.fixture(scope="module")
@@ -78,34 +78,34 @@ def close(actual: np.ndarray, expected: Tensor) -> None:
 
 @pytest.mark.parametrize("silence", [True, False])
 def test_attribution_patching_is_the_gradient_through_the_whole_model(
-    heads: HeadModel, prompt: Encoded, silence: bool
+    model: HeadModel, prompt: Encoded, silence: bool
 ) -> None:
-    reference = torch.zeros_like(reference_for(heads)) if silence else reference_for(heads)
-    found = attribution_patching(heads, prompt, None if silence else reference, "own")
-    expected = slow_gradients(heads, prompt, reference, 1.0)
+    reference = torch.zeros_like(reference_for(model)) if silence else reference_for(model)
+    found = attribution_patching(model, prompt, None if silence else reference, "own")
+    expected = slow_gradients(model, prompt, reference, 1.0)
     assert set(found) == {"own.target", "own.previous"}
     for name, gradient in expected.items():
         assert gradient.abs().max() > 1e-2
         close(found[f"own.{name}"], gradient)
 
 
-def test_integrated_gradients_are_gradients_at_midpoints(heads: HeadModel, prompt: Encoded) -> None:
-    reference = reference_for(heads)
-    found = integrated_gradients(heads, prompt, reference, "own", steps=4)
-    parts = [slow_gradients(heads, prompt, reference, level) for level in (0.125, 0.375, 0.625, 0.875)]
+def test_integrated_gradients_are_gradients_at_midpoints(model: HeadModel, prompt: Encoded) -> None:
+    reference = reference_for(model)
+    found = integrated_gradients(model, prompt, reference, "own", steps=4)
+    parts = [slow_gradients(model, prompt, reference, level) for level in (0.125, 0.375, 0.625, 0.875)]
     for name in ("target", "previous"):
         close(found[f"own.{name}"], torch.stack([part[name] for part in parts]).mean(0))
 
 
-def test_attribution_patching_is_the_finite_difference(heads: HeadModel, prompt: Encoded) -> None:
+def test_attribution_patching_is_the_finite_difference(model: HeadModel, prompt: Encoded) -> None:
     """Moving a head a little of the way to its reference, exactly, changes m by that much of its score (float64)."""
-    heads.hf.double()
+    model.hf.double()
     try:
-        reference, epsilon = reference_for(heads).double(), 1e-3
-        found = attribution_patching(heads, prompt, reference)
-        run = EndRun(heads, prompt.tokens)
+        reference, epsilon = reference_for(model).double(), 1e-3
+        found = attribution_patching(model, prompt, reference)
+        run = EndRun(model, prompt.tokens)
         clean = run.step([CLEAN], keep=["z"]).kept["z"][0]
-        for head in every_head(heads):
+        for head in every_head(model):
             step = epsilon * (clean[head] - reference[head])
             moved = run.step([Row(outputs={head: clean[head] + step}), Row(outputs={head: clean[head] - step})])
             up, down = (metrics(logits, prompt) for logits in moved.logits)
@@ -113,7 +113,7 @@ def test_attribution_patching_is_the_finite_difference(heads: HeadModel, prompt:
                 slope = (up[name] - down[name]) / (2 * epsilon)
                 assert found[f"attribution_patching.{name}"][head] == pytest.approx(slope.item(), abs=1e-3)
     finally:
-        heads.hf.float()
+        model.hf.float()
 
 
 def test_a_small_patch_is_exactly_its_estimate(llama: HeadModel, example: Encoded) -> None:
@@ -132,16 +132,16 @@ def test_a_small_patch_is_exactly_its_estimate(llama: HeadModel, example: Encode
 # --- completeness -----------------------------------------------------------------------------------------------------
 
 
-def test_integrated_gradients_sum_to_the_effect_of_replacing_all(heads: HeadModel, prompt: Encoded) -> None:
-    references: list[Tensor | None] = [reference_for(heads)]
-    if heads.post_attention_norm(0) is None:  # which would make g * z as large as z, until all at once it is nothing
+def test_integrated_gradients_sum_to_the_effect_of_replacing_all(model: HeadModel, prompt: Encoded) -> None:
+    references: list[Tensor | None] = [reference_for(model)]
+    if model.post_attention_norm(0) is None:  # which would make g * z as large as z, until all at once it is nothing
         references.append(None)
     for reference in references:
-        put = torch.zeros_like(reference_for(heads)) if reference is None else reference
-        everything = Row(outputs={head: put[head] for head in every_head(heads)})
-        rows = EndRun(heads, prompt.tokens).step([CLEAN, everything]).logits
+        put = torch.zeros_like(reference_for(model)) if reference is None else reference
+        everything = Row(outputs={head: put[head] for head in every_head(model)})
+        rows = EndRun(model, prompt.tokens).step([CLEAN, everything]).logits
         clean, replaced = (metrics(row, prompt) for row in rows)
-        found = {steps: integrated_gradients(heads, prompt, reference, steps=steps) for steps in (8, 128)}
+        found = {steps: integrated_gradients(model, prompt, reference, steps=steps) for steps in (8, 128)}
         for name in ("target", "previous"):
             whole = (clean[name] - replaced[name]).item()
             errors = {steps: abs(part[f"integrated_gradients.{name}"].sum() - whole) for steps, part in found.items()}

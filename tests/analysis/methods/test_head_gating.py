@@ -26,7 +26,7 @@ from helpers.tiny import KINDS, N_HEADS, N_LAYERS, tiny_model, tiny_task, tiny_t
 @pytest.fixture(
     scope="module", params=("llama-gqa", "mistral-sliding", "gpt2", "opt", "gpt_neox", "phi", "gemma2-caps")
 )
-def heads(request: pytest.FixtureRequest) -> HeadModel:
+def model(request: pytest.FixtureRequest) -> HeadModel:
     kind = KINDS[request.param]
     return wrap_model(tiny_model(kind.family, **kind.config), tiny_tokenizer(), request.param)
 
@@ -39,17 +39,17 @@ def examples_of(model: HeadModel, previous: Sequence[int] = (1, 3)) -> list[Enco
 
 
 @torch.no_grad()
-def test_a_padded_batch_is_every_prompt_alone(heads: HeadModel) -> None:
+def test_a_padded_batch_is_every_prompt_alone(model: HeadModel) -> None:
     """Prompts of several lengths, gates of every size; the slow way takes one prompt, and heads scaled by hooks."""
-    batch = examples_of(heads)
+    batch = examples_of(model)
     assert len({len(example.tokens) for example in batch}) > 2
     levels = torch.rand(N_LAYERS, N_HEADS, generator=torch.Generator().manual_seed(0))
     factors = {(layer, head): levels[layer, head].item() for layer in range(N_LAYERS) for head in range(N_HEADS)}
     for quantity in ("target", "previous"):
-        found = answer_log_probability(heads, batch, levels, quantity)  # type: ignore[arg-type]
+        found = answer_log_probability(model, batch, levels, quantity)  # type: ignore[arg-type]
         for value, example in zip(found, batch, strict=True):
-            with hooks.scale(heads, factors):
-                logits = heads.hf(example.tokens[None], use_cache=False).logits[0, -1]
+            with hooks.scale(model, factors):
+                logits = model.hf(example.tokens[None], use_cache=False).logits[0, -1]
             tokens = set(example.target_tokens if quantity == "target" else example.previous_tokens)
             expected = logits.softmax(-1)[list(tokens)].sum().log()
             assert value.item() == pytest.approx(expected.item(), abs=2e-5)

@@ -45,15 +45,15 @@ def short_fits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def heads() -> HeadModel:
+def model() -> HeadModel:
     return wrap_model(tiny_model("llama", num_key_value_heads=2), tiny_tokenizer(), "tiny llama")
 
 
 @pytest.fixture(scope="module")
-def task(heads: HeadModel) -> EncodedTask:
+def task(model: HeadModel) -> EncodedTask:
     """Four subjects, one template, one and two cities given: each prompt has another of its length."""
-    task = encode(Task("cities", tiny_task(previous=(1, 2), subjects=4).examples[:16]), heads.tokenizer)
-    assert all(References(heads, task.examples).others(i, same_length=True) for i in range(len(task.examples)))
+    task = encode(Task("cities", tiny_task(previous=(1, 2), subjects=4).examples[:16]), model.tokenizer)
+    assert all(References(model, task.examples).others(i, same_length=True) for i in range(len(task.examples)))
     return task
 
 
@@ -79,9 +79,9 @@ def by_slow_passes(
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_every_method_scores_both_kinds_of_answers(heads: HeadModel, task: EncodedTask, name: str) -> None:
+def test_every_method_scores_both_kinds_of_answers(model: HeadModel, task: EncodedTask, name: str) -> None:
     few = EncodedTask(task.task, task.examples[::3])
-    found = score(heads, few, name)
+    found = score(model, few, name)
     assert isinstance(found, Scores)
     for quantity in (f"{name}.target", f"{name}.previous"):
         mean = found.mean(quantity)
@@ -99,27 +99,27 @@ def test_every_method_scores_both_kinds_of_answers(heads: HeadModel, task: Encod
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_single_facts_have_no_previous_answers(heads: HeadModel, name: str) -> None:
-    found = score(heads, Task("single", tiny_task(previous=(0,), subjects=2).examples), name)
+def test_single_facts_have_no_previous_answers(model: HeadModel, name: str) -> None:
+    found = score(model, Task("single", tiny_task(previous=(0,), subjects=2).examples), name)
     assert f"{name}.target" in found and np.isfinite(found.mean(f"{name}.target")).all()
     assert not [quantity for quantity in found.means() if quantity.startswith(f"{name}.previous")]
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_the_same_seed_gives_the_same_scores(heads: HeadModel, task: EncodedTask, name: str) -> None:
+def test_the_same_seed_gives_the_same_scores(model: HeadModel, task: EncodedTask, name: str) -> None:
     few = task.examples[::3]
-    first, again = (score_examples(heads, few, name, seed=5).means() for _ in range(2))
+    first, again = (score_examples(model, few, name, seed=5).means() for _ in range(2))
     assert all(np.array_equal(first[quantity], again[quantity]) for quantity in first)
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_one_subject_is_enough_where_nothing_is_borrowed(heads: HeadModel, name: str) -> None:
+def test_one_subject_is_enough_where_nothing_is_borrowed(model: HeadModel, name: str) -> None:
     one = Task("one", tiny_task(subjects=1).examples)
     if name in NEEDS_OTHERS:
         with pytest.raises(InputError, match="at least two subjects"):
-            score(heads, one, name)
+            score(model, one, name)
     else:
-        assert f"{name}.target" in score(heads, one, name)
+        assert f"{name}.target" in score(model, one, name)
 
 
 def test_names_of_methods_and_their_quantities() -> None:
@@ -137,10 +137,10 @@ def test_the_signature_is_a_model_a_task_and_a_name() -> None:
 # --- choosing ---------------------------------------------------------------------------------------------------------
 
 
-def test_several_methods_at_once_are_each_alone(heads: HeadModel, task: EncodedTask) -> None:
+def test_several_methods_at_once_are_each_alone(model: HeadModel, task: EncodedTask) -> None:
     few = EncodedTask(task.task, task.examples[::5])
-    both = score(heads, few, "attribution_patching, ablation,ablation")
-    alone = [score(heads, few, name).means() for name in ("ablation", "attribution_patching")]
+    both = score(model, few, "attribution_patching, ablation,ablation")
+    alone = [score(model, few, name).means() for name in ("ablation", "attribution_patching")]
     assert set(both.means()) == set(alone[0]) | set(alone[1])
     for name, value in (alone[0] | alone[1]).items():
         assert np.array_equal(both.mean(name), value)
@@ -150,9 +150,9 @@ def test_all_is_the_pair_that_identify_ranks_by() -> None:
     assert [method.name for method in chosen("all")] == list(DEFAULT) == ["dla", "ablation"]
 
 
-def test_a_task_is_encoded_where_it_is_not_yet(heads: HeadModel) -> None:
+def test_a_task_is_encoded_where_it_is_not_yet(model: HeadModel) -> None:
     task = tiny_task(subjects=2)
-    plain, ready = score(heads, task, "dla"), score(heads, encode(task, heads.tokenizer), "dla")
+    plain, ready = score(model, task, "dla"), score(model, encode(task, model.tokenizer), "dla")
     assert np.array_equal(plain.mean("dla.target"), ready.mean("dla.target"))
 
 
@@ -164,20 +164,20 @@ def test_a_task_is_encoded_where_it_is_not_yet(heads: HeadModel) -> None:
         ("", "method '' is unknown; known: ablation, ablation_all, all, "),
     ],
 )
-def test_an_unknown_method_is_refused(heads: HeadModel, given: str, message: str) -> None:
+def test_an_unknown_method_is_refused(model: HeadModel, given: str, message: str) -> None:
     with pytest.raises(InputError) as error:
-        score(heads, tiny_task(subjects=2), given)
+        score(model, tiny_task(subjects=2), given)
     assert str(error.value).startswith(message) and "\n" not in str(error.value)
 
 
-def test_progress_goes_through_every_example_once(heads: HeadModel, task: EncodedTask) -> None:
+def test_progress_goes_through_every_example_once(model: HeadModel, task: EncodedTask) -> None:
     told: list[tuple[int, str]] = []
 
     def progress(items: Sequence[object], what: str) -> Sequence[object]:
         told.append((len(items), what))
         return items
 
-    score_examples(heads, task.examples[:3], "dla,ablation", progress=progress)
+    score_examples(model, task.examples[:3], "dla,ablation", progress=progress)
     assert told == [(3, "scoring heads")]
 
 
@@ -185,32 +185,32 @@ def test_progress_goes_through_every_example_once(heads: HeadModel, task: Encode
 
 
 @pytest.mark.parametrize("name", [name for name in EXACT if name != "path"])
-def test_exact_methods_are_slow_passes(heads: HeadModel, task: EncodedTask, name: str) -> None:
+def test_exact_methods_are_slow_passes(model: HeadModel, task: EncodedTask, name: str) -> None:
     examples, end_only = task.examples[:8], not name.endswith("_all")
-    found = score_examples(heads, examples, name, seed=2)
-    references = References(heads, examples, seed=2)
+    found = score_examples(model, examples, name, seed=2)
+    references = References(model, examples, seed=2)
     kind = name.removesuffix("_all")
     for index in (0, 5):
         if kind == "ablation":
-            value = torch.zeros(N_LAYERS, N_HEADS, heads.head_dim)
+            value = torch.zeros(N_LAYERS, N_HEADS, model.head_dim)
         else:
             value = getattr(references, kind if end_only else f"{kind}_everywhere")(index)
-        slow = by_slow_passes(heads, examples[index], lambda layer, head, value=value: value[layer, head], end_only)
+        slow = by_slow_passes(model, examples[index], lambda layer, head, value=value: value[layer, head], end_only)
         for quantity, expected in slow.items():
             actual = found.by_example[f"{name}.{quantity}"][index]
             np.testing.assert_allclose(actual, expected, atol=2e-5)
 
 
-def test_path_is_path_patching_to_the_mean(heads: HeadModel, task: EncodedTask) -> None:
+def test_path_is_path_patching_to_the_mean(model: HeadModel, task: EncodedTask) -> None:
     """`path_logits` itself is checked against slow passes in test_interventions."""
     examples = task.examples[:8]
-    found, mean = score_examples(heads, examples, "path"), References(heads, examples).mean(3)
-    logits = patching.path_logits(heads, examples[3], mean)
+    found, mean = score_examples(model, examples, "path"), References(model, examples).mean(3)
+    logits = patching.path_logits(model, examples[3], mean)
     tokens = list(examples[3].target_tokens)
     expected = (logits[0] - logits[1:])[:, tokens].mean(-1).view(N_LAYERS, N_HEADS)
     np.testing.assert_allclose(found.by_example["path.target"][3], expected.numpy(), atol=2e-5)
     # The last layer's heads have no head behind them: patching with all else frozen is patching.
-    patched = score_examples(heads, examples, "mean")
+    patched = score_examples(model, examples, "mean")
     np.testing.assert_allclose(
         found.by_example["path.target"][:, -1], patched.by_example["mean.target"][:, -1], atol=2e-5
     )
@@ -226,23 +226,23 @@ def test_path_is_path_patching_to_the_mean(heads: HeadModel, task: EncodedTask) 
     ],
 )
 def test_estimates_use_the_reference_they_name(
-    heads: HeadModel, task: EncodedTask, estimate: str, reference: Callable[[References, int], Tensor] | None
+    model: HeadModel, task: EncodedTask, estimate: str, reference: Callable[[References, int], Tensor] | None
 ) -> None:
     examples = task.examples
-    found = score_examples(heads, examples, estimate, seed=1)
-    value = None if reference is None else reference(References(heads, examples, seed=1), 4)
-    direct = getattr(attribution_patching, estimate.removesuffix("_corrupt"))(heads, examples[4], value, name="x")
+    found = score_examples(model, examples, estimate, seed=1)
+    value = None if reference is None else reference(References(model, examples, seed=1), 4)
+    direct = getattr(attribution_patching, estimate.removesuffix("_corrupt"))(model, examples[4], value, name="x")
     for quantity in ("target", "previous"):
         assert np.array_equal(found.by_example[f"{estimate}.{quantity}"][4], direct[f"x.{quantity}"])
 
 
 @pytest.mark.parametrize("name", ["resample_all", "corrupt_all"])
-def test_an_example_without_a_counterpart_has_no_score_and_is_counted(heads: HeadModel, name: str) -> None:
+def test_an_example_without_a_counterpart_has_no_score_and_is_counted(model: HeadModel, name: str) -> None:
     """At all positions a counterpart must be as long; the mean is over the examples that have one."""
-    examples = encode(tiny_task(subjects=8), heads.tokenizer).examples
-    has_one = [bool(References(heads, examples).others(i, same_length=True)) for i in range(len(examples))]
+    examples = encode(tiny_task(subjects=8), model.tokenizer).examples
+    has_one = [bool(References(model, examples).others(i, same_length=True)) for i in range(len(examples))]
     assert True in has_one and False in has_one
-    found = score_examples(heads, examples, name)
+    found = score_examples(model, examples, name)
     rows = found.by_example[f"{name}.target"]
     assert [bool(np.isfinite(row).all()) for row in rows] == has_one
     assert np.isfinite(found.mean(f"{name}.target")).all()

@@ -48,14 +48,14 @@ hard_kinds = pytest.mark.parametrize("kind", HARD_KINDS, indirect=True, scope="m
 
 
 @pytest.fixture(scope="module")
-def heads(kind: Kind) -> HeadModel:
+def model(kind: Kind) -> HeadModel:
     return wrap_model(tiny_model(kind.family, **kind.config), tiny_tokenizer(), kind.family)
 
 
 @pytest.fixture(scope="module")
-def prompt(heads: HeadModel) -> Encoded:
+def prompt(model: HeadModel) -> Encoded:
     """One list prompt with two answers given."""
-    return encode(tiny_task(subjects=1), heads.tokenizer).examples[0]
+    return encode(tiny_task(subjects=1), model.tokenizer).examples[0]
 
 
 def batch_of(model: HeadModel, rows: int = 3, length: int = 9) -> Tensor:
@@ -74,21 +74,21 @@ def test_every_family_of_the_table_is_tested() -> None:
     assert {kind.family for kind in KINDS.values()} == set(ARCHITECTURES)
 
 
-def test_sizes(heads: HeadModel, kind: Kind) -> None:
-    found = (heads.n_layers, heads.n_heads, heads.n_kv_heads, heads.head_dim, heads.d_model)
+def test_sizes(model: HeadModel, kind: Kind) -> None:
+    found = (model.n_layers, model.n_heads, model.n_kv_heads, model.head_dim, model.d_model)
     assert found == (N_LAYERS, N_HEADS, kind.n_kv_heads, kind.head_dim, 32)
-    identity = heads.identity()
+    identity = model.identity()
     assert (identity["head_dim"], identity["n_kv_heads"]) == (kind.head_dim, kind.n_kv_heads)
     assert identity["dtype"] == "float32" and identity["model_type"] == kind.family
 
 
 @torch.no_grad()
-def test_contributions_and_bias_are_the_attention_output(heads: HeadModel, kind: Kind) -> None:
+def test_contributions_and_bias_are_the_attention_output(model: HeadModel, kind: Kind) -> None:
     """Head by head, from slices of the stored weight, with the head size that this test knows from the config."""
     seen: dict[int, tuple[Tensor, Tensor]] = {}
     handles = []
     for layer in range(N_LAYERS):
-        block = heads.layers[layer].get_submodule(ARCHITECTURES[kind.family].attention)
+        block = model.layers[layer].get_submodule(ARCHITECTURES[kind.family].attention)
         projection = block.get_submodule(ARCHITECTURES[kind.family].output_projection)
         inputs: list[Tensor] = []
         handles.append(projection.register_forward_pre_hook(lambda _m, args, inputs=inputs: inputs.append(args[0])))
@@ -97,18 +97,18 @@ def test_contributions_and_bias_are_the_attention_output(heads: HeadModel, kind:
                 lambda _m, _a, output, layer=layer, inputs=inputs: seen.update({layer: (inputs[0], output[0])})
             )
         )
-    heads.hf(batch_of(heads))
+    model.hf(batch_of(model))
     for handle in handles:
         handle.remove()
     for layer, (z, output) in seen.items():
-        projection = heads.projection(layer)
+        projection = model.projection(layer)
         total = torch.zeros_like(output)
         for head in range(N_HEADS):
             part = slice(head * kind.head_dim, (head + 1) * kind.head_dim)
             # GPT-2's Conv1D computes x @ W, every other projection x @ W^T.
             weight = projection.weight[part] if kind.family == "gpt2" else projection.weight[:, part].T
             contribution = z[..., part] @ weight
-            close(z[..., part] @ heads.output_weight(layer)[head], contribution, 1e-5)
+            close(z[..., part] @ model.output_weight(layer)[head], contribution, 1e-5)
             total += contribution
         close(total if projection.bias is None else total + projection.bias, output, 1e-5)
 
@@ -129,25 +129,25 @@ def wrong_group(weight: Tensor) -> Tensor:
 
 
 @hard_kinds
-def test_a_wrong_output_weight_fails_the_check(heads: HeadModel, kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_output_weight_fails_the_check(model: HeadModel, kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
     right, row = HeadModel.output_weight, ARCHITECTURES[kind.family]
     for wrong in (rolled, transposed, wrong_group):
-        if wrong is transposed and kind.head_dim * N_HEADS != heads.d_model:
+        if wrong is transposed and kind.head_dim * N_HEADS != model.d_model:
             continue  # not square: the transposition would not even multiply
         monkeypatch.setattr(HeadModel, "output_weight", lambda self, layer, wrong=wrong: wrong(right(self, layer)))
         expected = rf"^{row.layers}\.0\.{row.attention}: head contributions plus bias differ"
         with pytest.raises(CheckError, match=expected):
-            check(heads)
+            check(model)
 
 
 @hard_kinds
-def test_a_wrong_layer_is_named(heads: HeadModel, kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_layer_is_named(model: HeadModel, kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
     right = HeadModel.output_weight
     monkeypatch.setattr(
         HeadModel, "output_weight", lambda self, layer: right(self, layer) * (1.001 if layer == 2 else 1)
     )
     with pytest.raises(CheckError, match=rf"^{ARCHITECTURES[kind.family].layers}\.2\."):
-        check(heads)
+        check(model)
 
 
 def test_a_forgotten_bias_fails_the_check(llama: HeadModel) -> None:
@@ -229,27 +229,27 @@ def test_identity_knows_weights_and_configuration() -> None:
 
 
 def test_the_weights_hash_covers_every_parameter() -> None:
-    heads = wrap_model(tiny_model("gpt2"), tiny_tokenizer())
-    digests = {heads.weights_sha256}
+    model = wrap_model(tiny_model("gpt2"), tiny_tokenizer())
+    digests = {model.weights_sha256}
     with torch.no_grad():
-        for parameter in heads.hf.parameters():
+        for parameter in model.hf.parameters():
             parameter.view(-1)[-1] += 1
-            digests.add(replace(heads).weights_sha256)  # a copy without the cached value
+            digests.add(replace(model).weights_sha256)  # a copy without the cached value
             parameter.view(-1)[-1] -= 1
-    assert len(digests) == 1 + len(list(heads.hf.parameters()))
+    assert len(digests) == 1 + len(list(model.hf.parameters()))
 
 
 # --- attention rows ---------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def test_recorded_rows_are_those_of_eager_attention(heads: HeadModel, kind: Kind) -> None:
+def test_recorded_rows_are_those_of_eager_attention(model: HeadModel, kind: Kind) -> None:
     """At a different query position in each example."""
-    tokens, positions = batch_of(heads), torch.tensor([8, 3, 0])
+    tokens, positions = batch_of(model), torch.tensor([8, 3, 0])
     eager = tiny_model(kind.family, attn_implementation="eager", **kind.config)
     expected = eager(tokens, output_attentions=True).attentions
     with record_rows(positions) as rows:
-        heads.hf(tokens)
+        model.hf(tokens)
     assert sorted(rows.pattern) == list(range(N_LAYERS))
     for layer in range(N_LAYERS):
         assert rows.pattern[layer].shape == (3, N_HEADS, 9)
@@ -257,8 +257,8 @@ def test_recorded_rows_are_those_of_eager_attention(heads: HeadModel, kind: Kind
 
 
 @torch.no_grad()
-def test_recorded_rows_with_left_padding(heads: HeadModel, kind: Kind) -> None:
-    tokens = batch_of(heads)
+def test_recorded_rows_with_left_padding(model: HeadModel, kind: Kind) -> None:
+    tokens = batch_of(model)
     mask = torch.ones_like(tokens)
     mask[1, :4] = 0
     mask[2, :1] = 0
@@ -268,21 +268,21 @@ def test_recorded_rows_with_left_padding(heads: HeadModel, kind: Kind) -> None:
     expected = eager(tokens, output_attentions=True, **given)
     end = torch.full((3,), 8)
     with record_rows(end) as rows:
-        logits = heads.hf(tokens, **given).logits
+        logits = model.hf(tokens, **given).logits
     for layer in range(N_LAYERS):
         assert rows.pattern[layer][1, :, :4].abs().max() == 0
         close(rows.pattern[layer], expected.attentions[layer][:, :, -1], 1e-5)
     close(logits[:, -1], expected.logits[:, -1], 1e-4)
     # And padding changes nothing: the padded row alone, without its padding, ends in the same logits.
-    close(logits[1, -1], heads.hf(tokens[1:2, 4:]).logits[0, -1], 1e-4)
+    close(logits[1, -1], model.hf(tokens[1:2, 4:]).logits[0, -1], 1e-4)
 
 
 @torch.no_grad()
-def test_recorded_values_and_rows_make_z(heads: HeadModel) -> None:
+def test_recorded_values_and_rows_make_z(model: HeadModel) -> None:
     """`z[l, h, q] = sum_t A[l, h, q, t] v[l, h, t]`: rows, values and heads stand in the same order."""
     positions = torch.tensor([8, 3, 5])
-    with record_rows(positions) as rows, hooks.capture(heads, positions=positions) as z:
-        heads.hf(batch_of(heads))
+    with record_rows(positions) as rows, hooks.capture(model, positions=positions) as z:
+        model.hf(batch_of(model))
     for layer in range(N_LAYERS):
         close(torch.einsum("bht,bhtd->bhd", rows.pattern[layer], rows.values[layer]), z[layer], 1e-5)
 
@@ -328,17 +328,17 @@ def slow_logits(model: HeadModel, tokens: Tensor, row: Any) -> Tensor:
         return model.hf(tokens[None], use_cache=False).logits[0, -1]
 
 
-def test_fast_ablation_is_the_slow_one(heads: HeadModel, prompt: Encoded) -> None:
+def test_fast_ablation_is_the_slow_one(model: HeadModel, prompt: Encoded) -> None:
     """Every head alone, nothing, sets across layers, in random order, with and without chunks."""
     everyone = [(layer, head) for layer in range(N_LAYERS) for head in range(N_HEADS)]
     generator = random.Random(0)
     rows: list[Any] = [[pair] for pair in everyone] + [(), everyone, ()]
     rows += [generator.sample(everyone, size) for size in (2, 3, 5)]
     generator.shuffle(rows)
-    slow = torch.stack([slow_logits(heads, prompt.tokens, row) for row in rows])
+    slow = torch.stack([slow_logits(model, prompt.tokens, row) for row in rows])
     for max_rows in (512, 3):
-        fast = silenced_logits(heads, prompt.tokens, rows, max_rows)
-        assert fast.shape == (len(rows), heads.hf.config.vocab_size)
+        fast = silenced_logits(model, prompt.tokens, rows, max_rows)
+        assert fast.shape == (len(rows), model.hf.config.vocab_size)
         close(fast, slow, 1e-4)
     clean = slow[rows.index(())]
     changed = (slow - clean).abs().amax(-1)
@@ -368,12 +368,12 @@ def test_heads_out_of_range_are_refused(llama: HeadModel, row: Any) -> None:
 
 
 @hard_kinds
-def test_ablation_effects_are_clean_minus_ablated(heads: HeadModel, prompt: Encoded) -> None:
-    effects = ablation_effects(heads, prompt, max_rows=5)
-    clean = slow_logits(heads, prompt.tokens, ())
+def test_ablation_effects_are_clean_minus_ablated(model: HeadModel, prompt: Encoded) -> None:
+    effects = ablation_effects(model, prompt, max_rows=5)
+    clean = slow_logits(model, prompt.tokens, ())
     targets, previous = list(prompt.target_tokens), list(prompt.previous_tokens)
     for layer, head in ((0, 1), (1, 3), (2, 0)):
-        ablated = slow_logits(heads, prompt.tokens, [(layer, head)])
+        ablated = slow_logits(model, prompt.tokens, [(layer, head)])
         for name, chosen in (("target", targets), ("previous", previous)):
             p, q = (logits.softmax(-1)[chosen].sum().item() for logits in (clean, ablated))
             found = [effects[f"ablation.{name}{suffix}"][layer, head] for suffix in ("_p", "_logp", "")]
@@ -389,12 +389,12 @@ def test_effects_without_previous_answers(llama: HeadModel) -> None:
 
 def test_effects_stay_finite_where_a_probability_underflows() -> None:
     """p(previous) = e^-300 is 0 in float32; its logarithm is not."""
-    heads = wrap_model(tiny_model("llama"), tiny_tokenizer())
-    example = encode(tiny_task(subjects=1), heads.tokenizer).examples[0]
-    output = heads.hf.get_output_embeddings()
+    model = wrap_model(tiny_model("llama"), tiny_tokenizer())
+    example = encode(tiny_task(subjects=1), model.tokenizer).examples[0]
+    output = model.hf.get_output_embeddings()
     with torch.no_grad():
         output.weight.mul_(300)
-    effects = ablation_effects(heads, example)
+    effects = ablation_effects(model, example)
     assert all(torch.from_numpy(value).isfinite().all() for value in effects.values())
 
 
@@ -504,13 +504,13 @@ def frozen_run(model: HeadModel, kind: Kind, prompt: Encoded) -> Frozen:
 
 @torch.no_grad()
 @hard_kinds
-def test_direct_attribution_is_what_the_logit_loses(heads: HeadModel, kind: Kind, prompt: Encoded) -> None:
+def test_direct_attribution_is_what_the_logit_loses(model: HeadModel, kind: Kind, prompt: Encoded) -> None:
     """With every norm's scale held, take a head's contribution out of the final residual and decode."""
-    run = frozen_run(heads, kind, prompt)
-    found = attribute(heads, prompt)
+    run = frozen_run(model, kind, prompt)
+    found = attribute(model, prompt)
     for layer in range(N_LAYERS):
         for head in range(N_HEADS):
-            contribution = run.added[layer](run.z[layer][0, head] @ heads.output_weight(layer)[head])
+            contribution = run.added[layer](run.z[layer][0, head] @ model.output_weight(layer)[head])
             lost = run.logits(run.residual) - run.logits(run.residual - contribution)
             for name, chosen in (("target", prompt.target_tokens), ("previous", prompt.previous_tokens)):
                 expected = lost[list(chosen)].mean().item()
@@ -518,22 +518,22 @@ def test_direct_attribution_is_what_the_logit_loses(heads: HeadModel, kind: Kind
 
 
 @torch.no_grad()
-def test_attributions_of_all_parts_add_up_to_the_logit(heads: HeadModel, kind: Kind, prompt: Encoded) -> None:
+def test_attributions_of_all_parts_add_up_to_the_logit(model: HeadModel, kind: Kind, prompt: Encoded) -> None:
     """All heads, the embedding, the MLPs and the biases: nothing is missing and nothing is counted twice."""
-    run = frozen_run(heads, kind, prompt)
+    run = frozen_run(model, kind, prompt)
     tokens = list(prompt.target_tokens)
     constant = run.logits(torch.zeros_like(run.residual))
     of_others = sum((run.logits(part) - constant)[tokens].mean().item() for part in run.others)
-    total = attribute(heads, prompt)["dla.target"].sum() + of_others + constant[tokens].mean().item()
+    total = attribute(model, prompt)["dla.target"].sum() + of_others + constant[tokens].mean().item()
     assert total == pytest.approx(run.logits(run.residual)[tokens].mean().item(), abs=1e-4)
     # The directions are those of the same decoding.
-    directions = heads.unembedding_directions(run.residual, torch.tensor(tokens))
+    directions = model.unembedding_directions(run.residual, torch.tensor(tokens))
     close(directions @ run.residual + constant[tokens], run.logits(run.residual)[tokens], 1e-4)
 
 
 @hard_kinds
-def test_lens_by_source_adds_up_to_direct_attribution(heads: HeadModel, prompt: Encoded) -> None:
-    found = attribute(heads, prompt)
+def test_lens_by_source_adds_up_to_direct_attribution(model: HeadModel, prompt: Encoded) -> None:
+    found = attribute(model, prompt)
     sources = prompt.sources()
     assert set(sources) == {"subject", "previous_1", "previous_2", "first", "end", "rest"}
     for name in ("target", "previous"):

@@ -161,19 +161,19 @@ GEMMAS = ("gemma2", "gemma3_text")
     ],
 )
 def test_a_wrong_row_of_the_table_fails_the_check(family: str, change: dict[str, Any], message: str) -> None:
-    heads = wrap_model(tiny_model(family), tiny_tokenizer())
+    model = wrap_model(tiny_model(family), tiny_tokenizer())
     with pytest.raises(CheckError, match=message):
-        check(replace(heads, architecture=replace(heads.architecture, **change)))
+        check(replace(model, architecture=replace(model.architecture, **change)))
 
 
 def test_a_norm_with_a_gain_of_its_own_kind_fails_the_check(monkeypatch: pytest.MonkeyPatch) -> None:
     """A llama whose norm multiplies by 1 + weight."""
-    heads = wrap_model(tiny_model("llama"), tiny_tokenizer())
-    norm: Any = heads.final_norm
+    model = wrap_model(tiny_model("llama"), tiny_tokenizer())
+    norm: Any = model.final_norm
     right = norm.forward
     monkeypatch.setattr(norm, "forward", lambda x: right(x) + right(x) / norm.weight)
     with pytest.raises(CheckError, match=r"^model\.norm: the linearised norm differs from its output"):
-        check(heads)
+        check(model)
 
 
 def test_logits_that_are_not_the_unembedding_fail_the_check() -> None:
@@ -193,10 +193,10 @@ def test_logits_that_are_not_the_unembedding_fail_the_check() -> None:
 
 def test_the_post_attention_norm_matters() -> None:
     """Without it in the way, the same attribution is another one: the tests of additivity have something to find."""
-    heads = wrap_model(tiny_model("gemma3_text"), tiny_tokenizer())
-    example = example_for(heads)
-    without = replace(heads, architecture=replace(heads.architecture, post_attention_norm=None))
-    right, wrong = attribute(heads, example)["dla.target"], attribute(without, example)["dla.target"]
+    model = wrap_model(tiny_model("gemma3_text"), tiny_tokenizer())
+    example = example_for(model)
+    without = replace(model, architecture=replace(model.architecture, post_attention_norm=None))
+    right, wrong = attribute(model, example)["dla.target"], attribute(without, example)["dla.target"]
     assert abs(right - wrong).max() > 0.05
 
 
@@ -378,21 +378,21 @@ GEMMA = "gemma3-270m"
 )
 def test_gemma3_270m() -> None:
     """A real model with a norm after attention and sliding windows: it knows things, and fast ablation is exact."""
-    heads = load_model(GEMMA, device="cpu")  # and passes its check
-    assert (heads.n_layers, heads.n_heads, heads.n_kv_heads, heads.head_dim, heads.d_model) == (18, 4, 1, 256, 640)
-    asked = heads.tokenizer("Q: What is the capital of France?\nA:", return_tensors="pt")
-    written: Any = heads.hf.generate(**asked, max_new_tokens=8, do_sample=False)
-    assert "The capital of France is Paris" in heads.tokenizer.decode(written[0])
-    listed = heads.tokenizer("List five cities in Italy.\n1. Rome\n2. Milan\n3.", return_tensors="pt")
+    model = load_model(GEMMA, device="cpu")  # and passes its check
+    assert (model.n_layers, model.n_heads, model.n_kv_heads, model.head_dim, model.d_model) == (18, 4, 1, 256, 640)
+    asked = model.tokenizer("Q: What is the capital of France?\nA:", return_tensors="pt")
+    written: Any = model.hf.generate(**asked, max_new_tokens=8, do_sample=False)
+    assert "The capital of France is Paris" in model.tokenizer.decode(written[0])
+    listed = model.tokenizer("List five cities in Italy.\n1. Rome\n2. Milan\n3.", return_tensors="pt")
     with torch.no_grad():
-        best = heads.hf(**listed).logits[0, -1].topk(3).indices
-    assert {heads.tokenizer.decode([token]) for token in best} == {" Florence", " Venice", " Naples"}
+        best = model.hf(**listed).logits[0, -1].topk(3).indices
+    assert {model.tokenizer.decode([token]) for token in best} == {" Florence", " Venice", " Naples"}
 
-    example = encode(load_task("country_cities:train").limited(1), heads.tokenizer).examples[0]
+    example = encode(load_task("country_cities:train").limited(1), model.tokenizer).examples[0]
     end = torch.tensor([example.end])
     rows = [[(0, 0)], [(7, 2)], [(15, 1)], [(17, 3)], [(5, 0), (11, 1), (17, 2)]]
-    fast = silenced_logits(heads, example.tokens, rows)
+    fast = silenced_logits(model, example.tokens, rows)
     for row, found in zip(rows, fast, strict=True):
-        with hooks.ablate(heads, row, positions=end), torch.no_grad():
-            slow = heads.hf(example.tokens[None], use_cache=False, logits_to_keep=1).logits[0, -1]
+        with hooks.ablate(model, row, positions=end), torch.no_grad():
+            slow = model.hf(example.tokens[None], use_cache=False, logits_to_keep=1).logits[0, -1]
         torch.testing.assert_close(found, slow, atol=2e-4, rtol=0)

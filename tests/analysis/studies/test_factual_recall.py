@@ -27,39 +27,39 @@ from helpers.tiny import tiny_model, tiny_task, tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
-def heads() -> HeadModel:
+def model() -> HeadModel:
     return wrap_model(tiny_model("llama", num_key_value_heads=2), tiny_tokenizer(), "llama")
 
 
 @pytest.fixture(scope="module")
-def examples(heads: HeadModel) -> list[Encoded]:
-    return encode(tiny_task(), heads.tokenizer).examples
+def examples(model: HeadModel) -> list[Encoded]:
+    return encode(tiny_task(), model.tokenizer).examples
 
 
 # --- argument-passing heads -------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def test_argument_scores_are_the_definition(heads: HeadModel, examples: list[Encoded]) -> None:
+def test_argument_scores_are_the_definition(model: HeadModel, examples: list[Encoded]) -> None:
     """One head at a time: its output replaced, every other head's put back to the clean run, MLPs left to recompute."""
     index = 1
     encoded, end = examples[index], torch.tensor([examples[index].end])
-    references = References(heads, examples)
+    references = References(model, examples)
     mean = torch.stack([references.end(i) for i in references.others(index)]).mean(0)
-    with hooks.capture(heads, positions=end) as clean:
-        logits = heads.hf(encoded.tokens[None], use_cache=False).logits[0, -1]
+    with hooks.capture(model, positions=end) as clean:
+        logits = model.hf(encoded.tokens[None], use_cache=False).logits[0, -1]
     clean_z = {layer: z[0].clone() for layer, z in clean.items()}
 
     def difference(logits: torch.Tensor) -> float:
         return float(logits[list(encoded.target_tokens)].mean() - logits.mean())
 
-    found = factual_recall.argument_scores(heads, examples, index, references)["argument.ld"]
-    for layer in range(heads.n_layers):
-        for head in range(heads.n_heads):
-            values = {(i, h): clean_z[i][h] for i in range(heads.n_layers) for h in range(heads.n_heads)}
+    found = factual_recall.argument_scores(model, examples, index, references)["argument.ld"]
+    for layer in range(model.n_layers):
+        for head in range(model.n_heads):
+            values = {(i, h): clean_z[i][h] for i in range(model.n_layers) for h in range(model.n_heads)}
             values[layer, head] = mean[layer, head]
-            with hooks.replace(heads, values, positions=end):
-                patched = heads.hf(encoded.tokens[None], use_cache=False).logits[0, -1]
+            with hooks.replace(model, values, positions=end):
+                patched = model.hf(encoded.tokens[None], use_cache=False).logits[0, -1]
             expected = 100 * (difference(logits) - difference(patched)) / abs(difference(logits))
             assert found[layer, head] == pytest.approx(expected, abs=1e-2, rel=1e-3)
 
@@ -72,11 +72,11 @@ def test_argument_scores_are_the_definition(heads: HeadModel, examples: list[Enc
 )
 @torch.no_grad()
 def test_p_after_the_last_layer_is_the_models(family: str, config: dict[str, Any]) -> None:
-    heads = wrap_model(tiny_model(family, **config), tiny_tokenizer(), family)
-    encoded = encode(tiny_task(), heads.tokenizer).examples[0]
-    found = factual_recall.answers_by_layer(heads, mlp_regression.end_parts(heads, encoded.tokens).after, encoded)
-    p = heads.hf(encoded.tokens[None], use_cache=False).logits[0, -1].softmax(-1)
-    assert len(found) == heads.n_layers
+    model = wrap_model(tiny_model(family, **config), tiny_tokenizer(), family)
+    encoded = encode(tiny_task(), model.tokenizer).examples[0]
+    found = factual_recall.answers_by_layer(model, mlp_regression.end_parts(model, encoded.tokens).after, encoded)
+    p = model.hf(encoded.tokens[None], use_cache=False).logits[0, -1].softmax(-1)
+    assert len(found) == model.n_layers
     assert found[-1] == pytest.approx(p[list(encoded.target_tokens)].sum().item(), rel=1e-4)
 
 
@@ -256,9 +256,9 @@ def test_it_is_written(study: base.Analysis, tmp_path: Path) -> None:
     assert page.count("<figure>") == len(figures) and "about 700 common English words" in page
 
 
-def test_the_same_seed_gives_the_same_numbers(heads: HeadModel) -> None:
+def test_the_same_seed_gives_the_same_numbers(model: HeadModel) -> None:
     task = tiny_task(subjects=3)
-    first, second = (base.run("factual_recall", heads, task, seed=1).data for _ in range(2))
+    first, second = (base.run("factual_recall", model, task, seed=1).data for _ in range(2))
     assert first == second
 
 
@@ -271,15 +271,15 @@ def test_the_same_seed_gives_the_same_numbers(heads: HeadModel) -> None:
         ({"frequency": "x"}, ["'frequency'", "frequency_text"]),
     ],
 )
-def test_refused(options: dict[str, Any], words: list[str], heads: HeadModel) -> None:
+def test_refused(options: dict[str, Any], words: list[str], model: HeadModel) -> None:
     with pytest.raises(InputError) as error:
-        base.run("factual_recall", heads, tiny_task(), **options)
+        base.run("factual_recall", model, tiny_task(), **options)
     assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)
 
 
-def test_one_subject_is_refused(heads: HeadModel) -> None:
+def test_one_subject_is_refused(model: HeadModel) -> None:
     with pytest.raises(InputError, match="at least two subjects"):
-        base.run("factual_recall", heads, Task("one", tiny_task(subjects=1).examples))
+        base.run("factual_recall", model, Task("one", tiny_task(subjects=1).examples))
 
 
 # --- a real model -----------------------------------------------------------------------------------------------------

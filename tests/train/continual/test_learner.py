@@ -139,7 +139,7 @@ def test_weights_come_back_to_the_bit(family: str, tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def heads() -> HeadModel:
+def model() -> HeadModel:
     return wrap_model(tiny_model("llama", num_key_value_heads=2), tiny_tokenizer())
 
 
@@ -231,7 +231,7 @@ def test_the_loss_and_its_gradient_equal_their_definition(
         assert (caught["gradient"][name] - gradient).abs().max().item() <= 1e-5 * scale + 1e-6, name
 
 
-def test_padding_changes_no_row(heads: HeadModel) -> None:
+def test_padding_changes_no_row(model: HeadModel) -> None:
     long = Row("0-0", (5, 6, 7, 8, 9), (-100, -100, -100, 8, 9))
     short = Row("0-1", (5, 6), (-100, 6))
     batch = padded([long, short], pad=0)
@@ -295,25 +295,25 @@ def test_a_strategy_learns_a_sequence(name: str, llama: Path, tasks: list[str], 
     assert bool(kept) == together  # keep: all
 
 
-def test_fisher_information_is_of_the_rows_drawn(heads: HeadModel, tasks: list[str], tmp_path: Path) -> None:
+def test_fisher_information_is_of_the_rows_drawn(model: HeadModel, tasks: list[str], tmp_path: Path) -> None:
     """Three rows of a task, the same whenever it is asked; `all` takes all."""
     found: dict[Any, dict[str, torch.Tensor]] = {}
     for n in (3, "all"):
         method = {"strategy": "ewc", "ewc_rows": n}
         made = load_recipe(str(recipe(tmp_path, tmp_path, tasks, method)), [f"output_dir={tmp_path}/{n}"])
         task = load_task(tasks[0])
-        own = rows_of(task, heads.tokenizer, 0, made.seed)
+        own = rows_of(task, model.tokenizer, 0, made.seed)
         units = [continual.Unit(name, task, own) for name in ("first", "second")]
         with Tracker(made.folder, "x", {}, wandb_mode="disabled") as tracker:
-            learner = continual.Learner(made, heads, units, tracker, silent, lambda _line: None)
-            heads.hf.requires_grad_(True)
+            learner = continual.Learner(made, model, units, tracker, silent, lambda _line: None)
+            model.hf.requires_grad_(True)
             learner._inform(0)
         kept = drawn(own, n, "0/0")  # type: ignore[arg-type]
         assert learner.informing[0] == kept and len(kept) == (len(own) if n == "all" else n)
         assert learner.informing[1] == drawn(own, n, "0/1")  # type: ignore[arg-type]
         found[n] = WeightAnchor.load(learner.place(0) / "anchor.safetensors").fisher
         for row in kept:
-            one = fisher_diagonal(heads.hf, [row.plain])
+            one = fisher_diagonal(model.hf, [row.plain])
             found[n] = {name: value - one[name] / len(kept) for name, value in found[n].items()}
         assert max(rest.abs().max().item() for rest in found[n].values()) < 1e-6  # the mean over these rows
 

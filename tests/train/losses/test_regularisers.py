@@ -535,14 +535,14 @@ def test_schedules() -> None:
 
 
 def test_bad_input() -> None:
-    heads = heads_of(KINDS["llama"])
+    model = heads_of(KINDS["llama"])
 
     def refused(match: str, make: Any) -> None:
         with pytest.raises(InputError, match=match) as caught:
             make()
         assert "\n" not in str(caught.value)
 
-    refused("L3H0 is out of range", lambda: Regularisers(heads, [OutputDrift([(3, 0)])]))
+    refused("L3H0 is out of range", lambda: Regularisers(model, [OutputDrift([(3, 0)])]))
     refused("no heads", lambda: OutputDrift([]))
     refused("twice", lambda: OutputDrift([(0, 1), (0, 1)]))
     refused("rows 0", lambda: AttentionKl(PAIRS, rows=0))
@@ -550,12 +550,12 @@ def test_bad_input() -> None:
     refused("warmup", lambda: OutputDrift(PAIRS, schedule="linear"))
     refused("warmup", lambda: OutputDrift(PAIRS, warmup=0.5))
     refused("role 'x'", lambda: AttributionHinge(PAIRS, role="x"))  # type: ignore[arg-type]
-    refused("Fisher", lambda: Regularisers(heads, [WeightDrift(PAIRS, fisher=True)]))
+    refused("Fisher", lambda: Regularisers(model, [WeightDrift(PAIRS, fisher=True)]))
     refused(
         "' Zebra crossing', which is",
-        lambda: Regularisers(heads, [NegativeAttention(PAIRS, positive=" Zebra crossing")]),
+        lambda: Regularisers(model, [NegativeAttention(PAIRS, positive=" Zebra crossing")]),
     )
-    refused("same token", lambda: Regularisers(heads, [NegativeAttention(PAIRS, positive=" Rome", negative=" Rome")]))
+    refused("same token", lambda: Regularisers(model, [NegativeAttention(PAIRS, positive=" Rome", negative=" Rome")]))
 
 
 def test_what_was_not_shown_or_not_run_is_an_error() -> None:
@@ -739,14 +739,14 @@ def trainer_of(objective: str, model: HeadModel, folder: Path, adapted: bool, **
 def train(
     objective: str, adapted: bool, specs: Sequence[Spec], folder: Path, **changes: Any
 ) -> tuple[Any, HeadModel, list[dict[str, float]]]:
-    heads = heads_of(KINDS["llama-gqa"])
-    heads.record_attention(False)
-    trainer = trainer_of(objective, heads, folder, adapted, **changes)
-    penalties = Regularisers(heads, specs)
+    model = heads_of(KINDS["llama-gqa"])
+    model.record_attention(False)
+    trainer = trainer_of(objective, model, folder, adapted, **changes)
+    penalties = Regularisers(model, specs)
     trainer.penalty = penalties if specs else None
     with penalties.installed(), labelled_positions(trainer.model) if objective == "sft" else nullcontext():
         trainer.train()
-    return trainer, heads, [entry for entry in trainer.state.log_history if "loss" in entry]
+    return trainer, model, [entry for entry in trainer.state.log_history if "loss" in entry]
 
 
 OBJECTIVES = ["sft", "dpo", "answer_set"]

@@ -70,15 +70,15 @@ def half_square(parts: list[Tensor]) -> Tensor:
 
 @pytest.mark.parametrize("parts", [PARTS, ("k",), ("q", "o")])
 def test_full_fine_tuning(kind: Kind, parts: tuple[str, ...]) -> None:
-    heads = heads_of(kind)
-    before = {name: parameter.detach().clone() for name, parameter in heads.hf.named_parameters()}
-    anchor = slice_anchor(heads, HEADS, parts)
-    assert anchor.term(heads).item() == 0
-    shake(heads.hf.parameters())
-    weights = dict(heads.hf.named_parameters())
+    model = heads_of(kind)
+    before = {name: parameter.detach().clone() for name, parameter in model.hf.named_parameters()}
+    anchor = slice_anchor(model, HEADS, parts)
+    assert anchor.term(model).item() == 0
+    shake(model.hf.parameters())
+    weights = dict(model.hf.named_parameters())
     expected = half_square(masked(kind, lambda name: weights[name] - before[name], parts))
     assert expected > 0.1
-    found = anchor.term(heads)
+    found = anchor.term(model)
     close(found, expected)
     names = sorted({held.weight for held in anchor.slices})
     own, other = (torch.autograd.grad(term, [weights[name] for name in names]) for term in (found, expected))
@@ -87,19 +87,19 @@ def test_full_fine_tuning(kind: Kind, parts: tuple[str, ...]) -> None:
 
 
 def test_fisher_weighs_entry_by_entry(kind: Kind) -> None:
-    heads = heads_of(kind)
-    before = {name: parameter.detach().clone() for name, parameter in heads.hf.named_parameters()}
-    names = {held.weight for held in held_slices(heads, HEADS)}
-    fisher = fisher_diagonal(heads.hf, ROWS, names)
+    model = heads_of(kind)
+    before = {name: parameter.detach().clone() for name, parameter in model.hf.named_parameters()}
+    names = {held.weight for held in held_slices(model, HEADS)}
+    fisher = fisher_diagonal(model.hf, ROWS, names)
     assert fisher.keys() == names
-    anchor = slice_anchor(heads, HEADS, PARTS, fisher)
-    shake(heads.hf.parameters())
-    weights = dict(heads.hf.named_parameters())
+    anchor = slice_anchor(model, HEADS, PARTS, fisher)
+    shake(model.hf.parameters())
+    weights = dict(model.hf.named_parameters())
     expected = half_square(masked(kind, lambda name: fisher[name].sqrt() * (weights[name] - before[name])))
     assert expected > 0
-    close(anchor.term(heads), expected)
+    close(anchor.term(model), expected)
     with pytest.raises(InputError, match="diagonal has no "):
-        slice_anchor(heads, HEADS, PARTS, {})
+        slice_anchor(model, HEADS, PARTS, {})
 
 
 def test_lora_counts_as_its_product(kind: Kind) -> None:

@@ -287,10 +287,10 @@ def _plant(model: HeadModel, at: tuple[int, int]) -> None:
 
 
 def test_a_planted_head_is_found_and_steered() -> None:
-    heads = _heads(num_key_value_heads=N_HEADS, head_dim=8)
-    _plant(heads, (1, 2))
+    model = _heads(num_key_value_heads=N_HEADS, head_dim=8)
+    _plant(model, (1, 2))
     task = Task("two", tuple(replace(e, answers=("Rome",), incorrect=("Tokyo",)) for e in _listed().examples))
-    result = probe_heads(heads, task, seed=0, folds=4)
+    result = probe_heads(model, task, seed=0, folds=4)
     assert result.accuracy.shape == (N_LAYERS, N_HEADS) and result.directions.shape == (N_LAYERS, N_HEADS, 8)
     assert result.scores.mean(ACCURACY).dtype.name == "float32"
     (best,) = result.ranked(1)
@@ -298,12 +298,12 @@ def test_a_planted_head_is_found_and_steered() -> None:
     others = result.accuracy.flatten().tolist()
     others.remove(1.0)
     assert others == [0.5] * (N_LAYERS * N_HEADS - 1)
-    found = steer(heads, ITI(alpha=2.0, top=1, folds=4), None, task)
+    found = steer(model, ITI(alpha=2.0, top=1, folds=4), None, task)
     assert found.pairs == [(1, 2)] and found.ranked == (best,) and found.scores is not None
     (offset,) = found.values.values()
     torch.testing.assert_close(offset[0], 2.0 * result.sigma[1, 2] * result.directions[1, 2])
-    rows = [heads.tokenizer(s.text).input_ids for s in statements(task)[0]]
-    along = _one_by_one(heads, rows, 1)[:, 2] @ offset[0]
+    rows = [model.tokenizer(s.text).input_ids for s in statements(task)[0]]
+    along = _one_by_one(model, rows, 1)[:, 2] @ offset[0]
     assert along[::2].mean() > along[1::2].mean()  # from wrong answers towards right ones
 
 
@@ -437,15 +437,15 @@ def test_sink_heads_are_those_of_whole_attention_matrices(family: str) -> None:
     "family", quick_among(["llama", "gpt2", "opt", "gpt_neox", "phi", "phi3", "qwen3"], ["llama", "opt"])
 )
 def test_an_intercept_is_the_knob(family: str, tmp_path: Path) -> None:
-    heads = _heads(family)
+    model = _heads(family)
     write_text(tmp_path / "fit.jsonl", to_jsonl(tiny_task((1, 2)).examples))
     fit = load_task(str(tmp_path / "fit.jsonl"))
-    b = mlp_regression.decompose(heads, encode(fit, heads.tokenizer).examples)[0].intercept[-1]
-    with last_layer.subtract_mlp_intercept(heads, b, beta=0.7):
-        expected = _logits(heads.hf, heads)
-    found = steer(heads, Intercept(0.7, str(tmp_path / "fit.jsonl")), None, tiny_task())
+    b = mlp_regression.decompose(model, encode(fit, model.tokenizer).examples)[0].intercept[-1]
+    with last_layer.subtract_mlp_intercept(model, b, beta=0.7):
+        expected = _logits(model.hf, model)
+    found = steer(model, Intercept(0.7, str(tmp_path / "fit.jsonl")), None, tiny_task())
     assert found.pairs == [] and found.note["fit_examples"] > 10
-    torch.testing.assert_close(_logits(apply(heads.hf, found), heads), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(_logits(apply(model.hf, found), model), expected, atol=1e-5, rtol=1e-5)
 
 
 # --- errors -----------------------------------------------------------------------------------------------------------
@@ -494,11 +494,11 @@ def test_what_cannot_be_steered_is_refused_before_the_model_runs(tmp_path: Path)
 
 
 def test_values_of_another_adapter_are_refused() -> None:
-    heads = _heads()
-    found = steer(heads, Scale(2.0), [(0, 1), (1, 1)], tiny_task())
+    model = _heads()
+    found = steer(model, Scale(2.0), [(0, 1), (1, 1)], tiny_task())
     less = dict(list(found.values.items())[:1])
     with pytest.raises(CheckError, match="does not hold what was computed"):
-        apply(heads.hf, replace(found, values=less))
+        apply(model.hf, replace(found, values=less))
 
 
 # --- a real model -----------------------------------------------------------------------------------------------------
@@ -515,11 +515,11 @@ Ireland:Dublin Hungary:Budapest Cuba:Havana Peru:Lima Chile:Santiago Kenya:Nairo
 def test_some_heads_of_smollm2_know_true_capitals_from_false_ones() -> None:
     """Every capital is right once and wrong about once: the name alone does not tell."""
     try:
-        heads = load_model("smollm2-135m")
+        model = load_model("smollm2-135m")
     except InputError as error:
         pytest.skip(str(error))
     facts = [pair.split(":") for pair in CAPITALS.split()]
     examples = (Example(f"The capital of {country} is", country, (capital,)) for country, capital in facts)
-    result = probe_heads(heads, Task("capitals", tuple(examples)))
+    result = probe_heads(model, Task("capitals", tuple(examples)))
     assert result.note["true"] == result.note["false"] == len(facts)
     assert result.accuracy.max() > 0.9 and result.accuracy[0].max() < 0.8  # found in the middle, not at the entrance
