@@ -130,17 +130,6 @@ def test_commands_of_pages() -> None:
             check_mention(words)
 
 
-def test_examples_in_the_help() -> None:
-    waiting, found = [main._parser()], 0
-    while waiting:
-        parser = waiting.pop()
-        waiting += subparsers(parser).values()
-        for line in re.findall(r"^ +(headtune .*)$", parser.epilog or "", re.M):
-            check_command(documents.words(line))
-            found += 1
-    assert found > 15
-
-
 @pytest.mark.parametrize("folder", ["recipes", "accelerate_configs"])
 def test_commands_in_the_heads_of_recipes_and_launch_files(folder: str) -> None:
     found = 0
@@ -153,12 +142,11 @@ def test_commands_in_the_heads_of_recipes_and_launch_files(folder: str) -> None:
     assert found > 10
 
 
-def test_every_recipe_loads_and_none_is_missing() -> None:
+def test_every_recipe_is_on_the_page_of_recipes() -> None:
     names = recipe.recipe_names()
     assert len(names) == RECIPES
     front = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
     for name in names:
-        recipe.load_recipe(name)
         family, own = name.split("/")
         assert f"`{own}`" in front and f"{family}/README.md" in front, f"{name} is not in docs/recipes.md"
 

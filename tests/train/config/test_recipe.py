@@ -9,7 +9,6 @@ import pytest
 import yaml
 
 from headtune.analysis.utils.errors import InputError
-from headtune.train.config import recipe as recipes
 from headtune.train.config.methods import SeekrConfig
 from headtune.train.config.recipe import load_recipe, parse, recipe_names
 from headtune.train.config.schema import Recipe
@@ -57,23 +56,9 @@ def test_every_shipped_recipe_is_valid() -> None:
         assert (loaded.model.name == "smollm2-135m") == (name not in PUBLISHED)
 
 
-@pytest.mark.parametrize("name", SHIPPED)
-def test_a_recipe_is_found_by_path_too(name: str) -> None:
-    assert load_recipe(str(ROOT / "recipes" / f"{name}.yaml")) == load_recipe(name)
-
-
-def test_the_commands_in_the_comments_are_valid() -> None:
-    """Each `headtune train ...` in a shipped recipe's header is a command that passes."""
-    import shlex
-
-    seen = 0
-    for name in recipe_names():
-        for line in recipes.read_source(name).splitlines():
-            words = shlex.split(line.lstrip("# ")) if line.startswith("#") and "headtune train " in line else []
-            if words[:2] == ["headtune", "train"]:
-                load_recipe(words[2], words[3:])
-                seen += 1
-    assert seen >= 4
+def test_a_recipe_is_found_by_path_too() -> None:
+    for name in SHIPPED:
+        assert load_recipe(str(ROOT / "recipes" / f"{name}.yaml")) == load_recipe(name)
 
 
 @pytest.mark.parametrize(
