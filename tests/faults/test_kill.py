@@ -60,7 +60,7 @@ def wait_for(child: Child, words: str, run: Path, pattern: str | None) -> bool:
     while words not in child.said():
         if child.ended():
             return False
-        time.sleep(0.0005)
+        time.sleep(0.002)
     for _ in range(2000 if pattern else 0):
         if child.ended() or half_written(run, pattern or "") - before:
             break
