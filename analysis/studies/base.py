@@ -16,13 +16,12 @@ import math
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from html import escape
 from pathlib import Path
 from typing import Any
 
 from headtune.analysis.heads.head_set import provenance
 from headtune.analysis.models.head_model import HeadModel
-from headtune.analysis.reports.html import html_table, number, picture, write_page
+from headtune.analysis.reports.html import render_page
 from headtune.analysis.tasks.task import Task
 from headtune.analysis.tasks.tokenized import EncodedTask, encode
 from headtune.analysis.utils.errors import InputError, nearest
@@ -162,27 +161,22 @@ def write(analysis: Analysis, folder: Path) -> None:
     write_json(
         folder / "analysis.json", {"name": analysis.name, **analysis.about, **provenance(), "data": analysis.data}
     )
-    body = [f"<h1>{escape(analysis.name.replace('_', ' '))}</h1>"]
-    if analysis.about:
-        about = analysis.about
-        options = ", ".join(f"{key} {value}" for key, value in about["options"].items()) or "none"
-        facts = {
-            "Model": about["model"]["name"],
-            "Task": f"{about['task']['name']}, {about['task']['n_examples']} examples "
-            f"({about['task']['n_dropped']} left out)",
-            "Options": options,
-        }
-        body.append("<dl>" + "".join(f"<dt>{k}</dt><dd>{escape(str(v))}</dd>" for k, v in facts.items()) + "</dl>")
     for part in analysis.parts:
-        if isinstance(part, str):
-            body.append(f"<p>{escape(part)}</p>")
-        elif isinstance(part, Figure):
+        if isinstance(part, Figure):
             (folder / "figures").mkdir(exist_ok=True)
             (folder / "figures" / f"{part.name}.png").write_bytes(part.png)
-            body.append(picture(part.png, part.name.replace("_", " "), escape(part.caption)))
-        else:
-            rows = [[escape(cell) if isinstance(cell, str) else number(cell) for cell in row] for row in part.rows]
-            body.append(f"<h2>{escape(part.title)}</h2>" + html_table([escape(h) for h in part.header], rows))
-            if part.note:
-                body.append(f"<p class='note'>{escape(part.note)}</p>")
-    write_page(folder / "report.html", analysis.name, "\n".join(body))
+    render_page(
+        folder / "report.html", "study.html.j2", title=analysis.name, about=_facts(analysis.about), parts=analysis.parts
+    )
+
+
+def _facts(about: Mapping[str, Any]) -> dict[str, str]:
+    """What the page says of model, task and options."""
+    if not about:
+        return {}
+    task = about["task"]
+    return {
+        "Model": about["model"]["name"],
+        "Task": f"{task['name']}, {task['n_examples']} examples ({task['n_dropped']} left out)",
+        "Options": ", ".join(f"{key} {value}" for key, value in about["options"].items()) or "none",
+    }

@@ -45,7 +45,7 @@ def test_the_heads_a_recipe_chooses(
     config: Any, role: str, top: int, expected: list[list[int]], model: Any, tmp_path: Path
 ) -> None:
     heads = head_set(TWO_ROLES, model)
-    heads.write(tmp_path / "heads.json")
+    heads.save(tmp_path / "heads.json")
     block = HeadsConfig.model_validate({"from": str(tmp_path), "role": role, "top": top})
     assert [list(pair) for pair in resolve_heads(block, model, tiny_task()).pairs] == expected
     for source in (heads, tmp_path, tmp_path / "heads.json", str(tmp_path)):
