@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from numpy.typing import ArrayLike
 
@@ -20,9 +20,6 @@ from .head_cards import ANSWERS, GUIDE, HeadPortrait, anchor, card, gist
 from .heat_maps import MAPS as MAPS
 from .heat_maps import Sheet, agreement, marked_heads, scale_note, sheet_png, sheets
 from .html import html_table, number, picture, signed, track, unbroken, with_interval, write_page
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 QUANTITIES = {"p_remaining": "p(remaining)", "p_previous": "p(previous)"}
 SHOWN_EXAMPLES = 50
@@ -106,24 +103,7 @@ def dissociation_table(heads: HeadSet) -> list[Condition]:
     return rows
 
 
-def render_dissociation(heads: HeadSet) -> Table:
-    """The dissociation as a table for the terminal."""
-    from rich.table import Table
-    from rich.text import Text
-
-    rows = dissociation_table(heads)
-    columns = _columns(rows)
-    table = Table(title="Silencing heads at END, mean [95% interval] ×ratio to nothing silenced")
-    table.add_column("condition")
-    for column in columns:
-        table.add_column(QUANTITIES[column])
-    for row in rows:
-        # Text, not markup: rich would take an interval's brackets for a style.
-        table.add_row(row.name, *(Text(str(row.cells[column])) for column in columns))
-    return table
-
-
-def _columns(rows: Sequence[Condition]) -> list[str]:
+def quantities_of(rows: Sequence[Condition]) -> list[str]:
     return [quantity for quantity in QUANTITIES if any(quantity in row.cells for row in rows)]
 
 
@@ -292,7 +272,7 @@ def _dissociation(heads: HeadSet) -> str:
     if advice := next_step(heads):
         result += f"<p class='note'>{escape(advice)}</p>"
     if rows:
-        columns = _columns(rows)
+        columns = quantities_of(rows)
         largest = {column: max(row.cells[column].mean for row in rows if column in row.cells) for column in columns}
 
         def cell(row: Condition, column: str) -> str:

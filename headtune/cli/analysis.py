@@ -200,6 +200,7 @@ def print_heads(result: IdentifyResult) -> None:
     from headtune.analysis.tasks.tokenized import reasons
 
     from .console import console, print_titled
+    from .tables import dissociation_table
 
     heads = result.heads
     task = heads.task
@@ -229,7 +230,7 @@ def print_heads(result: IdentifyResult) -> None:
                 f"{method}: {count} of {task['n_examples']} prompts; the others have no counterpart of their length",
                 markup=False,
             )
-    console.print(head_report.render_dissociation(heads))
+    console.print(dissociation_table(heads))
     console.print(head_report.verdict(heads), markup=False)
     if advice := head_report.next_step(heads):
         console.print(advice, markup=False)

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any, TypeVar
+from collections.abc import Iterator, Sequence
+from typing import TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
-
-from headtune.train.evaluation.metric_names import METRIC_NAMES, show
 
 T = TypeVar("T")
 
@@ -73,89 +69,9 @@ def print_titled(title: str, table: Table) -> None:
     console.print(table)
 
 
-def metrics_table(columns: Mapping[str, Mapping[str, Any]], title: str = "") -> Table:
-    """Metrics as rows, one column an evaluation; a dash where one has no such metric.
-
-    Below it a note where few subjects stand behind the intervals: a bootstrap of two has three outcomes.
-    """
-    from headtune.analysis.methods.scores import ENOUGH_SUBJECTS, FEW_SUBJECTS
-
-    counts = [metrics["n"].get("subjects", FEW_SUBJECTS) for metrics in columns.values() if "n" in metrics]
-    subjects = min(counts, default=FEW_SUBJECTS)
-    note = f"{subjects} subject{'s' * (subjects != 1)}: the intervals say little; give {ENOUGH_SUBJECTS} or more"
-    table = Table(title=title or None, title_justify="left", caption_justify="left")
-    table.caption = note if subjects < FEW_SUBJECTS else None
-    table.add_column("metric")
-    for name in columns:
-        table.add_column(name)
-    given = dict.fromkeys(key for metrics in columns.values() for key in metrics if key != "n")
-    known = [key for key in METRIC_NAMES if key in given]
-    for key in [*known, *(key for key in given if "/" in key)]:  # "task/metric": a task of a sequence by itself
-        table.add_row(
-            Text(_label(key)), *(show(metrics[key]) if key in metrics else "–" for metrics in columns.values())
-        )
-    return table
-
-
-def _label(key: str) -> str:
-    task, _, metric = key.rpartition("/")
-    name = METRIC_NAMES.get(metric, metric.replace("_", " "))
-    return f"{task}: {name}" if task else name
-
-
-def sequence_table(names: Sequence[str], sequence: Mapping[str, Any]) -> Table:
-    """The accuracies a[i][j] of a sequence, a row for each task j that was learnt and a column for each task i.
-
-    Args:
-        names: of the tasks, in order.
-        sequence: the content of sequence.json.
-    """
-    rows = [("base model", sequence["before"])]
-    if len(sequence["after"]) < len(names):  # all of them at once
-        rows.append(("all tasks", sequence["after"][-1]))
-    else:
-        rows += [(f"after {name}", column) for name, column in zip(names, sequence["after"], strict=True)]
-    means = [[sum(one["values"]) / len(one["values"]) for one in column] for _, column in rows]
-    cells = [[label, *row, *[None] * (len(names) - len(row))] for (label, _), row in zip(rows, means, strict=True)]
-    return plain_table("", ["main metric of", *names], cells)
-
-
-def generations_table(examples: Sequence[Mapping[str, Any]]) -> Table:
-    """Prompts with the base model's and the adapted model's continuation side by side."""
-    table = Table(show_lines=True)
-    for name in ("prompt", "before", "after"):
-        table.add_column(name, overflow="fold")
-    for example in examples:
-        # Text, not markup: what a model writes may hold brackets.
-        table.add_row(Text(example["prompt"]), *(Text(_marked(example, when)) for when in ("before", "after")))
-    return table
-
-
-def _marked(example: Mapping[str, Any], when: str) -> str:
-    kinds = ", ".join(kind.replace("_", " ") for kind in example[f"{when}_kinds"])
-    text = "\n".join(line for line in example[when].split("\n") if line.strip()).strip()
-    return f"{text}\n({kinds})"
-
-
 def fail(message: str, code: int) -> int:
     """Print an error as one line and return the exit code."""
     from headtune.analysis.utils.secrets import redact
 
     print("headtune: " + redact(" ".join(message.split())), file=sys.stderr)
     return code
-
-
-def print_evaluation(folder: Path, evaluation: dict[str, Any]) -> None:
-    pass
-
-    columns = {name: evaluation[name] for name in ("before", "after")}
-    console.print(metrics_table(columns, f"{evaluation['task']}, {evaluation['before']['n']['examples']} prompts"))
-    if (folder / "sequence.json").is_file():
-        sequence = json.loads((folder / "sequence.json").read_text(encoding="utf-8"))
-        console.print(sequence_table(list(evaluation["before"]["n"]["by_task"]), sequence))
-    # Those that changed say more than those that did not; failures are as likely to be among them as successes.
-    changed = [example for example in evaluation["examples"] if example["before"] != example["after"]]
-    console.print(generations_table((changed or evaluation["examples"])[:3]))
-    console.print(f"run: {folder}", markup=False)
-    if (folder / "report.html").is_file():
-        console.print(f"report: {folder}/report.html", markup=False)

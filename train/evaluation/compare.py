@@ -23,12 +23,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.table import Table
-from rich.text import Text
 
 from headtune.analysis.utils.errors import InputError
 
-from .metric_names import METRIC_NAMES, show
+from .metric_names import METRIC_NAMES
 from .run_reader import Finished, read_runs
 
 BASE = "base"
@@ -289,67 +287,13 @@ def jaccard(a: frozenset[tuple[int, int]], b: frozenset[tuple[int, int]]) -> flo
     return len(a & b) / len(a | b) if a | b else 1.0
 
 
-# --- as text ----------------------------------------------------------------------------------------------------------
-
-
-def tables(found: Comparison, width: int) -> list[Table]:
-    """Groups as rows, metrics as columns, the best in bold; a star where the difference from the reference is not 0.
-
-    One table for each set of prompts; its columns go on in further tables where `width` characters do not hold them.
-    """
-    result = []
-    kinds = dict.fromkeys((group.task, group.measured) for group in found.groups)
-    for measured in dict.fromkeys(group.measured for group in found.groups):
-        own = [group for group in found.groups if group.measured == measured]
-        columns = {
-            "run": [Text(group.name) for group in own],
-            "seeds": [Text(str(len(group.runs) or "")) for group in own],
-            "parameters": [Text(f"{group.parameters:,}") for group in own],
-        }
-        keys = [key for key in found.metrics if any(key in group.metrics for group in own)]
-        columns |= {METRIC_NAMES[key]: [_cell(found, group, key) for group in own] for key in keys}
-        for part in _parts(columns, width):
-            title = Text(titled(own) + (", continued" if "seeds" not in part else ""))
-            result.append(Table(title=title, title_justify="left", caption_justify="left"))
-            for name in part:
-                result[-1].add_column(name, justify="left" if name == "run" else "right", overflow="fold")
-            for cells in zip(*(columns[name] for name in part), strict=True):
-                result[-1].add_row(*cells)
-    if result:
-        result[-1].caption = f"bold: best; *: differs from {found.against}, paired bootstrap over subjects, 95%"
-        if len(kinds) > len({task for task, _ in kinds}):
-            result[-1].caption += (
-                "\na task in several tables: its runs were measured on other prompts, another way or from another base "
-                "model, and are not compared across tables"
-            )
-    return result
+# --- as data ----------------------------------------------------------------------------------------------------------
 
 
 def titled(groups: Sequence[Group]) -> str:
     """The task and the number of prompts of groups that were measured on the same."""
     n = next((len(run.subjects) for group in groups for run in group.runs), 0)
     return f"{groups[0].task}, {n} prompt{'s' * (n != 1)}" if n else groups[0].task
-
-
-def _cell(found: Comparison, group: Group, key: str) -> Text:
-    metric = group.metrics.get(key)
-    if metric is None:
-        return Text("–")
-    value = show(metric.mean if metric.interval is None else {"mean": metric.mean, "ci": metric.interval})
-    style = "bold" if group.name in found.best[group.measured, key] else ""
-    return Text(value + ("*" if metric.differs else ""), style=style)
-
-
-def _parts(columns: Mapping[str, Sequence[Text]], width: int) -> list[list[str]]:
-    """Names of columns, the first one in every part, such that each part is at most `width` characters wide."""
-    taken = {name: 3 + max([*map(len, name.split()), *map(len, cells)]) for name, cells in columns.items()}
-    first, *others = columns
-    parts = [[first]]
-    for name in others:
-        if len(parts[-1]) > 1 and 1 + sum(taken[known] for known in [*parts[-1], name]) > width:
-            parts.append([first])
-        parts[-1].append(name)
-    return parts
 
 
 def as_json(found: Comparison) -> dict[str, Any]:

@@ -11,10 +11,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rich.text import Text
-
-LEARNT, AVOIDED = "bold green", "red"  # on a terminal; elsewhere [[brackets]]
-
 
 @dataclass(frozen=True)
 class Row:
@@ -66,37 +62,3 @@ def parts(tokens: Sequence[int], learnt: Sequence[bool], tokenizer: Any) -> tupl
 
 def _each(tokens: Sequence[int], tokenizer: Any) -> tuple[str, ...]:
     return tuple(tokenizer.decode([token]) for token in tokens if token >= 0)
-
-
-def shown(row: Row, colour: bool) -> Text:
-    """A row for people: in colour, or with [[brackets]] around what is learnt on. A newline is written ↵."""
-    text = Text()
-    if row.side:
-        text.append(f"{row.side}: ")
-    for index, (part, learnt) in enumerate(row.parts):
-        part = _visible(part)
-        if index + 1 == len(row.parts):
-            part = part.removesuffix("\n")
-        _append(text, part, learnt, colour, LEARNT)
-    for word, tokens, style in (("any of", row.right, LEARNT), ("none of", row.given, AVOIDED)):
-        if tokens:
-            text.append(f"\n  {word} ")
-            for index, token in enumerate(tokens):
-                text.append(" " if index else "")
-                _append(text, _visible(token).removesuffix("\n"), True, colour, style)
-    return text
-
-
-def _append(text: Text, part: str, marked: bool, colour: bool, style: str) -> None:
-    if not marked:
-        text.append(part)
-    elif colour:
-        text.append(part, style)
-    else:
-        text.append(f"[[{part}]]")
-
-
-def _visible(part: str) -> str:
-    """Without what a terminal would obey."""
-    plain = "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in part)
-    return plain.replace("\n", "↵\n")

@@ -28,21 +28,22 @@ def add_parsers(add: Add) -> None:
 def compare_command(arguments: argparse.Namespace) -> int:
     from headtune.analysis.utils.files import write_text
     from headtune.train.evaluation import compare, compare_report
-    from headtune.train.evaluation.run_reader import read_runs
 
     from ..console import console
+    from ..tables import comparison_tables
 
     written = [path for path in (arguments.html, arguments.csv) if path is not None]
-    runs = read_runs(arguments.folder, arguments.group, arguments.tag, arguments.recipe)
-    found = compare.compare(runs, arguments.against)
+    comparison = compare.compare_runs(
+        arguments.folder, arguments.against, arguments.group, arguments.tag, arguments.recipe
+    )
     if arguments.html:
-        compare_report.write(found, arguments.html)
+        compare_report.write(comparison, arguments.html)
     if arguments.csv:
-        write_text(arguments.csv, compare.as_csv(found))
+        write_text(arguments.csv, compare.as_csv(comparison))
     if arguments.json:
-        print_json(compare.as_json(found))
+        print_json(compare.as_json(comparison))
     else:
-        console.print(*compare.tables(found, console.width))
+        console.print(*comparison_tables(comparison, console.width))
         for path in written:
             console.print(str(path), markup=False)
     return 0

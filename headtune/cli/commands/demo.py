@@ -50,7 +50,7 @@ def demo(out: Path | None = None, quick: bool = False) -> dict[str, Any]:
 
     from .. import console
     from ..analysis import print_heads
-    from ..console import print_evaluation
+    from ..tables import print_evaluation
 
     folder = out or _next_free(Path("runs/demo"))
     require_new_folder(folder, "choose another --out")

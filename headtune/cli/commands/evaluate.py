@@ -84,6 +84,7 @@ def evaluate_command(arguments: argparse.Namespace) -> int:
     from headtune.train.tracking.follow_up import keep_evaluation
 
     from .. import console
+    from ..tables import metrics_table
 
     if is_run:
         model, tokenizer, _ = load_run(Path(arguments.target))
@@ -111,7 +112,7 @@ def evaluate_command(arguments: argparse.Namespace) -> int:
         print_json({"task": task.name, "knobs": notes, "metrics": metrics, "generations": generations})
     else:
         column = " ".join([arguments.target, *arguments.knob])
-        console.console.print(console.metrics_table({column: metrics}, task.name))
+        console.console.print(metrics_table({column: metrics}, task.name))
         if arguments.out is not None:
             console.console.print(f"{arguments.out}/evaluation.json", markup=False)
     return 0

@@ -27,10 +27,10 @@ def add_parsers(add: Add) -> None:
 
 def sweep_command(arguments: argparse.Namespace) -> int:
     from headtune.train.evaluation import compare
-    from headtune.train.evaluation.run_reader import read_runs
     from headtune.train.runs import sweep
 
     from .. import console
+    from ..tables import comparison_tables
 
     grid = sweep.cells(arguments.recipe, arguments.grid, arguments.seeds, arguments.out, arguments.overrides)
     if arguments.printed == "wandb":
@@ -41,9 +41,9 @@ def sweep_command(arguments: argparse.Namespace) -> int:
         return 0
     failed = sweep.carry_out(arguments.recipe, grid, console.notify)
     if len(failed) < len(grid):
-        found = compare.compare(read_runs(arguments.out, group=arguments.out.name))
+        comparison = compare.compare_runs(arguments.out, group=arguments.out.name)
         if arguments.json:
-            print_json(compare.as_json(found))
+            print_json(compare.as_json(comparison))
         else:
-            console.console.print(*compare.tables(found, console.console.width))
+            console.console.print(*comparison_tables(comparison, console.console.width))
     return 1 if failed else 0

@@ -56,7 +56,7 @@ def train_command(arguments: argparse.Namespace) -> int:
     model_quiet()
     from headtune.train.runs.run import run_recipe
 
-    from .. import console
+    from .. import console, tables
 
     main_rank = int(os.environ.get("RANK", "0")) == 0
     evaluation = run_recipe(
@@ -74,7 +74,7 @@ def train_command(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print_json(evaluation)
     elif evaluation:
-        console.print_evaluation(recipe.folder, evaluation)
+        tables.print_evaluation(recipe.folder, evaluation)
     else:
         console.notify(
             f"heads chosen: {recipe.folder / 'heads.json'}; tune them with heads='{{from: {recipe.folder}}}'"
@@ -117,9 +117,8 @@ def _print(found: DryRun, recipe: Recipe) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from headtune.train.runs.batch_preview import shown
-
     from ..console import console
+    from ..tables import batch_row
 
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(style="bold")
@@ -163,5 +162,5 @@ def _print(found: DryRun, recipe: Recipe) -> None:
     rows = [row for row in found.rows if row.side != "rejected"]
     for index, row in enumerate(rows[:SHOWN]):
         for each in [row, *sides[index : index + 1]]:
-            text = Text.assemble((f"{index + 1} ", "dim"), shown(each, colour))
+            text = Text.assemble((f"{index + 1} ", "dim"), batch_row(each, colour))
             console.print(text, soft_wrap=True)

@@ -19,6 +19,7 @@ from headtune.analysis.heads.head_set import HeadSet, RankedHead
 from headtune.analysis.identify.pipeline import dissociation
 from headtune.analysis.reports import head_cards, head_report, heat_maps
 from headtune.analysis.utils.errors import InputError
+from headtune.cli.tables import dissociation_table
 
 N_LAYERS, N_HEADS = 5, 4
 
@@ -301,7 +302,7 @@ def test_the_table_has_every_condition_with_ratios_and_the_most_extreme_sets() -
 
 def test_the_terminal_table_shows_the_same() -> None:
     console = Console(width=200, record=True, file=io.StringIO())
-    console.print(head_report.render_dissociation(head_set()))
+    console.print(dissociation_table(head_set()))
     text = console.export_text()
     for row in head_report.dissociation_table(head_set()):
         assert row.name in text

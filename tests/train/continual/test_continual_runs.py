@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from headtune.analysis.models.loading import EMBEDDED, cache_folder
 from headtune.analysis.tasks.task import Example, to_jsonl
 from headtune.analysis.utils.files import write_json, write_text
-from headtune.cli.console import metrics_table, sequence_table
 from headtune.cli.main import main
+from headtune.cli.tables import comparison_tables, metrics_table, sequence_table
 from headtune.train.config.recipe import load_recipe
 from headtune.train.continual import learner
 from headtune.train.evaluation import compare
@@ -155,7 +155,7 @@ def test_compare_puts_sequences_beside_other_runs(runs: Path, capsys: pytest.Cap
         assert found[name]["after"]["forgetting"] >= 0 >= found[name]["after"]["bwt"]["mean"]
     assert "op" not in found["lofit"]["after"]
     of_sequence, of_cities = sorted(
-        compare.tables(compare.compare(read_runs(runs)), 300), key=lambda table: "sequence" not in str(table.title)
+        comparison_tables(compare.compare(read_runs(runs)), 300), key=lambda table: "sequence" not in str(table.title)
     )
     assert [str(column.header) for column in of_sequence.columns][3:6] == METRICS
     rows = {row[0]: row[3:] for row in shown(of_sequence)}

@@ -17,6 +17,7 @@ from rich.console import Console
 
 from headtune.analysis.utils.errors import InputError
 from headtune.cli.main import main
+from headtune.cli.tables import comparison_tables
 from headtune.train.evaluation import compare, compare_report
 from headtune.train.evaluation.run_reader import flat, read_runs
 
@@ -255,16 +256,16 @@ def test_the_command_writes_table_csv_json_and_a_page_of_its_own(
 def test_a_table_fits_its_terminal(runs: Path) -> None:
     """A table for each set of prompts; where it has no room its columns go on in another one, unbroken."""
     found = compare.compare(read_runs(runs))
-    assert [str(table.title) for table in compare.tables(found, 200)] == ["facts:test, 12 prompts"] * 2
-    assert "a task in several tables" in str(compare.tables(found, 200)[-1].caption)
-    narrow = compare.tables(found, 72)
+    assert [str(table.title) for table in comparison_tables(found, 200)] == ["facts:test, 12 prompts"] * 2
+    assert "a task in several tables" in str(comparison_tables(found, 200)[-1].caption)
+    narrow = comparison_tables(found, 72)
     assert [str(table.title) for table in narrow] == ["facts:test, 12 prompts", "facts:test, 12 prompts, continued"] * 2
     assert all(str(table.columns[0].header) == "run" for table in narrow)
     console = Console(width=72, file=io.StringIO())
     console.print(*narrow)
     text = console.file.getvalue()  # type: ignore[attr-defined]
     for cell in (
-        str(cell) for table in compare.tables(found, 200) for column in table.columns for cell in column.cells
+        str(cell) for table in comparison_tables(found, 200) for column in table.columns for cell in column.cells
     ):
         assert f" {cell} " in text
 

@@ -12,6 +12,7 @@ import torch
 
 from headtune.analysis.models import loading
 from headtune.analysis.tasks.task import Example, to_jsonl
+from headtune.cli import tables
 from headtune.train.config.recipe import load_recipe
 from headtune.train.runs import batch_preview
 from headtune.train.runs.run import run_recipe
@@ -216,20 +217,20 @@ ROW = batch_preview.Row((("Cities:\n-", False), (" Rome\n", True)))
 
 
 def test_brackets_and_colours() -> None:
-    assert batch_preview.shown(ROW, colour=False).plain == "Cities:↵\n-[[ Rome↵]]"
-    coloured = batch_preview.shown(ROW, colour=True)
+    assert tables.batch_row(ROW, colour=False).plain == "Cities:↵\n-[[ Rome↵]]"
+    coloured = tables.batch_row(ROW, colour=True)
     assert coloured.plain == "Cities:↵\n- Rome↵"
-    assert [coloured.plain[span.start : span.end] for span in coloured.spans if span.style == batch_preview.LEARNT] == [
+    assert [coloured.plain[span.start : span.end] for span in coloured.spans if span.style == tables.LEARNT] == [
         " Rome↵"
     ]
-    sets = batch_preview.shown(
+    sets = tables.batch_row(
         batch_preview.Row((("Cities:", False),), right=(" Rome", " Milan"), given=(" Pisa",)), colour=False
     )
     assert sets.plain == "Cities:\n  any of [[ Rome]] [[ Milan]]\n  none of [[ Pisa]]"
 
 
 def test_a_terminal_is_not_obeyed() -> None:
-    assert batch_preview.shown(batch_preview.Row((("\x1b[2J\x07", True),)), colour=False).plain == "[[\\x1b[2J\\x07]]"
+    assert tables.batch_row(batch_preview.Row((("\x1b[2J\x07", True),)), colour=False).plain == "[[\\x1b[2J\\x07]]"
 
 
 def test_padding_is_left_out(tokenizer: Any) -> None:

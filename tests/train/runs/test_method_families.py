@@ -414,7 +414,7 @@ def test_runs_of_all_kinds_stand_side_by_side(
 def test_what_a_model_writes_is_no_markup() -> None:
     from rich.console import Console
 
-    from headtune.cli.console import generations_table
+    from headtune.cli.tables import generations_table
 
     row = {
         "prompt": "A [red]list[/b]:",
