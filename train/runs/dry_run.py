@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import re
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import psutil  # type: ignore[import-untyped]
@@ -72,6 +73,16 @@ class DryRun:
         if self.device == "cuda":
             return int(torch.cuda.mem_get_info()[0])
         return int(psutil.virtual_memory().available)
+
+    def as_json(self, recipe: Recipe) -> dict[str, Any]:
+        """Plain data; sizes in bytes."""
+        data = {key: value for key, value in vars(self).items() if key not in ("stages", "rows", "examples")}
+        data |= {"train_examples": self.examples[0], "held_out_examples": self.examples[1]}
+        data["memory"] = {stage.name: {"peak": stage.memory.peak, **stage.memory.parts} for stage in self.stages}
+        data["free_memory"] = self.free
+        data["batch_rows"] = [asdict(row) for row in self.rows]
+        result: dict[str, Any] = json.loads(json.dumps({"name": recipe.name, "output_dir": recipe.output_dir, **data}))
+        return result
 
 
 def dry_run(recipe: Recipe) -> DryRun:

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import dataclasses
 from pathlib import Path
-from typing import Any
 
 from ..arguments import Add, completed, model_quiet, positive, print_json, volume_arguments
 
@@ -44,75 +41,27 @@ def add_parsers(add: Add) -> None:
     p.set_defaults(do=evaluate_command)
 
 
-def _require_target(target: Path) -> None:
-    """Refuse a head set, which is easily given for the run that was trained on it."""
-    from headtune.analysis.utils.errors import InputError
-
-    if (target / "heads.json").is_file() and not (target / "config.json").is_file():
-        raise InputError(
-            f"{str(target)!r} is a head set, neither a run nor a model; give the folder of a run trained on it "
-            f"(heads.from={target}), or a model"
-        )
-
-
 def evaluate_command(arguments: argparse.Namespace) -> int:
-    from headtune.analysis.interventions import last_layer
-    from headtune.analysis.tasks.loading import load_task
-    from headtune.analysis.tasks.task import scored
-    from headtune.analysis.utils.errors import InputError
     from headtune.analysis.utils.files import require_new_folder
-    from headtune.train.config.recipe import load_recipe
+    from headtune.train.runs.evaluate_target import evaluate_target, target_of
 
-    is_run = (Path(arguments.target) / "recipe.yaml").is_file()
-    if not is_run:
-        _require_target(Path(arguments.target))
-    seed, kind = 0, arguments.kind
-    recipe = load_recipe(str(Path(arguments.target) / "recipe.yaml")) if is_run else None
-    if recipe is not None:  # a split of the task is the one that the run was trained on
-        seed, kind = recipe.task.split.seed, kind or recipe.task.kind
-    task = load_task(arguments.task, seed).limited(arguments.max_examples)
-    if kind:
-        task = dataclasses.replace(task, kind=kind)
-    chosen = last_layer.parse(arguments.knob)
+    target = target_of(arguments.target, arguments.task, arguments.kind, arguments.max_examples, arguments.knob)
     if arguments.out is not None:
         require_new_folder(arguments.out, "choose another --out")
     model_quiet()
-    from headtune.analysis.models.loading import load_plain, wrap_model
-    from headtune.train.evaluation.evaluate import evaluate
     from headtune.train.evaluation.multiple_choice import truthfulqa_preamble
-    from headtune.train.runs.load_run import load_run
-    from headtune.train.tracking.follow_up import keep_evaluation
 
-    from .. import console
+    from ..console import console, notify, progress
     from ..tables import metrics_table
 
-    if is_run:
-        model, tokenizer, _ = load_run(Path(arguments.target))
-        if chosen:  # knobs need a view of the model's heads, which an adapter around the projection would hide
-            model = model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
-    else:
-        try:
-            model, tokenizer = load_plain(arguments.target)
-        except InputError as error:
-            if Path(arguments.target).exists() or "/" not in arguments.target:
-                raise
-            raise InputError(f"there is no run {arguments.target!r}, and {error}") from None
-    turned: Any = contextlib.nullcontext([])
-    if chosen:
-        turned = last_layer.turned(wrap_model(model, tokenizer, arguments.target), chosen, console.progress)
-    with turned as notes:
-        console.notify(f"evaluating on {len(task.examples)} prompts, {scored(task.kind, arguments.items)}")
-        preamble = truthfulqa_preamble() if arguments.preamble else ""
-        metrics, lists = evaluate(model, tokenizer, task, arguments.items, arguments.batch_size, preamble)
-    generations = [{"prompt": s.example.prompt, "text": s.text, "kinds": s.kinds, "values": s.values} for s in lists]
-    if arguments.out is not None:
-        measured = {"name": task.name, "sha256": task.sha256, "n_examples": len(task.examples)}
-        keep_evaluation(arguments.out, arguments.target, recipe, measured, metrics, generations, arguments.knob)
+    preamble = truthfulqa_preamble() if arguments.preamble else ""
+    result = evaluate_target(target, arguments.items, arguments.batch_size, preamble, arguments.out, progress, notify)
     if arguments.json:
-        print_json({"task": task.name, "knobs": notes, "metrics": metrics, "generations": generations})
-    else:
-        column = " ".join([arguments.target, *arguments.knob])
-        console.console.print(metrics_table({column: metrics}, task.name))
-        if arguments.out is not None:
-            console.console.print(f"{arguments.out}/evaluation.json", markup=False)
+        data = {"knobs": result.knobs, "metrics": result.metrics, "generations": result.generations}
+        print_json({"task": result.task.name, **data})
+        return 0
+    column = " ".join([arguments.target, *arguments.knob])
+    console.print(metrics_table({column: result.metrics}, result.task.name))
+    if arguments.out is not None:
+        console.print(f"{arguments.out}/evaluation.json", markup=False)
     return 0

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
-from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..arguments import Add, completed, model_quiet, print_json, recipe_arguments, volume_arguments
 from .plan import gib
@@ -95,25 +93,15 @@ def dry_run_command(arguments: argparse.Namespace) -> int:
     from .. import console
 
     console.notify(f"dry run of {recipe.name} on {recipe.model.name}: nothing is trained, nothing is written")
-    found = dry_run(recipe)
+    result = dry_run(recipe)
     if arguments.json:
-        print_json(_plain(found, recipe))
+        print_json(result.as_json(recipe))
     else:
-        _print(found, recipe)
+        _print_dry_run(result, recipe)
     return 0
 
 
-def _plain(found: DryRun, recipe: Recipe) -> dict[str, Any]:
-    data = {key: value for key, value in vars(found).items() if key not in ("stages", "rows", "examples")}
-    data |= {"train_examples": found.examples[0], "held_out_examples": found.examples[1]}
-    data["memory"] = {stage.name: {"peak": stage.memory.peak, **stage.memory.parts} for stage in found.stages}
-    data["free_memory"] = found.free
-    data["batch_rows"] = [asdict(row) for row in found.rows]
-    plain: dict[str, Any] = json.loads(json.dumps({"name": recipe.name, "output_dir": recipe.output_dir, **data}))
-    return plain
-
-
-def _print(found: DryRun, recipe: Recipe) -> None:
+def _print_dry_run(result: DryRun, recipe: Recipe) -> None:
     from rich.table import Table
     from rich.text import Text
 
@@ -128,38 +116,38 @@ def _print(found: DryRun, recipe: Recipe) -> None:
         table.add_row(name, Text(value))
 
     line("run", f"{recipe.folder} ({recipe.recipe})")
-    line("model", f"{recipe.model.name}, {found.model_parameters:,} parameters")
-    if found.heads is not None:
-        line("heads", found.heads)
-    total = sum(found.parameters.values())
-    line("trained", f"{total:,} parameters, {100 * total / found.model_parameters:.4g}% of the model")
-    for kind, count in found.parameters.items():
+    line("model", f"{recipe.model.name}, {result.model_parameters:,} parameters")
+    if result.heads is not None:
+        line("heads", result.heads)
+    total = sum(result.parameters.values())
+    line("trained", f"{total:,} parameters, {100 * total / result.model_parameters:.4g}% of the model")
+    for kind, count in result.parameters.items():
         line("", f"{count:,}  {kind}")
-    line("examples", f"{found.examples[0]} to train on, {found.examples[1]} held out")
-    if found.tasks:
-        line("", found.tasks)
-    if found.steps:
-        line("steps", f"{found.steps} of {found.batch} rows; the longest row has {found.longest} tokens")
-    for stage in found.stages:
+    line("examples", f"{result.examples[0]} to train on, {result.examples[1]} held out")
+    if result.tasks:
+        line("", result.tasks)
+    if result.steps:
+        line("steps", f"{result.steps} of {result.batch} rows; the longest row has {result.longest} tokens")
+    for stage in result.stages:
         parts = ", ".join(f"{name} {gib(size)}" for name, size in stage.memory.parts.items() if size)
         line(
-            "memory" if stage is found.stages[0] else "", f"{stage.name}: about {gib(stage.memory.peak)} GiB ({parts})"
+            "memory" if stage is result.stages[0] else "", f"{stage.name}: about {gib(stage.memory.peak)} GiB ({parts})"
         )
-    if found.stages:
-        peak = max(stage.memory.peak for stage in found.stages)
-        verdict = "enough" if peak <= found.free else "not enough: see headtune plan for what to change"
-        line("", f"free now: {gib(found.free)} GiB of {found.device} memory, {verdict}")
-    for index, note in enumerate(found.notes):
+    if result.stages:
+        peak = max(stage.memory.peak for stage in result.stages)
+        verdict = "enough" if peak <= result.free else "not enough: see headtune plan for what to change"
+        line("", f"free now: {gib(result.free)} GiB of {result.device} memory, {verdict}")
+    for index, note in enumerate(result.notes):
         line("" if index else "note", note)
     console.print(table)
-    if not found.rows:
+    if not result.rows:
         return
     colour = console.is_terminal and not console.no_color
     how = "in colour" if colour else "in [[brackets]]"
-    console.print(f"\nfirst batch, {min(SHOWN, len(found.rows))} of {len(found.rows)} rows; {how}: what is learnt on",
+    console.print(f"\nfirst batch, {min(SHOWN, len(result.rows))} of {len(result.rows)} rows; {how}: what is learnt on",
                   markup=False)  # fmt: skip
-    sides = [row for row in found.rows if row.side == "rejected"]
-    rows = [row for row in found.rows if row.side != "rejected"]
+    sides = [row for row in result.rows if row.side == "rejected"]
+    rows = [row for row in result.rows if row.side != "rejected"]
     for index, row in enumerate(rows[:SHOWN]):
         for each in [row, *sides[index : index + 1]]:
             text = Text.assemble((f"{index + 1} ", "dim"), batch_row(each, colour))

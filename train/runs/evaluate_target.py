@@ -1,0 +1,150 @@
+"""Measure a finished run, a model or an export on a task: what `headtune evaluate` does.
+
+    target = target_of("runs/NAME", "one_to_many:test")
+    evaluate_target(target).metrics
+
+The first function checks all that can be checked without a model, and loads none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from headtune.analysis.interventions import last_layer
+from headtune.analysis.tasks.loading import load_task
+from headtune.analysis.tasks.task import Kind, Task, scored
+from headtune.analysis.utils.errors import InputError
+from headtune.analysis.utils.files import require_new_folder
+from headtune.analysis.utils.progress import Notify, Progress, silent
+from headtune.train.config.recipe import load_recipe
+
+if TYPE_CHECKING:
+    from headtune.train.config.schema import Recipe
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is measured, on what.
+
+    Attributes:
+        name: a run's folder, a model's folder, a built-in name or a hub id.
+        recipe: the run's; None for a model.
+        knobs: interventions on the last layer that are on while it is measured, as the command line gives them.
+    """
+
+    name: str
+    task: Task
+    recipe: Recipe | None = None
+    knobs: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class TargetEvaluation:
+    """A measurement.
+
+    Attributes:
+        metrics: as in evaluation.json.
+        generations: `{"prompt", "text", "kinds", "values"}` of every prompt.
+        knobs: what was on, with what was fitted for it.
+    """
+
+    task: Task
+    metrics: Mapping[str, Any]
+    generations: Sequence[Mapping[str, Any]]
+    knobs: Sequence[Mapping[str, Any]]
+
+
+def target_of(
+    name: Path | str,
+    task: str,
+    kind: Kind | None = None,
+    max_examples: int | None = None,
+    knobs: Sequence[str] = (),
+) -> Target:
+    """Check what is to be measured; a run's own seed and kind of task hold unless they are given.
+
+    Args:
+        task: built-in name, JSONL file, hub id, or FORMAT:PATH; NAME:test takes a split.
+        kind: how answers are scored.
+        knobs: `sink:tau=0.5,gamma=0.5` and `intercept:beta=0.5`, see `last_layer`.
+
+    Raises:
+        InputError: a head set in place of a run, no such task, a damaged recipe, an unknown knob.
+    """
+    folder, seed, recipe = Path(name), 0, None
+    if (folder / "recipe.yaml").is_file():
+        recipe = load_recipe(str(folder / "recipe.yaml"))
+        seed, kind = recipe.task.split.seed, kind or recipe.task.kind  # the split that the run was trained on
+    elif (folder / "heads.json").is_file() and not (folder / "config.json").is_file():
+        raise InputError(
+            f"{str(folder)!r} is a head set, neither a run nor a model; give the folder of a run trained on it "
+            f"(heads.from={folder}), or a model"
+        )
+    loaded = load_task(task, seed).limited(max_examples)
+    last_layer.parse(knobs)
+    return Target(str(name), replace(loaded, kind=kind) if kind else loaded, recipe, tuple(knobs))
+
+
+def evaluate_target(
+    target: Target,
+    n_items: int = 3,
+    batch_size: int = 16,
+    preamble: str = "",
+    out: Path | None = None,
+    progress: Progress = silent,
+    notify: Notify = lambda _line: None,
+) -> TargetEvaluation:
+    """Load a target and measure it.
+
+    Args:
+        n_items: list items scored per prompt.
+        preamble: text before multiple-choice questions, see `truthfulqa_preamble`.
+        out: a new folder for evaluation.json and metrics.jsonl; filed in W&B as the run is.
+
+    Raises:
+        InputError: `out` exists, no such run or model, a task that does not go with it.
+        CheckError: the run's weights are damaged.
+    """
+    if out is not None:
+        require_new_folder(out, "choose another --out")
+    # Here, so that what `target_of` refuses is refused before transformers and PEFT are imported.
+    from headtune.analysis.models.loading import wrap_model
+    from headtune.train.evaluation.evaluate import evaluate
+    from headtune.train.tracking.follow_up import keep_evaluation
+
+    model, tokenizer = _load(target)
+    task, interventions = target.task, last_layer.parse(target.knobs)
+    switched_on: contextlib.AbstractContextManager[list[dict[str, Any]]] = contextlib.nullcontext([])
+    if interventions:
+        switched_on = last_layer.turned(wrap_model(model, tokenizer, target.name), interventions, progress)
+    with switched_on as notes:
+        notify(f"evaluating on {len(task.examples)} prompts, {scored(task.kind, n_items)}")
+        metrics, answers = evaluate(model, tokenizer, task, n_items, batch_size, preamble)
+    generations = [{"prompt": a.example.prompt, "text": a.text, "kinds": a.kinds, "values": a.values} for a in answers]
+    if out is not None:
+        measured = {"name": task.name, "sha256": task.sha256, "n_examples": len(task.examples)}
+        keep_evaluation(out, target.name, target.recipe, measured, metrics, generations, target.knobs)
+    return TargetEvaluation(task, metrics, generations, notes)
+
+
+def _load(target: Target) -> tuple[Any, Any]:
+    """The model and its tokenizer; merged where knobs need a view of the heads, which an adapter would hide."""
+    from headtune.analysis.models.loading import load_plain
+
+    from .load_run import load_run
+
+    if target.recipe is not None:
+        model, tokenizer, _ = load_run(Path(target.name))
+        if target.knobs and hasattr(model, "merge_and_unload"):
+            model = model.merge_and_unload()
+        return model, tokenizer
+    try:
+        return load_plain(target.name)
+    except InputError as error:
+        if Path(target.name).exists() or "/" not in target.name:
+            raise
+        raise InputError(f"there is no run {target.name!r}, and {error}") from None
