@@ -1,13 +1,13 @@
 """What an accelerate configuration file may say, checked before anything starts.
 
-accelerate passes over keys that it does not know below the top level of a file, and some of what it does know it drops
-without a word: the number of processes, the CPU, FSDP, the saving of a model.
+Checked is what accelerate would drop without a word (the number of processes, the CPU, FSDP, the saving of a model,
+keys of a block), what it fails on in the middle of its own code, and what it would only notice in every process. What
+it refuses clearly when it launches is left to it; `accelerate_launch.start` hands that on in one line.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,6 +22,17 @@ from headtune.analysis.utils.errors import InputError, nearest
 BLOCKS = {"NO": None, "MULTI_GPU": None, "DEEPSPEED": "deepspeed_config", "FSDP": "fsdp_config"}
 # What else is a block for accelerate. Only compilation works beside every engine.
 OTHER_BLOCKS = ("dynamo_config", "fp8_config", "megatron_lm_config", "mpirun_config", "parallelism_config")
+# Keys that accelerate reads without looking at their kind, and fails on in the middle of its own code.
+KINDS: dict[str, tuple[Any, str]] = {
+    "num_processes": (int, "a whole number from 1"),
+    "num_machines": (int, "a whole number from 1"),
+    "machine_rank": (int, "a number from 0"),
+    "main_process_port": (int, "a number such as 29500"),
+    "gpu_ids": (str, "'0,1' in quotes, or all"),
+    "mixed_precision": (str, "'no' in quotes: YAML reads a bare no as false"),
+    "same_network": (bool, "true or false"),
+    "use_cpu": (bool, "true or false"),
+}
 DEVICES = ("none", "cpu", "nvme")
 # Beside a DeepSpeed file accelerate stops on these, with a report for every process.
 IN_DEEPSPEED_FILE = (
@@ -65,111 +76,87 @@ def check(path: Path) -> LaunchFile:
     """Read a configuration file and refuse what accelerate would misread, drop or only notice in every process.
 
     Raises:
-        InputError: no such file, an unknown key (with the nearest known one), a value of the wrong kind, or one of the
-            combinations that accelerate accepts and does not carry out.
+        InputError: no such file, an unknown key (with the nearest known one) or engine, a value of the wrong kind, or
+            one of the combinations that accelerate accepts and does not carry out.
     """
-    from accelerate.commands.config.config_args import ClusterConfig
-
-    keys = _read(path)
-    where = f"launch configuration {str(path)!r}"
-    for key in keys:
-        if key not in (known := {field.name for field in dataclasses.fields(ClusterConfig)}):
-            raise InputError(f"{where}: unknown key {key!r}; {nearest(key, known)}")
-    engine = _engine(keys, where)
-    counts = {name: _count(keys, name, where) for name in ("num_processes", "num_machines")}
-    n_processes, n_machines = counts["num_processes"], counts["num_machines"]
-    use_cpu = keys.get("use_cpu", False)
-    if not isinstance(use_cpu, bool):
-        raise InputError(f"{where}: use_cpu must be true or false, found {use_cpu!r}")
-    if engine == "NO" and n_processes > 1:
-        raise InputError(
-            f"{where}: num_processes is {n_processes}, of which distributed_type NO starts one; write MULTI_GPU"
-        )
-    if n_processes % n_machines:
-        raise InputError(
-            f"{where}: num_processes {n_processes} counts the processes of all {n_machines} machines together and "
-            "must be a multiple of num_machines"
-        )
-    _check_kinds(keys, where)
-    if keys.get("mixed_precision") not in (None, "no"):
-        raise InputError(
-            f"{where}: mixed_precision {keys['mixed_precision']!r} would stand in no recipe; write 'no' here and "
-            "training.bf16=true in the recipe"
-        )
-    own = BLOCKS[engine]
-    for name in ("deepspeed_config", "fsdp_config", *OTHER_BLOCKS):
-        block = keys.get(name) or {}
-        if not isinstance(block, dict):
-            raise InputError(f"{where}: {name} must hold keys, found {block!r}")
-        if block and name not in (own, "dynamo_config"):
-            raise InputError(f"{where}: {name} does nothing under distributed_type {engine}; remove it")
-        _check_block(name, block, where)
-    deepspeed_file = None
-    if engine == "DEEPSPEED":
-        deepspeed_file = _check_deepspeed(keys, path, where)
-    elif engine == "FSDP":
-        _check_fsdp(keys, where)
-    return LaunchFile(path, engine, n_processes, n_machines, use_cpu, deepspeed_file, keys)
+    name = f"launch configuration {str(path)!r}"
+    try:
+        return _check(_read(path), path)
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from None
 
 
 def _read(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise InputError(f"launch configuration {str(path)!r} does not exist; see accelerate_configs/")
+    """The file's keys, all of which accelerate knows."""
+    from accelerate.commands.config.config_args import ClusterConfig
+
     try:
         keys = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError:
+        raise InputError("it does not exist; see accelerate_configs/") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
-        line = f" at line {mark.line + 1}" if mark else ""
-        raise InputError(f"launch configuration {str(path)!r}: not YAML{line}") from None
+        raise InputError(f"not YAML{f' at line {mark.line + 1}' if mark else ''}") from None
     if not isinstance(keys, dict) or not all(isinstance(key, str) for key in keys):
-        raise InputError(f"launch configuration {str(path)!r} must hold keys, such as num_processes: 2")
+        raise InputError("it must hold keys, such as num_processes: 2")
+    fields = ClusterConfig.__dataclass_fields__
+    for key in keys:
+        if key not in fields:
+            raise InputError(f"unknown key {key!r}; {nearest(key, fields)}")
     return keys
 
 
-def _check_kinds(keys: Mapping[str, Any], where: str) -> None:
-    """What accelerate reads without looking, and fails on in the middle of its own code."""
-    for key, kind, example in (
-        ("gpu_ids", str, "'0,1' in quotes, or all"),
-        ("main_process_port", int, "a number such as 29500"),
-        ("machine_rank", int, "a number from 0"),
-        ("same_network", bool, "true or false"),
-        ("mixed_precision", str, "'no' in quotes: YAML reads a bare no as false"),
-    ):
-        value = keys.get(key)
-        if value is not None and type(value) is not kind:
-            raise InputError(f"{where}: {key} is {value!r}; expected {example}")
-    ids = keys.get("gpu_ids")
-    if keys.get("distributed_type") == "MULTI_GPU" and ids not in (None, "all") and "," not in str(ids):
-        raise InputError(
-            f"{where}: gpu_ids {ids!r} is one GPU, of which MULTI_GPU needs two or more; name them, or all"
-        )
-
-
-def _engine(keys: Mapping[str, Any], where: str) -> str:
-    place = keys.get("compute_environment", "LOCAL_MACHINE")
-    if place != "LOCAL_MACHINE":
-        raise InputError(f"{where}: compute_environment {place!r} is not supported; expected LOCAL_MACHINE")
-    given = keys.get("distributed_type")
-    engine = "NO" if given is False else given  # a bare NO is False in YAML
+def _check(keys: dict[str, Any], path: Path) -> LaunchFile:
+    # Kinds of values, then the engine.
+    for key, (kind, example) in KINDS.items():
+        value: Any = keys.get(key)
+        if value is not None and (type(value) is not kind or (key.startswith("num_") and value < 1)):
+            raise InputError(f"{key} is {value!r}; expected {example}")
+    engine = keys.get("distributed_type")
+    engine = "NO" if engine is False else engine  # a bare NO is false in YAML
     if engine == "MULTI_CPU":
         raise InputError(
-            f"{where}: distributed_type MULTI_CPU starts one process, whatever num_processes says; for several on the "
-            "CPU write MULTI_GPU and use_cpu: true"
+            "distributed_type MULTI_CPU starts one process, whatever num_processes says; for several on the CPU write "
+            "MULTI_GPU and use_cpu: true"
         )
     if engine not in BLOCKS:
-        raise InputError(f"{where}: distributed_type {given!r} is not supported; expected one of {', '.join(BLOCKS)}")
-    return str(engine)
+        raise InputError(f"distributed_type {engine!r} is not supported; expected one of {', '.join(BLOCKS)}")
+    if (place := keys.get("compute_environment", "LOCAL_MACHINE")) != "LOCAL_MACHINE":
+        raise InputError(f"compute_environment {place!r} is not supported; expected LOCAL_MACHINE")
+
+    # Numbers of processes, and precision.
+    n_machines = keys.get("num_machines") or 1
+    n_processes = keys.get("num_processes") or (1 if engine == "NO" else None)
+    if n_processes is None:
+        raise InputError("num_processes is missing; set it to the processes of all machines together")
+    if engine == "NO" and n_processes > 1:
+        raise InputError(f"num_processes is {n_processes}, of which distributed_type NO starts one; write MULTI_GPU")
+    if n_processes % n_machines:
+        raise InputError(
+            f"num_processes {n_processes} counts the processes of all {n_machines} machines together and must be a "
+            "multiple of num_machines"
+        )
+    if keys.get("mixed_precision") not in (None, "no"):
+        raise InputError(
+            f"mixed_precision {keys['mixed_precision']!r} would stand in no recipe; write 'no' here and "
+            "training.bf16=true in the recipe"
+        )
+
+    # Blocks: the engine's own, and compilation.
+    for name in ("deepspeed_config", "fsdp_config", *OTHER_BLOCKS):
+        block = keys.get(name) or {}
+        if not isinstance(block, dict):
+            raise InputError(f"{name} must hold keys, found {block!r}")
+        if block and name not in (BLOCKS[engine], "dynamo_config"):
+            raise InputError(f"{name} does nothing under distributed_type {engine}; remove it")
+        _check_block(name, block)
+    deepspeed_file = _check_deepspeed(keys, path) if engine == "DEEPSPEED" else None
+    if engine == "FSDP":
+        _check_fsdp(keys.get("fsdp_config") or {})
+    return LaunchFile(path, engine, n_processes, n_machines, bool(keys.get("use_cpu")), deepspeed_file, keys)
 
 
-def _count(keys: Mapping[str, Any], name: str, where: str) -> int:
-    default = 1 if name == "num_machines" or keys.get("distributed_type") in ("NO", False) else None
-    value = keys.get(name, default)
-    if type(value) is not int or value < 1:
-        raise InputError(f"{where}: {name} must be a whole number from 1, found {value!r}")
-    return value
-
-
-def _check_block(name: str, block: Mapping[str, Any], where: str) -> None:
+def _check_block(name: str, block: Mapping[str, Any]) -> None:
     """Every key of a block is an option of accelerate's launcher, and its value one that the option takes."""
     if not block:
         return
@@ -185,7 +172,7 @@ def _check_block(name: str, block: Mapping[str, Any], where: str) -> None:
             continue  # they follow the recipe
         option = options.get(key if key.startswith(prefix) else prefix + key)
         if option is None:
-            raise InputError(f"{where}: unknown key '{name}.{key}'; {nearest(key, options)}")
+            raise InputError(f"unknown key '{name}.{key}'; {nearest(key, options)}")
         try:
             text = str(value)
             fits = option.type(text) is not None if callable(option.type) else True
@@ -193,61 +180,54 @@ def _check_block(name: str, block: Mapping[str, Any], where: str) -> None:
             fits = False
         if not fits or (option.choices is not None and text.lower() not in [str(c).lower() for c in option.choices]):
             expected = f"one of {', '.join(map(str, option.choices))}" if option.choices else "another kind of value"
-            raise InputError(f"{where}: {name}.{key} is {value!r}; expected {expected}")
+            raise InputError(f"{name}.{key} is {value!r}; expected {expected}")
 
 
-def _check_deepspeed(keys: Mapping[str, Any], path: Path, where: str) -> Path | None:
+def _check_deepspeed(keys: Mapping[str, Any], path: Path) -> Path | None:
     """DeepSpeed's own file, or None. Both ways of configuring it must let a split model be saved."""
     block = keys.get("deepspeed_config") or {}
-    if (named := block.get("deepspeed_config_file")) is not None:
-        file = path.parent / str(named)
-        if both := [*(key for key in IN_DEEPSPEED_FILE if key in block), *(["mixed_precision"] * _precise(keys))]:
-            raise InputError(f"{where}: {both[0]} stands beside deepspeed_config_file; say it in {str(named)!r} alone")
+    file, stage, saves = None, block.get("zero_stage"), block.get("zero3_save_16bit_model")
+    fix = "add deepspeed_config.zero3_save_16bit_model: true"
+    if (name := block.get("deepspeed_config_file")) is not None:
+        file = path.parent / str(name)
+        twice = [key for key in IN_DEEPSPEED_FILE if key in block]
+        twice += ["mixed_precision"] if keys.get("mixed_precision") is not None else []
+        if twice:
+            raise InputError(f"{twice[0]} stands beside deepspeed_config_file; say it in {str(name)!r} alone")
         try:
             zero = json.loads(file.read_text(encoding="utf-8")).get("zero_optimization", {})
             stage, saves = zero.get("stage"), zero.get("stage3_gather_16bit_weights_on_model_save")
         except OSError as error:
             raise InputError(
-                f"{where}: deepspeed_config_file {str(file)!r} cannot be read ({error.strerror}); it is looked for "
-                "relative to the configuration"
+                f"deepspeed_config_file {str(file)!r} cannot be read ({error.strerror}); it is looked for relative to "
+                "the configuration"
             ) from None
         except (ValueError, AttributeError):
-            raise InputError(f"{where}: deepspeed_config_file {str(file)!r} holds no JSON object") from None
-        fix = f"set zero_optimization.stage3_gather_16bit_weights_on_model_save in {str(named)!r}"
-    else:
-        file, stage, saves = None, block.get("zero_stage"), block.get("zero3_save_16bit_model")
-        fix = "add deepspeed_config.zero3_save_16bit_model: true"
+            raise InputError(f"deepspeed_config_file {str(file)!r} holds no JSON object") from None
+        fix = f"set zero_optimization.stage3_gather_16bit_weights_on_model_save in {str(name)!r}"
     if type(stage) is not int or not 1 <= stage <= 3:
-        raise InputError(f"{where}: the ZeRO stage must be 1, 2 or 3, found {stage!r}; set deepspeed_config.zero_stage")
+        raise InputError(f"the ZeRO stage must be 1, 2 or 3, found {stage!r}; set deepspeed_config.zero_stage")
     for key in ("offload_optimizer_device", "offload_param_device"):
         if block.get(key, "none") not in DEVICES:
-            raise InputError(f"{where}: deepspeed_config.{key} is {block[key]!r}; expected one of {', '.join(DEVICES)}")
+            raise InputError(f"deepspeed_config.{key} is {block[key]!r}; expected one of {', '.join(DEVICES)}")
     if stage == 3 and saves is not True:
-        raise InputError(f"{where}: a model that ZeRO-3 splits would not be saved; {fix}")
+        raise InputError(f"a model that ZeRO-3 splits would not be saved; {fix}")
     if keys.get("num_machines", 1) > 1 and block.get("deepspeed_multinode_launcher") != "standard":
-        raise InputError(
-            f"{where}: with several machines headtune needs deepspeed_config.deepspeed_multinode_launcher: standard"
-        )
+        raise InputError("with several machines headtune needs deepspeed_config.deepspeed_multinode_launcher: standard")
     return file
 
 
-def _precise(keys: Mapping[str, Any]) -> bool:
-    return keys.get("mixed_precision") is not None
-
-
-def _check_fsdp(keys: Mapping[str, Any], where: str) -> None:
-    block = {key.removeprefix("fsdp_"): value for key, value in (keys.get("fsdp_config") or {}).items()}
+def _check_fsdp(block: Mapping[str, Any]) -> None:
+    block = {key.removeprefix("fsdp_"): value for key, value in block.items()}
     if str(block.get("version", 1)) != "2":
-        raise InputError(
-            f"{where}: fsdp_config.fsdp_version must be 2, found {block.get('version', 'none, which is 1')}"
-        )
+        raise InputError(f"fsdp_config.fsdp_version must be 2, found {block.get('version', 'none, which is 1')}")
     if (kind := block.get("state_dict_type")) != "FULL_STATE_DICT":
         raise InputError(
-            f"{where}: fsdp_config.fsdp_state_dict_type must be FULL_STATE_DICT, found {kind or 'none'}: a model that "
-            "is saved in shards is not written, without a word"
+            f"fsdp_config.fsdp_state_dict_type must be FULL_STATE_DICT, found {kind or 'none'}: a model that is saved "
+            "in shards is not written, without a word"
         )
     if (policy := block.get("auto_wrap_policy")) not in ("TRANSFORMER_BASED_WRAP", "SIZE_BASED_WRAP"):
         raise InputError(
-            f"{where}: fsdp_config.fsdp_auto_wrap_policy must be TRANSFORMER_BASED_WRAP, found {policy or 'none'}: "
-            "the model would be gathered as a whole, and no memory saved"
+            f"fsdp_config.fsdp_auto_wrap_policy must be TRANSFORMER_BASED_WRAP, found {policy or 'none'}: the model "
+            "would be gathered as a whole, and no memory saved"
         )

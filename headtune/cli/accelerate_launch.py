@@ -49,24 +49,24 @@ def require_machine(file: LaunchFile) -> None:
     Raises:
         InputError: fewer GPUs than processes, FSDP on the CPU, DeepSpeed not installed, an unnamed first machine.
     """
-    where = f"launch configuration {str(file.path)!r}"
+    name = f"launch configuration {str(file.path)!r}"
     if file.engine == "FSDP" and file.use_cpu:
         raise InputError(
-            f"{where}: on the CPU accelerate turns FSDP into DDP without a word; use accelerate_configs/ddp_cpu_2.yaml "
+            f"{name}: on the CPU accelerate turns FSDP into DDP without a word; use accelerate_configs/ddp_cpu_2.yaml "
             "or zero3_cpu_2.yaml"
         )
     if file.engine == "DEEPSPEED" and importlib.util.find_spec("deepspeed") is None:
-        raise InputError(f'{where}: DeepSpeed is not installed; pip install "headtune[deepspeed]"')
+        raise InputError(f'{name}: DeepSpeed is not installed; pip install "headtune[deepspeed]"')
     if file.n_machines > 1:
         for key in ("main_process_ip", "main_process_port", "machine_rank"):
             if file.keys.get(key) is None:
                 raise InputError(
-                    f"{where}: {key} is missing; with several machines set main_process_ip, main_process_port and "
+                    f"{name}: {key} is missing; with several machines set main_process_ip, main_process_port and "
                     "machine_rank in the file, or use accelerate launch with these options (see the head of "
                     "accelerate_configs/multi_node_ddp.yaml)"
                 )
         if not 0 <= file.keys["machine_rank"] < file.n_machines:
-            raise InputError(f"{where}: machine_rank must be from 0 to {file.n_machines - 1}")
+            raise InputError(f"{name}: machine_rank must be from 0 to {file.n_machines - 1}")
     if file.use_cpu:
         return
     import torch
@@ -78,7 +78,7 @@ def require_machine(file: LaunchFile) -> None:
         which = "" if chosen == "all" else f" (gpu_ids: {chosen})"
         fix = "lower num_processes" if usable else "use a file for the CPU, such as accelerate_configs/cpu.yaml"
         raise InputError(
-            f"{where}: {file.processes_here} processes on this machine need as many GPUs, and there are "
+            f"{name}: {file.processes_here} processes on this machine need as many GPUs, and there are "
             f"{usable}{which}; {fix}"
         )
 
@@ -97,19 +97,19 @@ def check_recipe(recipe: Recipe, file: LaunchFile, resume: bool) -> None:
             f"nothing to resume in {str(recipe.folder)!r}: it holds no recipe.yaml; start it without --resume"
         )
     task = recipe.task
-    parts = [{"train": part.train, "eval": part.eval, "sequence": None} for part in task.sequence or []]
-    for own in parts or [{}]:
-        tasks_of(task.model_copy(update=own))
+    parts = [{"train": step.train, "eval": step.eval, "sequence": None} for step in task.sequence or []]
+    for part in parts or [{}]:
+        tasks_of(task.model_copy(update=part))
     block = file.keys.get("deepspeed_config") or {}
     for key, of_recipe, default in (
         ("gradient_accumulation_steps", "gradient_accumulation_steps", 1),
         ("gradient_clipping", "max_grad_norm", 1.0),
     ):
-        value, wanted = block.get(key, "auto"), recipe.training.get(of_recipe, default)
-        if value != "auto" and float(value) != float(wanted):
+        value, expected = block.get(key, "auto"), recipe.training.get(of_recipe, default)
+        if value != "auto" and float(value) != float(expected):
             raise InputError(
                 f"launch configuration {str(file.path)!r}: deepspeed_config.{key} is {value}, the recipe's "
-                f"training.{of_recipe} {wanted}; leave it out of the file"
+                f"training.{of_recipe} {expected}; leave it out of the file"
             )
 
 
@@ -126,7 +126,7 @@ def start(file: LaunchFile, words: Sequence[str]) -> int:
     from accelerate.utils import patch_environment
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    options = ["--config_file", str(file.path)]
+    options = ["--config_file", str(file.path), "--num_processes", str(file.n_processes)]
     if file.deepspeed_file is not None:  # accelerate would look for it in the current folder
         options += ["--deepspeed_config_file", str(file.deepspeed_file.resolve())]
     if file.n_machines == 1 and file.keys.get("main_process_port") is None:
@@ -141,8 +141,8 @@ def start(file: LaunchFile, words: Sequence[str]) -> int:
             ended = {rank: failure.exitcode for rank, failure in error.failures.items()}
         except subprocess.CalledProcessError as error:
             ended = {0: error.returncode}
-        except ConnectionError as error:  # the port is taken
-            raise InputError(f"launch configuration {str(file.path)!r}: {error}") from None
+        except (ConnectionError, ValueError) as error:  # the port is taken; what accelerate itself refuses
+            raise InputError(f"launch configuration {str(file.path)!r}: {' '.join(str(error).split())}") from None
         else:
             return 0
     return _code(ended, passed)
