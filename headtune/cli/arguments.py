@@ -12,7 +12,12 @@ import logging
 import os
 import re
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    from headtune.analysis.models.head_model import HeadModel
+    from headtune.analysis.tasks.task import Task
 
 # `add(name, summary, example, ...)` makes a command's parser, with its examples and --json.
 Add = Callable[..., argparse.ArgumentParser]
@@ -86,6 +91,43 @@ def recipe_arguments(p: argparse.ArgumentParser, of: str = "override a key; the 
     name = p.add_argument("recipe", help="path, or name without the ending (see: headtune recipes)")
     completed(name, "recipe")
     p.add_argument("overrides", nargs="*", metavar="key.sub=value", help=of)
+
+
+def model_and_task_arguments(p: argparse.ArgumentParser, out: str, optional: bool = False) -> None:
+    """A model, a task, where results go, and how the model is loaded; for commands that look into a model."""
+    model = p.add_argument("model", nargs="?" if optional else None, help="built-in name, model folder or hub id")
+    completed(model, "model")
+    task = p.add_argument(
+        "--task", required=not optional, help="built-in name, JSONL file or hub id; NAME:train takes a split"
+    )
+    completed(task, "task")
+    completed(p.add_argument("--out", required=not optional, type=Path, help=out), "folder")
+    p.add_argument("--max-examples", type=positive, help="use at most this many prompts, spread over subjects")
+    p.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16")
+    p.add_argument("--device-map", help="'auto' spreads the model over the devices there are")
+    p.add_argument("--max-memory", type=memory, help="of batches of hypothetical runs, such as 4GiB (default: 1GiB)")
+    p.add_argument("--chat-template", action="store_true", help="wrap prompts with the tokenizer's own chat template")
+    p.add_argument("--seed", type=int, default=0)
+
+
+def load_model_for(arguments: argparse.Namespace) -> HeadModel:
+    """The model that `model_and_task_arguments` took."""
+    from headtune.analysis.models.loading import load_model
+
+    model = load_model(arguments.model, arguments.dtype, device_map=arguments.device_map)
+    if arguments.max_memory is not None:
+        model.max_memory = arguments.max_memory
+    return model
+
+
+def load_task_for(arguments: argparse.Namespace) -> Task:
+    """The task that `model_and_task_arguments` took, limited as they say."""
+    from dataclasses import replace
+
+    from headtune.analysis.tasks.loading import load_task
+
+    task = load_task(arguments.task).limited(arguments.max_examples, arguments.seed)
+    return replace(task, chat_template=True) if arguments.chat_template else task
 
 
 def completed(argument: argparse.Action, what: str) -> None:

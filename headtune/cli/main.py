@@ -21,13 +21,44 @@ from typing import Any
 
 from headtune.analysis.utils.processes import lost_another
 
-from . import analysis
 from .arguments import Parser, adder, set_volume
-from .commands import compare, completion, demo, doctor, evaluate, export, plan, recipes, sweep, tasks, track, train
+from .commands import (
+    analyse,
+    compare,
+    completion,
+    demo,
+    doctor,
+    evaluate,
+    export,
+    identify,
+    plan,
+    recipes,
+    report,
+    sweep,
+    tasks,
+    track,
+    train,
+)
 from .exits import fail, fail_with_another
 
 # In the order of --help.
-COMMANDS = (analysis, train, demo, plan, evaluate, export, sweep, compare, track, recipes, tasks, doctor, completion)
+COMMANDS = (
+    identify,
+    analyse,
+    report,
+    train,
+    demo,
+    plan,
+    evaluate,
+    export,
+    sweep,
+    compare,
+    track,
+    recipes,
+    tasks,
+    doctor,
+    completion,
+)
 
 
 class _Version(argparse.Action):

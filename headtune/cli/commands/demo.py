@@ -49,8 +49,8 @@ def demo(out: Path | None = None, quick: bool = False) -> dict[str, Any]:
     from headtune.train.tracking.identify_run import track_identify
 
     from .. import console
-    from ..analysis import print_heads
     from ..tables import print_evaluation
+    from .identify import print_heads
 
     folder = out or _next_free(Path("runs/demo"))
     require_new_folder(folder, "choose another --out")

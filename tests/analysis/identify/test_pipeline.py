@@ -24,7 +24,7 @@ from headtune.analysis.tasks.task import Task
 from headtune.analysis.tasks.tokenized import Encoded, encode
 from headtune.analysis.utils.errors import InputError
 from headtune.cli import console
-from headtune.cli.analysis import print_heads
+from headtune.cli.commands.identify import print_heads
 from helpers.tiny import N_HEADS, N_LAYERS, tiny_model, tiny_task, tiny_tokenizer
 
 SOME = (RankedHead(1, 2, 1.0, (0.5, 1.5)), RankedHead(2, 0, 0.5, (0.1, 0.9)))

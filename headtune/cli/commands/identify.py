@@ -1,7 +1,6 @@
-"""The commands of the analysis stage: identify, analyse, report.
+"""`headtune identify`: find and verify heads of a model on a task, alone or in several processes.
 
 headtune identify MODEL --task TASK --out DIR
-headtune analyse promote_then_suppress MODEL --task TASK --out DIR
 accelerate launch --config_file accelerate_configs/ddp.yaml -m headtune.analysis identify MODEL --task TASK ...
 """
 
@@ -12,21 +11,21 @@ import json
 import os
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .arguments import Add, completed, memory, model_quiet, positive, volume_arguments
+from ..arguments import (
+    Add,
+    load_model_for,
+    load_task_for,
+    model_and_task_arguments,
+    model_quiet,
+    positive,
+    volume_arguments,
+)
 
 if TYPE_CHECKING:
     from headtune.analysis.heads.head_set import HeadSet
     from headtune.analysis.identify.pipeline import IdentifyResult
-
-
-def _top(text: str) -> int | str:
-    try:
-        return text if text == "elbow" else positive(text)
-    except argparse.ArgumentTypeError as error:
-        raise argparse.ArgumentTypeError(f"{error}, or 'elbow'") from None
 
 
 def add_parsers(add: Add) -> None:
@@ -36,7 +35,7 @@ def add_parsers(add: Add) -> None:
         "identify smollm2-135m --task country_cities --out runs/heads",
         "identify smollm2-135m --task my_task.jsonl:train --max-examples 64 --top elbow --out runs/mine",
     )
-    _model_and_task(p, "new folder for heads.json, scores.safetensors, report.html")
+    model_and_task_arguments(p, "new folder for heads.json, scores.safetensors, report.html")
     p.add_argument("--method", default="all", help="all (dla and ablation) or names with commas; see --list-methods")
     p.add_argument("--list-methods", action=_ListMethods, nargs=0, help="print the methods and exit")
     p.add_argument("--top", type=_top, default=8, help="heads kept per role, or 'elbow' (default: 8)")
@@ -51,37 +50,12 @@ def add_parsers(add: Add) -> None:
     volume_arguments(p)
     p.set_defaults(do=identify_command)
 
-    p = add(
-        "analyse",
-        "run a study of a model on a task",
-        "analyse list",
-        "analyse promote_then_suppress smollm2-135m --task country_cities --max-examples 20 --out runs/study",
-    )
-    p.add_argument("name", help="which study; 'list' shows them with their options")
-    _model_and_task(p, "new folder for analysis.json, figures/, report.html", optional=True)
-    p.add_argument("-o", "--option", action="append", default=[], metavar="KEY=VALUE", help="an option of the study")
-    volume_arguments(p)
-    p.set_defaults(do=analyse_command)
 
-    p = add("report", "rebuild the report page of a run or a head set", "report runs/NAME")
-    completed(p.add_argument("folder", type=Path), "folder")
-    p.set_defaults(do=report_command)
-
-
-def _model_and_task(p: argparse.ArgumentParser, out: str, optional: bool = False) -> None:
-    model = p.add_argument("model", nargs="?" if optional else None, help="built-in name, model folder or hub id")
-    completed(model, "model")
-    task = p.add_argument(
-        "--task", required=not optional, help="built-in name, JSONL file or hub id; NAME:train takes a split"
-    )
-    completed(task, "task")
-    completed(p.add_argument("--out", required=not optional, type=Path, help=out), "folder")
-    p.add_argument("--max-examples", type=positive, help="use at most this many prompts, spread over subjects")
-    p.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16")
-    p.add_argument("--device-map", help="'auto' spreads the model over the devices there are")
-    p.add_argument("--max-memory", type=memory, help="of batches of hypothetical runs, such as 4GiB (default: 1GiB)")
-    p.add_argument("--chat-template", action="store_true", help="wrap prompts with the tokenizer's own chat template")
-    p.add_argument("--seed", type=int, default=0)
+def _top(text: str) -> int | str:
+    try:
+        return text if text == "elbow" else positive(text)
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"{error}, or 'elbow'") from None
 
 
 class _ListMethods(argparse.Action):
@@ -91,24 +65,6 @@ class _ListMethods(argparse.Action):
         width = max(map(len, METHODS))
         print("\n".join(f"{method.name:{width}}  {method.summary}" for method in METHODS.values()))
         parser.exit()
-
-
-def _load(arguments: argparse.Namespace) -> Any:
-    from headtune.analysis.models.loading import load_model
-
-    model = load_model(arguments.model, arguments.dtype, device_map=arguments.device_map)
-    if arguments.max_memory is not None:
-        model.max_memory = arguments.max_memory
-    return model
-
-
-def _task(arguments: argparse.Namespace) -> Any:
-    from dataclasses import replace
-
-    from headtune.analysis.tasks.loading import load_task
-
-    task = load_task(arguments.task).limited(arguments.max_examples, arguments.seed)
-    return replace(task, chat_template=True) if arguments.chat_template else task
 
 
 def _main_rank() -> bool:
@@ -127,11 +83,11 @@ def identify_command(arguments: argparse.Namespace) -> int:
 
     from headtune.analysis.utils.files import require_new_folder
 
-    from . import console
+    from .. import console
 
     require_new_folder(arguments.out, "choose another --out")
     controls = _controls(arguments.control)
-    task = _task(arguments)
+    task = load_task_for(arguments)
     model_quiet()
     from headtune.analysis.identify.pipeline import identify, partial_folder
     from headtune.analysis.methods.registry import chosen
@@ -147,7 +103,7 @@ def identify_command(arguments: argparse.Namespace) -> int:
         )
     try:
         result = identify(
-            _load(arguments),
+            load_model_for(arguments),
             task,
             method=arguments.method,
             top=arguments.top,
@@ -199,8 +155,8 @@ def print_heads(result: IdentifyResult) -> None:
     from headtune.analysis.reports import head_report
     from headtune.analysis.tasks.tokenized import reasons
 
-    from .console import console, print_titled
-    from .tables import dissociation_table
+    from ..console import console, print_titled
+    from ..tables import dissociation_table
 
     heads = result.heads
     task = heads.task
@@ -234,61 +190,3 @@ def print_heads(result: IdentifyResult) -> None:
     console.print(head_report.verdict(heads), markup=False)
     if advice := head_report.next_step(heads):
         console.print(advice, markup=False)
-
-
-def analyse_command(arguments: argparse.Namespace) -> int:
-    from yaml import YAMLError
-
-    from headtune.analysis.studies import base
-    from headtune.analysis.utils.errors import InputError
-    from headtune.train.config.recipe import read_yaml
-
-    from . import console
-
-    if arguments.name == "list":
-        defaults = {name: {k: p.default for k, p in base.options_of(name).items()} for name in base.STUDIES}
-        if arguments.json:
-            print(json.dumps(defaults, indent=1))
-            return 0
-        for name, study in base.STUDIES.items():
-            takes = ", ".join(f"{key}={default!r}" for key, default in defaults[name].items())
-            print(f"{name}: {study.summary}\n    options: {takes or 'none'}")
-        return 0
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise InputError("headtune analyse runs in one process; start it without accelerate launch")
-    options: dict[str, Any] = {}
-    for text in arguments.option:
-        key, equals, value = text.partition("=")
-        if not equals:
-            raise InputError(f"option {text!r} must look like key=value")
-        try:
-            options[key] = read_yaml(value)
-        except YAMLError:
-            raise InputError(f"option {text!r}: the value is not YAML") from None
-    base.check_options(arguments.name, options)
-    for name in ("model", "task", "out"):
-        if getattr(arguments, name) is None:
-            raise InputError(f"headtune analyse {arguments.name} needs {'a model' if name == 'model' else f'--{name}'}")
-    if "seed" in base.options_of(arguments.name):
-        options.setdefault("seed", arguments.seed)
-    base.require_free(arguments.out)
-    task = _task(arguments)
-    model_quiet()
-    result = base.run(arguments.name, _load(arguments), task, console.progress, **options)
-    base.write(result, arguments.out)
-    if arguments.json:
-        print(json.dumps(result.data, ensure_ascii=False, indent=1))
-    else:
-        for part in result.parts:
-            if isinstance(part, base.Table):
-                console.console.print(console.plain_table(part.title, part.header, part.rows))
-        files = ", ".join(sorted(path.name + "/" * path.is_dir() for path in arguments.out.iterdir()))
-        console.console.print(f"{arguments.out}: {files}", markup=False)
-    return 0
-
-
-def report_command(arguments: argparse.Namespace) -> int:
-    from headtune.train.runs.rebuild_report import rebuild_report
-
-    print(rebuild_report(arguments.folder))
-    return 0
