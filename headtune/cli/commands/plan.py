@@ -6,13 +6,13 @@ headtune plan full/relations --model llama-3.1-8b --gpus 8 --engine zero3
 from __future__ import annotations
 
 import argparse
-import json
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from ..arguments import Add, positive, recipe_arguments
+from ..arguments import Add, positive, print_json, recipe_arguments
 
 if TYPE_CHECKING:
     from headtune.train.runs.memory_of_recipe import Stage
+    from headtune.train.runs.plan import MemoryPlan
 
 ENGINES = ("single", "ddp", "zero1", "zero2", "zero3", "fsdp2")
 LENGTH, GPU_MEMORY = 1024, 80  # where none is given
@@ -39,40 +39,29 @@ def add_parsers(add: Add) -> None:
 
 def plan_command(arguments: argparse.Namespace) -> int:
     from headtune.analysis.utils.errors import InputError
-    from headtune.train.config import recipe
-    from headtune.train.memory import estimate as memory
-    from headtune.train.memory.model_shape import shape_of
-    from headtune.train.runs import memory_of_recipe
+    from headtune.train.config.recipe import load_recipe
+    from headtune.train.memory.estimate import GIB
+    from headtune.train.runs.plan import plan_recipe
 
     from ..console import console
 
     if arguments.tflops is not None and not arguments.tflops > 0:
         raise InputError(f"--tflops {arguments.tflops} must be above 0, such as 989 for an H100 in bfloat16")
-    loaded = recipe.load_recipe(arguments.recipe, arguments.overrides)
-    engine = arguments.engine or ("single" if arguments.gpus == 1 else "ddp")
-    length, gib_each = arguments.length or LENGTH, arguments.gpu_memory or GPU_MEMORY
-    setup = memory_of_recipe.setup_of(loaded, engine, arguments.gpus, length, arguments.labels)
-    shape = shape_of(arguments.model or loaded.model.name, loaded.model.revision)
-    stages = memory_of_recipe.stages(loaded, shape, setup, arguments.prompts)
-    limit = gib_each * memory.GIB
-    fits = all(stage.memory.peak <= limit for stage in stages)
-    nearest = None if fits else memory_of_recipe.cheapest(loaded, shape, setup, limit)
-    change = None if nearest is None else memory_of_recipe.change(setup, nearest)
+    plan = plan_recipe(
+        load_recipe(arguments.recipe, arguments.overrides),
+        arguments.gpus,
+        arguments.engine,
+        arguments.length or LENGTH,
+        (arguments.gpu_memory or GPU_MEMORY) * GIB,
+        arguments.labels,
+        arguments.prompts,
+        arguments.model,
+    )
     rate = None if arguments.tflops is None else 1e12 * arguments.tflops
     if arguments.json:
-        content = {
-            "model": shape.name,
-            "parameters": shape.parameters,
-            "engine": engine,
-            "gpus": arguments.gpus,
-            "gpu_memory": limit,
-            "fits": fits,
-            "change": change,
-            "stages": [_plain(stage, rate) for stage in stages],
-        }
-        print(json.dumps(content, indent=1))
+        print_json(plan.as_json(rate))
         return 0
-    _print(stages, rate, f"{shape.name}, {shape.parameters / 1e9:.3g}B, {engine} x {arguments.gpus}", limit, change)
+    _print(plan, rate)
     if assumed := _assumed(arguments):
         console.print(assumed, markup=False)
     return 0
@@ -87,24 +76,12 @@ def _assumed(arguments: argparse.Namespace) -> str:
     return f"assuming {listed}" if listed else ""
 
 
-def _plain(stage: Stage, rate: float | None) -> dict[str, Any]:
-    return {
-        "name": stage.name,
-        "parts": dict(stage.memory.parts),
-        "peak": stage.memory.peak,
-        "host": stage.memory.host,
-        "disk": stage.memory.disk,
-        "unit": stage.unit,
-        "units": stage.units,
-        "seconds": list(stage.seconds(rate)),
-    }
-
-
-def _print(stages: list[Stage], rate: float | None, title: str, limit: int, change: str | None) -> None:
+def _print(plan: MemoryPlan, rate: float | None) -> None:
     from rich.table import Table
 
     from ..console import console, print_titled
 
+    stages = plan.stages
     table = Table()
     table.add_column("")
     for stage in stages:
@@ -119,17 +96,19 @@ def _print(stages: list[Stage], rate: float | None, title: str, limit: int, chan
         if any(sizes):
             table.add_row({"host": "main memory", "disk": "on disk"}[name], *(gib(size) for size in sizes))
     table.add_row("time", *(_time(stage, rate) for stage in stages))
-    print_titled(f"{title}: GiB of each GPU", table)
+    size = f"{plan.parameters / 1e9:.3g}B"
+    print_titled(f"{plan.model}, {size}, {plan.engine} x {plan.gpus}: GiB of each GPU", table)
     console.print(
         "An estimate. Activations and gradients are not there in full at the same time, so the peak is below the sum; "
         "evaluation, checkpoints and loading are not counted."
     )
-    worst = max(stage.memory.peak for stage in stages)
-    if worst <= limit:
-        console.print(f"fits: {gib(worst)} of {gib(limit)} GiB", markup=False)
+    needed = f"{gib(plan.peak)} of {gib(plan.gpu_memory)} GiB"
+    if plan.fits:
+        console.print(f"fits: {needed}", markup=False)
     else:
-        fix = f"it would with {change}" if change else "nothing that was tried makes it fit; choose a smaller model"
-        console.print(f"does not fit: {gib(worst)} of {gib(limit)} GiB; {fix}", markup=False)
+        fix = "nothing that was tried makes it fit; choose a smaller model"
+        fix = f"it would with {plan.change}" if plan.change else fix
+        console.print(f"does not fit: {needed}; {fix}", markup=False)
 
 
 def gib(size: float) -> str:
