@@ -37,7 +37,7 @@ from speed_analysis import code_sha256
 
 from headtune.analysis.heads import ranking
 from headtune.analysis.heads.head_set import provenance
-from headtune.analysis.interventions.counterfactuals import References
+from headtune.analysis.interventions.counterfactuals import Counterfactuals
 from headtune.analysis.methods.registry import METHODS, score_examples
 from headtune.analysis.methods.scores import Scores
 from headtune.analysis.models import loading
@@ -166,7 +166,7 @@ def real(results: dict[str, Any], out: Path, prompts: int, seed: int) -> None:
     block = part(results, "real", {"prompts": prompts, "seed": seed})
     block |= {"model": heads.identity(), "task": encoded.summary(), "scored_on": len(scored), "judged_on": len(judged)}
     block.setdefault("methods", {})
-    references = References(heads, judged, seed)
+    references = Counterfactuals(heads, judged, seed)
     pairs = head_sets.every_head(heads)
     for name in ROWS:
         if name in block["methods"]:

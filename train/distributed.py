@@ -27,6 +27,7 @@ from peft import PeftModel
 from torch import Tensor, distributed, nn
 
 from headtune.analysis.utils.errors import CheckError, InputError
+from headtune.analysis.utils.processes import world_size
 
 PARTITIONED = ("ZeRO-3", "FSDP2")
 
@@ -76,7 +77,7 @@ def require_launch(accelerator: Any) -> None:
     Raises:
         InputError: what runs is not what was launched.
     """
-    wanted = int(os.environ.get("WORLD_SIZE", "1"))
+    wanted = world_size()
     if accelerator.num_processes != wanted:
         raise InputError(
             f"{wanted} processes were launched but the trainer sees {accelerator.num_processes}; on a CPU launch with "

@@ -1,6 +1,6 @@
 """heads.json: which heads recall and which suppress, for which model, by which method, and how surely.
 
-The format is `schema` 1; `HeadSet.load` checks the file, `HeadSet.require_fit` the model it is used on.
+The format is `schema` 1; `HeadSet.load` checks the file, `HeadSet.check_model` the model it is used on.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ class HeadSet:
         path = path / FILE_NAME if path.is_dir() else path
         return cls(**_checked(_json(path), f"head set {str(path)!r}"))
 
-    def require_fit(self, model: dict[str, Any]) -> list[str]:
+    def check_model(self, model: dict[str, Any]) -> list[str]:
         """Refuse a head set of another model; return warnings (other weights of the same shape).
 
         Args:

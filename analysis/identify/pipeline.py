@@ -15,10 +15,10 @@ import numpy as np
 from headtune.analysis.heads.controls import lowest, random_like
 from headtune.analysis.heads.head_set import ROLES, HeadSet, RankedHead, provenance
 from headtune.analysis.heads.ranking import elbow, rank, rule_for, stability
-from headtune.analysis.methods.parallel_map import Shards
+from headtune.analysis.methods.parallel_map import ParallelMap
 from headtune.analysis.methods.patching import set_probabilities
-from headtune.analysis.methods.registry import chosen, score_examples
-from headtune.analysis.methods.scores import ENOUGH_SUBJECTS, FEW_SUBJECTS, Array, Scores, mean_interval
+from headtune.analysis.methods.registry import parse_method_names, score_examples
+from headtune.analysis.methods.scores import Array, Scores
 from headtune.analysis.models.head_model import HeadModel
 from headtune.analysis.reports import head_cards, head_profiles, head_report
 from headtune.analysis.tasks.task import Task
@@ -26,6 +26,7 @@ from headtune.analysis.tasks.tokenized import Encoded, EncodedTask, encode
 from headtune.analysis.utils.errors import InputError
 from headtune.analysis.utils.files import require_new_folder
 from headtune.analysis.utils.progress import Progress, silent
+from headtune.analysis.utils.stats import ENOUGH_SUBJECTS, FEW_SUBJECTS, mean_interval
 
 log = logging.getLogger(__name__)
 
@@ -43,14 +44,14 @@ class IdentifyResult:
         heads: the ranked and verified heads.
         scores: of every head, by example.
         examples: those that could be scored.
-        shards: what is stored of finished examples, until `save`.
+        parallel: what is stored of finished examples, until `save`.
     """
 
     model: HeadModel
     heads: HeadSet
     scores: Scores
     examples: list[Encoded]
-    shards: Shards = field(default_factory=Shards)
+    parallel: ParallelMap = field(default_factory=ParallelMap)
 
     def ranked(self) -> list[tuple[int, int]]:
         """The heads of all roles, best first within a role, each once."""
@@ -64,7 +65,7 @@ class IdentifyResult:
         Raises:
             InputError: the folder exists with contents or cannot be written.
         """
-        if self.shards.rank:
+        if self.parallel.rank:
             return
         folder = Path(folder)
         require_new_folder(folder, "choose another --out")
@@ -82,7 +83,7 @@ class IdentifyResult:
             for file in files:
                 file.unlink(missing_ok=True)
             raise
-        self.shards.finish()
+        self.parallel.finish()
 
 
 def partial_folder(out: Path) -> Path:
@@ -124,7 +125,7 @@ def identify(
         InputError: an unknown method, a `top` beyond the model's heads, a control of another model, a task that
             cannot be scored on this model, or one of a single subject.
     """
-    names = [found.name for found in chosen(method)]
+    names = [found.name for found in parse_method_names(method)]
     if top != "elbow" and (isinstance(top, str) or top < 1):
         raise InputError(f"top {top!r} must be at least 1, or 'elbow'")
     if top != "elbow" and top > (total := model.n_layers * model.n_heads):
@@ -132,7 +133,7 @@ def identify(
     if threshold is not None and not 0 <= threshold < math.inf:
         raise InputError(f"threshold {threshold!r} must be a number of at least 0: a distance from zero")
     for name, control in (controls or {}).items():
-        for warning in control.require_fit(model.identity()):
+        for warning in control.check_model(model.identity()):
             log.warning("control %s: %s", name, warning)
     encoded = encode(task, model.tokenizer, model.positions)
     if encoded.n_subjects < 2:
@@ -149,15 +150,15 @@ def identify(
         )
     silenced = {name: control.roles for name, control in (controls or {}).items()}
     options = (names, verify_top, n_random, seed, top, threshold, silenced)
-    shards = Shards(partial, _key(model, encoded, *options), share)
-    scores = score_examples(model, encoded.examples, method, seed, progress, shards)
+    parallel = ParallelMap(partial, _key(model, encoded, *options), share)
+    scores = score_examples(model, encoded.examples, method, seed, progress, parallel)
     ranked = {
         role: rank(scores, role, ELBOW_UP_TO if top == "elbow" else top, seed=seed, threshold=threshold)
         for role in ROLES
     }
     if top == "elbow":
         ranked = {
-            role: _to_elbow(model, encoded.examples, found, role, shards, progress) for role, found in ranked.items()
+            role: _to_elbow(model, encoded.examples, found, role, parallel, progress) for role, found in ranked.items()
         }
     heads = HeadSet(
         model=model.identity(),
@@ -185,8 +186,8 @@ def identify(
         | {"bootstrap": 200},
         **provenance(),
     )
-    verified = verify(model, heads, encoded.examples, verify_top, n_random, seed, progress, scores, controls, shards)
-    return IdentifyResult(model, verified, scores, encoded.examples, shards)
+    verified = verify(model, heads, encoded.examples, verify_top, n_random, seed, progress, scores, controls, parallel)
+    return IdentifyResult(model, verified, scores, encoded.examples, parallel)
 
 
 def _key(model: HeadModel, task: EncodedTask, *options: Any) -> dict[str, Any]:
@@ -207,14 +208,14 @@ def _to_elbow(
     examples: Sequence[Encoded],
     found: list[RankedHead],
     role: str,
-    shards: Shards,
+    parallel: ParallelMap,
     progress: Progress,
 ) -> list[RankedHead]:
     """The best heads up to the bend of their cumulative effect on the role's quantity."""
     if not found:
         return found
     sets = {str(k): [(entry.layer, entry.head) for entry in found[:k]] for k in range(len(found) + 1)}
-    values = _probabilities(model, examples, sets, shards, progress, f"elbow {role}")
+    values = _probabilities(model, examples, sets, parallel, progress, f"elbow {role}")
     listing = [index for index, encoded in enumerate(examples) if encoded.previous_tokens]
     curve = values[:, 1, listing] if role == "suppression" and listing else values[:, 0]
     return found[: elbow(curve.mean(-1).tolist())]
@@ -224,7 +225,7 @@ def _probabilities(
     model: HeadModel,
     examples: Sequence[Encoded],
     sets: Mapping[str, Heads],
-    shards: Shards,
+    parallel: ParallelMap,
     progress: Progress,
     what: str,
 ) -> Array:
@@ -233,7 +234,7 @@ def _probabilities(
     def one(index: int) -> dict[str, Array]:
         return {"p": set_probabilities(model, examples[index], list(sets.values()))}
 
-    return np.stack([row["p"] for row in shards.map(len(examples), one, progress, what)], axis=2)
+    return np.stack([row["p"] for row in parallel.map(len(examples), one, progress, what)], axis=2)
 
 
 def verify(
@@ -246,9 +247,9 @@ def verify(
     progress: Progress = silent,
     scores: Scores | None = None,
     controls: Mapping[str, HeadSet] | None = None,
-    shards: Shards | None = None,
+    parallel: ParallelMap | None = None,
 ) -> HeadSet:
-    """Silence the chosen heads together at END, and the controls.
+    """Silence the parse_method_names heads together at END, and the controls.
 
     Adds the `verification` block: `baseline`, `ablate_<role>`, `ablate_random_like_<role>` (random sets with as many
     heads in each of the same layers: mean over the sets, and the largest and smallest set mean),
@@ -282,7 +283,7 @@ def verify(
             sets |= {f"random_{role}_{index}": heads_drawn for index, heads_drawn in enumerate(drawn)}
     sets |= named
     values = dict(
-        zip(sets, _probabilities(model, examples, sets, shards or Shards(), progress, "verifying"), strict=True)
+        zip(sets, _probabilities(model, examples, sets, parallel or ParallelMap(), progress, "verifying"), strict=True)
     )
     subjects = [example.example.subject for example in examples]
     listing = [index for index, example in enumerate(examples) if example.previous_tokens]

@@ -1,8 +1,8 @@
 """Where information passes: attention knocked out, and runs with noisy words restored layer by layer.
 
-Attention knockout asks what END would be without looking at some positions S: A[END, S] := 0 after the softmax, in all
-heads and layers. Its effect on an MLP is decode(full run's output) - decode(knocked-out run's output), each with its
-own run's final-norm scale (see `decoding`).
+Attention knockout asks what the last token would be without looking at some positions S: A[last, S] := 0 after the
+softmax, in all heads and layers. Its effect on an MLP is decode(full run's output) - decode(knocked-out run's output),
+each with its own run's final-norm scale (see `decoding`).
 
 Causal tracing (Meng et al. 2022; Yan & Jia 2025) adds noise to the embeddings of some words, and then puts the clean
 run's attention or MLP outputs back, in a window of layers and at one group of positions at a time. Where that brings
@@ -22,11 +22,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from headtune.analysis.models.attention import AttentionCall, attend_with, softcapped
+from headtune.analysis.models.attention import AttentionCall, attend_with, masked, softcapped
 from headtune.analysis.models.head_model import HeadModel
 from headtune.analysis.utils.errors import InputError
 
-from .last_token import CLEAN, EndRun, Row, masked, rows_in_memory
+from .batches import rows_in_memory
+from .intervention import CLEAN, Intervention
+from .last_token import LastTokenRunner
 from .logit_lens import PARTS, decode
 
 # --- attention knockout -----------------------------------------------------------------------------------------------
@@ -34,7 +36,8 @@ from .logit_lens import PARTS, decode
 
 @dataclass(frozen=True)
 class Knockout:
-    """What END owes to its looking at each source: full run less knocked-out run, in logits, positive = raised by it.
+    """What the last token owes to its looking at each source: full run less knocked-out run, in logits, positive =
+    raised by it.
 
     Attributes:
         attention, mlp: `[sources, n_layers, n_tokens]` of the decoded outputs of each layer's attention and MLP.
@@ -47,18 +50,20 @@ class Knockout:
 
 
 @torch.no_grad()
-def knockout(run: EndRun, sources: Mapping[str, Sequence[int]], tokens: Tensor, renormalise: bool = False) -> Knockout:
-    """Knock each source out of END's attention, in all heads and layers at once.
+def knockout(
+    runner: LastTokenRunner, sources: Mapping[str, Sequence[int]], tokens: Tensor, renormalise: bool = False
+) -> Knockout:
+    """Knock each source out of the last token's attention, in all heads and layers at once.
 
     Args:
         sources: name -> positions; an empty one has no effect.
         tokens: `[n]` token ids to decode toward.
         renormalise: let the attention that is left, if any, sum to 1 again; Yan & Jia do not.
     """
-    rows = [CLEAN, *(Row(knocked_out=tuple(at), renormalise=renormalise) for at in sources.values())]
-    step = run.step(rows, keep=PARTS)
-    decoded = decode(run.heads, step, tokens)
-    logits = step.logits[:, tokens.to(step.logits.device)].float()
+    rows = [CLEAN, *(Intervention(knocked_out=tuple(at), renormalise=renormalise) for at in sources.values())]
+    result = runner.run(rows, record=PARTS)
+    decoded = decode(runner.model, result, tokens)
+    logits = result.logits[:, tokens.to(result.logits.device)].float()
     return Knockout(*(part[:1] - part[1:] for part in (decoded.attention, decoded.mlp, logits)))
 
 

@@ -40,29 +40,33 @@ def shape_of(example: Example) -> str:
 
 
 @torch.no_grad()
-def outputs(model: HeadModel, tokens: Tensor, end_only: bool = True) -> Tensor:
-    """Head outputs z of one prompt: `[n_layers, n_heads, head_dim]` at END, or `[n_layers, n_heads, seq, head_dim]`."""
-    end = torch.tensor([len(tokens) - 1], device=model.device) if end_only else None
-    with hooks.capture(model, positions=end) as z:
+def outputs(model: HeadModel, tokens: Tensor, last_only: bool = True) -> Tensor:
+    """Head outputs z of one prompt, at the last token or at all positions.
+
+    Returns:
+        `[n_layers, n_heads, head_dim]` at the last token, or `[n_layers, n_heads, seq, head_dim]`.
+    """
+    position = torch.tensor([len(tokens) - 1], device=model.device) if last_only else None
+    with hooks.capture(model, positions=position) as z:
         model.hf(tokens[None].to(model.device), use_cache=False, logits_to_keep=1)
     stacked = torch.stack([z[layer][0].float().to(model.device) for layer in range(model.n_layers)])
-    return stacked if end_only else stacked.transpose(1, 2)
+    return stacked if last_only else stacked.transpose(1, 2)
 
 
 @dataclass
-class References:
+class Counterfactuals:
     """Replacements for the heads' outputs in each example of a task.
 
     Attributes:
-        heads: the model.
+        model: the model.
         examples: all examples; the mean needs every one of them, whoever works on which.
         seed: of the draws.
     """
 
-    heads: HeadModel
+    model: HeadModel
     examples: Sequence[Encoded]
     seed: int = 0
-    _ends: dict[int, Tensor] = field(default_factory=dict, repr=False)
+    _last: dict[int, Tensor] = field(default_factory=dict, repr=False)
     _sums: dict[int, Tensor] = field(default_factory=dict, repr=False)
     _shapes: list[str] = field(default_factory=list, repr=False)
 
@@ -76,51 +80,52 @@ class References:
 
     def others(self, index: int, same_length: bool = False) -> list[int]:
         """Examples of other subjects: those of the same shape where there are any; all of one length if asked for."""
-        own = self.examples[index]
-        found = [
+        example = self.examples[index]
+        matches = [
             i
             for i, other in enumerate(self.examples)
-            if other.example.subject != own.example.subject
-            and (not same_length or len(other.tokens) == len(own.tokens))
+            if other.example.subject != example.example.subject
+            and (not same_length or len(other.tokens) == len(example.tokens))
         ]
-        return [i for i in found if self._alike(i, index)] or found
+        return [i for i in matches if self._alike(i, index)] or matches
 
     def _alike(self, one: int, other: int) -> bool:
         return self._shapes[one] == self._shapes[other]
 
-    def end(self, index: int) -> Tensor:
-        """`[n_layers, n_heads, head_dim]` outputs at END of an example, computed once."""
-        if index not in self._ends:
-            self._ends[index] = outputs(self.heads, self.examples[index].tokens)
-        return self._ends[index]
+    def last_token(self, index: int) -> Tensor:
+        """`[n_layers, n_heads, head_dim]` outputs at the last token of an example, computed once."""
+        if index not in self._last:
+            self._last[index] = outputs(self.model, self.examples[index].tokens)
+        return self._last[index]
 
     def mean(self, index: int) -> Tensor:
-        """`[n_layers, n_heads, head_dim]` mean at END over `others`."""
-        return torch.stack([self.end(i) for i in self.others(index)]).mean(0)
+        """`[n_layers, n_heads, head_dim]` mean at the last token over `others`."""
+        return torch.stack([self.last_token(i) for i in self.others(index)]).mean(0)
 
     def resample(self, index: int) -> Tensor:
-        """`[n_layers, n_heads, head_dim]` of one of the other subjects' examples, whatever its shape, at END."""
+        """`[n_layers, n_heads, head_dim]` at the last token of another subject's example, whatever its shape."""
         subject = self.examples[index].example.subject
         others = [i for i, other in enumerate(self.examples) if other.example.subject != subject]
-        return self.end(self._draw(index).choice(others))
+        return self.last_token(self._draw(index).choice(others))
 
     def corrupt(self, index: int) -> Tensor:
-        """`[n_layers, n_heads, head_dim]` of the counterpart, at END."""
+        """`[n_layers, n_heads, head_dim]` of the counterpart, at the last token."""
         tokens = self.corrupt_tokens(index)
         assert tokens is not None  # another subject's example of any length always exists
-        return outputs(self.heads, tokens)
+        return outputs(self.model, tokens)
 
     def corrupt_tokens(self, index: int, same_length: bool = False) -> Tensor | None:
         """`[seq]` ids of the counterpart: of the same shape where there is one, and of those as long as the example.
 
         None where `same_length` is asked for and no counterpart is as long.
         """
-        own = self.examples[index]
-        if own.corrupt is not None:
-            return None if same_length and len(own.corrupt) != len(own.tokens) else own.corrupt
+        example = self.examples[index]
+        if example.corrupt is not None:
+            return None if same_length and len(example.corrupt) != len(example.tokens) else example.corrupt
         others = self.others(index, same_length=True)
         if not same_length and not any(self._alike(i, index) for i in others):
-            # At END, the same prompt about another subject is a better counterpart than another prompt as long.
+            # At the last token, the same prompt about another subject is a better counterpart than another prompt as
+            # long.
             others = [i for i in self.others(index) if self._alike(i, index)] or others or self.others(index)
         return self.examples[self._draw(index).choice(others)].tokens if others else None
 
@@ -129,30 +134,30 @@ class References:
         others = self.others(index)
         for i in others:
             if i not in self._sums:
-                of_example = outputs(self.heads, self.examples[i].tokens, end_only=False)
+                of_example = outputs(self.model, self.examples[i].tokens, last_only=False)
                 self._sums[i] = of_example.sum(2, keepdim=True)
         positions = sum(len(self.examples[i].tokens) for i in others)
         return torch.stack([self._sums[i] for i in others]).sum(0) / positions
 
     def resample_everywhere(self, index: int) -> Tensor | None:
         """`[n_layers, n_heads, seq, head_dim]` of another subject's example, any shape; None if none is as long."""
-        own = self.examples[index]
+        example = self.examples[index]
         others = [
             i
             for i, other in enumerate(self.examples)
-            if other.example.subject != own.example.subject and len(other.tokens) == len(own.tokens)
+            if other.example.subject != example.example.subject and len(other.tokens) == len(example.tokens)
         ]
         if not others:
             return None
-        return outputs(self.heads, self.examples[self._draw(index).choice(others)].tokens, end_only=False)
+        return outputs(self.model, self.examples[self._draw(index).choice(others)].tokens, last_only=False)
 
     def corrupt_everywhere(self, index: int) -> Tensor | None:
         """`[n_layers, n_heads, seq, head_dim]` of the counterpart; None if none is as long."""
         tokens = self.corrupt_tokens(index, same_length=True)
-        return None if tokens is None else outputs(self.heads, tokens, end_only=False)
+        return None if tokens is None else outputs(self.model, tokens, last_only=False)
 
     def _draw(self, index: int) -> random.Random:
         return random.Random(f"{self.seed}/{self.examples[index].example.prompt}")
 
 
-Reference = Callable[[References, int], Tensor | None]  # None: this example has no such counterpart
+Counterfactual = Callable[[Counterfactuals, int], Tensor | None]  # None: this example has no such counterpart

@@ -9,7 +9,7 @@ whole prompts, decoding with a cache, padded batches. They change probabilities 
 look at p(answer) *and* at accuracy.
 
     sink:       z[L, h, q] <- gamma * z[L, h, q]      where A[L, h, q, first position] > tau
-    intercept:  M_L <- M_L - beta * b_L               b fitted at END, subtracted everywhere
+    intercept:  M_L <- M_L - beta * b_L               b fitted at the last token, subtracted everywhere
 """
 
 from __future__ import annotations
@@ -219,29 +219,29 @@ class Intercept:
         return load_task(self.fit).limited(_FIT_EXAMPLES)
 
 
-Knob = Sink | Intercept
-KNOBS: dict[str, type[Knob]] = {"sink": Sink, "intercept": Intercept}
+LastLayerIntervention = Sink | Intercept
+INTERVENTIONS: dict[str, type[LastLayerIntervention]] = {"sink": Sink, "intercept": Intercept}
 
 
-def parse(texts: Sequence[str]) -> list[Knob]:
+def parse(texts: Sequence[str]) -> list[LastLayerIntervention]:
     """Knobs as the command line gives them: `NAME` or `NAME:key=value,key=value`, each name once.
 
     Raises:
         InputError: an unknown name, key or task, a value that is no number or out of range, a name given twice.
     """
-    knobs: dict[str, Knob] = {}
+    knobs: dict[str, LastLayerIntervention] = {}
     for text in texts:
         name, _, settings = text.partition(":")
-        if name not in KNOBS:
-            raise InputError(f"knob {name!r} is unknown; {nearest(name, KNOBS)}")
+        if name not in INTERVENTIONS:
+            raise InputError(f"knob {name!r} is unknown; {nearest(name, INTERVENTIONS)}")
         if name in knobs:
             raise InputError(f"knob {name!r} is given twice; give it once, with all of its settings")
         knobs[name] = _parse_one(name, settings)
     return list(knobs.values())
 
 
-def _parse_one(name: str, settings: str) -> Knob:
-    known = {field.name: field for field in fields(KNOBS[name])}
+def _parse_one(name: str, settings: str) -> LastLayerIntervention:
+    known = {field.name: field for field in fields(INTERVENTIONS[name])}
     values: dict[str, Any] = {}
     for setting in filter(None, settings.split(",")):
         key, equals, value = setting.partition("=")
@@ -253,13 +253,13 @@ def _parse_one(name: str, settings: str) -> Knob:
             values[key] = value if key == "fit" else float(value)
         except ValueError:
             raise InputError(f"knob {name}: {key}={value!r} is not a number; write for example {key}=0.5") from None
-    return KNOBS[name](**values)
+    return INTERVENTIONS[name](**values)
 
 
 @contextlib.contextmanager
-def turned(
+def applied(
     model: HeadModel,
-    knobs: Sequence[Knob],
+    knobs: Sequence[LastLayerIntervention],
     progress: Callable[[Sequence[Any], str], Iterable[Any]] = lambda items, _what: items,
 ) -> Iterator[list[dict[str, Any]]]:
     """Turn knobs on, all together, on the last layer; intercepts are fitted first, with every knob off.

@@ -1,7 +1,7 @@
 """What parts of a run say: attention and MLP outputs decoded early, the Token Lens of heads, answers as whole strings.
 
     decoded[part](token) = u(token) . part            u: the unembedding through the final norm, at the run's own scale
-    lens[S, l, h](token) = sum_{t in S} A[l, h, END, t] v[l, h, t] . (W_O[l, h]^T u(token))
+    lens[S, l, h](token) = sum_{t in S} A[l, h, last, t] v[l, h, t] . (W_O[l, h]^T u(token))
 
 so the parts of a run add up to its logits (before a cap, where a model has one), and Token Lenses of sources that
 partition the positions add up to what the heads wrote. First tokens may be shared between answers; `string_logprobs`
@@ -19,19 +19,21 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
 from headtune.analysis.models import hooks
-from headtune.analysis.models.attention import AttentionCall, attend_with, softcapped
+from headtune.analysis.models.attention import AttentionCall, attend_with, masked, softcapped
 from headtune.analysis.models.head_model import HeadModel
 from headtune.analysis.tasks.tokenized import Encoded, continuation
 from headtune.analysis.utils.errors import InputError
 
-from .last_token import CLEAN, EndRun, Kept, Row, Step, masked, rows_in_memory
+from .batches import rows_in_memory
+from .intervention import CLEAN, Activation, Intervention, InterventionResult
+from .last_token import LastTokenRunner
 
-PARTS: tuple[Kept, ...] = ("attention", "mlp", "residual")  # what `decode` needs a step to keep
+PARTS: tuple[Activation, ...] = ("attention", "mlp", "residual")  # what `decode` needs a step to keep
 
 
 @dataclass(frozen=True)
 class Decoded:
-    """The logits of chosen tokens at END, part by part, float32.
+    """The logits of chosen tokens at the last token, part by part, float32.
 
     Attributes:
         attention, mlp: `[rows, n_layers, n_tokens]` of what each layer's attention and MLP add to the residual stream.
@@ -51,13 +53,13 @@ class Decoded:
 
 
 @torch.no_grad()
-def decode(model: HeadModel, step: Step, tokens: Tensor) -> Decoded:
+def decode(model: HeadModel, result: InterventionResult, tokens: Tensor) -> Decoded:
     """Decode the rows of a step that kept PARTS, each with its own run's final-norm scale.
 
     Args:
         tokens: `[n]` token ids.
     """
-    kept = {name: step.kept[name].float() for name in PARTS}
+    kept = {name: result.activations[name].float() for name in PARTS}
     start = kept["residual"] - kept["attention"].sum(1) - kept["mlp"].sum(1)
     parts = torch.cat([kept["attention"], kept["mlp"], start[:, None]], 1)  # [rows, 2 * n_layers + 1, d_model]
     directions = torch.stack([model.unembedding_directions(residual, tokens) for residual in kept["residual"]])
@@ -78,13 +80,13 @@ def _constant(model: HeadModel, tokens: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def token_lens(run: EndRun, sources: Mapping[str, Sequence[int]], tokens: Tensor) -> Tensor:
-    """What each head reads from each group of positions at END, decoded toward tokens.
+def token_lens(runner: LastTokenRunner, sources: Mapping[str, Sequence[int]], tokens: Tensor) -> Tensor:
+    """What each head reads from each group of positions at the last token, decoded toward tokens.
 
     Sum over heads for the Token Lens of a layer.
 
     Args:
-        run: the clean run of the prompt.
+        runner: of the prompt.
         sources: name -> positions; groups may overlap or be empty.
         tokens: `[n]` token ids.
 
@@ -94,7 +96,7 @@ def token_lens(run: EndRun, sources: Mapping[str, Sequence[int]], tokens: Tensor
     Raises:
         InputError: a position that the prompt does not have.
     """
-    heads, seq = run.heads, len(run.tokens)
+    heads, seq = runner.model, len(runner.tokens)
     membership = torch.zeros(len(sources), seq, device=heads.device)
     for row, (name, positions) in enumerate(sources.items()):
         if outside := [position for position in positions if not 0 <= position < seq]:
@@ -103,7 +105,8 @@ def token_lens(run: EndRun, sources: Mapping[str, Sequence[int]], tokens: Tensor
             )
         membership[row, list(positions)] = 1
     kept = {
-        name: tensor[0] for name, tensor in run.step([CLEAN], keep=["pattern", "value", "z", "residual"]).kept.items()
+        name: tensor[0]
+        for name, tensor in runner.run([CLEAN], record=["pattern", "value", "z", "residual"]).activations.items()
     }
     directions = heads.unembedding_directions(kept["residual"], tokens)
     group = heads.n_heads // heads.n_kv_heads
@@ -115,7 +118,7 @@ def token_lens(run: EndRun, sources: Mapping[str, Sequence[int]], tokens: Tensor
             output = torch.einsum("hd,hdm->m", kept["z"][layer].to(weight), weight)
             bias: Tensor | None = heads.projection(layer).bias  # type: ignore[assignment]
             through = heads.norm_directions(norm, output if bias is None else output + bias.float(), through).to(weight)
-        past = run.values[layer].repeat_interleave(group, 0).to(weight)  # [heads, seq - 1, head_dim]
+        past = runner.values[layer].repeat_interleave(group, 0).to(weight)  # [heads, seq - 1, head_dim]
         values = torch.cat([past, kept["value"][layer][:, None].to(weight)], 1)
         weights = membership.to(weight)[:, None] * kept["pattern"][layer].to(weight)  # [sources, heads, seq]
         read = torch.einsum("hdm,nm->hdn", weight, through)
@@ -138,13 +141,13 @@ def answer_tokens(tokenizer: PreTrainedTokenizerBase, encoded: Encoded, answer: 
 
 @torch.no_grad()
 def string_logprobs(
-    model: HeadModel, tokens: Tensor, answers: Sequence[Sequence[int]], rows: Sequence[Row] = (CLEAN,)
+    model: HeadModel, tokens: Tensor, answers: Sequence[Sequence[int]], rows: Sequence[Intervention] = (CLEAN,)
 ) -> Tensor:
     """Log probability that what follows the prompt begins with an answer, all its tokens, under interventions.
 
-    `sum_i log p(answer_i | prompt, answer_<i)`. A row's changes hold at END and at every later position of the answer;
-    what stands before END is the clean run, computed once. An answer that begins another one ("New York", "New York
-    City") includes the other's probability.
+    `sum_i log p(answer_i | prompt, answer_<i)`. A row's changes hold at the last token and at every later position of
+    the answer; what stands before the last token is the clean run, computed once. An answer that begins another one
+    ("New York", "New York City") includes the other's probability.
 
     Args:
         tokens: `[seq]` ids of the prompt.
@@ -183,7 +186,9 @@ def string_logprobs(
     return result
 
 
-def _after(model: HeadModel, tokens: Tensor, answers: Sequence[Sequence[int]], row: Row, cache: DynamicCache) -> Tensor:
+def _after(
+    model: HeadModel, tokens: Tensor, answers: Sequence[Sequence[int]], row: Intervention, cache: DynamicCache
+) -> Tensor:
     longest = max(len(answer) for answer in answers)
     targets = torch.zeros(len(answers), longest, dtype=torch.long, device=tokens.device)
     present = torch.zeros(len(answers), longest, dtype=torch.bool, device=tokens.device)
@@ -193,7 +198,7 @@ def _after(model: HeadModel, tokens: Tensor, answers: Sequence[Sequence[int]], r
     cache.batch_repeat_interleave(len(answers))
     given = torch.cat(
         [tokens[-1:].expand(len(answers), 1), targets[:, :-1]], 1
-    )  # END, then the answer less its last token
+    )  # the last token, then the answer less its last token
     positions = torch.arange(len(tokens) - 1, len(tokens) - 1 + longest, device=tokens.device)[None]
 
     def attend(call: AttentionCall) -> Tensor | None:
@@ -205,7 +210,7 @@ def _after(model: HeadModel, tokens: Tensor, answers: Sequence[Sequence[int]], r
     return (chosen * present.to(chosen)).sum(-1).to(tokens.device)
 
 
-def _knocked_out(call: AttentionCall, row: Row) -> Tensor:
+def _knocked_out(call: AttentionCall, row: Intervention) -> Tensor:
     """`[batch, queries, n_heads, head_dim]` attention of all queries with a row's positions knocked out."""
     group = call.query.shape[1] // call.key.shape[1]
     key, value = call.key.float().repeat_interleave(group, 1), call.value.float().repeat_interleave(group, 1)

@@ -1,4 +1,4 @@
-"""What MLPs do with what heads bring: a linear decomposition of MLP outputs at END (Lv et al. 2024).
+"""What MLPs do with what heads bring: a linear decomposition of MLP outputs at the last token (Lv et al. 2024).
 
 For example i and layer l, over the heads h of that layer:
 
@@ -44,8 +44,8 @@ _CONSTANT = 1e-10  # an input does not vary whose variance is at most this share
 
 
 @dataclass(frozen=True)
-class EndParts:
-    """What the clean run of one prompt adds up to at END, float32 on the view's device.
+class LastTokenParts:
+    """What the clean run of one prompt adds up to at the last token, float32 on the view's device.
 
     Attributes:
         inputs: `[n_layers, d_model]` the residual stream that enters each layer.
@@ -53,8 +53,8 @@ class EndParts:
             head's part of the norm's output, the norm's scale held at the run's own, so that parts add up.
         mlps: `[n_layers, d_model]` what each MLP adds.
         final: `[d_model]` the residual stream after the last layer.
-        pattern: `[n_layers, n_heads, seq]` attention from END.
-        first: `[n_heads, d_model]` what the last layer's heads bring from the first position, `A[END, 0] v_0 W_O`.
+        pattern: `[n_layers, n_heads, seq]` attention from the last token.
+        first: `[n_heads, d_model]` what the last layer's heads bring from the first position, `A[last, 0] v_0 W_O`.
     """
 
     inputs: Tensor
@@ -71,8 +71,8 @@ class EndParts:
 
 
 @torch.no_grad()
-def end_parts(model: HeadModel, tokens: Tensor) -> EndParts:
-    """Take the run of one prompt (`[seq]` ids) apart at END.
+def last_token_parts(model: HeadModel, tokens: Tensor) -> LastTokenParts:
+    """Take the run of one prompt (`[seq]` ids) apart at the last token.
 
     Raises:
         CheckError: what attention and MLPs add is not the difference between one layer's input and the next one's.
@@ -88,7 +88,7 @@ def end_parts(model: HeadModel, tokens: Tensor) -> EndParts:
     left = {module: _at_end(output, model.device) for module, (_, output) in seen.items()}
     last = model.n_layers - 1
     read = rows.pattern[last][0, :, :1] * rows.values[last][0, :, 0].float()  # [n_heads, head_dim]
-    parts = EndParts(
+    parts = LastTokenParts(
         torch.stack([entered[layer] for layer in model.layers]),
         torch.stack([_contributions(model, layer, z[layer][0].float(), entered) for layer in all_layers]),
         torch.stack([left[module] for module in mlps]),
@@ -190,7 +190,7 @@ class Moments:
             getattr(self, name).add_(getattr(other, name))
 
 
-def moments_of(parts: EndParts) -> Moments:
+def moments_of(parts: LastTokenParts) -> Moments:
     """One example's moments, in every layer."""
     return Moments.of(torch.cat([parts.heads, parts.inputs[:, None]], 1), parts.mlps)
 
@@ -234,7 +234,7 @@ class Decomposition:
         return [1 - rest / all_ if all_ > _CONSTANT * size else None for rest, all_, size in pairs]
 
 
-def fit(moments: Moments, ridge: float = RIDGE) -> Decomposition:
+def regress(moments: Moments, ridge: float = RIDGE) -> Decomposition:
     """Solve the regression of every layer.
 
     Raises:
@@ -282,11 +282,13 @@ def decompose(
         The fit, on the subjects that are not held out, and its R^2 by layer on those that are.
 
     Raises:
-        InputError: see `split_subjects` and `fit`.
+        InputError: see `split_subjects` and `regress`.
     """
     apart = split_subjects([example.example.subject for example in examples], held_out, seed)
     fitted, others = Moments.empty(model), Moments.empty(model)
     for example in progress(examples, "decomposing MLPs"):
-        (others if example.example.subject in apart else fitted).add(moments_of(end_parts(model, example.tokens)))
-    found = fit(fitted)
+        (others if example.example.subject in apart else fitted).add(
+            moments_of(last_token_parts(model, example.tokens))
+        )
+    found = regress(fitted)
     return found, found.r2(others)

@@ -1,8 +1,8 @@
-"""Gradient estimates of what every head at END does: one forward and one backward step for all heads together.
+"""Gradient estimates of what every head does at the last token: one forward and one backward step for all heads.
 
 Every head gets a gate G between its reference and itself,
 
-    z[l, h, END]  <-  reference[l, h] + G[l, h] * (z[l, h, END] - reference[l, h])
+    z[l, h, last]  <-  reference[l, h] + G[l, h] * (z[l, h, last] - reference[l, h])
 
 whose derivative is the head's score: `dm/dG[l, h] = sum_d (z - reference)_d * dm/dz_d`, with m the mean logit of the
 answers' first tokens.
@@ -11,10 +11,10 @@ answers' first tokens.
                              (Nanda 2023; Syed et al. 2024)
     integrated gradients     the mean of dm/dG over G = 0..1, all heads fading together (Sundararajan et al. 2017; for
                              nodes, Hanna et al. 2024). The scores of all heads sum to
-                             m(clean) - m(every head at END at its reference)
+                             m(clean) - m(every head at the last token at its reference)
 
-Positive = the head, as it is, raises m. A change at END reaches END only, so the graph spans one position: the clean
-run's keys and values serve all steps of the integral, which are rows of one batch.
+Positive = the head, as it is, raises m. A change at the last token reaches the last token only, so the graph spans one
+position: the clean run's keys and values serve all steps of the integral, which are rows of one batch.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from headtune.analysis.interventions.last_token import EndRun, rows_in_memory
+from headtune.analysis.interventions.batches import rows_in_memory
+from headtune.analysis.interventions.last_token import LastTokenRunner
 from headtune.analysis.models import hooks
 from headtune.analysis.models.attention import AttentionCall, attend_with
 from headtune.analysis.models.head_model import HeadModel
@@ -36,7 +37,7 @@ from .scores import Array
 def attribution_patching(
     model: HeadModel, encoded: Encoded, reference: Tensor | None = None, name: str = "attribution_patching"
 ) -> dict[str, Array]:
-    """First-order estimate of replacing each head at END: `sum_d (z - reference)_d * dm/dz_d`.
+    """First-order estimate of replacing each head at the last token: `sum_d (z - reference)_d * dm/dz_d`.
 
     Args:
         reference: `[n_layers, n_heads, head_dim]`; None silences.
@@ -58,10 +59,11 @@ def integrated_gradients(
 ) -> dict[str, Array]:
     """`mean over g of dm/dG[l, h]` with every gate at g, at the midpoints of `steps` equal parts of 0..1.
 
-    As `steps` grows, the sum over heads tends to m(clean) - m(all heads at END at their references). How fast depends
-    on the reference. On the way to a mean or a counterpart a trained model stays near what it knows: on SmolLM2, 8
-    steps come within 0.02 logits (three prompts). On the way to silence it does not: 32 steps are 25 to 130 logits off.
-    Nor is there such a way where a norm follows the attention block (Gemma), which undoes any common factor but 0.
+    As `steps` grows, the sum over heads tends to m(clean) - m(all heads at the last token at their references). How
+    fast depends on the reference. On the way to a mean or a counterpart a trained model stays near what it knows: on
+    SmolLM2, 8 steps come within 0.02 logits (three prompts). On the way to silence it does not: 32 steps are 25 to 130
+    logits off. Nor is there such a way where a norm follows the attention block (Gemma), which undoes any common factor
+    but 0.
 
     Args:
         reference: `[n_layers, n_heads, head_dim]`; None silences.
@@ -83,14 +85,14 @@ def _gate_gradients(
     model: HeadModel, encoded: Encoded, reference: Tensor | None, name: str, levels: Tensor
 ) -> dict[str, Array]:
     """`dm/dG`, meaned over runs in which all gates stand at one of `levels`."""
-    run = EndRun(model, encoded.tokens)
+    runner = LastTokenRunner(model, encoded.tokens)
     # `rows_in_memory` counts one layer: without a graph, one layer's tensors make room for the next one's.
     size = max(1, rows_in_memory(model, len(encoded.tokens), positions=1) // model.n_layers)
     totals: dict[str, Tensor] = {}
     for part in levels.split(size):
         with torch.enable_grad():
             gates = part[:, None, None].repeat(1, model.n_layers, model.n_heads).to(model.device).requires_grad_()
-            logits = _gated_logits(run, gates, reference)
+            logits = _gated_logits(runner, gates, reference)
             metrics = answer_probabilities(logits, encoded).logits
             for quantity, value in metrics.items():
                 # Rows do not depend on each other: the gradient of their sum holds each row's own.
@@ -99,25 +101,25 @@ def _gate_gradients(
     return {f"{name}.{quantity}": (total / len(levels)).cpu().numpy() for quantity, total in totals.items()}
 
 
-def _gated_logits(run: EndRun, gates: Tensor, reference: Tensor | None) -> Tensor:
-    """`[rows, vocabulary]` next-token logits of END steps with gates `[rows, n_layers, n_heads]`, with their graph."""
-    heads = run.heads
+def _gated_logits(runner: LastTokenRunner, gates: Tensor, reference: Tensor | None) -> Tensor:
+    """`[rows, vocabulary]` next-token logits, with their graph, with gates `[rows, n_layers, n_heads]`."""
+    model = runner.model
 
     def gate(layer: int, z: Tensor) -> Tensor:
-        own = z.float()
-        away = own if reference is None else own - reference[layer].to(own)
+        clean = z.float()
+        away = clean if reference is None else clean - reference[layer].to(clean)
         # From z and not from the reference, so that a gate of 1 leaves z as it is, bit for bit.
-        return (own + (gates[:, layer, None, :, None].to(own) - 1) * away).to(z.dtype)
+        return (clean + (gates[:, layer, None, :, None].to(clean) - 1) * away).to(z.dtype)
 
-    edits = {layer: lambda z, layer=layer: gate(layer, z) for layer in range(heads.n_layers)}
-    tokens = run.tokens[None, -1:].expand(len(gates), 1)
-    position = torch.full_like(tokens, len(run.tokens) - 1)
-    with attend_with(lambda call: _attend(run, call)), hooks.at_projections(heads, edits):
-        logits: Tensor = heads.hf(tokens, position_ids=position, use_cache=False).logits[:, -1]
+    edits = {layer: lambda z, layer=layer: gate(layer, z) for layer in range(model.n_layers)}
+    tokens = runner.tokens[None, -1:].expand(len(gates), 1)
+    position = torch.full_like(tokens, len(runner.tokens) - 1)
+    with attend_with(lambda call: _attend(runner, call)), hooks.at_projections(model, edits):
+        logits: Tensor = model.hf(tokens, position_ids=position, use_cache=False).logits[:, -1]
     return logits
 
 
-def _attend(run: EndRun, call: AttentionCall) -> Tensor:
-    """END's attention in every row: `[rows, 1, n_heads, head_dim]`."""
-    query, key, value = run.own(call)
-    return run.read(call.layer, run.pattern(call, query, key), value)[:, None].to(call.query.dtype)
+def _attend(runner: LastTokenRunner, call: AttentionCall) -> Tensor:
+    """The last token's attention in every row: `[rows, 1, n_heads, head_dim]`."""
+    query, key, value = runner.query_key_value(call)
+    return runner.read(call.layer, runner.pattern(call, query, key), value)[:, None].to(call.query.dtype)

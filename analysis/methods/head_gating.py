@@ -1,7 +1,8 @@
 """Causal head gating: learn, with the model frozen, which heads a task needs, which it can do without, which harm it.
 
 Every head gets a gate `g = sigmoid(phi)` on its output, at all positions. With loss = -log p(answers), the total
-probability of the first tokens at END, in nats, meaned over prompts, gates are fitted twice, from open gates:
+probability of the first tokens at the last token, in nats, meaned over prompts, gates are fitted twice, from open
+gates:
 
     g+     minimise   loss - weight * sum phi       pushed open: a head whose gate closes all the same does harm
     g-     minimise   loss + weight * sum phi       pushed shut: a head whose gate stays open is needed
@@ -26,7 +27,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from headtune.analysis.interventions.last_token import rows_in_memory
+from headtune.analysis.interventions.batches import rows_in_memory
 from headtune.analysis.models import hooks
 from headtune.analysis.models.head_model import HeadModel
 from headtune.analysis.tasks.tokenized import Encoded
@@ -145,9 +146,10 @@ def fit_gates(
 
 
 def answer_log_probability(model: HeadModel, batch: Sequence[Encoded], gates: Tensor, quantity: Quantity) -> Tensor:
-    """`[batch]` log of the answers' total probability (first tokens, at END), with heads' outputs times their gates.
+    """`[batch]` log of the answers' total probability (first tokens, at the last token), with heads' outputs times
+    their gates.
 
-    Prompts are padded on the left, so that END is the last position of all.
+    Prompts are padded on the left, so that the last token is the last position of all.
 
     Args:
         gates: `[n_layers, n_heads]`, for all positions.

@@ -1,7 +1,8 @@
-"""Direct logit attribution of heads at END, whole and split by the tokens a head reads (Token Lens per head).
+"""Direct logit attribution of heads at the last token, whole and split by the tokens a head reads (Token Lens per
+head).
 
     dla[l, h](token) = z[l, h] . (W_O[l, h]^T u_l(token))
-    lens[l, h, S](token) = sum_{t in S} A[l, h, END, t] v[l, h, t] . (W_O[l, h]^T u_l(token))
+    lens[l, h, S](token) = sum_{t in S} A[l, h, last, t] v[l, h, t] . (W_O[l, h]^T u_l(token))
 
 u_l = HeadModel.unembedding_directions, carried back through the layer's post-attention norm (at its own scale in this
 run) where the family has one. So the dla of all heads and the decoded embedding, MLP outputs and biases sum to the
@@ -28,7 +29,7 @@ from .scores import Array
 
 @torch.no_grad()
 def attribute(model: HeadModel, encoded: Encoded) -> dict[str, Array]:
-    """Direct logit attribution of every head at END, toward the remaining and toward the previous answers.
+    """Direct logit attribution of every head at the last token, toward the remaining and toward the previous answers.
 
     Each toward-quantity is the mean over the answers' first tokens, in logits.
 
@@ -48,7 +49,7 @@ def attribute(model: HeadModel, encoded: Encoded) -> dict[str, Array]:
         model.hf(tokens, use_cache=False, logits_to_keep=1)
 
     def at_end(norm: nn.Module) -> Tensor:
-        """A norm's input at END, `[d_model]`."""
+        """A norm's input at the last token, `[d_model]`."""
         return seen[norm][0][0, encoded.end]
 
     wanted = torch.tensor([*encoded.target_tokens, *encoded.previous_tokens], device=model.device)

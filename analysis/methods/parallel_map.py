@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -21,16 +20,17 @@ from safetensors.numpy import load_file, save_file
 
 from headtune.analysis.utils.errors import CheckError, InputError
 from headtune.analysis.utils.files import atomic_path
+from headtune.analysis.utils.processes import world_size
 
 from .scores import Array
 
-Row = dict[str, Array]
+ScoresOfExample = dict[str, Array]
 Refusal = InputError | CheckError
 
 PATIENCE = timedelta(days=7)  # of a process that waits for the others; the library's own is ten minutes
 
 
-class Shards:
+class ParallelMap:
     """How the examples of one job are worked through.
 
     Args:
@@ -49,17 +49,17 @@ class Shards:
     def map(
         self,
         n: int,
-        work: Callable[[int], Row],
+        work: Callable[[int], ScoresOfExample],
         progress: Callable[[Sequence[Any], str], Any],
         what: str,
-    ) -> list[Row]:
+    ) -> list[ScoresOfExample]:
         """`[work(0), ..., work(n - 1)]`, each computed by one process, or read where it was finished before.
 
         Args:
             what: names the step, for the progress line and the files.
         """
         name = what.replace(" ", "-")
-        done: dict[int, Row] = {}
+        done: dict[int, ScoresOfExample] = {}
         own = list(range(self.rank, n, self.world))
         for index in own:
             if (row := self._read(f"{name}-{index:06d}")) is not None:
@@ -73,9 +73,9 @@ class Shards:
             refusal = error
         return [row for _, row in sorted(self._gather(list(done.items()), refusal))]
 
-    def once(self, name: str, work: Callable[[], Row]) -> Row:
+    def once(self, name: str, work: Callable[[], ScoresOfExample]) -> ScoresOfExample:
         """`work()`, computed by the first process for all, or read where it was finished before."""
-        found: list[tuple[int, Row]] = []
+        found: list[tuple[int, ScoresOfExample]] = []
         refusal: Refusal | None = None
         if self.rank == 0:
             try:
@@ -93,7 +93,9 @@ class Shards:
         if self._top is not None and self.rank == 0:
             shutil.rmtree(self._top, ignore_errors=True)
 
-    def _gather(self, own: list[tuple[int, Row]], refusal: Refusal | None) -> list[tuple[int, Row]]:
+    def _gather(
+        self, own: list[tuple[int, ScoresOfExample]], refusal: Refusal | None
+    ) -> list[tuple[int, ScoresOfExample]]:
         """All processes' results. What one process refuses is raised in every one: the first alone speaks to the user,
         and none may wait for a process that has gone."""
         parts: list[Any] = [(own, refusal)]
@@ -107,7 +109,7 @@ class Shards:
                 raise of_process
         return [pair for rows, _ in parts for pair in rows]
 
-    def _read(self, name: str) -> Row | None:
+    def _read(self, name: str) -> ScoresOfExample | None:
         if self.folder is None or not (self.folder / f"{name}.safetensors").is_file():
             return None
         try:
@@ -115,7 +117,7 @@ class Shards:
         except SafetensorError:
             return None  # damaged after it was written: computed again
 
-    def _write(self, name: str, row: Row) -> None:
+    def _write(self, name: str, row: ScoresOfExample) -> None:
         if self.folder is not None:
             with atomic_path(self.folder / f"{name}.safetensors") as temporary:
                 save_file({key: np.ascontiguousarray(value) for key, value in row.items()}, temporary)
@@ -123,7 +125,7 @@ class Shards:
 
 def rank_and_world() -> tuple[int, int]:
     """This process's rank and the number of processes, as the launcher set them; starts the process group if needed."""
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+    world = world_size()
     if world == 1:
         return 0, 1
     import torch

@@ -14,7 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from headtune.analysis.interventions.last_token import CLEAN, EndRun, Head, Row, everywhere, silenced
+from headtune.analysis.interventions.all_positions import everywhere
+from headtune.analysis.interventions.intervention import CLEAN, Head, Intervention, silenced
+from headtune.analysis.interventions.last_token import LastTokenRunner
 from headtune.analysis.models.head_model import HeadModel
 from headtune.analysis.tasks.tokenized import Encoded
 
@@ -62,7 +64,7 @@ def every_head(model: HeadModel) -> list[Head]:
 def silenced_logits(
     model: HeadModel, tokens: Tensor, rows: Sequence[Sequence[Head]], max_rows: int | None = None
 ) -> Tensor:
-    """Next-token logits with each row's heads silenced at END, `z[l, h, END] := 0`.
+    """Next-token logits with each row's heads silenced at the last token, `z[l, h, last] := 0`.
 
     Args:
         tokens: `[seq]` ids of one prompt.
@@ -72,7 +74,7 @@ def silenced_logits(
     Returns:
         `[len(rows), vocabulary]` in the model's dtype.
     """
-    return EndRun(model, tokens).step([silenced(row) for row in rows], max_rows=max_rows).logits
+    return LastTokenRunner(model, tokens).run([silenced(row) for row in rows], max_rows=max_rows).logits
 
 
 def effects(method: str, model: HeadModel, logits: Tensor, encoded: Encoded) -> dict[str, Array]:
@@ -106,16 +108,16 @@ def effects(method: str, model: HeadModel, logits: Tensor, encoded: Encoded) -> 
 
 
 def ablation_effects(model: HeadModel, encoded: Encoded, max_rows: int | None = None) -> dict[str, Array]:
-    """What every head does to the answers at END, by silencing it: see `effects`, names `ablation.*`."""
+    """What every head does to the answers at the last token, by silencing it: see `effects`, names `ablation.*`."""
     rows: list[list[Head]] = [[], *([head] for head in every_head(model))]
     return effects("ablation", model, silenced_logits(model, encoded.tokens, rows, max_rows), encoded)
 
 
 def patching_effects(method: str, model: HeadModel, encoded: Encoded, reference: Tensor) -> dict[str, Array]:
-    """What every head does to the answers at END, by putting `reference` (`[n_layers, n_heads, head_dim]`) in its
-    place."""
-    rows = [CLEAN, *(Row(outputs={head: reference[head]}) for head in every_head(model))]
-    return effects(method, model, EndRun(model, encoded.tokens).step(rows).logits, encoded)
+    """What every head does to the answers at the last token, by putting `reference` (`[n_layers, n_heads, head_dim]`)
+    in its place."""
+    rows = [CLEAN, *(Intervention(outputs={head: reference[head]}) for head in every_head(model))]
+    return effects(method, model, LastTokenRunner(model, encoded.tokens).run(rows).logits, encoded)
 
 
 def everywhere_effects(
@@ -135,10 +137,10 @@ def everywhere_effects(
 
 
 def path_logits(model: HeadModel, encoded: Encoded, reference: Tensor) -> Tensor:
-    """Logits with one head's output at END replaced while all other heads keep theirs; MLPs are recomputed.
+    """Logits with one head's output at the last token replaced while all other heads keep theirs; MLPs are recomputed.
 
     This is the path from a head to the logits, direct or through MLPs (Wang et al. 2023; Lv et al. 2024 freeze the
-    other heads' queries, keys and values, which at END is the same as freezing their outputs).
+    other heads' queries, keys and values, which at the last token is the same as freezing their outputs).
 
     Args:
         reference: `[n_layers, n_heads, head_dim]`.
@@ -146,8 +148,8 @@ def path_logits(model: HeadModel, encoded: Encoded, reference: Tensor) -> Tensor
     Returns:
         `[1 + n_layers * n_heads, vocabulary]`: the clean run, then every head of `every_head`.
     """
-    rows = [Row(outputs={head: reference[head]}, freeze="heads") for head in every_head(model)]
-    return EndRun(model, encoded.tokens).step([CLEAN, *rows]).logits
+    rows = [Intervention(outputs={head: reference[head]}, freeze="heads") for head in every_head(model)]
+    return LastTokenRunner(model, encoded.tokens).run([CLEAN, *rows]).logits
 
 
 def path_effects(method: str, model: HeadModel, encoded: Encoded, reference: Tensor) -> dict[str, Array]:
@@ -161,11 +163,13 @@ INPUTS = ("query", "key", "value")
 def head_to_head_logits(
     model: HeadModel, encoded: Encoded, receiver: Head, through: str, reference: Tensor
 ) -> tuple[list[Head], Tensor]:
-    """Logits when a receiver head hears, at END, what it would with one sender replaced; nothing else hears it.
+    """Logits when a receiver head hears, at the last token, what it would with one sender replaced; nothing else hears
+    it.
 
     First each sender is replaced, all other heads' outputs frozen and MLPs recomputed, to see the receiver's query, key
-    or value at END; then that alone is put into the clean run. Senders are the heads of earlier layers. Changes at END
-    only: END's own key and value are read by END alone.
+    or value at the last token; then that alone is put into the clean run. Senders are the heads of earlier layers.
+    Changes at the last token
+    only: the last token's own key and value are read by the last token alone.
 
     Args:
         through: one of INPUTS.
@@ -174,14 +178,17 @@ def head_to_head_logits(
     Returns:
         The senders, and `[1 + senders, vocabulary]` logits, the clean run first.
     """
-    run = EndRun(model, encoded.tokens)
+    runner = LastTokenRunner(model, encoded.tokens)
     layer, head = receiver
     senders = [pair for pair in every_head(model) if pair[0] < layer]
-    rows = [Row(outputs={pair: reference[pair]}, freeze="heads") for pair in senders]
-    heard = run.step(rows, keep=[through], layers=[layer]).kept[through][:, 0, head] if rows else torch.empty(0)  # type: ignore[list-item]
+    rows = [Intervention(outputs={pair: reference[pair]}, freeze="heads") for pair in senders]
+    heard = torch.empty(0)
+    if rows:
+        result = runner.run(rows, record=[through], layers=[layer])  # type: ignore[list-item]
+        heard = result.activations[through][:, 0, head]
     names = {"query": "queries", "key": "keys", "value": "values"}
-    changed = [Row(**{names[through]: {receiver: value}}) for value in heard]  # type: ignore[arg-type]
-    return senders, run.step([CLEAN, *changed]).logits
+    changed = [Intervention(**{names[through]: {receiver: value}}) for value in heard]  # type: ignore[arg-type]
+    return senders, runner.run([CLEAN, *changed]).logits
 
 
 def head_to_head_effects(
@@ -197,6 +204,6 @@ def head_to_head_effects(
 
 
 def set_probabilities(model: HeadModel, encoded: Encoded, sets: Sequence[Sequence[Head]]) -> Array:
-    """p(remaining) and p(previous) of one example with each set of heads silenced together at END: `[sets, 2]`."""
+    """`[sets, 2]`: p(remaining) and p(previous) of one example, each set of heads silenced at the last token."""
     found = answer_probabilities(silenced_logits(model, encoded.tokens, sets), encoded)
     return torch.stack([found.target, found.previous], 1).cpu().numpy()

@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
-from headtune.analysis.interventions.counterfactuals import Reference, References
+from headtune.analysis.interventions.counterfactuals import Counterfactual, Counterfactuals
 from headtune.analysis.models.head_model import HeadModel
 from headtune.analysis.tasks.task import Task
 from headtune.analysis.tasks.tokenized import Encoded, EncodedTask, encode
@@ -25,7 +25,7 @@ from headtune.analysis.utils.errors import InputError, nearest
 from headtune.analysis.utils.progress import Progress, silent
 
 from . import attribution_patching, head_gating, logit_attribution, patching
-from .parallel_map import Shards
+from .parallel_map import ParallelMap
 from .scores import Array, Scores, stack
 
 Shared = Any  # what a method computes once from all examples
@@ -53,28 +53,28 @@ class Method:
     causal: bool = True
 
 
-def _patched(name: str, summary: str, reference: Callable[[References, int], Tensor]) -> Method:
-    def one(model: HeadModel, examples: Sequence[Encoded], index: int, shared: References) -> dict[str, Array]:
+def _patched(name: str, summary: str, reference: Callable[[Counterfactuals, int], Tensor]) -> Method:
+    def one(model: HeadModel, examples: Sequence[Encoded], index: int, shared: Counterfactuals) -> dict[str, Array]:
         return patching.patching_effects(name, model, examples[index], reference(shared, index))
 
-    return Method(name, summary, one, prepare=References)
+    return Method(name, summary, one, prepare=Counterfactuals)
 
 
-def _everywhere(name: str, summary: str, reference: Reference | None) -> Method:
-    def one(model: HeadModel, examples: Sequence[Encoded], index: int, shared: References) -> dict[str, Array]:
+def _everywhere(name: str, summary: str, reference: Counterfactual | None) -> Method:
+    def one(model: HeadModel, examples: Sequence[Encoded], index: int, shared: Counterfactuals) -> dict[str, Array]:
         if reference is None:
             return patching.everywhere_effects(name, model, examples[index])
         values = reference(shared, index)
         return {} if values is None else patching.everywhere_effects(name, model, examples[index], values)
 
-    return Method(name, summary, one, prepare=(lambda *_: None) if reference is None else References)
+    return Method(name, summary, one, prepare=(lambda *_: None) if reference is None else Counterfactuals)
 
 
-def _path(name: str, summary: str, reference: Callable[[References, int], Tensor]) -> Method:
-    def one(model: HeadModel, examples: Sequence[Encoded], index: int, shared: References) -> dict[str, Array]:
+def _path(name: str, summary: str, reference: Callable[[Counterfactuals, int], Tensor]) -> Method:
+    def one(model: HeadModel, examples: Sequence[Encoded], index: int, shared: Counterfactuals) -> dict[str, Array]:
         return patching.path_effects(name, model, examples[index], reference(shared, index))
 
-    return Method(name, summary, one, prepare=References)
+    return Method(name, summary, one, prepare=Counterfactuals)
 
 
 _ALL = (
@@ -89,16 +89,22 @@ _ALL = (
         "exact: each head silenced at END",
         lambda model, examples, index, _shared: patching.ablation_effects(model, examples[index]),
     ),
-    _patched("mean", "exact: each head at END set to its mean over other subjects", References.mean),
-    _patched("resample", "exact: each head at END set to what it is in another example", References.resample),
-    _patched("corrupt", "exact: each head at END set to what it is in the corrupted counterpart", References.corrupt),
-    _everywhere("ablation_all", "exact: each head silenced at all positions", None),
-    _everywhere("mean_all", "exact: each head set to its mean, at all positions", References.mean_everywhere),
-    _everywhere(
-        "resample_all", "exact: another example's run put in, at all positions", References.resample_everywhere
+    _patched("mean", "exact: each head at END set to its mean over other subjects", Counterfactuals.mean),
+    _patched("resample", "exact: each head at END set to what it is in another example", Counterfactuals.resample),
+    _patched(
+        "corrupt", "exact: each head at END set to what it is in the corrupted counterpart", Counterfactuals.corrupt
     ),
-    _everywhere("corrupt_all", "exact: the corrupted run put in, at all positions", References.corrupt_everywhere),
-    _path("path", "path patching head -> logits at END, mean over other subjects, other heads frozen", References.mean),
+    _everywhere("ablation_all", "exact: each head silenced at all positions", None),
+    _everywhere("mean_all", "exact: each head set to its mean, at all positions", Counterfactuals.mean_everywhere),
+    _everywhere(
+        "resample_all", "exact: another example's run put in, at all positions", Counterfactuals.resample_everywhere
+    ),
+    _everywhere("corrupt_all", "exact: the corrupted run put in, at all positions", Counterfactuals.corrupt_everywhere),
+    _path(
+        "path",
+        "path patching head -> logits at END, mean over other subjects, other heads frozen",
+        Counterfactuals.mean,
+    ),
     Method(
         "attribution_patching",
         "gradient estimate of silencing each head at END: one forward and one backward pass",
@@ -111,7 +117,7 @@ _ALL = (
         lambda model, examples, index, shared: attribution_patching.attribution_patching(
             model, examples[index], shared.corrupt(index), "attribution_patching_corrupt"
         ),
-        prepare=References,
+        prepare=Counterfactuals,
         causal=False,
     ),
     Method(
@@ -120,7 +126,7 @@ _ALL = (
         lambda model, examples, index, shared: attribution_patching.integrated_gradients(
             model, examples[index], shared.mean(index)
         ),
-        prepare=References,
+        prepare=Counterfactuals,
         causal=False,
     ),
     Method(
@@ -129,7 +135,7 @@ _ALL = (
         lambda model, examples, index, shared: attribution_patching.integrated_gradients(
             model, examples[index], shared.corrupt(index), "integrated_gradients_corrupt"
         ),
-        prepare=References,
+        prepare=Counterfactuals,
         causal=False,
     ),
     Method(
@@ -143,7 +149,7 @@ METHODS: dict[str, Method] = {method.name: method for method in _ALL}
 DEFAULT = ("dla", "ablation")
 
 
-def chosen(names: str) -> list[Method]:
+def parse_method_names(names: str) -> list[Method]:
     """The methods behind `--method`: names with commas; `all` is the pair that identify ranks by.
 
     Raises:
@@ -162,15 +168,15 @@ def score_examples(
     names: str,
     seed: int = 0,
     progress: Progress = silent,
-    shards: Shards | None = None,
+    parallel: ParallelMap | None = None,
 ) -> Scores:
     """Scores of all heads by one or several methods (names with commas) on encoded examples.
 
     Args:
-        shards: how examples are shared among processes and kept; default: this process alone, nothing kept.
+        parallel: how examples are shared among processes and kept; default: this process alone, nothing kept.
     """
-    shards = shards or Shards()
-    methods = chosen(names)
+    parallel = parallel or ParallelMap()
+    methods = parse_method_names(names)
     per_example = [method for method in methods if method.score is not None]
     shared = {method.name: method.prepare(model, examples, seed) for method in per_example}
 
@@ -180,11 +186,11 @@ def score_examples(
             row |= method.score(model, examples, index, shared[method.name])  # type: ignore[misc]
         return row
 
-    rows = shards.map(len(examples), one, progress, "scoring heads") if per_example else []
+    rows = parallel.map(len(examples), one, progress, "scoring heads") if per_example else []
     whole: dict[str, Array] = {}
     for method in methods:
         if (of_task := method.whole) is not None:
-            whole |= shards.once(method.name, partial(of_task, model, examples, seed, progress))
+            whole |= parallel.once(method.name, partial(of_task, model, examples, seed, progress))
     scores = stack(rows, [example.example.subject for example in examples], whole)
     for method in methods:
         if f"{method.name}.target" not in scores:

@@ -12,9 +12,9 @@ from safetensors.numpy import load_file, save_file
 
 from headtune.analysis.utils.errors import InputError
 from headtune.analysis.utils.files import atomic_path
+from headtune.analysis.utils.stats import subject_weights, tails
 
 Array = NDArray[np.float32]
-FEW_SUBJECTS, ENOUGH_SUBJECTS = 5, 20  # intervals over fewer than the first say little; over the second they do
 
 
 @dataclass
@@ -79,8 +79,7 @@ class Scores:
 
     def interval(self, name: str, n: int = 1000, seed: int = 0, level: float = 0.95) -> tuple[Array, Array]:
         """Percentile bootstrap interval of the mean, over the resamplings that have one: two `[n_layers, n_heads]`."""
-        tail = 100 * (1 - level) / 2
-        low, high = np.nanpercentile(self.bootstrap(name, n, seed), [tail, 100 - tail], axis=0)
+        low, high = np.nanpercentile(self.bootstrap(name, n, seed), tails(level), axis=0)
         return low.astype(np.float32), high.astype(np.float32)
 
     def save(self, path: Path) -> None:
@@ -108,25 +107,6 @@ def load_means(path: Path, shape: tuple[int, int] | None = None) -> dict[str, Ar
                 f"model with {shape[0]} layers of {shape[1]} heads; run headtune identify again"
             )
     return means
-
-
-def subject_weights(subjects: Sequence[str], n: int, seed: int) -> NDArray[np.float64]:
-    """How often each example counts in each of `n` resamplings of the subjects: `[n, n_examples]`."""
-    names, index = np.unique(np.asarray(subjects), return_inverse=True)
-    draws = np.random.default_rng(seed).multinomial(len(names), np.full(len(names), 1 / len(names)), size=n)
-    return draws[:, index].astype(np.float64)
-
-
-def mean_interval(
-    values: Sequence[float], subjects: Sequence[str], n: int = 2000, seed: int = 0, level: float = 0.95
-) -> dict[str, float | list[float]]:
-    """`{"mean", "ci": [low, high]}` of one number per example, bootstrapped over subjects."""
-    array = np.asarray(values, dtype=np.float64)
-    weights = subject_weights(subjects, n, seed)
-    means = weights @ array / weights.sum(1)
-    tail = 100 * (1 - level) / 2
-    low, high = np.percentile(means, [tail, 100 - tail])
-    return {"mean": float(array.mean()), "ci": [float(low), float(high)]}
 
 
 def stack(

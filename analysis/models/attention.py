@@ -236,3 +236,11 @@ def look_with(look: Look) -> Iterator[None]:
         yield
     finally:
         _looks.remove(look)
+
+
+def masked(scores: Tensor, mask: Tensor | None) -> Tensor:
+    """Attention scores `[..., keys]` with a row of a mask: None, bool (True = attend) or additive."""
+    if mask is None:
+        return scores
+    mask = mask.to(scores.device)
+    return scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask.float()

@@ -38,7 +38,7 @@ class HeadModel:
         architecture: its family's row of the table.
         n_layers, n_heads, n_kv_heads, head_dim, d_model: sizes; `head_dim` is the projection's input width divided by
             `n_heads`, never `d_model // n_heads`.
-        max_memory: bytes that batches of hypothetical runs may take (see `interventions.rows_in_memory`).
+        max_memory: bytes that batches of counterfactual runs may take (see `interventions.batches.rows_in_memory`).
         plain_attention: the implementation that the model came with (see `record_attention`).
     """
 

@@ -17,7 +17,8 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from headtune.analysis.utils.errors import InputError, nearest
-from headtune.analysis.utils.paths import require_safe_weights
+from headtune.analysis.utils.paths import check_weights_are_safe
+from headtune.analysis.utils.processes import local_rank
 
 from . import builtin
 from .architectures import architecture_of
@@ -158,7 +159,7 @@ def load_plain(
     source = resolve(name)
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     if Path(source).is_dir():
-        require_safe_weights(Path(source))
+        check_weights_are_safe(Path(source))
     else:
         _require_on_hub(name, revision)
     with _refused_by_name(name):
@@ -231,7 +232,7 @@ def load_model(
     model, tokenizer = load_plain(name, dtype, revision, trust_remote_code, device_map)
     if device_map is not None:
         return wrap_model(model, tokenizer, name, revision)
-    rank, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    rank, gpus = local_rank(), torch.cuda.device_count()
     if device is None and gpus and rank >= gpus:
         raise InputError(f"process {rank + 1} of this machine has no GPU: there are {gpus}; start one process a GPU")
     own_gpu = f"cuda:{rank}"

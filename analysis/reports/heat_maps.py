@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from headtune.analysis.heads.head_set import ROLES, HeadSet
 from headtune.analysis.utils.files import atomic_path
+from headtune.analysis.utils.stats import spearman
 
 from .html import number, png_of
 
@@ -233,20 +234,10 @@ def agreement(means: Mapping[str, ArrayLike], quantity: str) -> tuple[list[str],
     """
     maps = methods_of(means, quantity)
     flat = [matrix.ravel() for matrix in maps.values()]
-    return list(maps), np.array([[_spearman(a, b) for b in flat] for a in flat]).reshape(len(flat), len(flat))
+    return list(maps), np.array([[_agreement(a, b) for b in flat] for a in flat]).reshape(len(flat), len(flat))
 
 
-def _spearman(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
+def _agreement(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
     both = np.isfinite(a) & np.isfinite(b)
-    x, y = _ranks(a[both]), _ranks(b[both])
-    if not both.any() or x.std() == 0 or y.std() == 0:
-        return float("nan")
-    return float(np.corrcoef(x, y)[0, 1])
-
-
-def _ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Ranks from 1; equal values share the mean of theirs."""
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    last = np.cumsum(counts)
-    ranks: NDArray[np.float64] = (last - (counts - 1) / 2)[inverse]
-    return ranks
+    correlation = spearman(a[both], b[both])
+    return float("nan") if correlation is None else correlation

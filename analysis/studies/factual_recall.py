@@ -27,25 +27,26 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from headtune.analysis.interventions.counterfactuals import References
+from headtune.analysis.interventions.counterfactuals import Counterfactuals
 from headtune.analysis.interventions.last_layer import scale_sink_heads, subtract_mlp_intercept
 from headtune.analysis.interventions.mlp_regression import (
     Decomposition,
-    EndParts,
+    LastTokenParts,
     Moments,
     decoded,
-    end_parts,
-    fit,
+    last_token_parts,
     moments_of,
+    regress,
     split_subjects,
 )
 from headtune.analysis.methods.patching import answer_probabilities, path_logits
-from headtune.analysis.methods.scores import Array, Scores, mean_interval, stack
+from headtune.analysis.methods.scores import Array, Scores, stack
 from headtune.analysis.models.attention import softcapped
 from headtune.analysis.models.head_model import HeadModel
 from headtune.analysis.tasks.tokenized import Encoded
 from headtune.analysis.utils.errors import InputError
 from headtune.analysis.utils.progress import Progress
+from headtune.analysis.utils.stats import mean_interval
 
 from .base import Analysis
 from .factual_recall_figures import page
@@ -74,7 +75,7 @@ def answer_difference(logits: Tensor, encoded: Encoded) -> Tensor:
 
 
 def argument_scores(
-    model: HeadModel, examples: Sequence[Encoded], index: int, references: References
+    model: HeadModel, examples: Sequence[Encoded], index: int, references: Counterfactuals
 ) -> dict[str, Array]:
     """How far the answer of one example rests on each head's knowledge of the subject.
 
@@ -166,7 +167,7 @@ class Survey:
         sums = (tensor.double().to(model.device) for tensor in (d_model, per_head, per_head))
         return cls(Moments.empty(model), Moments.empty(model), [], [], [], *sums)
 
-    def add(self, model: HeadModel, encoded: Encoded, parts: EndParts, held_out: bool) -> None:
+    def add(self, model: HeadModel, encoded: Encoded, parts: LastTokenParts, held_out: bool) -> None:
         (self.others if held_out else self.fitted).add(moments_of(parts))
         self.p.append(answers_by_layer(model, parts.after, encoded))
         self.first.append(parts.pattern[-1, :, 0].cpu().numpy())
@@ -282,12 +283,12 @@ def factual_recall(
     subjects = [encoded.example.subject for encoded in examples]
     apart = split_subjects(subjects, held_out, seed)
     table = frequencies(model.tokenizer, frequency_text)
-    references = References(model, examples, seed)
+    references = Counterfactuals(model, examples, seed)
 
     survey = Survey.empty(model)
     for encoded in progress(examples, "taking runs apart"):
-        survey.add(model, encoded, end_parts(model, encoded.tokens), encoded.example.subject in apart)
-    found = fit(survey.fitted)
+        survey.add(model, encoded, last_token_parts(model, encoded.tokens), encoded.example.subject in apart)
+    found = regress(survey.fitted)
     indices = range(len(examples))
     rows = [argument_scores(model, examples, i, references) for i in progress(indices, "patching paths")]
     scores = stack(rows, subjects)

@@ -11,8 +11,9 @@ import torch
 from numpy.typing import NDArray
 
 from headtune.analysis.heads.ranking import SIGNS, elbow, rank
-from headtune.analysis.interventions.counterfactuals import References
-from headtune.analysis.interventions.last_token import EndRun, Head, Row
+from headtune.analysis.interventions.counterfactuals import Counterfactuals
+from headtune.analysis.interventions.intervention import Head, Intervention
+from headtune.analysis.interventions.last_token import LastTokenRunner
 from headtune.analysis.methods.patching import (
     INPUTS,
     answer_probabilities,
@@ -21,13 +22,14 @@ from headtune.analysis.methods.patching import (
     path_effects,
     set_probabilities,
 )
-from headtune.analysis.methods.registry import chosen, score_examples
-from headtune.analysis.methods.scores import Array, Scores, mean_interval, stack
+from headtune.analysis.methods.registry import parse_method_names, score_examples
+from headtune.analysis.methods.scores import Array, Scores, stack
 from headtune.analysis.models.head_model import HeadModel
 from headtune.analysis.reports.html import png_of
 from headtune.analysis.tasks.tokenized import Encoded
 from headtune.analysis.utils.errors import InputError
 from headtune.analysis.utils.progress import Progress
+from headtune.analysis.utils.stats import mean_interval
 
 from .base import Analysis, Figure, Table
 
@@ -157,7 +159,7 @@ def behaviour(logits: torch.Tensor, encoded: Encoded) -> torch.Tensor:
 
 def faithfulness_curves(
     model: HeadModel,
-    references: References,
+    references: Counterfactuals,
     rankings: Mapping[str, Sequence[Head]],
     progress: Progress,
     proportions: Sequence[float] = PROPORTIONS,
@@ -175,13 +177,13 @@ def faithfulness_curves(
     result: dict[str, list[NDArray[np.float64]]] = {name: [] for name in rankings}
     for index in progress(range(len(references.examples)), "keeping the best heads"):
         encoded, reference = references.examples[index], references.mean(index)
-        run = EndRun(model, encoded.tokens)
+        runner = LastTokenRunner(model, encoded.tokens)
         for name, ranking in rankings.items():
             rows = []
             for count in counts:
                 kept = set(ranking[:count])
-                rows.append(Row(outputs={head: reference[head] for head in pairs if head not in kept}))
-            result[name].append(behaviour(run.step(rows).logits, encoded).double().cpu().numpy())
+                rows.append(Intervention(outputs={head: reference[head] for head in pairs if head not in kept}))
+            result[name].append(behaviour(runner.run(rows).logits, encoded).double().cpu().numpy())
     return {name: np.stack(values) for name, values in result.items()}
 
 
@@ -209,9 +211,9 @@ def faithfulness(
     score (0 is best; lead with CMD, CPR is not bounded by 1). After Mueller et al. 2025 (MIB), on heads, at END.
     """
     scores = score_examples(model, examples, methods, seed, progress)
-    references = References(model, examples, seed)
+    references = Counterfactuals(model, examples, seed)
     rankings: dict[str, list[Head]] = {}
-    names = [method.name for method in chosen(methods)]
+    names = [method.name for method in parse_method_names(methods)]
     for name in names:
         values = scores.mean(f"{name}.target")
         rankings[f"{name} signed"] = order(values)
@@ -274,7 +276,7 @@ def path_patching(
     """
     _require_top(top)
     asked = parse_receivers(receivers, model) if receivers else []
-    references = References(model, examples, seed)
+    references = Counterfactuals(model, examples, seed)
     subjects = [encoded.example.subject for encoded in examples]
     rows = [
         path_effects("path", model, examples[index], references.mean(index))
@@ -337,7 +339,7 @@ def parse_receivers(text: str, model: HeadModel) -> list[tuple[Head, str]]:
 
 
 def _strongest(scores: Scores) -> list[tuple[Head, str]]:
-    chosen = [order(scores.mean("path.target"))[0]]
+    parse_method_names = [order(scores.mean("path.target"))[0]]
     if "path.previous" in scores:
-        chosen.append(order(-scores.mean("path.previous"))[0])
-    return [(head, through) for head in dict.fromkeys(chosen) for through in INPUTS]
+        parse_method_names.append(order(-scores.mean("path.previous"))[0])
+    return [(head, through) for head in dict.fromkeys(parse_method_names) for through in INPUTS]

@@ -22,12 +22,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headtune.analysis.interventions.causal_tracing import KINDS
-from headtune.analysis.methods.scores import subject_weights
 from headtune.analysis.models.head_model import HeadModel
 from headtune.analysis.reports.html import with_interval
 from headtune.analysis.tasks.tokenized import Encoded
 from headtune.analysis.utils.errors import InputError
 from headtune.analysis.utils.progress import Progress
+from headtune.analysis.utils.stats import subject_shares
 
 from .base import Analysis, Figure, Table
 from .promote_suppress_example import Values, measured, traced
@@ -145,8 +145,8 @@ class _Study:
         kept = [i for i, row in enumerate(values) if not np.isnan(row).any()]
         if not kept:
             return {"n": 0, "mean": None, "low": None, "high": None}
-        weights = subject_weights([self.subjects[i] for i in kept], N_RESAMPLINGS, self.seed)
-        means = np.tensordot(weights / weights.sum(1, keepdims=True), values[kept], 1)
+        shares = subject_shares([self.subjects[i] for i in kept], N_RESAMPLINGS, self.seed)
+        means = np.tensordot(shares, values[kept], 1)
         low, high = np.percentile(means, [2.5, 97.5], axis=0)
         return {"n": len(kept), "mean": values[kept].mean(0).tolist(), "low": low.tolist(), "high": high.tolist()}
 

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from headtune.analysis.interventions.causal_tracing import KINDS, causal_trace, knockout
-from headtune.analysis.interventions.last_token import CLEAN, EndRun, Row
+from headtune.analysis.interventions.intervention import CLEAN, Intervention
+from headtune.analysis.interventions.last_token import LastTokenRunner
 from headtune.analysis.interventions.logit_lens import PARTS, answer_tokens, decode, string_logprobs, token_lens
 from headtune.analysis.models.head_model import HeadModel
 from headtune.analysis.tasks.tokenized import Encoded
@@ -89,13 +90,13 @@ def measured(model: HeadModel, encoded: Encoded, depth: int, renormalise: bool) 
         `[n_layers, n_names]`; `heads` and `heads.<source>`: `[n_layers, n_heads, n_names]`; `knockout.<source>.logits`:
         `[n_names]`; `strings.<condition>`: see `strings`; `count.*`: see Names.
     """
-    run = EndRun(model, encoded.tokens)
-    clean = run.step([CLEAN], keep=PARTS)
+    runner = LastTokenRunner(model, encoded.tokens)
+    clean = runner.run([CLEAN], record=PARTS)
     names = Names.of(model, encoded, depth, clean.logits[0])
     decoded = decode(model, clean, names.tokens)
     found = {"attention": names.means(decoded.attention[0]), "mlp": names.means(decoded.mlp[0])}
     sources = encoded.sources()
-    by_source = names.means(token_lens(run, sources, names.tokens))  # [sources, n_layers, n_heads, n_names]
+    by_source = names.means(token_lens(runner, sources, names.tokens))  # [sources, n_layers, n_heads, n_names]
     found["heads"] = by_source.sum(0)  # the sources partition the positions
     for source, lens in zip(sources, by_source, strict=True):
         found |= {f"heads.{source}": lens, f"lens.{source}": lens.sum(1)}
@@ -104,7 +105,7 @@ def measured(model: HeadModel, encoded: Encoded, depth: int, renormalise: bool) 
     spans |= {f"previous_{i}": span for i, span in enumerate(encoded.previous, start=1)}
     if previous:
         spans["previous"] = previous
-    effect = knockout(run, spans, names.tokens, renormalise)
+    effect = knockout(runner, spans, names.tokens, renormalise)
     for index, name in enumerate(spans):
         for part in ("attention", "mlp", "logits"):
             found[f"knockout.{name}.{part}"] = names.means(getattr(effect, part)[index])
@@ -130,7 +131,7 @@ def strings(model: HeadModel, encoded: Encoded, logits: Tensor, depth: int, reno
     columns = [*(index for index, tokens in enumerate(ids[:n]) if tokens is not None), depth]
     previous = [position for span in encoded.previous for position in span]
     knocked = {"without_subject": list(encoded.subject)} | ({"without_previous": previous} if previous else {})
-    rows = [CLEAN, *(Row(knocked_out=positions, renormalise=renormalise) for positions in knocked.values())]
+    rows = [CLEAN, *(Intervention(knocked_out=positions, renormalise=renormalise) for positions in knocked.values())]
     scored = string_logprobs(model, encoded.tokens, [*given, best], rows).cpu().numpy()
     result = {"count.merged": np.array(ids.count(None))}
     for condition, values in zip(("baseline", *knocked), scored, strict=True):
@@ -168,7 +169,7 @@ def traced(
         Means over the noise: `clean` and `noisy`, `[2, n_names]` (probability, logit), and `effect.<kind>.<group>`,
         restored less noisy, `[centres, 2, n_names]`.
     """
-    names = Names.of(model, encoded, depth, EndRun(model, encoded.tokens).step([CLEAN]).logits[0])
+    names = Names.of(model, encoded, depth, LastTokenRunner(model, encoded.tokens).run([CLEAN]).logits[0])
     groups = encoded.sources()
     groups["rest"] = groups.pop("first") + groups.pop("rest")
     found = causal_trace(

@@ -23,6 +23,7 @@ from numpy.typing import ArrayLike, NDArray
 from transformers import PreTrainedTokenizerBase
 
 from headtune.analysis.utils.errors import InputError
+from headtune.analysis.utils.stats import pearson, spearman
 
 _PIECE = 200_000  # characters tokenised at once; texts are cut at line ends
 
@@ -66,7 +67,7 @@ class Frequencies:
         for name in self.masks():
             values, logs = self.pairs(logits, name)
             result[f"pearson_{name}"] = pearson(values, logs)
-            result[f"spearman_{name}"] = pearson(ranks(values), ranks(logs))
+            result[f"spearman_{name}"] = spearman(values, logs)
         return result
 
     def pairs(self, logits: ArrayLike, mask: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -75,22 +76,6 @@ class Frequencies:
         n = min(len(values), len(self.counts))
         chosen = self.masks()[mask][:n]
         return values[:n][chosen], self.log_p[:n][chosen]
-
-
-def pearson(a: ArrayLike, b: ArrayLike) -> float | None:
-    """Pearson's correlation of two vectors; None with fewer than two values, or where one does not vary."""
-    x, y = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
-    if len(x) < 2 or np.ptp(x) == 0 or np.ptp(y) == 0:
-        return None
-    x, y = x - x.mean(), y - y.mean()
-    return float((x @ y) / np.sqrt((x @ x) * (y @ y)))
-
-
-def ranks(values: ArrayLike) -> NDArray[np.float64]:
-    """Ranks from 0, ties sharing their mean: Pearson's correlation of ranks is Spearman's."""
-    _, inverse, count = np.unique(np.asarray(values), return_inverse=True, return_counts=True)
-    mean: NDArray[np.float64] = np.cumsum(count) - (count + 1) / 2
-    return mean[inverse]
 
 
 def counts(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> NDArray[np.int64]:

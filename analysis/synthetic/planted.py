@@ -38,7 +38,7 @@ from headtune.analysis.tasks.task import Example, Task
 from headtune.analysis.utils.errors import InputError
 
 from .metrics import Head, auroc, average_precision, precision_at_k, sign_accuracy
-from .weights import MARKERS, PREVIOUS, ROPE_THETA, Matrix, Planting, assign_roles, require_room, state_dict
+from .weights import MARKERS, PREVIOUS, ROPE_THETA, Matrix, Planting, assign_roles, check_planting, state_dict
 
 TEMPLATES = (Template("List {subject}:"), Template("Some {subject}:", "\n- {answer}"))
 SIGNS = {"recall": 1.0, "suppression": -1.0}  # of the effect on the remaining, and on the previous answers
@@ -130,7 +130,7 @@ def plant(planting: Planting) -> PlantedModel:
     Raises:
         InputError: sizes that cannot hold what is to be planted.
     """
-    require_room(planting)
+    check_planting(planting)
     generator = np.random.default_rng(planting.seed)
     facts = {
         subject: [

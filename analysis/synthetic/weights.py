@@ -150,7 +150,7 @@ def _slow_dimensions(head_dim: int) -> list[int]:
     return [*slow, *(i + half for i in slow)]
 
 
-def require_room(planting: Planting) -> None:
+def check_planting(planting: Planting) -> None:
     """Refuse sizes that cannot hold what is to be planted (InputError)."""
     space = _Space.of(planting)
     p, least = planting, max(PREVIOUS) + 1

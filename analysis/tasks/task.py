@@ -20,7 +20,7 @@ class Example:
     """One prompt.
 
     Attributes:
-        prompt: the text up to END; the answer would come next.
+        prompt: the text right before the answer.
         subject: what is asked about; occurs in the prompt.
         answers: all accepted answers, those already given included.
         previous: the answers already given, in order; empty for single-fact prompts.

@@ -1,4 +1,4 @@
-"""Examples in tokens: where the subject, each previous answer and END are, and which tokens the answers begin with."""
+"""Examples in tokens: positions of the subject and of each previous answer, and the answers' first tokens."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .task import Example, Task
 
 @dataclass(frozen=True)
 class Encoded:
-    """An example in tokens. END is the last position.
+    """An example in tokens. The answer would follow the last one.
 
     Attributes:
         example: where it comes from.
@@ -100,9 +100,9 @@ def as_chat(task: Task, tokenizer: PreTrainedTokenizerBase) -> Task:
     """The task with its prompts written out in the tokenizer's chat template, if it asks for that; else as it is.
 
     The user's turn is the text before the line of the first answer given, the assistant's turn has begun with the list:
-    so END is still where the next answer comes. Where there is no such text, or no answer is given, the whole prompt is
-    the user's turn, and the answer is the start of the reply. A `corrupt` prompt is written likewise: its reply has as
-    many lines. Tokenise the result without special tokens: the template writes its own.
+    so the last token is still where the next answer comes. Where there is no such text, or no answer is given, the
+    whole prompt is the user's turn, and the answer is the start of the reply. A `corrupt` prompt is written likewise:
+    its reply has as many lines. Tokenise the result without special tokens: the template writes its own.
 
     Raises:
         InputError: the tokenizer has no chat template, or a `corrupt` prompt has fewer lines than its prompt's list.
@@ -171,7 +171,7 @@ def first_tokens(
     }
 
 
-def require_room(
+def check_prompt_length(
     task: Task, tokenizer: PreTrainedTokenizerBase, positions: int | None, more: int = 0, corrupt: bool = False
 ) -> None:
     """Refuse a task with a prompt that is too long for the model.
@@ -214,7 +214,7 @@ def encode(task: Task, tokenizer: PreTrainedTokenizerBase, positions: int | None
     """
     if not tokenizer.is_fast:
         raise InputError(f"tokenizer {tokenizer.name_or_path!r} gives no character offsets; use its fast version")
-    require_room(task, tokenizer, positions, corrupt=True)
+    check_prompt_length(task, tokenizer, positions, corrupt=True)
     result = EncodedTask(task)
     for example, written in zip(task.examples, as_chat(task, tokenizer).examples, strict=True):
         # A chat template may say a subject's name before the user does.

@@ -16,7 +16,7 @@ from .errors import InputError
 _LONGEST = 200  # bytes; file systems take 255, and temporary names beside it are longer
 
 
-def require_plain_name(name: str, what: str) -> None:
+def check_file_name(name: str, what: str) -> None:
     """Refuse a name that is no single, printable part of a path.
 
     Raises:
@@ -28,7 +28,7 @@ def require_plain_name(name: str, what: str) -> None:
         raise InputError(f"{what} {name[:20]!r}... has {len(name.encode())} bytes; use {_LONGEST} at most")
 
 
-def inside(folder: Path, name: str, what: str) -> Path:
+def safe_join(folder: Path, name: str, what: str) -> Path:
     """The path of `name` in `folder`, where `name` is what a file says.
 
     Raises:
@@ -41,7 +41,7 @@ def inside(folder: Path, name: str, what: str) -> Path:
     return folder / path
 
 
-def require_no_way_out(folder: Path, what: str, parts: Sequence[str] = ("",)) -> None:
+def check_links_stay_inside(folder: Path, what: str, parts: Sequence[str] = ("",)) -> None:
     """Refuse a folder in which a link, at any depth, leads out of it. Links within it, and `folder` itself, may be.
 
     Args:
@@ -69,7 +69,7 @@ def _within(path: Path, top: Path) -> bool:
         return False
 
 
-def require_safe_weights(folder: Path) -> None:
+def check_weights_are_safe(folder: Path) -> None:
     """Refuse a model folder whose weights are a pickle, or whose index names shards elsewhere.
 
     Shards may be links, as they are in the hub cache; it is the index that may not name a way out.
@@ -93,4 +93,4 @@ def require_safe_weights(folder: Path) -> None:
         for name in sorted(names, key=str):
             if not isinstance(name, str):
                 raise InputError(f"{where} names {name!r}, which is no file; get the folder anew")
-            inside(folder, name, where)
+            safe_join(folder, name, where)

@@ -21,6 +21,7 @@ from typing import Any
 
 from headtune.analysis.utils.errors import InputError
 from headtune.analysis.utils.files import require_new_folder
+from headtune.analysis.utils.processes import world_size
 from headtune.train.config.recipe import load_recipe
 from headtune.train.config.resolve_tasks import tasks_of
 from headtune.train.config.schema import Recipe
@@ -34,7 +35,7 @@ def launch(path: Path, name: str, overrides: Sequence[str], flags: Sequence[str]
     Raises:
         InputError: the file, the recipe, or a run that the launch does not fit.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if world_size() > 1:
         raise InputError("--config_file launches the run, which a launcher has already done; leave one of them out")
     file = check(path)
     recipe = load_recipe(name, overrides)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
 import time
+
+from headtune.analysis.utils.processes import rank
 
 PATIENCE = 20.0  # seconds that a rank leaves to the launcher to end it because of another
 
@@ -17,10 +18,9 @@ def fail(message: str, code: int) -> int:
     """
     from . import console
 
-    rank = int(os.environ.get("RANK", "0"))
-    if rank:
+    if number := rank():
         wait_to_be_ended()
-        message = f"rank {rank}: {message}"
+        message = f"rank {number}: {message}"
     return console.fail(message, code)
 
 
@@ -37,4 +37,4 @@ def fail_with_another(error: RuntimeError) -> int:
     from . import console
 
     reason = str(error).splitlines()[0][:200]
-    return console.fail(f"rank {os.environ.get('RANK', '0')} lost the connection to another process ({reason})", 1)
+    return console.fail(f"rank {rank()} lost the connection to another process ({reason})", 1)

@@ -19,7 +19,7 @@ import traceback
 from collections.abc import Sequence
 from typing import Any
 
-from headtune.analysis.utils.processes import lost_another
+from headtune.analysis.utils.processes import is_main, lost_another
 
 from .arguments import Parser, adder, set_volume
 from .commands import (
@@ -118,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return fail_with_another(error)
     except KeyboardInterrupt as stop:  # a run's says by what and how to go on (see interruption)
         code = getattr(stop, "exit_code", 130)
-        if code == 0 and os.environ.get("RANK", "0") != "0":
+        if code == 0 and not is_main():
             return code
         return fail(str(stop) or "interrupted; run the same command again", code)
 

@@ -29,7 +29,7 @@ def metrics_table(columns: Mapping[str, Mapping[str, Any]], title: str = "") -> 
 
     Below it a note where few subjects stand behind the intervals: a bootstrap of two has three outcomes.
     """
-    from headtune.analysis.methods.scores import ENOUGH_SUBJECTS, FEW_SUBJECTS
+    from headtune.analysis.utils.stats import ENOUGH_SUBJECTS, FEW_SUBJECTS
 
     counts = [metrics["n"].get("subjects", FEW_SUBJECTS) for metrics in columns.values() if "n" in metrics]
     subjects = min(counts, default=FEW_SUBJECTS)

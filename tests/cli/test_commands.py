@@ -403,7 +403,7 @@ def test_sizes_that_are_none(text: str) -> None:
 
 @pytest.mark.slow
 def test_little_memory_gives_the_same_numbers(task: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One hypothetical run at a time instead of all together."""
+    """One counterfactual run at a time instead of all together."""
     import numpy as np
 
     from headtune.analysis.interventions import last_token

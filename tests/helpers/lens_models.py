@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from headtune.analysis.interventions.last_token import Row
+from headtune.analysis.interventions.intervention import Intervention
 from headtune.analysis.models.attention import AttentionCall
 from headtune.analysis.models.head_model import HeadModel
 from headtune.analysis.models.loading import wrap_model
@@ -33,7 +33,7 @@ def model_of(family: str) -> HeadModel:
     return wrap_model(tiny_model(family, attn_implementation=attention, **SIZES[family]), tiny_tokenizer(), family)
 
 
-def slow_attention(row: Row, end: int) -> Any:
+def slow_attention(row: Intervention, end: int) -> Any:
     """Attention head by head and query by query, with a row's knock-out from END on."""
 
     def attend(call: AttentionCall) -> Tensor:

@@ -63,7 +63,7 @@ def check_headtune(words: Sequence[str]) -> None:
             if name not in THEIRS:
                 recipe.load_recipe(name, [*getattr(arguments, "overrides", []), *grid])
     elif arguments.command == "identify":
-        registry.chosen(arguments.method)
+        registry.parse_method_names(arguments.method)
     elif arguments.command == "analyse":
         assert arguments.name in {"list", *base.STUDIES}
         if arguments.name != "list":

@@ -98,7 +98,7 @@ def test_a_head_set_is_read() -> None:
     assert roles_of("heads") == expected["roles"]
     for role, scores in expected["ranked_by"].items():
         assert [entry.score for entry in heads.roles[role]] == pytest.approx(scores, abs=TOLERANCE)
-    assert heads.require_fit(load_model("model").identity()) == [], "neither its sizes nor its weights have changed"
+    assert heads.check_model(load_model("model").identity()) == [], "neither its sizes nor its weights have changed"
     assert heads.verification["dissociation"].keys() == {"recall", "suppression"}
 
     means = load_means(Path("heads/scores.safetensors"), heads.shape)

@@ -18,9 +18,9 @@ class IdentifyConfig(StrictConfig):
     @field_validator("method")
     @classmethod
     def _known(cls, value: str) -> str:
-        from headtune.analysis.methods.registry import chosen
+        from headtune.analysis.methods.registry import parse_method_names
 
-        chosen(value)
+        parse_method_names(value)
         return value
 
 

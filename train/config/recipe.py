@@ -23,7 +23,7 @@ import yaml
 from pydantic import ValidationError
 
 from headtune.analysis.utils.errors import InputError, nearest
-from headtune.analysis.utils.paths import require_plain_name
+from headtune.analysis.utils.paths import check_file_name
 from headtune.analysis.utils.secrets import require_no_secrets
 
 from . import validation
@@ -53,7 +53,7 @@ def _parsed(data: Any, source: Source) -> Recipe:
         raise source.refuse([*problems, *given_twice(source.root)])
     digest = hashlib.sha256(json.dumps(recipe.dump(), sort_keys=True).encode()).hexdigest()[:6]
     name = recipe.name or f"{recipe.recipe}-{_heads_label(recipe.heads)}-s{recipe.seed}-{digest}"
-    require_plain_name(name, f"{source.name}: name")
+    check_file_name(name, f"{source.name}: name")
     return recipe.model_copy(update={"name": name, "output_dir": recipe.output_dir or f"runs/{name}"})
 
 

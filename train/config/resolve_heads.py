@@ -84,7 +84,7 @@ def resolve_heads(
         )
     path = Path(block.source or (block.random.like if block.random else ""))
     heads = HeadSet.load(path)
-    for warning in heads.require_fit(model.identity()):
+    for warning in heads.check_model(model.identity()):
         log.warning(warning)
     pairs = heads.top_heads(block.role, block.top, str(path), notify)
     if block.random is not None:

@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from headtune.analysis.methods.scores import subject_weights
 from headtune.analysis.utils.errors import InputError
+from headtune.analysis.utils.stats import percentile_interval, subject_weights, tails
 
 Matrix = Sequence[Sequence[float | None]]  # [i][j]: task i after training task j; None for j < i
 
@@ -105,9 +105,7 @@ def sequence_metrics(
 
 
 def _interval(by_task: Sequence[NDArray[np.float64]], level: float) -> list[float]:
-    tail = 100 * (1 - level) / 2
-    low, high = np.percentile(np.mean(by_task, axis=0), [tail, 100 - tail])
-    return [float(low), float(high)]
+    return list(percentile_interval(np.mean(by_task, axis=0), tails(level)))
 
 
 def _table(row: Sequence[ArrayLike | None], i: int, n_tasks: int) -> NDArray[np.float64]:

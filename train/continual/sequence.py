@@ -24,7 +24,7 @@ from transformers.trainer_utils import align_special_tokens
 
 from headtune.analysis.heads.head_set import HeadSet, RankedHead
 from headtune.analysis.identify import pipeline
-from headtune.analysis.methods.scores import load_means, mean_interval
+from headtune.analysis.methods.scores import load_means
 from headtune.analysis.models.head_model import HeadModel
 from headtune.analysis.reports import head_report
 from headtune.analysis.tasks.loading import load_task
@@ -34,11 +34,12 @@ from headtune.analysis.utils.errors import InputError
 from headtune.analysis.utils.files import write_json
 from headtune.analysis.utils.progress import Notify
 from headtune.analysis.utils.state_files import read_state
+from headtune.analysis.utils.stats import mean_interval
 from headtune.train.config.methods import EvaluationConfig, SeekrConfig, TaskConfig
 from headtune.train.config.resolve_heads import keep_heads, resolve_heads, selected
 from headtune.train.config.resolve_tasks import tasks_of
 from headtune.train.config.schema import Recipe
-from headtune.train.evaluation.evaluate import perplexity, require_room_for, score_task
+from headtune.train.evaluation.evaluate import check_generation_length, perplexity, score_task
 from headtune.train.evaluation.evaluation_file import (
     flat,
     new_folder,
@@ -111,7 +112,7 @@ def require_usable(recipe: Recipe, model: HeadModel, steps: Sequence[Step]) -> N
         raise InputError(f"two of the tasks measured are called {twice[0]!r}; rename a file, or name the step")
     for task in [step.held_out for step in steps] + general:
         require_choices(task)
-        require_room_for(model.hf, model.tokenizer, task, recipe.evaluation.n_items)
+        check_generation_length(model.hf, model.tokenizer, task, recipe.evaluation.n_items)
     if recipe.heads is not None and recipe.heads.identify is None:
         resolve_heads(recipe.heads, model, steps[0].train, notify=lambda _line: None)
     elif recipe.heads is not None:
@@ -135,7 +136,7 @@ def require_usable(recipe: Recipe, model: HeadModel, steps: Sequence[Step]) -> N
     if distil.logits_top is not None and distil.logits_top >= vocabulary:
         raise InputError(f"method.distil.logits_top is {distil.logits_top} of {vocabulary} logits; lower or remove it")
     for step, rows in zip(steps, rows_of(recipe, model, steps), strict=True):
-        trl_trainers.require_fit(step.name, [row.length for row in rows], model.positions)
+        trl_trainers.check_lengths(step.name, [row.length for row in rows], model.positions)
     for key in ("packing", "loss_type", "label_smoothing_factor", "completion_only_loss", "assistant_only_loss"):
         if recipe.training.get(key):
             raise InputError(f"training.{key} is not read by recipe seekr, whose loss is its own; remove it")

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from headtune.analysis.utils.errors import CheckError, InputError
 from headtune.analysis.utils.files import atomic_path, sha256_of, write_json
-from headtune.analysis.utils.paths import inside
+from headtune.analysis.utils.paths import safe_join
 from headtune.train.losses.attention_distillation import TopLogits, top_logits
 
 from .teachers import Heads, Teacher, TeacherBatch, by_layer, collate_teachers, pairs_of, visible_keys
@@ -69,7 +69,7 @@ class TeacherStore:
             own = index["format"], index["dtype"], index["logits_top"]
             self._shards, self._keys = dict(index["shards"]), {key: list(names) for key, names in index["keys"].items()}
             for name in self._shards:
-                inside(self.folder, name, "index.json")
+                safe_join(self.folder, name, "index.json")
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise self._damaged(path, error) from None
         if own != (_FORMAT, self.dtype, self.logits_top):

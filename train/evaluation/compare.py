@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headtune.analysis.utils.errors import InputError
+from headtune.analysis.utils.stats import percentile_interval, subject_shares
 
 from .metric_names import METRIC_NAMES
 from .run_reader import Finished, read_runs
@@ -188,13 +189,13 @@ def _mean(value: Any) -> float:
 
 def _metrics(of: Sequence[Finished], reference: Sequence[Finished] | None) -> dict[str, Metric]:
     found = {}
-    weights = _draws(of[0].subjects)
+    weights = subject_shares(of[0].subjects, DRAWS, seed=0)
     for key in METRIC_NAMES:
         if not all(key in run.after for run in of):
             continue
         by_seed = tuple(_mean(run.after[key]) for run in of)
         each = _by_example(of, key)
-        interval = None if each is None else _interval(weights, each)
+        interval = None if each is None else percentile_interval(weights @ each)
         if interval is None and len(of) == 1 and isinstance(of[0].after[key], Mapping):
             low, high = of[0].after[key]["ci"]
             interval = (low, high)
@@ -234,29 +235,13 @@ def _minus(
     if each is None or other is None or len(each) != len(other):
         return gap, None, None
     draws = np.round(weights @ (each - other), 12)  # a resampling without a difference gives 0, not its rounding error
-    low, high = np.percentile(draws, [2.5, 97.5])
     p = min(1.0, 2 * float(min((draws <= 0).sum(), (draws >= 0).sum()) + 1) / (DRAWS + 1))
-    return gap, (float(low), float(high)), p
-
-
-def _draws(subjects: Sequence[str]) -> NDArray[np.float64]:
-    """`[DRAWS, n_examples]` weights of each example's value in resamplings of the subjects; rows sum to 1."""
-    if not subjects:
-        return np.zeros((DRAWS, 0))
-    names, index = np.unique(np.array(subjects), return_inverse=True)
-    counts = np.random.default_rng(0).multinomial(len(names), np.full(len(names), 1 / len(names)), size=DRAWS)
-    weights = counts[:, index].astype(float)
-    return weights / weights.sum(1, keepdims=True)
-
-
-def _interval(weights: NDArray[np.float64], each: NDArray[np.float64]) -> tuple[float, float]:
-    low, high = np.percentile(weights @ each, [2.5, 97.5])
-    return float(low), float(high)
+    return gap, percentile_interval(draws), p
 
 
 def _base(first: Finished, reference: Sequence[Finished] | None) -> Group:
     """The model before training, as the first run of a task measured it."""
-    weights = _draws(first.subjects)
+    weights = subject_shares(first.subjects, DRAWS, seed=0)
     metrics = {}
     for key in METRIC_NAMES:
         if key not in first.before:

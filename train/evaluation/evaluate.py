@@ -23,11 +23,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
-from headtune.analysis.methods.scores import mean_interval
 from headtune.analysis.models.head_model import positions_of
 from headtune.analysis.tasks.task import Example, Task, canonical, normalise
-from headtune.analysis.tasks.tokenized import EncodedTask, as_chat, encode, require_room
+from headtune.analysis.tasks.tokenized import EncodedTask, as_chat, check_prompt_length, encode
 from headtune.analysis.utils.errors import InputError
+from headtune.analysis.utils.stats import mean_interval
 
 from .multiple_choice import choice_log_likelihoods, choices, multiple_choice
 
@@ -217,14 +217,16 @@ def _tokens_of_answer(tokenizer: PreTrainedTokenizerBase, task: Task) -> int:
     return max(len(ids) for ids in tokenizer([" " + answer for answer in answers]).input_ids) + 8
 
 
-def require_room_for(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, n_items: int = 3) -> None:
+def check_generation_length(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, n_items: int = 3
+) -> None:
     """Refuse a task whose prompts, with what is written after them, are too long for the model (InputError).
 
     Choices are looked at where they are scored: their length depends on the preamble.
     """
     if task.kind != "multiple_choice":
         more = TOKENS_OF_ITEM * n_items if task.kind == "lists" else _tokens_of_answer(tokenizer, task)
-        require_room(task, tokenizer, positions_of(model), more)
+        check_prompt_length(task, tokenizer, positions_of(model), more)
 
 
 def choose(
@@ -324,7 +326,7 @@ def score_task(
     """
     if preamble and task.kind != "multiple_choice":
         raise InputError(f"task {task.name!r} is no multiple choice but {task.kind}; leave the preamble out")
-    require_room_for(model, tokenizer, task, n_items)
+    check_generation_length(model, tokenizer, task, n_items)
     model.eval()
     if task.kind == "lists":
         scored = generate_lists(model, tokenizer, task, n_items, batch_size)

@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from headtune.analysis.models import builtin
-from headtune.analysis.utils.paths import require_no_way_out
+from headtune.analysis.utils.paths import check_links_stay_inside
 from headtune.analysis.utils.secrets import redact
 from headtune.analysis.utils.state_files import read_state
 from headtune.train.runs.load_run import OWN
@@ -85,7 +85,7 @@ def origin_of(run: Path, recipe: Mapping[str, Any]) -> Origin:
         InputError: a file that is damaged, or a link in the run that leads out of it: what is exported is what the run
             wrote.
     """
-    require_no_way_out(run, "run", OWN)
+    check_links_stay_inside(run, "run", OWN)
 
     def read(name: str) -> dict[str, Any]:
         path = run / name

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import tempfile
 from collections import Counter
@@ -23,6 +22,7 @@ from headtune.analysis.reports.head_report import next_step
 from headtune.analysis.tasks.task import scored
 from headtune.analysis.utils.errors import InputError
 from headtune.analysis.utils.files import require_new_folder
+from headtune.analysis.utils.processes import world_size
 from headtune.train.config import resolve_tasks
 from headtune.train.config.methods import HeadsConfig
 from headtune.train.config.resolve_heads import resolve_heads
@@ -91,7 +91,7 @@ def dry_run(recipe: Recipe) -> DryRun:
     Raises:
         InputError: what a run would refuse before it starts; more than one process.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if world_size() > 1:
         raise InputError("--dry-run is for one process; headtune plan estimates several")
     fix = "choose another output_dir or name, or continue it with --resume (resume=True in Python)"
     require_new_folder(recipe.folder, fix, FIRST)

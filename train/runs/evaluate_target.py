@@ -120,7 +120,7 @@ def evaluate_target(
     task, interventions = target.task, last_layer.parse(target.knobs)
     switched_on: contextlib.AbstractContextManager[list[dict[str, Any]]] = contextlib.nullcontext([])
     if interventions:
-        switched_on = last_layer.turned(wrap_model(model, tokenizer, target.name), interventions, progress)
+        switched_on = last_layer.applied(wrap_model(model, tokenizer, target.name), interventions, progress)
     with switched_on as notes:
         notify(f"evaluating on {len(task.examples)} prompts, {scored(task.kind, n_items)}")
         metrics, answers = evaluate(model, tokenizer, task, n_items, batch_size, preamble)

@@ -8,7 +8,7 @@ from typing import Any
 
 from headtune.analysis.models.loading import load_plain
 from headtune.analysis.utils.errors import InputError
-from headtune.analysis.utils.paths import require_no_way_out
+from headtune.analysis.utils.paths import check_links_stay_inside
 from headtune.analysis.utils.state_files import read_state
 from headtune.train.config import recipe as recipes
 from headtune.train.config.methods import ModelConfig
@@ -44,7 +44,7 @@ def load_run(folder: Path | str) -> tuple[Any, Any, Recipe]:
         raise InputError(
             f"{str(folder)!r} is not a run: it holds no recipe.yaml; give a folder that headtune train wrote"
         )
-    require_no_way_out(folder, "run", OWN)
+    check_links_stay_inside(folder, "run", OWN)
     recipe = recipes.load_recipe(str(folder / "recipe.yaml"))
     block = recipe.model
     method = method_of(recipe)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from headtune.analysis.tasks.task import Task, scored
 from headtune.analysis.tasks.tokenized import encode
 from headtune.analysis.utils.errors import InputError
 from headtune.analysis.utils.files import leftovers, require_new_folder, write_json, write_text
+from headtune.analysis.utils.processes import is_main
 from headtune.analysis.utils.progress import Notify
 from headtune.analysis.utils.state_files import mend_lines, read_state
 from headtune.train.config import recipe as recipes
@@ -36,7 +36,7 @@ from headtune.train.config.resolve_heads import ResolvedHeads, keep_heads, resol
 from headtune.train.config.resolve_tasks import tasks_of
 from headtune.train.config.schema import Recipe
 from headtune.train.continual import sequence
-from headtune.train.evaluation.evaluate import require_room_for
+from headtune.train.evaluation.evaluate import check_generation_length
 from headtune.train.evaluation.evaluation_file import (
     evaluation_identity,
     flat,
@@ -105,7 +105,7 @@ def run_recipe(
 
 def _run(recipe: Recipe, resume: bool, progress: pipeline.Progress, notify: Notify) -> dict[str, Any]:
     folder = recipe.folder
-    main = int(os.environ.get("RANK", "0")) == 0
+    main = is_main()
     saved = _saved(folder) if resume else {}  # before anybody writes run.json anew
     if resume:
         _require_same(recipe, folder)
@@ -208,7 +208,7 @@ def _carry_out(
     notify: Notify,
 ) -> dict[str, Any]:
     folder = recipe.folder
-    main = int(os.environ.get("RANK", "0")) == 0
+    main = is_main()
     chosen = _resumed_heads(folder, state) if resume else None
     if chosen is None:
         chosen = ResolvedHeads([])
@@ -296,9 +296,9 @@ def _require_usable(recipe: Recipe, model: HeadModel, train: Task, held_out: Tas
         encode(train, model.tokenizer, model.positions)
     if objective in ("sft", "dpo"):
         rows = training.text_rows(recipe, model.tokenizer, train)
-        trl_trainers.require_room_in(train.name, rows, model.tokenizer, model.positions)
+        trl_trainers.check_row_length(train.name, rows, model.tokenizer, model.positions)
     require_choices(held_out)
-    require_room_for(model.hf, model.tokenizer, held_out, recipe.evaluation.n_items)
+    check_generation_length(model.hf, model.tokenizer, held_out, recipe.evaluation.n_items)
     if block is not None and block.identify is None and not block.learnt:
         resolve_heads(block, model, train, notify=lambda _line: None)
     if objective is not None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from headtune.analysis.utils.errors import InputError
 from headtune.analysis.utils.files import sha256_of
-from headtune.analysis.utils.paths import require_no_way_out
+from headtune.analysis.utils.paths import check_links_stay_inside
 
 if TYPE_CHECKING:
     from headtune.train.config.heads import HeadsConfig
@@ -39,7 +39,7 @@ def tree_sha256(path: Path, within: Path | None = None) -> str:
         return sha256_of(path)
     if not path.is_dir():
         raise InputError(f"artifact {str(path)!r} does not exist; name a file or a folder")
-    require_no_way_out(within or path, "artifact", ("",) if within in (None, path) else (path.name,))
+    check_links_stay_inside(within or path, "artifact", ("",) if within in (None, path) else (path.name,))
     files = sorted((file.relative_to(path).as_posix(), file) for file in path.rglob("*") if file.is_file())
     lines = "".join(f"{sha256_of(file)}  {name}\n" for name, file in files)
     return hashlib.sha256(lines.encode()).hexdigest()

@@ -11,7 +11,6 @@ import contextlib
 import json
 import logging
 import math
-import os
 import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Protocol, Self
 
 from headtune.analysis.utils.errors import InputError
+from headtune.analysis.utils.processes import is_main
 from headtune.analysis.utils.secrets import is_secret_name, redact
 
 from .lineage import artifact_name, digests, tree_sha256
@@ -75,7 +75,7 @@ class Tracker:
         """
         if resume_id is not None and not re.fullmatch(r"[\w-]{1,128}", resume_id):
             raise InputError(f"wandb_id {resume_id!r} of the run to continue is no id; remove it from run.json")
-        self.is_main = os.environ.get("RANK", "0") == "0"
+        self.is_main = is_main()
         self._dir = run_dir
         self._file: IO[str] | None = None
         self._ended = False

@@ -25,7 +25,7 @@ from transformers import TrainerCallback, TrainerState
 
 from headtune.analysis.utils.errors import InputError
 from headtune.analysis.utils.files import sha256_of, share_weights, write_json
-from headtune.analysis.utils.paths import inside, require_no_way_out
+from headtune.analysis.utils.paths import check_links_stay_inside, safe_join
 from headtune.analysis.utils.progress import Notify
 from headtune.train.tuners.weights_io import remove_card
 
@@ -76,10 +76,10 @@ def damage(checkpoint: Path, notify: Notify) -> str | None:
         if files is None:
             notify(f"{checkpoint} was written by an earlier version, without check sums; it is not verified")
             return None
-        require_no_way_out(checkpoint, "checkpoint")
+        check_links_stay_inside(checkpoint, "checkpoint")
         for name, expected in files.items():
             if (
-                reason := _difference(inside(checkpoint, name, MARK), expected["bytes"], expected["sha256"])
+                reason := _difference(safe_join(checkpoint, name, MARK), expected["bytes"], expected["sha256"])
             ) is not None:
                 return f"{name} {reason}"
     except InputError as error:

@@ -16,6 +16,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from headtune.analysis.utils.errors import CheckError, InputError
+from headtune.analysis.utils.processes import world_size
 
 _DISK = {
     errno.ENOSPC: "make room",
@@ -53,7 +54,7 @@ def advice(folder: Path) -> str:
     recipe = folder / "recipe.yaml"
     if not recipe.is_file():
         return "start it again"
-    together = " (launched as before)" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+    together = " (launched as before)" if world_size() > 1 else ""
     return f"go on with: headtune train {recipe} --resume{together}"
 
 

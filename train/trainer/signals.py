@@ -23,7 +23,7 @@ import torch
 from torch import distributed
 from transformers import TrainerCallback
 
-from headtune.analysis.utils.processes import lost_another
+from headtune.analysis.utils.processes import is_main, lost_another, world_size
 
 from .failures import advice
 
@@ -94,7 +94,7 @@ def watched(folder: Path) -> Iterator[None]:
     watch = _watch
     try:
         # While rank 0 measures, the others wait in a collective, where no handler of Python's is run: they just end.
-        with _handled(watch) if os.environ.get("RANK", "0") == "0" else contextlib.nullcontext():
+        with _handled(watch) if is_main() else contextlib.nullcontext():
             try:
                 yield
             finally:
@@ -111,7 +111,7 @@ def _handled(watch: _Watch) -> Iterator[None]:
     try:
         yield
     finally:
-        several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+        several = world_size() > 1
         for signum, handler in before.items():
             if watch.ending and several:  # it said why; the launcher, which ends the others, is not to end it twice
                 handler = signal.SIG_IGN

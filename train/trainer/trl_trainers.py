@@ -185,20 +185,20 @@ def open_rows(rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, whole:
     return datasets.Dataset.from_list(made)
 
 
-def require_room_in(
+def check_row_length(
     name: str, rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, positions: int | None
 ) -> None:
     """Refuse rows of `sft_rows`, `open_rows` or `dpo_rows` that are too long for the model (InputError)."""
     if "input_ids" in rows.column_names:
-        require_fit(name, [len(ids) for ids in rows["input_ids"]], positions)
+        check_lengths(name, [len(ids) for ids in rows["input_ids"]], positions)
         return
     answers = [column for column in ("completion", "chosen", "rejected") if column in rows.column_names]
     for column in answers if positions is not None else ():
         texts = [prompt + answer for prompt, answer in zip(rows["prompt"], rows[column], strict=True)]
-        require_fit(name, [len(ids) + 1 for ids in tokenizer(texts).input_ids], positions)  # TRL adds the end
+        check_lengths(name, [len(ids) + 1 for ids in tokenizer(texts).input_ids], positions)  # TRL adds the end
 
 
-def require_fit(name: str, lengths: Sequence[int], positions: int | None) -> None:
+def check_lengths(name: str, lengths: Sequence[int], positions: int | None) -> None:
     """Refuse training rows with more tokens than the model takes (InputError)."""
     if positions is not None and (longest := max(lengths, default=0)) > positions:
         too_long = sum(length > positions for length in lengths)

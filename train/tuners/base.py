@@ -71,7 +71,7 @@ class HeadTunerConfig(PeftConfig):
             chosen_from = heads if isinstance(heads, HeadSet) else heads.heads
             source = "the head set"
         if model is not None:
-            for warning in chosen_from.require_fit(model.identity()):
+            for warning in chosen_from.check_model(model.identity()):
                 log.warning(warning)
         pairs = chosen_from.top_heads(role, top, source, notify=log.info)
         defaults = {"task_type": "CAUSAL_LM", "n_heads": chosen_from.model["n_heads"]}

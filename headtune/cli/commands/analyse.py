@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from typing import Any
+
+from headtune.analysis.utils.processes import world_size
 
 from ..arguments import Add, load_model_for, load_task_for, model_and_task_arguments, model_quiet, volume_arguments
 
@@ -45,7 +46,7 @@ def analyse_command(arguments: argparse.Namespace) -> int:
             takes = ", ".join(f"{key}={default!r}" for key, default in defaults[name].items())
             print(f"{name}: {study.summary}\n    options: {takes or 'none'}")
         return 0
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if world_size() > 1:
         raise InputError("headtune analyse runs in one process; start it without accelerate launch")
     options: dict[str, Any] = {}
     for text in arguments.option:

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
+
+from headtune.analysis.utils.processes import is_main, world_size
 
 from ..arguments import (
     Add,
@@ -68,11 +69,11 @@ class _ListMethods(argparse.Action):
 
 
 def _main_rank() -> bool:
-    return int(os.environ.get("RANK", "0")) == 0
+    return is_main()
 
 
 def _leave_group() -> None:
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if world_size() > 1:
         from accelerate import PartialState
 
         PartialState().destroy_process_group()
@@ -90,13 +91,13 @@ def identify_command(arguments: argparse.Namespace) -> int:
     task = load_task_for(arguments)
     model_quiet()
     from headtune.analysis.identify.pipeline import identify, partial_folder
-    from headtune.analysis.methods.registry import chosen
+    from headtune.analysis.methods.registry import parse_method_names
     from headtune.analysis.utils.errors import InputError
     from headtune.analysis.utils.progress import silent
     from headtune.train.tracking.identify_run import track_identify
 
-    chosen(arguments.method)  # before the model is loaded
-    if arguments.device_map and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    parse_method_names(arguments.method)  # before the model is loaded
+    if arguments.device_map and world_size() > 1:
         raise InputError(
             f"--device-map {arguments.device_map} spreads one model over all devices; with several processes leave it "
             "out, or start one process"

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from headtune.analysis.utils.processes import is_main, world_size
 
 from ..arguments import Add, completed, model_quiet, print_json, recipe_arguments, volume_arguments
 from .plan import gib
@@ -56,14 +57,14 @@ def train_command(arguments: argparse.Namespace) -> int:
 
     from .. import console, tables
 
-    main_rank = int(os.environ.get("RANK", "0")) == 0
+    main_rank = is_main()
     evaluation = run_recipe(
         recipe,
         arguments.resume,
         console.progress if main_rank else (lambda items, _what: iter(items)),
         console.notify if main_rank else (lambda _line: None),
     )
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if world_size() > 1:
         from accelerate import PartialState
 
         PartialState().destroy_process_group()

@@ -170,13 +170,13 @@ def test_a_head_set_with_nan_is_not_written(path: Path, value: float) -> None:
 def test_a_model_of_another_shape_is_refused(key: str) -> None:
     expected = rf"head set of 'some-model' has {key} {MODEL[key]}, but 'other' has 7; run headtune identify"
     with pytest.raises(InputError, match=expected):
-        a_head_set().require_fit(MODEL | {"name": "other", key: 7})
+        a_head_set().check_model(MODEL | {"name": "other", key: 7})
 
 
 def test_other_weights_are_a_warning() -> None:
     heads = a_head_set()
-    assert heads.require_fit(MODEL) == []
-    (warning,) = heads.require_fit(MODEL | {"name": "other", "weights_sha256": "bb"})
+    assert heads.check_model(MODEL) == []
+    (warning,) = heads.check_model(MODEL | {"name": "other", "weights_sha256": "bb"})
     assert "other weights ('some-model') than 'other'" in warning
 
 
@@ -186,10 +186,10 @@ def test_fit_of_real_identities() -> None:
         for seed, config in ((0, {}), (1, {}), (0, {"head_dim": 16}))
     )
     heads = a_head_set(model=one)
-    assert heads.require_fit(one) == []
-    assert len(heads.require_fit(other)) == 1
+    assert heads.check_model(one) == []
+    assert len(heads.check_model(other)) == 1
     with pytest.raises(InputError, match="has head_dim 8, but 'tiny' has 16"):
-        heads.require_fit(wide)
+        heads.check_model(wide)
 
 
 # --- matched random heads ---------------------------------------------------------------------------------------------

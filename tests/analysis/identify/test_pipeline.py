@@ -63,7 +63,7 @@ def test_the_head_set_describes_model_task_and_method(model: HeadModel, found: I
     assert set(heads.roles) == set(ROLES) and all(len(ranked) <= 3 for ranked in heads.roles.values())
     assert set(heads.stability) == {*ROLES, "bootstrap"}
     assert all(0 <= heads.stability[role] <= 1 for role in ROLES)
-    assert heads.require_fit(model.identity()) == []
+    assert heads.check_model(model.identity()) == []
 
 
 def test_scores_are_one_value_an_example_and_head(found: IdentifyResult) -> None:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from headtune.analysis.interventions.causal_tracing import KINDS, causal_trace, knockout, noise_of, window_of
-from headtune.analysis.interventions.last_token import EndRun, Row
+from headtune.analysis.interventions.intervention import Intervention
+from headtune.analysis.interventions.last_token import LastTokenRunner
 from headtune.analysis.interventions.logit_lens import string_logprobs
 from headtune.analysis.models.attention import attend_with
 from headtune.analysis.models.head_model import HeadModel
@@ -51,7 +52,7 @@ def first_of(output: Any) -> Tensor:
 
 
 @torch.no_grad()
-def slow_decoded(model: HeadModel, tokens: Tensor, row: Row) -> tuple[Tensor, Tensor, Tensor]:
+def slow_decoded(model: HeadModel, tokens: Tensor, row: Intervention) -> tuple[Tensor, Tensor, Tensor]:
     """Decoded attention and MLP outputs `[n_layers, n]` and logits `[n]` of one full pass."""
     outputs: dict[tuple[str, int], Tensor] = {}
     residual: list[Tensor] = []
@@ -78,10 +79,10 @@ def slow_decoded(model: HeadModel, tokens: Tensor, row: Row) -> tuple[Tensor, Te
 @pytest.mark.parametrize("renormalise", [False, True])
 def test_knockout_is_the_difference_of_two_full_passes(model: HeadModel, example: Encoded, renormalise: bool) -> None:
     sources = {"subject": example.subject, "previous": example.previous[1], "end": (example.end,), "nothing": ()}
-    found = knockout(EndRun(model, example.tokens), sources, TOKENS, renormalise)
-    full = slow_decoded(model, example.tokens, Row())
+    found = knockout(LastTokenRunner(model, example.tokens), sources, TOKENS, renormalise)
+    full = slow_decoded(model, example.tokens, Intervention())
     for index, positions in enumerate(sources.values()):
-        cut = slow_decoded(model, example.tokens, Row(knocked_out=positions, renormalise=renormalise))
+        cut = slow_decoded(model, example.tokens, Intervention(knocked_out=positions, renormalise=renormalise))
         for part, before, after in zip((found.attention, found.mlp, found.logits), full, cut, strict=True):
             torch.testing.assert_close(part[index], before - after, atol=1e-4, rtol=1e-4)
     assert found.mlp[:3].abs().amax() > 1e-3
@@ -89,10 +90,10 @@ def test_knockout_is_the_difference_of_two_full_passes(model: HeadModel, example
 
 
 def test_knockout_of_everything_leaves_nothing_to_renormalise(llama: HeadModel, example: Encoded) -> None:
-    run, everything = EndRun(llama, example.tokens), {"all": range(len(example.tokens))}
-    plain, renormalised = (knockout(run, everything, TOKENS, renormalise=choice) for choice in (False, True))
+    runner, everything = LastTokenRunner(llama, example.tokens), {"all": range(len(example.tokens))}
+    plain, renormalised = (knockout(runner, everything, TOKENS, renormalise=choice) for choice in (False, True))
     torch.testing.assert_close(plain.logits, renormalised.logits)
-    row = Row(knocked_out=everything["all"], renormalise=True)
+    row = Intervention(knocked_out=everything["all"], renormalise=True)
     assert string_logprobs(llama, example.tokens, [(5,)], [row]).isfinite().all()
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from headtune.analysis.interventions.counterfactuals import References, outputs, shape_of
+from headtune.analysis.interventions.counterfactuals import Counterfactuals, outputs, shape_of
 from headtune.analysis.models import hooks
 from headtune.analysis.models.head_model import HeadModel
 from headtune.analysis.models.loading import wrap_model
@@ -17,13 +17,13 @@ from headtune.analysis.tasks.tokenized import Encoded, encode
 from headtune.analysis.utils.errors import InputError
 from helpers.tiny import FACTS, tiny_model, tiny_task, tiny_tokenizer
 
-KINDS: dict[str, Callable[[References, int], Tensor | None]] = {
-    "mean": References.mean,
-    "resample": References.resample,
-    "corrupt": References.corrupt,
-    "mean_everywhere": References.mean_everywhere,
-    "resample_everywhere": References.resample_everywhere,
-    "corrupt_everywhere": References.corrupt_everywhere,
+KINDS: dict[str, Callable[[Counterfactuals, int], Tensor | None]] = {
+    "mean": Counterfactuals.mean,
+    "resample": Counterfactuals.resample,
+    "corrupt": Counterfactuals.corrupt,
+    "mean_everywhere": Counterfactuals.mean_everywhere,
+    "resample_everywhere": Counterfactuals.resample_everywhere,
+    "corrupt_everywhere": Counterfactuals.corrupt_everywhere,
 }
 
 
@@ -100,7 +100,7 @@ def test_templates_and_counts_have_shapes_of_their_own() -> None:
 def test_outputs_are_the_heads_part_of_the_projections_input(model: HeadModel, examples: list[Encoded]) -> None:
     tokens = examples[0].tokens
     whole = slow_outputs(model, tokens)
-    torch.testing.assert_close(outputs(model, tokens, end_only=False), whole)
+    torch.testing.assert_close(outputs(model, tokens, last_only=False), whole)
     torch.testing.assert_close(outputs(model, tokens), whole[:, :, -1])
 
 
@@ -108,7 +108,7 @@ def test_outputs_are_the_heads_part_of_the_projections_input(model: HeadModel, e
 
 
 def test_the_mean_is_over_other_subjects_of_the_same_shape(model: HeadModel, examples: list[Encoded]) -> None:
-    references = References(model, examples)
+    references = Counterfactuals(model, examples)
     for index in (0, 3, len(examples) - 1):
         own = examples[index].example
         others = [
@@ -132,11 +132,11 @@ def test_without_a_prompt_of_the_same_shape_the_mean_is_over_all_others(model: H
         example("I know cities in Italy:", "Italy"),
     )
     expected = torch.stack([slow_outputs(model, found[i].tokens)[:, :, -1] for i in (1, 2)]).mean(0)
-    torch.testing.assert_close(References(model, found).mean(0), expected)
+    torch.testing.assert_close(Counterfactuals(model, found).mean(0), expected)
 
 
 def test_resample_is_another_subjects_run(model: HeadModel, examples: list[Encoded]) -> None:
-    references = References(model, examples)
+    references = Counterfactuals(model, examples)
     shapes, drawn = set(), set()
     for index, own in enumerate(examples):
         (at_end,) = is_of(model, references.resample(index), examples, end_only=True)
@@ -160,7 +160,7 @@ def test_resample_is_another_subjects_run(model: HeadModel, examples: list[Encod
 def test_a_counterpart_has_another_subject_the_same_shape_and_where_it_can_the_same_length(
     model: HeadModel, examples: list[Encoded]
 ) -> None:
-    references = References(model, examples)
+    references = Counterfactuals(model, examples)
     for index, own in enumerate(examples):
         tokens = references.corrupt_tokens(index)
         assert tokens is not None
@@ -181,7 +181,7 @@ def test_at_end_shape_comes_before_length(model: HeadModel) -> None:
         example("List cities in Japan:", "Japan"),
     )
     assert [len(one.tokens) for one in found] == [5, 7, 5]
-    references = References(model, found)
+    references = Counterfactuals(model, found)
     assert torch.equal(references.corrupt_tokens(0), found[1].tokens)
     assert torch.equal(references.corrupt_tokens(0, same_length=True), found[2].tokens)
 
@@ -193,7 +193,7 @@ def test_an_examples_own_counterpart_goes_first(model: HeadModel) -> None:
         example("Some cities in Italy:", "Italy", corrupt),
         example("Some cities in Japan:", "Japan", "Some cities in New York City:"),
     )
-    references = References(model, found)
+    references = Counterfactuals(model, found)
     own = torch.tensor(model.tokenizer(corrupt).input_ids)
     torch.testing.assert_close(references.corrupt(0), slow_outputs(model, own)[:, :, -1])
     torch.testing.assert_close(references.corrupt_everywhere(0), slow_outputs(model, own))
@@ -206,7 +206,7 @@ def test_an_examples_own_counterpart_goes_first(model: HeadModel) -> None:
 def test_no_prompt_as_long_means_no_reference_at_all_positions(model: HeadModel) -> None:
     found = encoded(model, example("Some cities in Italy:", "Italy"), example("Cities, in Japan, 1.", "Japan"))
     assert len(found[0].tokens) != len(found[1].tokens)
-    references = References(model, found)
+    references = Counterfactuals(model, found)
     assert references.resample_everywhere(0) is None and references.corrupt_everywhere(0) is None
     torch.testing.assert_close(references.corrupt(0), slow_outputs(model, found[1].tokens)[:, :, -1])
 
@@ -216,7 +216,11 @@ def test_no_prompt_as_long_means_no_reference_at_all_positions(model: HeadModel)
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_order_of_work_changes_nothing(model: HeadModel, examples: list[Encoded], kind: str) -> None:
-    chosen, forward, backward = [0, 5, 9], References(model, examples, seed=3), References(model, examples, seed=3)
+    chosen, forward, backward = (
+        [0, 5, 9],
+        Counterfactuals(model, examples, seed=3),
+        Counterfactuals(model, examples, seed=3),
+    )
     first = {index: KINDS[kind](forward, index) for index in chosen}
     second = {index: KINDS[kind](backward, index) for index in reversed(chosen)}
     for index in chosen:
@@ -224,11 +228,11 @@ def test_the_order_of_work_changes_nothing(model: HeadModel, examples: list[Enco
         assert one is not None and other is not None and torch.equal(one, other)
 
 
-@pytest.mark.parametrize("draw", [References.resample, References.corrupt])
+@pytest.mark.parametrize("draw", [Counterfactuals.resample, Counterfactuals.corrupt])
 def test_another_seed_draws_others(
-    model: HeadModel, examples: list[Encoded], draw: Callable[[References, int], Tensor]
+    model: HeadModel, examples: list[Encoded], draw: Callable[[Counterfactuals, int], Tensor]
 ) -> None:
-    drawn = [torch.stack([draw(References(model, examples, seed), i) for i in range(6)]) for seed in (0, 0, 1)]
+    drawn = [torch.stack([draw(Counterfactuals(model, examples, seed), i) for i in range(6)]) for seed in (0, 0, 1)]
     assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
 
 
@@ -238,7 +242,7 @@ def test_outputs_at_end_are_computed_once(
     passes: list[int] = []
     capture = hooks.capture
     monkeypatch.setattr(hooks, "capture", lambda *a, **k: passes.append(1) or capture(*a, **k))
-    references = References(model, examples)
+    references = Counterfactuals(model, examples)
     for index in range(len(examples)):
         references.mean(index)
         references.resample(index)
@@ -251,4 +255,4 @@ def test_outputs_at_end_are_computed_once(
 def test_one_subject_is_refused(model: HeadModel) -> None:
     one = encode(tiny_task(subjects=1), model.tokenizer).examples
     with pytest.raises(InputError, match="need examples of at least two subjects; add some, or use zero ablation"):
-        References(model, one)
+        Counterfactuals(model, one)

@@ -13,8 +13,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, StaticCache
 
 from headtune.analysis.interventions import last_layer, mlp_regression
+from headtune.analysis.interventions.intervention import CLEAN
 from headtune.analysis.interventions.last_layer import Intercept, Sink, scale_sink_heads, subtract_mlp_intercept
-from headtune.analysis.interventions.last_token import CLEAN, EndRun
+from headtune.analysis.interventions.last_token import LastTokenRunner
 from headtune.analysis.models.head_model import HeadModel
 from headtune.analysis.models.loading import wrap_model
 from headtune.analysis.tasks import task as task_module
@@ -178,7 +179,7 @@ def test_it_refuses_what_it_cannot_see(llama: HeadModel) -> None:
         with pytest.raises(InputError, match="attention mask"):
             llama.hf(tokens, attention_mask=torch.ones(1, 1, 5, 5, dtype=torch.bool))
         with pytest.raises(CheckError, match="replaced"):
-            EndRun(llama, tokens[0]).step([CLEAN])
+            LastTokenRunner(llama, tokens[0]).run([CLEAN])
     for wrong in (-1, N_LAYERS):
         with pytest.raises(InputError, match="out of range"), scale_sink_heads(llama, layer=wrong):
             pass
@@ -225,7 +226,7 @@ def test_knobs_turned_together_are_the_blocks_opened_together(llama: HeadModel, 
     found, r2 = mlp_regression.decompose(llama, tokenized.encode(tiny_task(), llama.tokenizer).examples)
     with torch.no_grad(), scale_sink_heads(llama, TAU, GAMMA), subtract_mlp_intercept(llama, found.intercept[-1], 0.7):
         expected = llama.hf(tokens, use_cache=False).logits
-    with last_layer.turned(llama, [Sink(TAU, GAMMA), Intercept(0.7, str(path))]) as notes, torch.no_grad():
+    with last_layer.applied(llama, [Sink(TAU, GAMMA), Intercept(0.7, str(path))]) as notes, torch.no_grad():
         torch.testing.assert_close(llama.hf(tokens, use_cache=False).logits, expected)
     assert notes == [
         {"knob": "sink", "tau": TAU, "gamma": GAMMA, "layer": LAST},

@@ -1,4 +1,4 @@
-"""Batches of hypothetical runs equal whole forward passes, one a row, with every change written out in hooks."""
+"""Batches of counterfactual runs equal whole forward passes, one a row, with every change written out in hooks."""
 
 from __future__ import annotations
 
@@ -12,8 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from headtune.analysis.interventions import last_token
-from headtune.analysis.interventions.last_token import CLEAN, EndRun, Head, Row, everywhere, rows_in_memory, silenced
+from headtune.analysis.interventions import batches
+from headtune.analysis.interventions.all_positions import everywhere
+from headtune.analysis.interventions.batches import rows_in_memory
+from headtune.analysis.interventions.intervention import CLEAN, Head, Intervention, silenced
+from headtune.analysis.interventions.last_token import LastTokenRunner
 from headtune.analysis.methods import patching
 from headtune.analysis.methods.patching import INPUTS, every_head
 from headtune.analysis.models.attention import AttentionCall, attend_with
@@ -74,7 +77,7 @@ NONE = Changes()
 
 @torch.no_grad()
 def slow(model: HeadModel, tokens: Tensor, changes: Changes = NONE) -> dict[str, Tensor]:
-    """One whole forward pass, all positions, attention head by head; everything that `Step` can hold, of one row."""
+    """One whole forward pass, all positions, attention head by head: an `InterventionResult` of one row."""
     seen: dict[str, dict[int, Tensor]] = {name: {} for name in KEPT}
     length = len(tokens)
 
@@ -157,8 +160,8 @@ def slow(model: HeadModel, tokens: Tensor, changes: Changes = NONE) -> dict[str,
     return kept | {"logits": logits, "residual": kept["residual"][0]}
 
 
-def slow_row(model: HeadModel, tokens: Tensor, row: Row) -> dict[str, Tensor]:
-    """What a `Row` says, as changes to a whole pass."""
+def slow_row(model: HeadModel, tokens: Tensor, row: Intervention) -> dict[str, Tensor]:
+    """What a `Intervention` says, as changes to a whole pass."""
     clean = slow(model, tokens)
     layers = range(N_LAYERS) if row.layers is None else row.layers
     outputs, mlps = dict(row.outputs), {}
@@ -175,7 +178,7 @@ def vector(model: HeadModel, seed: int = 0) -> Tensor:
     return torch.randn(model.head_dim, generator=torch.Generator().manual_seed(seed))
 
 
-def rows_of(model: HeadModel, length: int) -> dict[str, Row]:
+def rows_of(model: HeadModel, length: int) -> dict[str, Intervention]:
     """Every feature of a row. Heads 0 and 1, and 2 and 3, share keys and values where there are groups."""
     a, b, c = (vector(model, seed) for seed in range(3))
     near = [length - 2, length - 4]
@@ -183,29 +186,29 @@ def rows_of(model: HeadModel, length: int) -> dict[str, Row]:
         "nothing": CLEAN,
         "silenced": silenced([(0, 1)]),
         "silenced in the last layer": silenced([(2, 3)]),
-        "factors": Row(factors={(0, 2): 2.5, (1, 0): -0.5, (2, 1): 0.0}),
-        "outputs": Row(outputs={(1, 1): a}),
-        "outputs in all layers": Row(outputs={(2, 0): a, (0, 3): b, (1, 1): c}),
-        "query": Row(queries={(1, 2): a}),
-        "key": Row(keys={(1, 1): a}),
-        "value": Row(values={(1, 1): a}),
-        "keys of one group": Row(keys={(0, 0): a, (0, 1): b}),
-        "values of one group": Row(values={(2, 2): a, (2, 3): b}),
-        "queries, keys and values": Row(
+        "factors": Intervention(factors={(0, 2): 2.5, (1, 0): -0.5, (2, 1): 0.0}),
+        "outputs": Intervention(outputs={(1, 1): a}),
+        "outputs in all layers": Intervention(outputs={(2, 0): a, (0, 3): b, (1, 1): c}),
+        "query": Intervention(queries={(1, 2): a}),
+        "key": Intervention(keys={(1, 1): a}),
+        "value": Intervention(values={(1, 1): a}),
+        "keys of one group": Intervention(keys={(0, 0): a, (0, 1): b}),
+        "values of one group": Intervention(values={(2, 2): a, (2, 3): b}),
+        "queries, keys and values": Intervention(
             queries={(0, 1): a, (2, 2): b}, keys={(1, 0): c}, values={(1, 0): a, (0, 1): b}
         ),
-        "values and outputs": Row(values={(0, 1): a}, factors={(1, 2): 0.5}, outputs={(2, 2): c}),
-        "knocked out": Row(knocked_out=near),
-        "knocked out with END and the first": Row(knocked_out=[0, length - 1]),
-        "knocked out, renormalised": Row(knocked_out=near, renormalise=True),
-        "knocked out in one layer": Row(knocked_out=near, layers=[1]),
-        "knocked out in two layers, renormalised": Row(knocked_out=near, renormalise=True, layers={0, 2}),
-        "knocked out and silenced": Row(factors={(0, 0): 0.0}, knocked_out=near, layers=[2]),
-        "heads frozen": Row(outputs={(0, 2): a}, freeze="heads"),
-        "heads frozen, several": Row(outputs={(0, 2): a}, factors={(2, 1): 2.0, (1, 3): 0.0}, freeze="heads"),
-        "heads frozen, a query": Row(queries={(1, 2): a}, freeze="heads"),
-        "heads and mlps frozen": Row(outputs={(0, 2): a}, freeze="heads and mlps"),
-        "heads and mlps frozen, a value": Row(values={(1, 3): a}, freeze="heads and mlps"),
+        "values and outputs": Intervention(values={(0, 1): a}, factors={(1, 2): 0.5}, outputs={(2, 2): c}),
+        "knocked out": Intervention(knocked_out=near),
+        "knocked out with END and the first": Intervention(knocked_out=[0, length - 1]),
+        "knocked out, renormalised": Intervention(knocked_out=near, renormalise=True),
+        "knocked out in one layer": Intervention(knocked_out=near, layers=[1]),
+        "knocked out in two layers, renormalised": Intervention(knocked_out=near, renormalise=True, layers={0, 2}),
+        "knocked out and silenced": Intervention(factors={(0, 0): 0.0}, knocked_out=near, layers=[2]),
+        "heads frozen": Intervention(outputs={(0, 2): a}, freeze="heads"),
+        "heads frozen, several": Intervention(outputs={(0, 2): a}, factors={(2, 1): 2.0, (1, 3): 0.0}, freeze="heads"),
+        "heads frozen, a query": Intervention(queries={(1, 2): a}, freeze="heads"),
+        "heads and mlps frozen": Intervention(outputs={(0, 2): a}, freeze="heads and mlps"),
+        "heads and mlps frozen, a value": Intervention(values={(1, 3): a}, freeze="heads and mlps"),
     }
 
 
@@ -230,35 +233,38 @@ def test_rows_of_every_kind_at_once_are_slow_passes(heads: HeadModel, tokens: Te
     rows = list(rows_of(heads, len(tokens)).items())
     rows += rows[3:6]
     random.Random(0).shuffle(rows)
-    step = EndRun(heads, tokens).step([row for _, row in rows], keep=KEPT, max_rows=max_rows)
-    assert set(step.kept) == set(KEPT)
+    result = LastTokenRunner(heads, tokens).run([row for _, row in rows], record=KEPT, max_rows=max_rows)
+    assert set(result.activations) == set(KEPT)
     clean = slow(heads, tokens)["logits"]
     for index, (name, row) in enumerate(rows):
         expected = slow_row(heads, tokens, row)
         assert ((expected["logits"] - clean).abs().max() > 1e-3) == (name != "nothing"), name
-        close(step.logits[index], expected["logits"])
+        close(result.logits[index], expected["logits"])
         for kept in KEPT:
-            close(step.kept[kept][index], expected[kept])
+            close(result.activations[kept][index], expected[kept])
 
 
 @pytest.mark.parametrize("name", ["silenced", "query", "knocked out", "heads frozen"])
 def test_a_row_does_not_depend_on_its_company(heads: HeadModel, tokens: Tensor, name: str) -> None:
     """Alone, without anything kept, the result is the one it has among others."""
     rows = rows_of(heads, len(tokens))
-    run = EndRun(heads, tokens)
-    close(run.step([rows[name]]).logits[0], run.step(list(rows.values())).logits[list(rows).index(name)])
+    runner = LastTokenRunner(heads, tokens)
+    close(runner.run([rows[name]]).logits[0], runner.run(list(rows.values())).logits[list(rows).index(name)])
 
 
 def test_layers_say_whose_values_are_kept(heads: HeadModel, tokens: Tensor) -> None:
     rows = [silenced([(2, 0)]), CLEAN, silenced([(0, 1), (1, 1)])]
-    run, names = EndRun(heads, tokens), ("z", "query", "mlp", "pattern")
-    everything, some = run.step(rows, keep=names).kept, run.step(rows, keep=names, layers=[0, 2]).kept
+    runner, names = LastTokenRunner(heads, tokens), ("z", "query", "mlp", "pattern")
+    everything, some = (
+        runner.run(rows, record=names).activations,
+        runner.run(rows, record=names, layers=[0, 2]).activations,
+    )
     for name in names:
         assert torch.equal(some[name], everything[name][:, [0, 2]])
 
 
 def test_what_is_kept_has_the_shapes_that_are_promised(heads: HeadModel, tokens: Tensor) -> None:
-    kept = EndRun(heads, tokens).step([CLEAN, silenced([(1, 0)])], keep=KEPT).kept
+    kept = LastTokenRunner(heads, tokens).run([CLEAN, silenced([(1, 0)])], record=KEPT).activations
     per_head = (2, N_LAYERS, N_HEADS, heads.head_dim)
     assert {name: tuple(tensor.shape) for name, tensor in kept.items()} == {
         "attention": (2, N_LAYERS, D_MODEL),
@@ -276,8 +282,8 @@ def test_what_is_kept_has_the_shapes_that_are_promised(heads: HeadModel, tokens:
 def test_a_changed_key_or_value_is_one_query_heads_own(llama: HeadModel) -> None:
     """Heads 0 and 1 share a key-value head; changing it for head 1 leaves head 0's output alone."""
     tokens = encode(tiny_task(subjects=1), llama.tokenizer).examples[0].tokens
-    rows = [CLEAN, Row(keys={(1, 1): vector(llama)}), Row(values={(1, 1): vector(llama)})]
-    z = EndRun(llama, tokens).step(rows, keep=["z"]).kept["z"][:, 1]
+    rows = [CLEAN, Intervention(keys={(1, 1): vector(llama)}), Intervention(values={(1, 1): vector(llama)})]
+    z = LastTokenRunner(llama, tokens).run(rows, record=["z"]).activations["z"][:, 1]
     for changed in z[1:]:
         moved = (changed - z[0]).abs().amax(-1) > 1e-5
         assert moved.tolist() == [False, True, False, False]
@@ -285,38 +291,42 @@ def test_a_changed_key_or_value_is_one_query_heads_own(llama: HeadModel) -> None
 
 def test_nothing_left_to_read_is_nothing_and_not_nan(llama: HeadModel) -> None:
     tokens = encode(tiny_task(subjects=1), llama.tokenizer).examples[0].tokens
-    everything = Row(knocked_out=range(len(tokens)))
-    logits = EndRun(llama, tokens).step([everything, replace(everything, renormalise=True)]).logits
+    everything = Intervention(knocked_out=range(len(tokens)))
+    logits = LastTokenRunner(llama, tokens).run([everything, replace(everything, renormalise=True)]).logits
     assert logits.isfinite().all()
     close(logits[0], logits[1])
-    close(logits[0], EndRun(llama, tokens).step([silenced(every_head(llama))]).logits[0])
+    close(logits[0], LastTokenRunner(llama, tokens).run([silenced(every_head(llama))]).logits[0])
 
 
 def test_a_prompt_of_one_token(llama: HeadModel) -> None:
     tokens = torch.tensor([7])
-    step = EndRun(llama, tokens).step([CLEAN, silenced([(1, 1)])])
-    for logits, row in zip(step.logits, (CLEAN, silenced([(1, 1)])), strict=True):
+    result = LastTokenRunner(llama, tokens).run([CLEAN, silenced([(1, 1)])])
+    for logits, row in zip(result.logits, (CLEAN, silenced([(1, 1)])), strict=True):
         close(logits, slow_row(llama, tokens, row)["logits"])
 
 
 def test_a_row_outside_the_model_is_refused(llama: HeadModel) -> None:
-    run = EndRun(llama, torch.arange(5))
-    for row in (silenced([(3, 0)]), Row(queries={(0, 4): vector(llama)}), Row(outputs={(-1, 0): vector(llama)})):
+    runner = LastTokenRunner(llama, torch.arange(5))
+    for row in (
+        silenced([(3, 0)]),
+        Intervention(queries={(0, 4): vector(llama)}),
+        Intervention(outputs={(-1, 0): vector(llama)}),
+    ):
         with pytest.raises(InputError, match=r"head L-?\dH\d is out of range: tiny llama has layers 0-2"):
-            run.step([CLEAN, row])
+            runner.run([CLEAN, row])
 
 
 def test_steps_leave_no_hooks_behind(llama: HeadModel, monkeypatch: pytest.MonkeyPatch) -> None:
     def hooked() -> int:
         return sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in llama.hf.modules())
 
-    before, run = hooked(), EndRun(llama, torch.arange(5))
+    before, runner = hooked(), LastTokenRunner(llama, torch.arange(5))
     rows = list(rows_of(llama, 5).values())
-    run.step(rows, keep=KEPT)
+    runner.run(rows, record=KEPT)
     everywhere(llama, torch.arange(5), [{(0, 0): 0.0}])
     assert hooked() == before
     monkeypatch.setattr(llama.layers[2], "forward", lambda *_a, **_k: 1 / 0)
-    for broken in (lambda: run.step(rows, keep=KEPT), lambda: everywhere(llama, torch.arange(5), [{(0, 0): 0.0}])):
+    for broken in (lambda: runner.run(rows, record=KEPT), lambda: everywhere(llama, torch.arange(5), [{(0, 0): 0.0}])):
         with pytest.raises(ZeroDivisionError):
             broken()
         assert hooked() == before
@@ -384,10 +394,12 @@ def test_less_memory_means_more_passes_and_the_same_numbers(heads: HeadModel, to
     results = []
     for model in (heads, small):
         passes.clear()
-        step = EndRun(model, tokens).step(rows, keep=["z"])
+        result = LastTokenRunner(model, tokens).run(rows, record=["z"])
         at_end = len(passes) - 1  # less the clean run
         passes.clear()
-        results.append((step.logits, step.kept["z"], everywhere(model, tokens, changes), at_end, len(passes)))
+        results.append(
+            (result.logits, result.activations["z"], everywhere(model, tokens, changes), at_end, len(passes))
+        )
     handle.remove()
     for large, little in zip(results[0][:3], results[1][:3], strict=True):
         close(little, large)
@@ -408,7 +420,7 @@ def test_rows_in_memory_grows_with_memory_and_shrinks_with_the_prompt(llama: Hea
 
 
 def test_entered_counts_the_clean_run_and_the_rows_so_far() -> None:
-    assert last_token.entered([0, 0, 2, 3], n_layers=3) == [3, 3, 4]
+    assert batches.entered([0, 0, 2, 3], n_layers=3) == [3, 3, 4]
 
 
 # --- path patching ----------------------------------------------------------------------------------------------------

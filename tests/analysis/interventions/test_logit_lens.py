@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from headtune.analysis.interventions.last_token import CLEAN, EndRun, Row
+from headtune.analysis.interventions.intervention import CLEAN, Intervention
+from headtune.analysis.interventions.last_token import LastTokenRunner
 from headtune.analysis.interventions.logit_lens import PARTS, answer_tokens, decode, string_logprobs, token_lens
 from headtune.analysis.methods.logit_attribution import attribute
 from headtune.analysis.models import hooks
@@ -37,16 +38,16 @@ def example() -> Encoded:
     return encode(tiny_task(), tiny_tokenizer()).examples[3]
 
 
-def some_rows(encoded: Encoded) -> list[Row]:
-    return [CLEAN, Row(knocked_out=encoded.subject), Row(factors={(1, 2): 0.0, (0, 1): 3.0})]
+def some_rows(encoded: Encoded) -> list[Intervention]:
+    return [CLEAN, Intervention(knocked_out=encoded.subject), Intervention(factors={(1, 2): 0.0, (0, 1): 3.0})]
 
 
 def test_decoded_parts_add_up_to_the_logits_of_every_row(model: HeadModel, example: Encoded) -> None:
     tokens = torch.tensor([5, 17, 300])
-    step = EndRun(model, example.tokens).step(some_rows(example), keep=PARTS)
-    decoded = decode(model, step, tokens)
+    result = LastTokenRunner(model, example.tokens).run(some_rows(example), record=PARTS)
+    decoded = decode(model, result, tokens)
     assert decoded.attention.shape == decoded.mlp.shape == (3, model.n_layers, 3)
-    torch.testing.assert_close(decoded.logits, step.logits[:, tokens], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(decoded.logits, result.logits[:, tokens], atol=1e-4, rtol=1e-4)
     assert (decoded.logits[0] - decoded.logits[1:]).abs().amax() > 1e-3  # rows really differ
 
 
@@ -63,15 +64,15 @@ def test_decoded_start_is_the_embedding(model: HeadModel, example: Encoded) -> N
     assert residual is not None
     tokens = torch.tensor([5, 17])
     expected = model.unembedding_directions(residual[0, -1], tokens) @ entered[0][0, -1]
-    step = EndRun(model, example.tokens).step([CLEAN], keep=PARTS)
-    torch.testing.assert_close(decode(model, step, tokens).start[0], expected, atol=1e-4, rtol=1e-4)
+    result = LastTokenRunner(model, example.tokens).run([CLEAN], record=PARTS)
+    torch.testing.assert_close(decode(model, result, tokens).start[0], expected, atol=1e-4, rtol=1e-4)
 
 
 @torch.no_grad()
 def test_token_lens_is_the_value_weighted_sum_through_the_output_projection(model: HeadModel, example: Encoded) -> None:
     sources = example.sources() | {"nothing": [], "all but one": list(range(1, len(example.tokens)))}
     tokens = torch.tensor([5, 17, 300])
-    found = token_lens(EndRun(model, example.tokens), sources, tokens)
+    found = token_lens(LastTokenRunner(model, example.tokens), sources, tokens)
     end = torch.tensor([example.end])
     norms = [norm for layer in range(model.n_layers) if (norm := model.post_attention_norm(layer)) is not None]
     with record_rows(end) as rows, hooks.watch([model.final_norm, *norms]) as seen:
@@ -95,28 +96,30 @@ def test_token_lens_is_the_value_weighted_sum_through_the_output_projection(mode
 
 def test_lenses_of_all_sources_and_heads_are_the_decoded_attention(llama: HeadModel, example: Encoded) -> None:
     tokens = torch.tensor([5, 17, 300])
-    run = EndRun(llama, example.tokens)
-    lens = token_lens(run, example.sources(), tokens)
-    attention = decode(llama, run.step([CLEAN], keep=PARTS), tokens).attention[0]
+    runner = LastTokenRunner(llama, example.tokens)
+    lens = token_lens(runner, example.sources(), tokens)
+    attention = decode(llama, runner.run([CLEAN], record=PARTS), tokens).attention[0]
     torch.testing.assert_close(lens.sum((0, 2)), attention, atol=1e-4, rtol=1e-4)
 
 
 def test_token_lens_agrees_with_attribution(llama: HeadModel, example: Encoded) -> None:
-    lens = token_lens(EndRun(llama, example.tokens), {"subject": example.subject}, torch.tensor(example.target_tokens))
+    lens = token_lens(
+        LastTokenRunner(llama, example.tokens), {"subject": example.subject}, torch.tensor(example.target_tokens)
+    )
     expected = torch.from_numpy(attribute(llama, example)["lens.subject.target"])
     torch.testing.assert_close(lens[0].mean(-1), expected, atol=1e-5, rtol=1e-4)
 
 
 def test_token_lens_refuses_positions_outside(llama: HeadModel, example: Encoded) -> None:
     with pytest.raises(InputError, match="source 'x' has position 99"):
-        token_lens(EndRun(llama, example.tokens), {"x": [99]}, torch.tensor([5]))
+        token_lens(LastTokenRunner(llama, example.tokens), {"x": [99]}, torch.tensor([5]))
 
 
 # --- whole strings ----------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def slow_logprob(model: HeadModel, tokens: Tensor, answer: Sequence[int], row: Row) -> float:
+def slow_logprob(model: HeadModel, tokens: Tensor, answer: Sequence[int], row: Intervention) -> float:
     """One full pass over prompt and answer."""
     end = len(tokens) - 1
 
@@ -148,9 +151,9 @@ ANSWERS = [(5,), (17, 300, 42), (8, 9), (300, 5, 6, 7, 11)]
 def test_strings_are_what_full_passes_say(model: HeadModel, example: Encoded) -> None:
     rows = [
         CLEAN,
-        Row(factors={(0, 1): 0.0, (2, 3): 2.0}, outputs={(1, 0): torch.ones(model.head_dim)}),
-        Row(knocked_out=(*example.subject, *example.previous[0])),
-        Row(knocked_out=(*example.previous[-1], example.end), renormalise=True, layers=(1, 2)),
+        Intervention(factors={(0, 1): 0.0, (2, 3): 2.0}, outputs={(1, 0): torch.ones(model.head_dim)}),
+        Intervention(knocked_out=(*example.subject, *example.previous[0])),
+        Intervention(knocked_out=(*example.previous[-1], example.end), renormalise=True, layers=(1, 2)),
     ]
     found = string_logprobs(model, example.tokens, ANSWERS, rows)
     expected = [[slow_logprob(model, example.tokens, answer, row) for answer in ANSWERS] for row in rows]
@@ -181,10 +184,10 @@ def test_answers_in_tokens(llama: HeadModel, example: Encoded) -> None:
     [
         ([5, 6], [()], CLEAN, "no tokens"),
         ([5], [(6,)], CLEAN, "has 1 token"),
-        ([5, 6], [(6,)], Row(queries={(0, 0): torch.zeros(12)}), "not with queries"),
-        ([5, 6], [(6,)], Row(factors={(0, 9): 0.0}), "L0H9 is out of range"),
+        ([5, 6], [(6,)], Intervention(queries={(0, 0): torch.zeros(12)}), "not with queries"),
+        ([5, 6], [(6,)], Intervention(factors={(0, 9): 0.0}), "L0H9 is out of range"),
     ],
 )
-def test_strings_refuse(llama: HeadModel, tokens: list[int], answers: Any, row: Row, message: str) -> None:
+def test_strings_refuse(llama: HeadModel, tokens: list[int], answers: Any, row: Intervention, message: str) -> None:
     with pytest.raises(InputError, match=message):
         string_logprobs(llama, torch.tensor(tokens), answers, [row])

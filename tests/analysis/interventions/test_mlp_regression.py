@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from headtune.analysis.interventions import mlp_regression
-from headtune.analysis.interventions.last_token import CLEAN, EndRun
+from headtune.analysis.interventions.intervention import CLEAN
+from headtune.analysis.interventions.last_token import LastTokenRunner
 from headtune.analysis.models import hooks
 from headtune.analysis.models.head_model import HeadModel
 from headtune.analysis.models.loading import wrap_model
@@ -56,11 +57,11 @@ def prompts(model: HeadModel) -> list[Tensor]:
 
 def test_parts_are_those_of_the_end_step(model: HeadModel, prompts: list[Tensor]) -> None:
     for tokens in prompts[:3]:
-        parts = mlp_regression.end_parts(model, tokens)
-        step = EndRun(model, tokens).step([CLEAN], keep=["attention", "mlp", "residual", "pattern"])
-        torch.testing.assert_close(parts.mlps, step.kept["mlp"][0], atol=1e-4, rtol=1e-4)
-        torch.testing.assert_close(parts.final, step.kept["residual"][0], atol=1e-4, rtol=1e-4)
-        torch.testing.assert_close(parts.pattern, step.kept["pattern"][0], atol=1e-5, rtol=1e-5)
+        parts = mlp_regression.last_token_parts(model, tokens)
+        result = LastTokenRunner(model, tokens).run([CLEAN], record=["attention", "mlp", "residual", "pattern"])
+        torch.testing.assert_close(parts.mlps, result.activations["mlp"][0], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(parts.final, result.activations["residual"][0], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(parts.pattern, result.activations["pattern"][0], atol=1e-5, rtol=1e-5)
         biases = []
         for layer in range(model.n_layers):
             # What attention adds without any head: its projection's bias, through the norm where there is one.
@@ -75,22 +76,22 @@ def test_parts_are_those_of_the_end_step(model: HeadModel, prompts: list[Tensor]
                 bias = mlp_regression.through_norm(model, norm, seen[norm][0][0, end.item()], bias[None])[0]  # type: ignore[index]
             biases.append(bias)
         torch.testing.assert_close(
-            parts.heads.sum(1) + torch.stack(biases).detach(), step.kept["attention"][0], atol=1e-4, rtol=1e-4
+            parts.heads.sum(1) + torch.stack(biases).detach(), result.activations["attention"][0], atol=1e-4, rtol=1e-4
         )
 
 
 def test_what_comes_from_the_first_position_is_all_of_a_one_token_prompt(model: HeadModel) -> None:
-    parts = mlp_regression.end_parts(model, torch.tensor([7]))
+    parts = mlp_regression.last_token_parts(model, torch.tensor([7]))
     torch.testing.assert_close(parts.first, parts.heads[-1])
 
 
 def test_what_comes_from_the_first_position(model: HeadModel, prompts: list[Tensor]) -> None:
     """The last layer's contribution falls by it when the first position's value is silenced in that layer."""
     tokens, last = prompts[0], model.n_layers - 1
-    parts = mlp_regression.end_parts(model, tokens)
-    run = EndRun(model, tokens)
-    run.values[last][:, 0] = 0
-    z = run.step([CLEAN], keep=["z"]).kept["z"][0, last]
+    parts = mlp_regression.last_token_parts(model, tokens)
+    runner = LastTokenRunner(model, tokens)
+    runner.values[last][:, 0] = 0
+    z = runner.run([CLEAN], record=["z"]).activations["z"][0, last]
     if model.post_attention_norm(last) is None:  # else the norm's scale differs too
         rest = torch.einsum("hd,hdm->hm", z, model.output_weight(last))
         torch.testing.assert_close(parts.heads[last] - parts.first, rest.detach(), atol=1e-4, rtol=1e-4)
@@ -145,7 +146,7 @@ def _moments(x: Tensor, m: Tensor) -> mlp_regression.Moments:
 
 def test_known_coefficients_and_intercept_are_recovered() -> None:
     x, m, c, b = _synthetic(40)
-    found = mlp_regression.fit(_moments(x, m))
+    found = mlp_regression.regress(_moments(x, m))
     torch.testing.assert_close(torch.cat([found.heads, found.residual[:, None]], 1), c, atol=1e-3, rtol=1e-3)
     torch.testing.assert_close(found.intercept, b, atol=2e-2, rtol=1e-2)
     other_x, other_m, *_ = _synthetic(10, seed=1)
@@ -155,7 +156,7 @@ def test_known_coefficients_and_intercept_are_recovered() -> None:
 def test_it_is_least_squares_written_out() -> None:
     x, m, *_ = _synthetic(12, noise=2.0)
     test_x, test_m, *_ = _synthetic(7, noise=2.0, seed=3)
-    found = mlp_regression.fit(_moments(x, m), ridge=0.0)
+    found = mlp_regression.regress(_moments(x, m), ridge=0.0)
     held_out = found.r2(_moments(test_x, test_m))
     n, d = 12, 16
     for layer in range(2):
@@ -179,7 +180,7 @@ def test_an_input_that_does_not_vary_has_coefficient_zero() -> None:
     x, m, c, _ = _synthetic(30)
     x[:, 0, 1] = x[0, 0, 1]
     m[:, 0] = torch.einsum("k,nkd->nd", c[0], x[:, 0])
-    found = mlp_regression.fit(_moments(x, m))
+    found = mlp_regression.regress(_moments(x, m))
     assert found.heads[0, 1] == 0
     torch.testing.assert_close(found.heads[0, [0, 2]], c[0, [0, 2]], atol=1e-3, rtol=1e-3)
     torch.testing.assert_close(found.intercept[0], c[0, 1] * x[0, 0, 1], atol=2e-2, rtol=1e-2)
@@ -189,7 +190,7 @@ def test_an_output_that_does_not_vary_has_no_r2() -> None:
     x, m, *_ = _synthetic(10)
     m[:, 0] = m[0, 0]
     moments = _moments(x, m)
-    held_out = mlp_regression.fit(moments).r2(moments)
+    held_out = mlp_regression.regress(moments).r2(moments)
     assert held_out[0] is None and held_out[1] is not None
 
 
@@ -209,7 +210,7 @@ def test_subjects_held_out() -> None:
         (lambda: mlp_regression.split_subjects(["a", "b"], 1.5), ["1.5", "between 0 and 1"]),
         (lambda: mlp_regression.split_subjects(["a", "a"], 0.5), ["1 subject", "at least two"]),
         (
-            lambda: mlp_regression.fit(mlp_regression.Moments.of(torch.ones(1, 2, 3), torch.ones(1, 3))),
+            lambda: mlp_regression.regress(mlp_regression.Moments.of(torch.ones(1, 2, 3), torch.ones(1, 3))),
             ["1 is too few"],
         ),
     ],

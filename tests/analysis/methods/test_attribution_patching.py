@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from headtune.analysis.interventions.last_token import CLEAN, EndRun, Row
+from headtune.analysis.interventions.intervention import CLEAN, Intervention
+from headtune.analysis.interventions.last_token import LastTokenRunner
 from headtune.analysis.methods import attribution_patching as gradients
 from headtune.analysis.methods.attribution_patching import attribution_patching, integrated_gradients
 from headtune.analysis.methods.patching import every_head, patching_effects
@@ -103,11 +104,13 @@ def test_attribution_patching_is_the_finite_difference(model: HeadModel, prompt:
     try:
         reference, epsilon = reference_for(model).double(), 1e-3
         found = attribution_patching(model, prompt, reference)
-        run = EndRun(model, prompt.tokens)
-        clean = run.step([CLEAN], keep=["z"]).kept["z"][0]
+        runner = LastTokenRunner(model, prompt.tokens)
+        clean = runner.run([CLEAN], record=["z"]).activations["z"][0]
         for head in every_head(model):
             step = epsilon * (clean[head] - reference[head])
-            moved = run.step([Row(outputs={head: clean[head] + step}), Row(outputs={head: clean[head] - step})])
+            moved = runner.run(
+                [Intervention(outputs={head: clean[head] + step}), Intervention(outputs={head: clean[head] - step})]
+            )
             up, down = (metrics(logits, prompt) for logits in moved.logits)
             for name in ("target", "previous"):
                 slope = (up[name] - down[name]) / (2 * epsilon)
@@ -118,7 +121,7 @@ def test_attribution_patching_is_the_finite_difference(model: HeadModel, prompt:
 
 def test_a_small_patch_is_exactly_its_estimate(llama: HeadModel, example: Encoded) -> None:
     """The error of the estimate falls with the square of the distance to the reference."""
-    clean = EndRun(llama, example.tokens).step([CLEAN], keep=["z"]).kept["z"][0]
+    clean = LastTokenRunner(llama, example.tokens).run([CLEAN], record=["z"]).activations["z"][0]
     errors = []
     for epsilon in (0.1, 0.025):
         reference = clean + epsilon * (reference_for(llama) - clean)
@@ -138,8 +141,8 @@ def test_integrated_gradients_sum_to_the_effect_of_replacing_all(model: HeadMode
         references.append(None)
     for reference in references:
         put = torch.zeros_like(reference_for(model)) if reference is None else reference
-        everything = Row(outputs={head: put[head] for head in every_head(model)})
-        rows = EndRun(model, prompt.tokens).step([CLEAN, everything]).logits
+        everything = Intervention(outputs={head: put[head] for head in every_head(model)})
+        rows = LastTokenRunner(model, prompt.tokens).run([CLEAN, everything]).logits
         clean, replaced = (metrics(row, prompt) for row in rows)
         found = {steps: integrated_gradients(model, prompt, reference, steps=steps) for steps in (8, 128)}
         for name in ("target", "previous"):

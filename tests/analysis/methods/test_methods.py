@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from headtune.analysis.interventions.counterfactuals import References
+from headtune.analysis.interventions.counterfactuals import Counterfactuals
 from headtune.analysis.methods import attribution_patching, head_gating, patching
-from headtune.analysis.methods.registry import DEFAULT, METHODS, chosen, score, score_examples
+from headtune.analysis.methods.registry import DEFAULT, METHODS, parse_method_names, score, score_examples
 from headtune.analysis.methods.scores import Array, Scores
 from headtune.analysis.models import hooks
 from headtune.analysis.models.head_model import HeadModel
@@ -53,7 +53,7 @@ def model() -> HeadModel:
 def task(model: HeadModel) -> EncodedTask:
     """Four subjects, one template, one and two cities given: each prompt has another of its length."""
     task = encode(Task("cities", tiny_task(previous=(1, 2), subjects=4).examples[:16]), model.tokenizer)
-    assert all(References(model, task.examples).others(i, same_length=True) for i in range(len(task.examples)))
+    assert all(Counterfactuals(model, task.examples).others(i, same_length=True) for i in range(len(task.examples)))
     return task
 
 
@@ -147,7 +147,7 @@ def test_several_methods_at_once_are_each_alone(model: HeadModel, task: EncodedT
 
 
 def test_all_is_the_pair_that_identify_ranks_by() -> None:
-    assert [method.name for method in chosen("all")] == list(DEFAULT) == ["dla", "ablation"]
+    assert [method.name for method in parse_method_names("all")] == list(DEFAULT) == ["dla", "ablation"]
 
 
 def test_a_task_is_encoded_where_it_is_not_yet(model: HeadModel) -> None:
@@ -188,7 +188,7 @@ def test_progress_goes_through_every_example_once(model: HeadModel, task: Encode
 def test_exact_methods_are_slow_passes(model: HeadModel, task: EncodedTask, name: str) -> None:
     examples, end_only = task.examples[:8], not name.endswith("_all")
     found = score_examples(model, examples, name, seed=2)
-    references = References(model, examples, seed=2)
+    references = Counterfactuals(model, examples, seed=2)
     kind = name.removesuffix("_all")
     for index in (0, 5):
         if kind == "ablation":
@@ -204,7 +204,7 @@ def test_exact_methods_are_slow_passes(model: HeadModel, task: EncodedTask, name
 def test_path_is_path_patching_to_the_mean(model: HeadModel, task: EncodedTask) -> None:
     """`path_logits` itself is checked against slow passes in test_interventions."""
     examples = task.examples[:8]
-    found, mean = score_examples(model, examples, "path"), References(model, examples).mean(3)
+    found, mean = score_examples(model, examples, "path"), Counterfactuals(model, examples).mean(3)
     logits = patching.path_logits(model, examples[3], mean)
     tokens = list(examples[3].target_tokens)
     expected = (logits[0] - logits[1:])[:, tokens].mean(-1).view(N_LAYERS, N_HEADS)
@@ -220,17 +220,17 @@ def test_path_is_path_patching_to_the_mean(model: HeadModel, task: EncodedTask) 
     ("estimate", "reference"),
     [
         ("attribution_patching", None),
-        ("attribution_patching_corrupt", References.corrupt),
-        ("integrated_gradients", References.mean),
-        ("integrated_gradients_corrupt", References.corrupt),
+        ("attribution_patching_corrupt", Counterfactuals.corrupt),
+        ("integrated_gradients", Counterfactuals.mean),
+        ("integrated_gradients_corrupt", Counterfactuals.corrupt),
     ],
 )
 def test_estimates_use_the_reference_they_name(
-    model: HeadModel, task: EncodedTask, estimate: str, reference: Callable[[References, int], Tensor] | None
+    model: HeadModel, task: EncodedTask, estimate: str, reference: Callable[[Counterfactuals, int], Tensor] | None
 ) -> None:
     examples = task.examples
     found = score_examples(model, examples, estimate, seed=1)
-    value = None if reference is None else reference(References(model, examples, seed=1), 4)
+    value = None if reference is None else reference(Counterfactuals(model, examples, seed=1), 4)
     direct = getattr(attribution_patching, estimate.removesuffix("_corrupt"))(model, examples[4], value, name="x")
     for quantity in ("target", "previous"):
         assert np.array_equal(found.by_example[f"{estimate}.{quantity}"][4], direct[f"x.{quantity}"])
@@ -240,7 +240,7 @@ def test_estimates_use_the_reference_they_name(
 def test_an_example_without_a_counterpart_has_no_score_and_is_counted(model: HeadModel, name: str) -> None:
     """At all positions a counterpart must be as long; the mean is over the examples that have one."""
     examples = encode(tiny_task(subjects=8), model.tokenizer).examples
-    has_one = [bool(References(model, examples).others(i, same_length=True)) for i in range(len(examples))]
+    has_one = [bool(Counterfactuals(model, examples).others(i, same_length=True)) for i in range(len(examples))]
     assert True in has_one and False in has_one
     found = score_examples(model, examples, name)
     rows = found.by_example[f"{name}.target"]

@@ -19,7 +19,7 @@ from safetensors.numpy import load_file
 from headtune.analysis.identify import pipeline
 from headtune.analysis.identify.pipeline import IdentifyResult, partial_folder
 from headtune.analysis.methods import logit_attribution, parallel_map, patching, registry
-from headtune.analysis.methods.parallel_map import Shards
+from headtune.analysis.methods.parallel_map import ParallelMap
 from headtune.analysis.methods.scores import Array
 from headtune.analysis.models.head_model import HeadModel
 from headtune.analysis.models.loading import wrap_model
@@ -84,11 +84,11 @@ def expected_rows(n: int) -> list[dict[str, Array]]:
 def test_a_broken_map_computes_only_the_rest(tmp_path: Path) -> None:
     first, second, third = Work(), Work(), Work()
     with pytest.raises(Broken):
-        Shards(tmp_path / "kept", {"seed": 0}).map(7, first, breaking(3), "some step")
+        ParallelMap(tmp_path / "kept", {"seed": 0}).map(7, first, breaking(3), "some step")
     assert first.calls == [0, 1, 2]
-    found = Shards(tmp_path / "kept", {"seed": 0}).map(7, second, silent, "some step")
+    found = ParallelMap(tmp_path / "kept", {"seed": 0}).map(7, second, silent, "some step")
     assert second.calls == [3, 4, 5, 6] and same_rows(found, expected_rows(7))
-    assert same_rows(Shards(tmp_path / "kept", {"seed": 0}).map(7, third, silent, "some step"), expected_rows(7))
+    assert same_rows(ParallelMap(tmp_path / "kept", {"seed": 0}).map(7, third, silent, "some step"), expected_rows(7))
     assert third.calls == []
 
 
@@ -100,13 +100,13 @@ def test_progress_counts_what_is_left(tmp_path: Path) -> None:
         return items
 
     with pytest.raises(Broken):
-        Shards(tmp_path).map(4, Work(), breaking(2), "step")
-    Shards(tmp_path).map(4, Work(), progress, "step")
+        ParallelMap(tmp_path).map(4, Work(), breaking(2), "step")
+    ParallelMap(tmp_path).map(4, Work(), progress, "step")
     assert left == [[2, 3]]
 
 
 def test_steps_and_keys_are_kept_apart(tmp_path: Path) -> None:
-    Shards(tmp_path, {"seed": 0, "model": {"a": 1, "b": 2}}).map(3, Work(), silent, "one")
+    ParallelMap(tmp_path, {"seed": 0, "model": {"a": 1, "b": 2}}).map(3, Work(), silent, "one")
     for key, what in (
         ({"seed": 1, "model": {"a": 1, "b": 2}}, "one"),
         ({"seed": 0, "model": {"a": 1, "b": 3}}, "one"),
@@ -114,27 +114,27 @@ def test_steps_and_keys_are_kept_apart(tmp_path: Path) -> None:
         ({"seed": 0, "model": {"a": 1, "b": 2}}, "another"),
     ):
         work = Work()
-        Shards(tmp_path, key).map(3, work, silent, what)
+        ParallelMap(tmp_path, key).map(3, work, silent, what)
         assert work.calls == [0, 1, 2], (key, what)
     work = Work()
-    Shards(tmp_path, {"model": {"b": 2, "a": 1}, "seed": 0}).map(3, work, silent, "one")
+    ParallelMap(tmp_path, {"model": {"b": 2, "a": 1}, "seed": 0}).map(3, work, silent, "one")
     assert work.calls == []  # the order of a key's parts says nothing
 
 
 @pytest.mark.parametrize("damage", [b"", b"\0" * 5, b"\xff" * 200, "cut"])
 def test_a_damaged_file_is_computed_again(tmp_path: Path, damage: bytes | str) -> None:
-    Shards(tmp_path).map(3, Work(), silent, "step")
+    ParallelMap(tmp_path).map(3, Work(), silent, "step")
     files = sorted(file for file in tmp_path.rglob("*") if file.is_file())
     assert len(files) == 3
     files[1].write_bytes(files[1].read_bytes()[:-7] if isinstance(damage, str) else damage)
     work = Work()
-    assert same_rows(Shards(tmp_path).map(3, work, silent, "step"), expected_rows(3))
+    assert same_rows(ParallelMap(tmp_path).map(3, work, silent, "step"), expected_rows(3))
     assert work.calls == [1]
 
 
 def test_an_example_that_says_nothing_is_finished_too(tmp_path: Path) -> None:
     """A method may have nothing to say of an example: an empty row, not a missing one."""
-    kept = [Shards(tmp_path).map(2, lambda _index: {}, silent, "step") for _ in range(2)]
+    kept = [ParallelMap(tmp_path).map(2, lambda _index: {}, silent, "step") for _ in range(2)]
     assert kept == [[{}, {}], [{}, {}]]
 
 
@@ -146,22 +146,22 @@ def test_once(tmp_path: Path) -> None:
         return expected_rows(1)[0]
 
     for _ in range(2):
-        assert same_rows([Shards(tmp_path).once("gates", work)], expected_rows(1))
+        assert same_rows([ParallelMap(tmp_path).once("gates", work)], expected_rows(1))
     assert len(calls) == 1
-    Shards().once("gates", work)
-    Shards().once("gates", work)
+    ParallelMap().once("gates", work)
+    ParallelMap().once("gates", work)
     assert len(calls) == 3
 
 
 def test_finish_removes_everything_and_no_folder_keeps_nothing(tmp_path: Path) -> None:
-    kept = Shards(tmp_path / "kept", {"seed": 0})
-    Shards(tmp_path / "kept", {"seed": 1}).map(2, Work(), silent, "left over")
+    kept = ParallelMap(tmp_path / "kept", {"seed": 0})
+    ParallelMap(tmp_path / "kept", {"seed": 1}).map(2, Work(), silent, "left over")
     kept.map(2, Work(), silent, "step")
     kept.finish()
     kept.finish()
     assert list(tmp_path.iterdir()) == []
-    Shards().map(2, Work(), silent, "step")
-    Shards().finish()
+    ParallelMap().map(2, Work(), silent, "step")
+    ParallelMap().finish()
     assert list(tmp_path.iterdir()) == []
 
 
@@ -173,12 +173,12 @@ def test_an_error_is_raised_and_what_is_finished_stays(tmp_path: Path, error: ty
         return Work()(index)
 
     with pytest.raises(error, match="example 2"):
-        Shards(tmp_path).map(4, work, silent, "step")
+        ParallelMap(tmp_path).map(4, work, silent, "step")
     again = Work()
-    Shards(tmp_path).map(4, again, silent, "step")
+    ParallelMap(tmp_path).map(4, again, silent, "step")
     assert again.calls == [2, 3]
     with pytest.raises(error, match="example 2"):
-        Shards(tmp_path).once("whole", lambda: work(2))
+        ParallelMap(tmp_path).once("whole", lambda: work(2))
 
 
 # --- identify ---------------------------------------------------------------------------------------------------------
@@ -376,8 +376,8 @@ def test_partial_results_lie_beside_the_output(place: Path) -> None:
 SCRIPT = """
 import json, os, sys
 import numpy as np
-from headtune.analysis.errors import InputError
-from headtune.analysis.shards import Shards, rank_and_world
+from headtune.analysis.methods.parallel_map import ParallelMap, rank_and_world
+from headtune.analysis.utils.errors import InputError
 
 rank, world = rank_and_world()
 calls = []
@@ -393,20 +393,20 @@ def whole():
     return {"a": np.full((1, 2), 7, np.float32)}
 
 silent = lambda items, _what: iter(items)
-kept = Shards(__import__("pathlib").Path(sys.argv[1]), None, share=True)
+kept = ParallelMap(__import__("pathlib").Path(sys.argv[1]), None, share=True)
 told = {"world": world}
 told["rows"] = [int(row["a"][0, 0]) for row in kept.map(5, work, silent, "five")]
 told["one"] = [int(row["a"][0, 0]) for row in kept.map(1, work, silent, "one")]
 told["none"] = kept.map(0, work, silent, "none")
 told["whole"] = int(kept.once("whole", whole)["a"][0, 0])
-alone = Shards()
+alone = ParallelMap()
 told["alone"] = [alone.rank, alone.world]
 try:
     kept.map(6, work, silent, "six")
     told["refused"] = None
 except InputError as error:
     told["refused"] = str(error)
-told["again"] = [int(row["a"][0, 0]) for row in Shards(kept._top, None, share=True).map(5, work, silent, "five")]
+told["again"] = [int(row["a"][0, 0]) for row in ParallelMap(kept._top, None, share=True).map(5, work, silent, "five")]
 told["calls"] = calls
 with open(os.path.join(sys.argv[2], f"{rank}.json"), "w") as file:
     json.dump(told, file)

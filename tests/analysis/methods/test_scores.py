@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from headtune.analysis.methods.scores import Scores, load_means, mean_interval, stack, subject_weights
+from headtune.analysis.methods.scores import Scores, load_means, stack
 from headtune.analysis.utils.errors import InputError
+from headtune.analysis.utils.stats import mean_interval, subject_weights
 
 SHAPE = (3, 4)
 

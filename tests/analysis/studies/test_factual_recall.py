@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from headtune.analysis.interventions import mlp_regression
-from headtune.analysis.interventions.counterfactuals import References
+from headtune.analysis.interventions.counterfactuals import Counterfactuals
 from headtune.analysis.models import hooks
 from headtune.analysis.models.head_model import HeadModel
 from headtune.analysis.models.loading import EMBEDDED, cache_folder, load_model, wrap_model
@@ -22,6 +22,7 @@ from headtune.analysis.synthetic.planted import PlantedModel, Planting, plant
 from headtune.analysis.tasks.loading import load_task
 from headtune.analysis.tasks.task import Task
 from headtune.analysis.tasks.tokenized import Encoded, encode
+from headtune.analysis.utils import stats
 from headtune.analysis.utils.errors import InputError
 from helpers.tiny import tiny_model, tiny_task, tiny_tokenizer
 
@@ -44,8 +45,8 @@ def test_argument_scores_are_the_definition(model: HeadModel, examples: list[Enc
     """One head at a time: its output replaced, every other head's put back to the clean run, MLPs left to recompute."""
     index = 1
     encoded, end = examples[index], torch.tensor([examples[index].end])
-    references = References(model, examples)
-    mean = torch.stack([references.end(i) for i in references.others(index)]).mean(0)
+    references = Counterfactuals(model, examples)
+    mean = torch.stack([references.last_token(i) for i in references.others(index)]).mean(0)
     with hooks.capture(model, positions=end) as clean:
         logits = model.hf(encoded.tokens[None], use_cache=False).logits[0, -1]
     clean_z = {layer: z[0].clone() for layer, z in clean.items()}
@@ -74,7 +75,9 @@ def test_argument_scores_are_the_definition(model: HeadModel, examples: list[Enc
 def test_p_after_the_last_layer_is_the_models(family: str, config: dict[str, Any]) -> None:
     model = wrap_model(tiny_model(family, **config), tiny_tokenizer(), family)
     encoded = encode(tiny_task(), model.tokenizer).examples[0]
-    found = factual_recall.answers_by_layer(model, mlp_regression.end_parts(model, encoded.tokens).after, encoded)
+    found = factual_recall.answers_by_layer(
+        model, mlp_regression.last_token_parts(model, encoded.tokens).after, encoded
+    )
     p = model.hf(encoded.tokens[None], use_cache=False).logits[0, -1].softmax(-1)
     assert len(found) == model.n_layers
     assert found[-1] == pytest.approx(p[list(encoded.target_tokens)].sum().item(), rel=1e-4)
@@ -103,12 +106,12 @@ def test_noise_does_not_fall() -> None:
 def test_correlations() -> None:
     generator = np.random.default_rng(0)
     a, b = generator.standard_normal(50), generator.standard_normal(50)
-    assert token_frequency.pearson(a, b) == pytest.approx(np.corrcoef(a, b)[0, 1])
-    assert token_frequency.pearson(a, np.ones(50)) is None
+    assert stats.pearson(a, b) == pytest.approx(np.corrcoef(a, b)[0, 1])
+    assert stats.pearson(a, np.ones(50)) is None
     values = [3.0, 1.0, 3.0, 2.0, 3.0]
     slow = [np.mean([rank for rank, other in enumerate(sorted(values)) if other == value]) for value in values]
-    assert token_frequency.ranks(values).tolist() == slow
-    assert token_frequency.pearson(token_frequency.ranks(a), token_frequency.ranks(np.exp(a))) == pytest.approx(1)
+    assert stats.ranks(values).tolist() == slow
+    assert stats.pearson(stats.ranks(a), stats.ranks(np.exp(a))) == pytest.approx(1)
 
 
 def test_correlations_leave_out_what_no_text_holds() -> None:
@@ -235,8 +238,8 @@ def test_the_fit_does_not_see_the_subjects_it_is_judged_on(study: base.Analysis,
     examples = [e for e in encode(planted.task, model.tokenizer).examples if e.example.subject not in apart]
     moments = mlp_regression.Moments.empty(model)
     for example in examples:
-        moments.add(mlp_regression.moments_of(mlp_regression.end_parts(model, example.tokens)))
-    torch.testing.assert_close(torch.tensor(study.data["mlp"]["heads"]), mlp_regression.fit(moments).heads)
+        moments.add(mlp_regression.moments_of(mlp_regression.last_token_parts(model, example.tokens)))
+    torch.testing.assert_close(torch.tensor(study.data["mlp"]["heads"]), mlp_regression.regress(moments).heads)
 
 
 def test_it_is_written(study: base.Analysis, tmp_path: Path) -> None:

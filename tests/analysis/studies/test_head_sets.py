@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from headtune.analysis.heads.ranking import elbow, rank
-from headtune.analysis.interventions.counterfactuals import References
+from headtune.analysis.interventions.counterfactuals import Counterfactuals
 from headtune.analysis.methods.patching import INPUTS, every_head, path_effects
 from headtune.analysis.methods.scores import Scores
 from headtune.analysis.models import hooks
@@ -126,7 +126,7 @@ def test_the_elbow_of_single_facts_is_of_the_correct_answer(planted: PlantedMode
 
 def test_faithfulness_curves_against_forward_passes(model: HeadModel) -> None:
     examples = encode(TASK, model.tokenizer).examples
-    references = References(model, examples, 0)
+    references = Counterfactuals(model, examples, 0)
     ranking = [(2, 1), (0, 3), (1, 0), *(head for head in every_head(model) if head not in [(2, 1), (0, 3), (1, 0)])]
     proportions = (0.0, 0.25, 1.0)  # 0, 3 and all 12 heads
     found = head_sets.faithfulness_curves(model, references, {"mine": ranking}, lambda items, _: items, proportions)
@@ -252,7 +252,7 @@ def test_paths_to_chosen_receivers(model: HeadModel) -> None:
 def test_paths_to_the_logits_are_those_of_the_method(model: HeadModel) -> None:
     found = base.run("path_patching", model, TASK, receivers="L1H0:value", seed=4)
     examples = encode(TASK, model.tokenizer).examples
-    references = References(model, examples, 4)
+    references = Counterfactuals(model, examples, 4)
     rows = [path_effects("path", model, one, references.mean(i)) for i, one in enumerate(examples)]
     for name in ("path.target", "path.previous"):
         assert np.array(found.data["scores"][name]) == pytest.approx(np.mean([row[name] for row in rows], 0), abs=1e-5)

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from headtune.analysis.interventions.last_token import CLEAN, EndRun, Row
+from headtune.analysis.interventions.intervention import CLEAN, Intervention
+from headtune.analysis.interventions.last_token import LastTokenRunner
 from headtune.analysis.interventions.logit_lens import answer_tokens, string_logprobs
 from headtune.analysis.methods.logit_attribution import attribute
 from headtune.analysis.models.head_model import HeadModel
@@ -88,12 +89,12 @@ def test_knockouts_are_of_the_right_places(found: Analysis, model: HeadModel, ta
     expected = []
     for encoded in task.examples:
         if len(encoded.previous) > 1:
-            rows = [CLEAN, Row(knocked_out=(*encoded.previous[0], *encoded.previous[1]))]
+            rows = [CLEAN, Intervention(knocked_out=(*encoded.previous[0], *encoded.previous[1]))]
         elif encoded.previous:
-            rows = [CLEAN, Row(knocked_out=encoded.previous[0])]
+            rows = [CLEAN, Intervention(knocked_out=encoded.previous[0])]
         else:
             continue
-        logits = EndRun(model, encoded.tokens).step(rows).logits[:, list(encoded.target_tokens)].mean(-1)
+        logits = LastTokenRunner(model, encoded.tokens).run(rows).logits[:, list(encoded.target_tokens)].mean(-1)
         expected.append(float(logits[0] - logits[1]))
     band = found.data["knockout"]["previous"]["logits"]["remaining"]
     assert band["n"] == len(expected) == 16
@@ -104,7 +105,7 @@ def test_whole_strings(found: Analysis, model: HeadModel, task: EncodedTask) -> 
     expected: dict[str, list[float]] = {"baseline": [], "without_subject": []}
     for encoded in task.examples:
         ids = [answer_tokens(model.tokenizer, encoded, answer) for answer in encoded.example.remaining]
-        rows = [CLEAN, Row(knocked_out=encoded.subject)]
+        rows = [CLEAN, Intervention(knocked_out=encoded.subject)]
         logp = string_logprobs(model, encoded.tokens, [tokens for tokens in ids if tokens is not None], rows)
         best = int(logp[0].argmax())
         for name, values in zip(expected, logp, strict=True):
@@ -119,7 +120,7 @@ def test_the_likeliest_string_may_not_have_the_likeliest_first_token(model: Head
     draws = torch.randint(3, 400, (40, 3), generator=generator).tolist()
     answers = [tuple(draw[: 1 + index % 3]) for index, draw in enumerate(draws)]
     logp = string_logprobs(model, encoded.tokens, answers)[0]
-    logits = EndRun(model, encoded.tokens).step([CLEAN]).logits[0]
+    logits = LastTokenRunner(model, encoded.tokens).run([CLEAN]).logits[0]
     assert likeliest(model, encoded, answers, logits) == answers[int(logp.argmax())]
     long = [answer for answer in answers if len(answer) > 1]
     logp = string_logprobs(model, encoded.tokens, long)[0]
@@ -136,7 +137,7 @@ def test_first_tokens_and_collisions(model: HeadModel) -> None:
         ("New York", "York", "Rome"),
     )
     encoded = encode(Task("collisions", (example,)), model.tokenizer).examples[0]
-    logits = EndRun(model, encoded.tokens).step([CLEAN]).logits[0]
+    logits = LastTokenRunner(model, encoded.tokens).run([CLEAN]).logits[0]
     names = Names.of(model, encoded, 4, logits)
     assert (names.left_out, names.alike) == (2, 1)  # New and Rome are begun by remaining answers; York is the subject
     means = names.means(logits[names.tokens])

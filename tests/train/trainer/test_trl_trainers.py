@@ -192,12 +192,12 @@ def test_rows_that_are_too_long_for_the_model_are_refused(cities: Task) -> None:
     tokenizer, rows = tiny_tokenizer(), sft_rows(cities, 0)
     lengths = [len(tokenizer(row["prompt"] + row["completion"]).input_ids) for row in rows]
     longest = max(lengths)
-    trl_trainers.require_room_in("x", rows, tokenizer, longest + 1)  # with the text's end
-    trl_trainers.require_room_in("x", trl_trainers.open_rows(rows, tokenizer), tokenizer, longest)
-    trl_trainers.require_room_in("x", rows, tokenizer, None)
+    trl_trainers.check_row_length("x", rows, tokenizer, longest + 1)  # with the text's end
+    trl_trainers.check_row_length("x", trl_trainers.open_rows(rows, tokenizer), tokenizer, longest)
+    trl_trainers.check_row_length("x", rows, tokenizer, None)
     for made, positions in ((rows, longest), (trl_trainers.open_rows(rows, tokenizer), longest - 1)):
         with pytest.raises(InputError, match=f"'x': .* training rows are longer than the {positions} tokens"):
-            trl_trainers.require_room_in("x", made, tokenizer, positions)
+            trl_trainers.check_row_length("x", made, tokenizer, positions)
 
 
 def test_the_collator_pads_on_the_left() -> None:

@@ -8,7 +8,6 @@ import importlib.metadata
 import inspect
 import json
 import logging
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from headtune.analysis.utils.errors import CheckError, InputError
+from headtune.analysis.utils.processes import rank
 
 from .eligibility import lowest_trained, model_parts, refusal
 from .release_pages import release_pages
@@ -122,7 +122,7 @@ class PrefixCache:
         if self._store is not None:
             raise InputError("this prefix cache is installed already; leave the first block before entering another")
         backbone, layers = self._parts.backbone, self._parts.layers[: self.stats.layers]
-        own = None if self._top is None else self._top / self._digest() / f"rank-{os.environ.get('RANK', '0')}"
+        own = None if self._top is None else self._top / self._digest() / f"rank-{rank()}"
         self._store = store = RowStore(self._limit, own)
         self._known = self._since_unknown = 0
         replaced = [layer.__dict__.get("forward") for layer in layers]

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from headtune.analysis.utils.files import atomic_path, sha256_of, write_json
-from headtune.analysis.utils.paths import inside
+from headtune.analysis.utils.paths import safe_join
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ class RowStore:
         try:
             shards = json.loads(path.read_text(encoding="utf-8"))["shards"]
             for name in shards:
-                inside(path.parent, name, f"index {str(path)!r}")
+                safe_join(path.parent, name, f"index {str(path)!r}")
             self._where = {row: name for name, shard in shards.items() for row in shard["rows"]}
             self.disk_bytes = sum(shard["bytes"] for shard in shards.values())
             self._shards = shards
