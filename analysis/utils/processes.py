@@ -25,6 +25,6 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def lost_another(error: RuntimeError) -> bool:
+def is_lost_peer(error: RuntimeError) -> bool:
     """Whether it is a collective operation that failed: another process is gone or stuck."""
     return world_size() > 1 and ("gloo/transport" in str(error) or type(error).__name__.startswith("Dist"))

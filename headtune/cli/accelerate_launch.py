@@ -216,7 +216,7 @@ def _code(ended: Mapping[int, int], passed: Collection[int] = ()) -> int:
     Raises:
         KeyboardInterrupt: all were ended by a signal that was passed on to them, before the run could answer it.
     """
-    from .console import fail
+    from .console import print_error
 
     rank, code = next(iter(ended.items()))  # in the order in which they ended
     if code >= 0:
@@ -228,4 +228,4 @@ def _code(ended: Mapping[int, int], passed: Collection[int] = ()) -> int:
     name = signal.Signals(-code).name
     why = " (as the system does when memory runs out)" if name == "SIGKILL" else ""
     others = "" if len(ended) == 1 else ", and all others were stopped"
-    return fail(f"rank {rank} was ended by {name}{why}{others}; continue the run with --resume", 128 - code)
+    return print_error(f"rank {rank} was ended by {name}{why}{others}; continue the run with --resume", 128 - code)

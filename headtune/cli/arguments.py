@@ -53,14 +53,16 @@ class Parser(argparse.ArgumentParser):
         from headtune.analysis.utils.errors import nearest
 
         if action.choices is not None and value not in action.choices:
-            known = [str(choice) for choice in action.choices]
-            raise argparse.ArgumentError(action, f"invalid choice: {value!r}: {nearest(str(value), known)}")
+            choices = [str(choice) for choice in action.choices]
+            raise argparse.ArgumentError(action, f"invalid choice: {value!r}: {nearest(str(value), choices)}")
 
     def unknown(self, words: Sequence[str]) -> NoReturn:
         """Refuse words that no argument takes, with the option that was perhaps meant."""
         options = [word.partition("=")[0] for word in words if word.startswith("-")]
-        known = sorted(self._option_string_actions)
-        close = [name for option in options for name in difflib.get_close_matches(option, known, n=1, cutoff=0.6)]
+        valid_options = sorted(self._option_string_actions)
+        close = [
+            name for option in options for name in difflib.get_close_matches(option, valid_options, n=1, cutoff=0.6)
+        ]
         meant = f"; did you mean {', '.join(close)}?" if close else ""
         self.error(f"unrecognized arguments: {' '.join(words)}{meant}")
 
@@ -86,11 +88,11 @@ def adder(commands: Any, prefix: str = "headtune") -> Add:
     return add
 
 
-def recipe_arguments(p: argparse.ArgumentParser, of: str = "override a key; the value is YAML") -> None:
+def recipe_arguments(p: argparse.ArgumentParser, overrides_help: str = "override a key; the value is YAML") -> None:
     """`RECIPE [key.sub=value ...]`."""
     name = p.add_argument("recipe", help="path, or name without the ending (see: headtune recipes)")
     completed(name, "recipe")
-    p.add_argument("overrides", nargs="*", metavar="key.sub=value", help=of)
+    p.add_argument("overrides", nargs="*", metavar="key.sub=value", help=overrides_help)
 
 
 def model_and_task_arguments(p: argparse.ArgumentParser, out: str, optional: bool = False) -> None:
@@ -173,15 +175,15 @@ def model_quiet() -> None:
     if os.environ.get("WANDB_MODE") == "offline":  # transformers prints so on import, into what --json prints
         with contextlib.redirect_stdout(io.StringIO()):
             importlib.import_module("transformers.integrations.integration_utils")
-    own = logging.getLogger("headtune")
-    if own.level == logging.DEBUG:
+    log = logging.getLogger("headtune")
+    if log.level == logging.DEBUG:
         transformers.utils.logging.set_verbosity_warning()
         transformers.utils.logging.enable_progress_bar()
         return
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    if own.level == logging.NOTSET:
-        own.setLevel(logging.INFO)
+    if log.level == logging.NOTSET:
+        log.setLevel(logging.INFO)
 
 
 def print_json(result: Any) -> None:

@@ -69,7 +69,7 @@ def print_titled(title: str, table: Table) -> None:
     console.print(table)
 
 
-def fail(message: str, code: int) -> int:
+def print_error(message: str, code: int) -> int:
     """Print an error as one line and return the exit code."""
     from headtune.analysis.utils.secrets import redact
 

@@ -8,10 +8,10 @@ import time
 
 from headtune.analysis.utils.processes import rank
 
-PATIENCE = 20.0  # seconds that a rank leaves to the launcher to end it because of another
+LAUNCHER_SECONDS = 20.0  # seconds that a rank leaves to the launcher to end it because of another
 
 
-def fail(message: str, code: int) -> int:
+def exit_with(message: str, code: int) -> int:
     """Print an error as one line and return its exit code; a rank other than 0 only speaks if it fails alone.
 
     Whatever is wrong with a recipe all ranks notice, and rank 0's exit has the launcher end the others while they wait.
@@ -19,22 +19,22 @@ def fail(message: str, code: int) -> int:
     from . import console
 
     if number := rank():
-        wait_to_be_ended()
+        wait_for_launcher()
         message = f"rank {number}: {message}"
-    return console.fail(message, code)
+    return console.print_error(message, code)
 
 
-def wait_to_be_ended() -> None:
+def wait_for_launcher() -> None:
     """Leave the launcher the time to end this process because another one has ended badly."""
     with contextlib.suppress(ValueError):  # only the main thread may; training answers SIGTERM in its own way
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    time.sleep(PATIENCE)
+    time.sleep(LAUNCHER_SECONDS)
 
 
-def fail_with_another(error: RuntimeError) -> int:
+def exit_for_lost_peer(error: RuntimeError) -> int:
     """The one who is gone is the one to speak, and its launcher names it; this rank speaks only if neither happens."""
-    wait_to_be_ended()
+    wait_for_launcher()
     from . import console
 
     reason = str(error).splitlines()[0][:200]
-    return console.fail(f"rank {rank()} lost the connection to another process ({reason})", 1)
+    return console.print_error(f"rank {rank()} lost the connection to another process ({reason})", 1)

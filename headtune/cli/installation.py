@@ -1,6 +1,8 @@
 """What of this machine headtune works with: packages, devices, DeepSpeed, W&B, the hub, caches, the default model.
 
-Nothing is asked of the network and nothing is written. Of keys only their presence is told.
+Nothing is asked of the network and nothing is written. Of keys only their presence is told. `accelerate env` and
+`transformers env` print versions and devices for a bug report; here each line says whether headtune can use the part,
+and how to mend it.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from headtune.analysis.utils.errors import InputError
 
 PACKAGES = ("torch", "transformers", "peft", "trl", "accelerate", "datasets", "wandb")
 LITTLE_DISK = 2 << 30  # bytes: a small model and the checkpoints of one run
-GIB = 1 << 30
+REINSTALL = "pip install --force-reinstall"
 
 
 @dataclass(frozen=True)
@@ -26,24 +28,24 @@ class Finding:
     """One line of the report.
 
     Attributes:
-        found: what is there.
+        status: what is there.
         fix: what to do about it; empty where all is well.
         broken: headtune does not work without the fix; otherwise a part of it, that is named.
     """
 
     name: str
-    found: str
+    status: str
     fix: str = ""
     broken: bool = False
 
 
 def examine() -> list[Finding]:
     """All findings, in the order in which they are read."""
-    found = list(_versions())
-    if any(finding.broken for finding in found):
-        return found  # nothing else can be asked
-    parts = (_devices, _deepspeed, _wandb, _hub, _caches, _data)
-    return [*found, *(finding for part in parts for finding in part())]
+    findings = list(_versions())
+    if not any(finding.broken for finding in findings):  # else nothing more can be asked
+        for part in (_devices, _deepspeed, _wandb, _hub, _folders, _data):
+            findings += part()
+    return findings
 
 
 def _version(package: str) -> str | None:
@@ -57,25 +59,24 @@ def _versions() -> Iterator[Finding]:
     from packaging.requirements import Requirement
 
     yield Finding("headtune", f"{_version('headtune') or 'not installed'}, Python {platform.python_version()}")
-    wanted = {one.name: one.specifier for one in map(Requirement, importlib.metadata.requires("headtune") or [])}
+    needs = {one.name: one.specifier for one in map(Requirement, importlib.metadata.requires("headtune") or [])}
     for package in PACKAGES:
-        version, needs = _version(package), wanted.get(package)
-        install = f'pip install "{package}{needs or ""}"'
+        version, need = _version(package), needs.get(package)
+        fix = f'pip install "{package}{need or ""}"'
         if version is None:
-            yield Finding(package, "not installed", install, broken=True)
-        elif needs and not needs.contains(version, prereleases=True):
-            yield Finding(package, f"{version}, and headtune needs {needs}", install, broken=True)
+            yield Finding(package, "not installed", fix, broken=True)
+        elif need and not need.contains(version, prereleases=True):
+            yield Finding(package, f"{version}, and headtune needs {need}", fix, broken=True)
         else:
             yield Finding(package, version)
 
 
 def _devices() -> Iterator[Finding]:
     import psutil  # type: ignore[import-untyped]
+    import torch
 
     memory = psutil.virtual_memory()
     yield Finding("cpu", f"{os.cpu_count()} cores, {_gib(memory.available)} of {_gib(memory.total)} free")
-    import torch
-
     if not torch.cuda.is_available():
         built = f"this torch is built for CUDA {torch.version.cuda}" if torch.version.cuda else "this torch has no CUDA"
         if shutil.which("nvidia-smi"):
@@ -83,7 +84,6 @@ def _devices() -> Iterator[Finding]:
             yield Finding("gpu", f"there may be one, but torch finds none ({built})", fix)
         else:
             yield Finding("gpu", f"none ({built}); models run on the CPU")
-        return
     for index in range(torch.cuda.device_count()):
         try:
             free, total = torch.cuda.mem_get_info(index)
@@ -96,34 +96,27 @@ def _devices() -> Iterator[Finding]:
 
 
 def _deepspeed() -> Iterator[Finding]:
-    version = _version("deepspeed")
-    if version is None:
-        yield Finding(
-            "deepspeed", "not installed; only the zero configurations need it", 'pip install "headtune[deepspeed]"'
-        )
-        return
-    if not _cuda():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # it would warn about having to guess
-    try:
-        import deepspeed  # noqa: F401
-    except Exception as error:  # whatever its build or its compiler says
-        first = (str(error) or type(error).__name__).splitlines()[0]
-        yield Finding("deepspeed", f"{version} cannot be imported ({first})", "pip install --force-reinstall deepspeed")
-        return
-    beside = Path(sys.executable).parent / "ninja"
-    tools = {"ninja": bool(shutil.which("ninja")) or beside.is_file(), "c++": bool(shutil.which("c++"))}
-    missing = [name for name, there in tools.items() if not there]
-    if missing and not _cuda():
-        fix = {"ninja": "pip install ninja", "c++": "install a C++ compiler, such as the package g++"}[missing[0]]
-        yield Finding("deepspeed", f"{version}, but it builds a part of itself and finds no {missing[0]}", fix)
-    else:
-        yield Finding("deepspeed", version)
-
-
-def _cuda() -> bool:
     import torch
 
-    return torch.cuda.is_available()
+    status, fix = _version("deepspeed"), ""
+    if status is None:
+        status, fix = "not installed; only the zero configurations need it", 'pip install "headtune[deepspeed]"'
+    else:
+        on_cpu = not torch.cuda.is_available()
+        if on_cpu:
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # it would warn about having to guess
+        try:
+            import deepspeed  # noqa: F401
+        except Exception as error:  # whatever its build or its compiler says
+            first = (str(error) or type(error).__name__).splitlines()[0]
+            status, fix = f"{status} cannot be imported ({first})", f"{REINSTALL} deepspeed"
+        else:
+            ninja = shutil.which("ninja") or (Path(sys.executable).parent / "ninja").is_file()
+            missing = "" if ninja and shutil.which("c++") else "c++" if ninja else "ninja"
+            if missing and on_cpu:
+                status += f", but it builds a part of itself and finds no {missing}"
+                fix = "pip install ninja" if missing == "ninja" else "install a C++ compiler, such as the package g++"
+    yield Finding("deepspeed", status, fix)
 
 
 def _wandb() -> Iterator[Finding]:
@@ -132,17 +125,16 @@ def _wandb() -> Iterator[Finding]:
     try:
         mode = requested_mode(None)
     except InputError as error:
-        found, _, fix = str(error).partition("; ")
-        yield Finding("W&B", found, fix, broken=True)
+        status, _, fix = str(error).partition("; ")
+        yield Finding("W&B", status, fix, broken=True)
         return
-    key = mode_by_key() == "online"
-    there = "a key is there" if key else "no key"
+    key = "a key is there" if mode_by_key() == "online" else "no key"
     if mode is not None:
-        yield Finding("W&B", f"{mode}, as WANDB_MODE says; {there}")
-    elif key:
-        yield Finding("W&B", f"online; {there}")
+        yield Finding("W&B", f"{mode}, as WANDB_MODE says; {key}")
+    elif key != "no key":
+        yield Finding("W&B", f"online; {key}")
     else:
-        yield Finding("W&B", f"offline: {there}; runs stay in their folders, and with WANDB_API_KEY they are sent")
+        yield Finding("W&B", "offline: no key; runs stay in their folders, and with WANDB_API_KEY they are sent")
 
 
 def _hub() -> Iterator[Finding]:
@@ -153,26 +145,23 @@ def _hub() -> Iterator[Finding]:
     yield Finding("hub", f"{how}; {token}")
 
 
-def _caches() -> Iterator[Finding]:
+def _folders() -> Iterator[Finding]:
     from huggingface_hub import constants
 
     from headtune.analysis.models.loading import cache_folder
 
-    for name, folder, variable in (
-        ("cache", cache_folder(), "HEADTUNE_CACHE"),
-        ("hub cache", Path(constants.HF_HUB_CACHE), "HF_HOME"),
-        ("here", Path.cwd(), ""),
+    for name, folder, fix in (
+        ("cache", cache_folder(), "set HEADTUNE_CACHE to another folder"),
+        ("hub cache", Path(constants.HF_HUB_CACHE), "set HF_HOME to another folder"),
+        ("here", Path.cwd(), "change to another folder"),
     ):
         there = next(path for path in (folder, *folder.parents) if path.exists())
         free = shutil.disk_usage(there).free
-        found = f"{folder}, {_gib(free)} of disk free"
-        elsewhere = f"set {variable} to another folder" if variable else "change to another folder"
         if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
-            yield Finding(name, f"{folder} cannot be written to", elsewhere, broken=name == "cache")
-        elif free < LITTLE_DISK:
-            yield Finding(name, found, f"make room, or {elsewhere}")
+            yield Finding(name, f"{folder} cannot be written to", fix, broken=name == "cache")
         else:
-            yield Finding(name, found)
+            fix = f"make room, or {fix}" if free < LITTLE_DISK else ""
+            yield Finding(name, f"{folder}, {_gib(free)} of disk free", fix)
 
 
 def _data() -> Iterator[Finding]:
@@ -185,13 +174,13 @@ def _data() -> Iterator[Finding]:
         ready = (cache_folder() / EMBEDDED / "config.json").is_file()
         yield Finding("model", f"{EMBEDDED} is installed, {'converted' if ready else 'converted at its first use'}")
     else:
-        lacking = "without it neither headtune demo nor the recipes run as they are"
-        yield Finding("model", f"{EMBEDDED} is not installed; {lacking}", builtin.BUILT_IN[EMBEDDED].install)
+        why = "without it neither headtune demo nor the recipes run as they are"
+        yield Finding("model", f"{EMBEDDED} is not installed; {why}", builtin.BUILT_IN[EMBEDDED].install)
     try:
         yield Finding("data", f"{len(recipe_names())} recipes, {len(builtin_names())} tasks")
     except (OSError, InputError) as error:
-        yield Finding("data", str(error), "pip install --force-reinstall headtune", broken=True)
+        yield Finding("data", str(error), f"{REINSTALL} headtune", broken=True)
 
 
 def _gib(size: float) -> str:
-    return f"{size / GIB:.3g} GiB"
+    return f"{size / 2**30:.3g} GiB"

@@ -19,7 +19,7 @@ import traceback
 from collections.abc import Sequence
 from typing import Any
 
-from headtune.analysis.utils.processes import is_main, lost_another
+from headtune.analysis.utils.processes import is_lost_peer, is_main
 
 from .arguments import Parser, adder, set_volume
 from .commands import (
@@ -39,7 +39,7 @@ from .commands import (
     track,
     train,
 )
-from .exits import fail, fail_with_another
+from .exits import exit_for_lost_peer, exit_with
 
 # In the order of --help.
 COMMANDS = (
@@ -104,23 +104,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (InputError, CheckError) as error:
         if getattr(arguments, "verbose", False):
             print(redact(traceback.format_exc()), file=sys.stderr, end="")
-        return fail(str(error), error.exit_code)
+        return exit_with(str(error), error.exit_code)
     except OSError as error:
         if isinstance(error, BrokenPipeError) and _reader_has_gone():
             return 1  # quietly, as rich does where a table was being printed
         if error.filename is None and error.errno is None:
             raise
-        where = f" {error.filename!r}" if error.filename else ""
-        return fail(f"cannot use{where}: {error.strerror}; check the path and its permissions", 2)
+        name = f" {error.filename!r}" if error.filename else ""
+        return exit_with(f"cannot use{name}: {error.strerror}; check the path and its permissions", 2)
     except RuntimeError as error:
-        if not lost_another(error):
+        if not is_lost_peer(error):
             raise
-        return fail_with_another(error)
+        return exit_for_lost_peer(error)
     except KeyboardInterrupt as stop:  # a run's says by what and how to go on (see interruption)
         code = getattr(stop, "exit_code", 130)
         if code == 0 and not is_main():
             return code
-        return fail(str(stop) or "interrupted; run the same command again", code)
+        return exit_with(str(stop) or "interrupted; run the same command again", code)
 
 
 def _reader_has_gone() -> bool:

@@ -39,9 +39,9 @@ def metrics_table(columns: Mapping[str, Mapping[str, Any]], title: str = "") -> 
     table.add_column("metric")
     for name in columns:
         table.add_column(name)
-    given = dict.fromkeys(key for metrics in columns.values() for key in metrics if key != "n")
-    known = [key for key in METRIC_NAMES if key in given]
-    for key in [*known, *(key for key in given if "/" in key)]:  # "task/metric": a task of a sequence by itself
+    present = dict.fromkeys(key for metrics in columns.values() for key in metrics if key != "n")
+    named = [key for key in METRIC_NAMES if key in present]
+    for key in [*named, *(key for key in present if "/" in key)]:  # "task/metric": a task of a sequence by itself
         table.add_row(
             Text(_label(key)), *(show(metrics[key]) if key in metrics else "–" for metrics in columns.values())
         )

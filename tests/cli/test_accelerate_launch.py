@@ -239,15 +239,15 @@ def test_the_end_of_one_process(capsys: pytest.CaptureFixture[str], monkeypatch:
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(5)
 
-    monkeypatch.setattr(exits, "PATIENCE", 0.0)
+    monkeypatch.setattr(exits, "LAUNCHER_SECONDS", 0.0)
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     before = signal.getsignal(signal.SIGTERM)
-    assert exits.fail("no memory left", 1) == 1
+    assert exits.exit_with("no memory left", 1) == 1
     signal.signal(signal.SIGTERM, before)
     assert capsys.readouterr().err == "headtune: rank 1: no memory left\n"
-    assert processes.lost_another(RuntimeError("[/x/gloo/transport/tcp/pair.cc:1] Connection closed by peer"))
-    assert not processes.lost_another(RuntimeError("size mismatch"))
+    assert processes.is_lost_peer(RuntimeError("[/x/gloo/transport/tcp/pair.cc:1] Connection closed by peer"))
+    assert not processes.is_lost_peer(RuntimeError("size mismatch"))
 
 
 # --- two processes ----------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import pytest
 
 from headtune.analysis.models import builtin
 from headtune.analysis.tasks.loading import builtin_names
-from headtune.cli import installation as doctor
+from headtune.cli import installation
 from headtune.cli.main import main
 from headtune.train.config.recipe import recipe_names
 
@@ -27,11 +27,14 @@ def own_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-def examined(capsys: pytest.CaptureFixture[str]) -> tuple[int, dict[str, doctor.Finding]]:
+def examined(capsys: pytest.CaptureFixture[str]) -> tuple[int, dict[str, installation.Finding]]:
     capsys.readouterr()
     code = main(["doctor", "--json"])
     found = json.loads(capsys.readouterr().out)
-    findings = {one["name"]: doctor.Finding(**one) for one in found["findings"]}
+    findings = {
+        one["name"]: installation.Finding(one["name"], one["found"], one["fix"], one["broken"])
+        for one in found["findings"]
+    }
     assert (code == 0) == found["works"] == (not any(one.broken for one in findings.values()))
     return code, findings
 
@@ -39,11 +42,11 @@ def examined(capsys: pytest.CaptureFixture[str]) -> tuple[int, dict[str, doctor.
 def test_this_installation_works(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     code, found = examined(capsys)
     assert code == 0
-    for package in doctor.PACKAGES:
-        assert found[package] == doctor.Finding(package, importlib.metadata.version(package))
-    assert found["data"].found == f"{len(recipe_names())} recipes, {len(builtin_names())} tasks"
-    assert str(tmp_path / "cache") in found["cache"].found
-    assert found["W&B"].found.startswith("offline, as WANDB_MODE says")
+    for package in installation.PACKAGES:
+        assert found[package] == installation.Finding(package, importlib.metadata.version(package))
+    assert found["data"].status == f"{len(recipe_names())} recipes, {len(builtin_names())} tasks"
+    assert str(tmp_path / "cache") in found["cache"].status
+    assert found["W&B"].status.startswith("offline, as WANDB_MODE says")
     assert not (tmp_path / "cache").exists(), "looking changes nothing"
     assert main(["doctor"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -57,7 +60,9 @@ def test_a_key_is_told_and_not_shown(capsys: pytest.CaptureFixture[str], monkeyp
     assert main(["doctor"]) == 0
     printed = "".join(capsys.readouterr())
     assert "a key is there" in printed and "a token is there" in printed
-    assert "online" not in next(found.found for found in doctor.examine() if found.name == "hub")  # nobody has tried
+    assert "online" not in next(
+        found.status for found in installation.examine() if found.name == "hub"
+    )  # nobody has tried
     assert KEY not in printed and "a1B2c3" not in printed
 
 
@@ -74,8 +79,8 @@ def test_a_package_that_is_missing_or_too_old(
     monkeypatch.setattr(importlib.metadata, "version", other)
     code, found = examined(capsys)
     assert code == 1
-    assert found["trl"] == doctor.Finding("trl", "not installed", 'pip install "trl>=1.0"', True)
-    assert found["transformers"].found == "4.57.1, and headtune needs >=5.0" and found["transformers"].broken
+    assert found["trl"] == installation.Finding("trl", "not installed", 'pip install "trl>=1.0"', True)
+    assert found["transformers"].status == "4.57.1, and headtune needs >=5.0" and found["transformers"].broken
     assert main(["doctor"]) == 1
     assert 'wrong  trl           not installed; fix: pip install "trl>=1.0"' in capsys.readouterr().out
 
@@ -85,8 +90,8 @@ def test_what_can_be_mended(
 ) -> None:
     (tmp_path / "cache").mkdir()
     monkeypatch.setattr(builtin, "is_installed", lambda name: False)
-    monkeypatch.setattr(doctor, "LITTLE_DISK", 1 << 60)
-    monkeypatch.setattr(doctor.shutil, "which", lambda tool: "/usr/bin/ninja" if tool == "ninja" else None)
+    monkeypatch.setattr(installation, "LITTLE_DISK", 1 << 60)
+    monkeypatch.setattr(installation.shutil, "which", lambda tool: "/usr/bin/ninja" if tool == "ninja" else None)
     code, found = examined(capsys)
     assert code == 0, "a part lacks something; headtune works"
     assert found["model"].fix == builtin.BUILT_IN["smollm2-135m"].install

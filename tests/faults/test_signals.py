@@ -96,7 +96,7 @@ def test_a_second_ctrl_c_does_not_wait_for_the_step(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("rank", "when"), [("0", "before it is noticed"), ("1", "before it is noticed"), ("0", "after"), ("1", "after")]
 )
-def test_a_process_that_has_lost_another_is_not_interrupted(
+def test_a_process_that_has_lost_a_peer_is_not_interrupted(
     rank: str, when: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its launcher ends it with SIGTERM: it ends by that, once it has written down that it failed."""

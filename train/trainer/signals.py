@@ -23,7 +23,7 @@ import torch
 from torch import distributed
 from transformers import TrainerCallback
 
-from headtune.analysis.utils.processes import is_main, lost_another, world_size
+from headtune.analysis.utils.processes import is_lost_peer, is_main, world_size
 
 from .failures import advice
 
@@ -135,7 +135,7 @@ def between_steps(trainer: Any) -> Iterator[None]:
         try:
             yield
         except RuntimeError as error:
-            watch.alone = lost_another(error)
+            watch.alone = is_lost_peer(error)
             raise
         finally:
             watch.training = False

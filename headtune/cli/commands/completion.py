@@ -57,14 +57,14 @@ def _names(shell: str) -> dict[str, Any]:
     from headtune.analysis.tasks.loading import builtin_names
     from headtune.train.config.recipe import recipe_names
 
-    known = {
+    lists = {
         "recipe": (recipe_names(), "*.yaml"),
         "task": (builtin_names(), "*.jsonl"),
         "model": (list(BUILT_IN), None),
     }
     functions = {
         what: {shell: f"_headtune_{what}", "preamble": {shell: _function(shell, f"_headtune_{what}", words, ending)}}
-        for what, (words, ending) in known.items()
+        for what, (words, ending) in lists.items()
     }
     return {"file": shtab.FILE, "folder": shtab.DIRECTORY, **functions}
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import asdict
 
 from ..arguments import Add, model_quiet, print_json
 
@@ -25,7 +24,8 @@ def doctor_command(arguments: argparse.Namespace) -> int:
     findings = examine()
     broken = any(finding.broken for finding in findings)
     if arguments.json:
-        print_json({"works": not broken, "findings": [asdict(finding) for finding in findings]})
+        rows = [{"name": f.name, "found": f.status, "fix": f.fix, "broken": f.broken} for f in findings]
+        print_json({"works": not broken, "findings": rows})
         return int(broken)
     from rich.text import Text
 
@@ -34,7 +34,7 @@ def doctor_command(arguments: argparse.Namespace) -> int:
     width = max(len(finding.name) for finding in findings)
     for finding in findings:
         word, style = STYLES[2 if finding.broken else 1 if finding.fix else 0]
-        line = Text.assemble((f"{word:5}", style), f"  {finding.name:{width}}  {finding.found}")
+        line = Text.assemble((f"{word:5}", style), f"  {finding.name:{width}}  {finding.status}")
         if finding.fix:
             line.append("; fix: ").append(finding.fix, "bold")
         console.print(line, soft_wrap=True)

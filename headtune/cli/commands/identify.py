@@ -122,7 +122,7 @@ def identify_command(arguments: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         if not _main_rank() or not partial_folder(arguments.out).exists():
             raise
-        return console.fail("interrupted; run the same command again to go on", 130)
+        return console.print_error("interrupted; run the same command again to go on", 130)
     _leave_group()
     if not _main_rank():
         return 0

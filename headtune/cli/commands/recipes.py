@@ -76,21 +76,21 @@ def _validate(arguments: argparse.Namespace) -> int:
             f"headtune validate needs a recipe, found overrides alone: {overrides[0].partition('=')[0]}=..."
         )
     require_whole(overrides)
-    found: dict[str, list[str]] = {}
+    issues: dict[str, list[str]] = {}
     for name in files:
         try:
             loaded = load_recipe(name, overrides)
         except InputError as error:
-            found[name] = error.lines if isinstance(error, RecipeError) else [str(error)]
-            for line in () if arguments.json else found[name]:
+            issues[name] = error.lines if isinstance(error, RecipeError) else [str(error)]
+            for line in () if arguments.json else issues[name]:
                 print(redact(line), file=sys.stderr)
         else:
-            found[name] = []
+            issues[name] = []
             if not arguments.json:
                 print(f"{name}: valid ({loaded.recipe}, {loaded.name}); paths are checked by train --dry-run")
     if arguments.json:
-        print_json({name: [redact(line) for line in lines] for name, lines in found.items()})
-    return InputError.exit_code if any(found.values()) else 0
+        print_json({name: [redact(line) for line in lines] for name, lines in issues.items()})
+    return InputError.exit_code if any(issues.values()) else 0
 
 
 def _files_and_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -101,8 +101,8 @@ def _files_and_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
     overrides: list[str] = []
     after = False  # an override
     for word in words:
-        known = Path(word).is_file() or word in recipe_names()
+        is_recipe = Path(word).is_file() or word in recipe_names()
         cut_off = after and not word.endswith((".yaml", ".yml"))
-        after = not known and ("=" in word or cut_off or is_key(word))
+        after = not is_recipe and ("=" in word or cut_off or is_key(word))
         (overrides if after else files).append(word)
     return files, overrides

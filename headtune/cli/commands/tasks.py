@@ -70,9 +70,11 @@ def _show_task(arguments: argparse.Namespace) -> int:
     print(f"{task.name}: {len(task.subjects)} subjects, {len(task.examples)} prompts, {scored(task.kind, _N_ITEMS)}")
     if task.split is None:
         print(_split_sizes(task))
-    given = Counter(len(example.previous) for example in task.examples)
-    if set(given) != {0}:
-        print("answers already given: " + ", ".join(f"{n} in {count} prompts" for n, count in sorted(given.items())))
+    n_previous = Counter(len(example.previous) for example in task.examples)
+    if set(n_previous) != {0}:
+        print(
+            "answers already given: " + ", ".join(f"{n} in {count} prompts" for n, count in sorted(n_previous.items()))
+        )
     if hint := _too_few(task):
         print(hint)
     if arguments.model:
@@ -119,12 +121,12 @@ def _too_few(task: Task) -> str:
     if not short:
         return ""
     worst = min(short, key=lambda example: (len(example.remaining), -len(example.previous)))
-    left, given = len(worst.remaining), len(worst.previous)
+    left, n_previous = len(worst.remaining), len(worst.previous)
     fits = sorted({len(example.previous) for example in task.examples} - {len(example.previous) for example in short})
     instead = f", or --previous {','.join(map(str, fits))}" if fits else ""
     return (
         f"{_N_ITEMS} items are scored and only {left} answer{'s' * (left != 1)} remain{'s' * (left == 1)} for prompts "
-        f"with {given} given (such as {worst.subject!r}): give more answers{instead}"
+        f"with {n_previous} given (such as {worst.subject!r}): give more answers{instead}"
     )
 
 

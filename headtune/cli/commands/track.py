@@ -98,14 +98,14 @@ def _print_list(folder: Path, runs: Sequence[OfflineRun], n_waiting: int, size: 
     counted = f"{n_waiting} {'run' if n_waiting == 1 else 'runs'}"
     if n_parts > n_waiting:
         counted += f" in {n_parts} parts (a resumed run has several)"
-    where = f"{host} ({_host_from()})"
-    print(f"To upload: {counted}, {_size(size)}, to {where}, project {', '.join(projects)}. {WHAT}")
+    server = f"{host} ({_host_from()})"
+    print(f"To upload: {counted}, {_size(size)}, to {server}, project {', '.join(projects)}. {WHAT}")
 
 
 def _place(run: Path, folder: Path) -> str:
     """The folder that a W&B run belongs to, below the one that was listed."""
-    own = run.parent.parent
-    return str(own.relative_to(folder)) if own.is_relative_to(folder) else run.name
+    run_folder = run.parent.parent
+    return str(run_folder.relative_to(folder)) if run_folder.is_relative_to(folder) else run.name
 
 
 def _plain(text: str) -> Any:

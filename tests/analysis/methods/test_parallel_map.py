@@ -497,7 +497,7 @@ def test_a_wrong_task_is_said_once_and_soon(
 ) -> None:
     """Each process finds it before it meets the others; all but the first leave the launcher the time to end them."""
     waited: list[str] = []
-    monkeypatch.setattr(exits, "wait_to_be_ended", lambda: waited.append(rank))
+    monkeypatch.setattr(exits, "wait_for_launcher", lambda: waited.append(rank))
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setenv("WORLD_SIZE", "2")
     command = ["cities.jsonl:tset" if word == "cities.jsonl" else word for word in words(tiny_llama, "heads")]
