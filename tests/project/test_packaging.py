@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -34,32 +35,54 @@ def test_every_folder_with_python_files_is_a_package() -> None:
     assert [str(folder) for folder in sorted(folders) if not (ROOT / folder / "__init__.py").is_file()] == []
 
 
+def contents(wheel: Path) -> dict[str, bytes]:
+    """The files of a wheel. Each stands in it once."""
+    with zipfile.ZipFile(wheel) as archive:
+        names = [name for name in archive.namelist() if not name.endswith("/")]
+        assert len(names) == len(set(names))
+        return {name: archive.read(name) for name in names}
+
+
+def build(kind: str, source: Path, target: Path) -> Path:
+    """Build a wheel or an sdist of the folder `source`, with the setuptools that is installed."""
+    target.mkdir()
+    call = f"from setuptools import build_meta; build_meta.build_{kind}({str(target)!r})"
+    built = subprocess.run([sys.executable, "-c", call], cwd=source, capture_output=True, text=True)
+    assert built.returncode == 0, built.stdout + built.stderr
+    (path,) = target.iterdir()
+    return path
+
+
 @pytest.mark.slow
-def test_wheel_holds_the_packages_their_data_and_nothing_else(tmp_path: Path) -> None:
+def test_wheel_holds_the_package_its_data_and_nothing_else(tmp_path: Path) -> None:
     # Built from a copy: a stale build/ in the repository would end up in the wheel.
     source = tmp_path / "source"
     skip = shutil.ignore_patterns(".*", "build", "dist", "runs", "wandb", "*.egg-info", "__pycache__")
     shutil.copytree(ROOT, source, ignore=skip, symlinks=True)
-    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), "."]
-    built = subprocess.run(command, cwd=source, capture_output=True, text=True)
-    assert built.returncode == 0, built.stdout + built.stderr
+    expected = {
+        f"headtune/{path.as_posix()}".replace("headtune/headtune/", "headtune/") for path in source_files(source)
+    }
 
-    (wheel,) = tmp_path.glob("*.whl")
-    with zipfile.ZipFile(wheel) as archive:
-        names = {name for name in archive.namelist() if not name.endswith("/")}
-        (entry_points,) = (name for name in names if name.endswith(".dist-info/entry_points.txt"))
-        assert "headtune = headtune.cli.main:main" in archive.read(entry_points).decode()
-    metadata = {name for name in names if ".dist-info/" in name}
-    paths = (path.as_posix() for path in source_files(source))
-    expected = {path if path.startswith("headtune/") else f"headtune/{path}" for path in paths}
-
+    wheel = contents(build("wheel", source, tmp_path / "wheel"))
+    metadata = {name for name in wheel if ".dist-info/" in name}
+    (entry_points,) = (name for name in metadata if name.endswith("/entry_points.txt"))
+    assert b"headtune = headtune.cli.main:main" in wheel[entry_points]
     assert any(name.endswith("/licenses/LICENSE") for name in metadata)
-    assert any(name.startswith("headtune/recipes/data/") for name in names), "the quickstart's data is not in the wheel"
-    missing = sorted(expected - names)
+    assert any(name.startswith("headtune/recipes/data/") for name in wheel), "the quickstart's data is not in the wheel"
+    missing = sorted(expected - wheel.keys())
     assert not missing, f"not in the wheel; list them under package-data in pyproject.toml: {missing}"
     # Catches a top-level `train`, `analysis` or `tests` too.
-    surplus = sorted(names - metadata - expected)
+    surplus = sorted(wheel.keys() - metadata - expected)
     assert not surplus, f"in the wheel, but in none of the package folders: {surplus}"
+
+    # An sdist has folders where the repository has links.
+    shutil.rmtree(source / "build")
+    sdist = build("sdist", source, tmp_path / "sdist")
+    with tarfile.open(sdist) as archive:
+        assert not any(member.issym() or member.islnk() for member in archive)
+        archive.extractall(tmp_path / "unpacked", filter="data")
+    (unpacked,) = (tmp_path / "unpacked").iterdir()
+    assert contents(build("wheel", unpacked, tmp_path / "wheel_of_sdist")).keys() == wheel.keys()
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
