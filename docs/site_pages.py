@@ -24,6 +24,7 @@ FAMILIES = ("lofit", "jola", "masked", "steer", "seekr", "regularise", "lora", "
 # Place in the site -> file of the repository.
 TAKEN = {f"recipes/{family}.md": f"recipes/{family}/README.md" for family in FAMILIES} | {
     "reference/analysis.md": "analysis/README.md",
+    "reference/train.md": "train/README.md",
     "about/security.md": "SECURITY.md",
     "about/contributing.md": "CONTRIBUTING.md",
 }

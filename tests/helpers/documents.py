@@ -26,7 +26,9 @@ _LINK = re.compile(r"!?\[(?:[^\[\]]|\[[^\]]*\])*\]\(([^()\s]+(?:\([^()]*\))?)(?:
 def pages() -> list[Path]:
     """Every page, the front door first."""
     folders = [ROOT.glob("*.md"), (ROOT / "docs").rglob("*.md"), (ROOT / "recipes").rglob("*.md")]
-    found = {path for paths in folders for path in paths} | {ROOT / "analysis" / "README.md"}
+    found = {path for paths in folders for path in paths} | {
+        ROOT / room / "README.md" for room in ("analysis", "train")
+    }
     return sorted(found, key=lambda path: (path != ROOT / "README.md", path.as_posix()))
 
 

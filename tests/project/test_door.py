@@ -77,5 +77,5 @@ def test_every_name_is_on_the_page_on_python() -> None:
 
 @pytest.mark.parametrize("imports", ["import headtune, peft", "import peft, headtune"])
 def test_peft_knows_the_adapters_in_either_order(imports: str) -> None:
-    printed = python(f"{imports}; print(*peft.PEFT_TYPE_TO_CONFIG_MAPPING)")
-    assert {"HEADTUNE", "HEADTUNE_SLICES"} <= set(printed.split())
+    printed = python(f"{imports}; print(*(kind.value for kind in peft.PEFT_TYPE_TO_CONFIG_MAPPING))")
+    assert {"HEAD_TUNING", "HEAD_SLICES"} <= set(printed.split())
