@@ -140,6 +140,7 @@ def causal_trace(
     Raises:
         InputError: counts below 1, no positions for the noise, or positions or layers out of range.
     """
+    # Refuse what cannot be traced.
     seq = len(tokens)
     centres = range(model.n_layers) if centres is None else centres
     if n_noise < 1 or window < 1:
@@ -151,6 +152,7 @@ def causal_trace(
         raise InputError(f"position {outside[0]} is out of range; expected 0 to {seq - 1}, the prompt's positions")
     if outside := [c for c in centres if not 0 <= c < model.n_layers]:
         raise InputError(f"centre {outside[0]} is out of range; expected layers 0 to {model.n_layers - 1}")
+    # As many noisy copies at a time as memory allows.
     noise = noise_of(model, n_noise, len(noisy), scale, seed)
     tokens = tokens.to(model.device)
     traces = []
@@ -187,7 +189,7 @@ class _NoisyRuns:
     """
 
     def __init__(self, model: HeadModel, tokens: Tensor, noisy: Sequence[int], noise: Tensor) -> None:
-        self.heads, self.tokens, self.n_noise = model, tokens, len(noise)
+        self.model, self.tokens, self.n_noise = model, tokens, len(noise)
         self.embedded = torch.empty(0)  # [1 + n_noise, seq, d_model]
         self.keys: dict[int, Tensor] = {}  # layer -> [1 + n_noise, n_kv_heads, seq, head_dim]
         self.values: dict[int, Tensor] = {}
@@ -223,31 +225,31 @@ class _NoisyRuns:
         rows = [_Restored(noise, kind, layers) for noise in range(self.n_noise) for kind in KINDS for layers in windows]
         order = sorted(range(len(rows)), key=lambda index: rows[index].layers.start)
         seq, start = len(self.tokens), min(at)
-        size = rows_in_memory(
-            self.heads, seq, positions=seq - start, copied=2 * seq
-        )  # gathered, then joined with its own
+        # Keys and values are gathered, then joined with the row's.
+        size = rows_in_memory(self.model, seq, positions=seq - start, copied=2 * seq)
         parts = [
-            measure(self._chunk([rows[i] for i in order[first : first + size]], at, start)).float()
+            measure(self._run_batch([rows[i] for i in order[first : first + size]], at, start)).float()
             for first in range(0, len(order), size)
         ]
         measured = torch.cat(parts)[torch.tensor(order).argsort().to(parts[0].device)]
         return measured.view(self.n_noise, len(KINDS), len(windows), -1)
 
-    def _chunk(self, rows: Sequence[_Restored], at: Sequence[int], start: int) -> Tensor:
+    def _run_batch(self, rows: Sequence[_Restored], at: Sequence[int], start: int) -> Tensor:
         """Logits of rows sorted by their first layer, computed from position `start` on.
 
         The batch begins with the noisy runs that the rows start from; each row joins, in its first layer, as a copy of
         its noisy run.
         """
-        heads = self.heads
+        model = self.model
         noises = sorted({row.noise for row in rows})
         # Batch index -> index of its run in `embedded`, `keys` and `values`, where the clean run is the first.
         origin = torch.tensor(
             [1 + noise for noise in (*noises, *(row.noise for row in rows))], device=self.tokens.device
         )
-        joining = {layer: [row for row in rows if row.layers.start == layer] for layer in range(heads.n_layers)}
+        joining = {layer: [row for row in rows if row.layers.start == layer] for layer in range(model.n_layers)}
         columns = torch.tensor([position - start for position in at])
 
+        # What hooks do: start from noisy embeddings, let rows join, put clean outputs back.
         def embed(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
             return self.embedded[origin[: len(noises)], start:].to(output)
 
@@ -276,28 +278,29 @@ class _NoisyRuns:
         def attend(call: AttentionCall) -> Tensor:
             return self._attend(call, origin[: len(call.query)], start)
 
+        # The pass over the positions that can differ.
         with contextlib.ExitStack() as stack:
             stack.enter_context(attend_with(attend))
-            stack.callback(heads.hf.get_input_embeddings().register_forward_hook(embed).remove)
+            stack.callback(model.hf.get_input_embeddings().register_forward_hook(embed).remove)
             for layer, new in joining.items():
                 if new:
-                    handle = heads.layers[layer].register_forward_pre_hook(join(new), with_kwargs=True)
+                    handle = model.layers[layer].register_forward_pre_hook(join(new), with_kwargs=True)
                     stack.callback(handle.remove)
-            for kind, layer, module in _modules(heads):
+            for kind, layer, module in _modules(model):
                 if hook := put_back(kind, layer):
                     stack.callback(module.register_forward_hook(hook).remove)
             batch = self.tokens[None, start:].expand(len(noises), -1)
             positions = torch.arange(start, len(self.tokens), device=self.tokens.device)[None]
-            logits = heads.hf(batch, position_ids=positions, use_cache=False, logits_to_keep=1).logits[:, -1]
+            logits = model.hf(batch, position_ids=positions, use_cache=False, logits_to_keep=1).logits[:, -1]
         return logits[len(noises) :]
 
     def _attend(self, call: AttentionCall, origin: Tensor, start: int) -> Tensor:
         """`[batch, queries, n_heads, head_dim]`: keys and values before `start` are those of each row's noisy run."""
         rows, n_heads, n_queries, _ = call.query.shape
-        n_kv = self.heads.n_kv_heads
-        of = origin.to(call.query.device)
-        key = torch.cat([self.keys[call.layer][of, :, :start], call.key.float()], 2)
-        value = torch.cat([self.values[call.layer][of, :, :start], call.value.float()], 2)
+        n_kv = self.model.n_kv_heads
+        runs = origin.to(call.query.device)
+        key = torch.cat([self.keys[call.layer][runs, :, :start], call.key.float()], 2)
+        value = torch.cat([self.values[call.layer][runs, :, :start], call.value.float()], 2)
         # A group of query heads shares its keys: [rows, n_kv, group * queries, head_dim] x [rows, n_kv, head_dim, seq].
         folded = call.query.float().reshape(rows, n_kv, n_heads // n_kv * n_queries, -1)
         scores = (folded @ key.transpose(2, 3)).view(rows, n_heads, n_queries, -1)

@@ -66,6 +66,7 @@ def scale_sink_heads(
     first: list[Tensor] = []  # of the running forward pass: position of the first key, counted from the end
     factors: list[Tensor] = []
 
+    # What hooks do: note where prompts begin, look at the attention, scale the outputs.
     def before_model(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         first[:] = [_first_from_end(backbone, args, kwargs)]
         factors.clear()
@@ -85,6 +86,7 @@ def scale_sink_heads(
         z = args[0].unflatten(-1, (model.n_heads, model.head_dim))
         return ((z * factors.pop()[..., None].to(z)).flatten(-2), *args[1:])
 
+    # Installed for the length of the block.
     handles = [
         backbone.register_forward_pre_hook(before_model, with_kwargs=True),
         model.projection(chosen).register_forward_pre_hook(before_projection),
@@ -106,9 +108,9 @@ def _layer(model: HeadModel, layer: int | None) -> int:
 
 def _first_from_end(backbone: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """`[batch]` how many positions a forward pass knows of, from the first that is not padding to its last."""
-    given = inspect.signature(backbone.forward).bind_partial(*args, **kwargs).arguments
-    inputs = given["input_ids"] if given.get("input_ids") is not None else given["inputs_embeds"]
-    cache, mask = given.get("past_key_values"), given.get("attention_mask")
+    bound = inspect.signature(backbone.forward).bind_partial(*args, **kwargs).arguments
+    inputs = bound["input_ids"] if bound.get("input_ids") is not None else bound["inputs_embeds"]
+    cache, mask = bound.get("past_key_values"), bound.get("attention_mask")
     if cache is not None and not isinstance(cache, DynamicCache):
         raise InputError(
             f"scale_sink_heads works with a DynamicCache, not a {type(cache).__name__}; leave the cache out"
@@ -241,12 +243,12 @@ def parse(texts: Sequence[str]) -> list[LastLayerIntervention]:
 
 
 def _parse_one(name: str, settings: str) -> LastLayerIntervention:
-    known = {field.name: field for field in fields(INTERVENTIONS[name])}
+    allowed = {field.name: field for field in fields(INTERVENTIONS[name])}
     values: dict[str, Any] = {}
     for setting in filter(None, settings.split(",")):
         key, equals, value = setting.partition("=")
-        if key not in known:
-            raise InputError(f"knob {name}: unknown setting {key!r}; {nearest(key, known)}")
+        if key not in allowed:
+            raise InputError(f"knob {name}: unknown setting {key!r}; {nearest(key, allowed)}")
         if key in values or not (equals and value):
             raise InputError(f"knob {name}: setting {setting!r} must be {key}=VALUE, once")
         try:
@@ -276,12 +278,12 @@ def applied(
                 blocks.append(scale_sink_heads(model, knob.tau, knob.gamma))
                 note = {"knob": "sink", "tau": knob.tau, "gamma": knob.gamma, **note}
             else:
-                found, r2 = decompose(
+                decomposition, r2 = decompose(
                     model, encode(knob.task(), model.tokenizer, model.positions).examples, progress=progress
                 )
-                blocks.append(subtract_mlp_intercept(model, found.intercept[-1], knob.beta))
+                blocks.append(subtract_mlp_intercept(model, decomposition.intercept[-1], knob.beta))
                 note = {"knob": "intercept", "beta": knob.beta, "fit": knob.fit, **note}
-                note |= {"fit_examples": found.n, "held_out_r2": r2[-1]}
+                note |= {"fit_examples": decomposition.n, "held_out_r2": r2[-1]}
             notes.append(note)
         for block in blocks:
             stack.enter_context(block)

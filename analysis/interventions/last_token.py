@@ -129,6 +129,7 @@ class LastTokenRunner:
         taken: dict[str, dict[int, Tensor]] = {name: {} for name in record}
         edits = _Edits(rows, model, self.tokens.device)
 
+        # What hooks do: record activations, and change them where rows ask for it.
         def take(name: str, layer: int, value: Tensor) -> None:
             if name in taken and (layers is None or layer in layers or name == "residual"):
                 taken[name][layer] = value
@@ -166,6 +167,7 @@ class LastTokenRunner:
 
             return hook
 
+        # The pass of the last token, in which rows join at the layers where they enter.
         with contextlib.ExitStack() as stack:
             stack.enter_context(attend_with(attend))
             stack.enter_context(growing(model, sizes))
@@ -183,6 +185,7 @@ class LastTokenRunner:
                 on(norm.register_forward_pre_hook(lambda _module, args: take("residual", 0, args[0][:, -1])))
             position = torch.tensor([[len(self.tokens) - 1]], device=self.tokens.device)
             output = model.hf(self.tokens[None, -1:], position_ids=position, use_cache=False)
+        # Rows that never entered are the clean run.
         logits = output.logits[:, -1]
         activations = {}
         for name, by_layer in taken.items():

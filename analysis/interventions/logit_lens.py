@@ -28,7 +28,7 @@ from .batches import rows_in_memory
 from .intervention import CLEAN, Activation, Intervention, InterventionResult
 from .last_token import LastTokenRunner
 
-PARTS: tuple[Activation, ...] = ("attention", "mlp", "residual")  # what `decode` needs a step to keep
+PARTS: tuple[Activation, ...] = ("attention", "mlp", "residual")  # what `decode` needs recorded
 
 
 @dataclass(frozen=True)
@@ -54,15 +54,15 @@ class Decoded:
 
 @torch.no_grad()
 def decode(model: HeadModel, result: InterventionResult, tokens: Tensor) -> Decoded:
-    """Decode the rows of a step that kept PARTS, each with its own run's final-norm scale.
+    """Decode the rows of a result with PARTS recorded, each with its own run's final-norm scale.
 
     Args:
         tokens: `[n]` token ids.
     """
-    kept = {name: result.activations[name].float() for name in PARTS}
-    start = kept["residual"] - kept["attention"].sum(1) - kept["mlp"].sum(1)
-    parts = torch.cat([kept["attention"], kept["mlp"], start[:, None]], 1)  # [rows, 2 * n_layers + 1, d_model]
-    directions = torch.stack([model.unembedding_directions(residual, tokens) for residual in kept["residual"]])
+    attention, mlp, residual = (result.activations[name].float() for name in PARTS)
+    start = residual - attention.sum(1) - mlp.sum(1)
+    parts = torch.cat([attention, mlp, start[:, None]], 1)  # [rows, 2 * n_layers + 1, d_model]
+    directions = torch.stack([model.unembedding_directions(row, tokens) for row in residual])
     decoded = torch.einsum("rpm,rnm->rpn", parts, directions.to(parts))
     n = model.n_layers
     return Decoded(decoded[:, :n], decoded[:, n : 2 * n], decoded[:, -1], _constant(model, tokens).to(parts))
@@ -96,33 +96,36 @@ def token_lens(runner: LastTokenRunner, sources: Mapping[str, Sequence[int]], to
     Raises:
         InputError: a position that the prompt does not have.
     """
-    heads, seq = runner.model, len(runner.tokens)
-    membership = torch.zeros(len(sources), seq, device=heads.device)
+    model, seq = runner.model, len(runner.tokens)
+    # Which positions each source holds.
+    membership = torch.zeros(len(sources), seq, device=model.device)
     for row, (name, positions) in enumerate(sources.items()):
         if outside := [position for position in positions if not 0 <= position < seq]:
             raise InputError(
                 f"source {name!r} has position {outside[0]}; expected 0 to {seq - 1}, the prompt's positions"
             )
         membership[row, list(positions)] = 1
-    kept = {
+    # The clean run, and the directions that decode what heads read in it.
+    activations = {
         name: tensor[0]
         for name, tensor in runner.run([CLEAN], record=["pattern", "value", "z", "residual"]).activations.items()
     }
-    directions = heads.unembedding_directions(kept["residual"], tokens)
-    group = heads.n_heads // heads.n_kv_heads
+    directions = model.unembedding_directions(activations["residual"], tokens)
+    group = model.n_heads // model.n_kv_heads
+    # Layer by layer: attention to a source times values, decoded.
     lens = []
-    for layer in range(heads.n_layers):
-        weight = heads.output_weight(layer).float()  # [heads, head_dim, d_model]
+    for layer in range(model.n_layers):
+        weight = model.output_weight(layer).float()  # [heads, head_dim, d_model]
         through = directions.to(weight)
-        if (norm := heads.post_attention_norm(layer)) is not None:
-            output = torch.einsum("hd,hdm->m", kept["z"][layer].to(weight), weight)
-            bias: Tensor | None = heads.projection(layer).bias  # type: ignore[assignment]
-            through = heads.norm_directions(norm, output if bias is None else output + bias.float(), through).to(weight)
+        if (norm := model.post_attention_norm(layer)) is not None:
+            output = torch.einsum("hd,hdm->m", activations["z"][layer].to(weight), weight)
+            bias: Tensor | None = model.projection(layer).bias  # type: ignore[assignment]
+            through = model.norm_directions(norm, output if bias is None else output + bias.float(), through).to(weight)
         past = runner.values[layer].repeat_interleave(group, 0).to(weight)  # [heads, seq - 1, head_dim]
-        values = torch.cat([past, kept["value"][layer][:, None].to(weight)], 1)
-        weights = membership.to(weight)[:, None] * kept["pattern"][layer].to(weight)  # [sources, heads, seq]
+        values = torch.cat([past, activations["value"][layer][:, None].to(weight)], 1)
+        weights = membership.to(weight)[:, None] * activations["pattern"][layer].to(weight)  # [sources, heads, seq]
         read = torch.einsum("hdm,nm->hdn", weight, through)
-        lens.append(torch.einsum("ght,htd,hdn->ghn", weights, values, read).to(heads.device))
+        lens.append(torch.einsum("ght,htd,hdn->ghn", weights, values, read).to(model.device))
     return torch.stack(lens, 1)
 
 
@@ -172,6 +175,7 @@ def string_logprobs(
                 "whole answers are scored with head outputs or attention changed, not with queries, keys or values, or "
                 "frozen parts; use factors, outputs or knocked_out"
             )
+    # What stands before the last token is run once, then each chunk of answers after each row.
     tokens = tokens.to(model.device)
     before = DynamicCache()
     model.hf(tokens[None, :-1], past_key_values=before, use_cache=True, logits_to_keep=1)
@@ -196,7 +200,7 @@ def _after(
         targets[index, : len(answer)] = torch.tensor(list(answer), device=tokens.device)
         present[index, : len(answer)] = True
     cache.batch_repeat_interleave(len(answers))
-    given = torch.cat(
+    inputs = torch.cat(
         [tokens[-1:].expand(len(answers), 1), targets[:, :-1]], 1
     )  # the last token, then the answer less its last token
     positions = torch.arange(len(tokens) - 1, len(tokens) - 1 + longest, device=tokens.device)[None]
@@ -205,7 +209,7 @@ def _after(
         return _knocked_out(call, row) if row.knocked_out and (row.layers is None or call.layer in row.layers) else None
 
     with attend_with(attend), hooks.scale(model, row.factors), hooks.replace(model, row.outputs):
-        logits = model.hf(given, past_key_values=cache, position_ids=positions, use_cache=True).logits
+        logits = model.hf(inputs, past_key_values=cache, position_ids=positions, use_cache=True).logits
     chosen = logits.float().log_softmax(-1).gather(-1, targets.to(logits.device)[..., None])[..., 0]
     return (chosen * present.to(chosen)).sum(-1).to(tokens.device)
 

@@ -84,7 +84,7 @@ def last_token_parts(model: HeadModel, tokens: Tensor) -> LastTokenParts:
     watched = [*added, *mlps, *model.layers, model.final_norm]
     with record_rows(end) as rows, hooks.capture(model, positions=end) as z, hooks.watch(watched) as seen:
         model.hf(tokens[None].to(model.device), use_cache=False, logits_to_keep=1)
-    entered = {module: _at_end(given, model.device) for module, (given, _) in seen.items() if given is not None}
+    entered = {module: _at_end(inputs, model.device) for module, (inputs, _) in seen.items() if inputs is not None}
     left = {module: _at_end(output, model.device) for module, (_, output) in seen.items()}
     last = model.n_layers - 1
     read = rows.pattern[last][0, :, :1] * rows.values[last][0, :, 0].float()  # [n_heads, head_dim]
@@ -179,7 +179,7 @@ class Moments:
         return cls(0, *(torch.zeros(shape, dtype=torch.float64, device=model.device) for shape in shapes))
 
     @classmethod
-    def of(cls, inputs: Tensor, outputs: Tensor) -> Moments:
+    def of_example(cls, inputs: Tensor, outputs: Tensor) -> Moments:
         """Of one example: inputs `[n_layers, K, d_model]`, outputs `[n_layers, d_model]`."""
         x, m = inputs.double(), outputs.double()
         return cls(1, x, m, x @ x.mT, (x @ m[..., None])[..., 0], m.square().sum(-1))
@@ -192,7 +192,7 @@ class Moments:
 
 def moments_of(parts: LastTokenParts) -> Moments:
     """One example's moments, in every layer."""
-    return Moments.of(torch.cat([parts.heads, parts.inputs[:, None]], 1), parts.mlps)
+    return Moments.of_example(torch.cat([parts.heads, parts.inputs[:, None]], 1), parts.mlps)
 
 
 @dataclass(frozen=True)
@@ -290,5 +290,5 @@ def decompose(
         (others if example.example.subject in apart else fitted).add(
             moments_of(last_token_parts(model, example.tokens))
         )
-    found = regress(fitted)
-    return found, found.r2(others)
+    decomposition = regress(fitted)
+    return decomposition, decomposition.r2(others)

@@ -118,11 +118,13 @@ def fit_gates(
     Raises:
         InputError: no example has such answers, or fewer than one step or prompt.
     """
+    # Refuse what cannot be fitted.
     usable = [example for example in examples if getattr(example, f"{quantity}_tokens")]
     if not usable:
         raise InputError(f"none of {len(examples)} examples has {quantity} answers to fit gates to; add such examples")
     if min(steps, batch_size) < 1:
         raise InputError(f"gates with steps={steps}, batch_size={batch_size}; expected at least 1 of each")
+    # Two fits from open gates: pushed open, pushed shut.
     fitted = []
     with _frozen(model.hf), torch.enable_grad():
         for push, direction in ((weight, "open"), (-weight, "shut")):

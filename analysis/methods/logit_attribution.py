@@ -38,6 +38,7 @@ def attribute(model: HeadModel, encoded: Encoded) -> dict[str, Array]:
         with sources subject, previous (all of them), previous_1.., first, end, rest; and `attention.<source>`, the
         attention mass. Quantities about previous answers are absent where there are none.
     """
+    # One pass, in which attention rows, head outputs and the norms' inputs are seen.
     tokens = encoded.tokens[None].to(model.device)
     end = torch.tensor([encoded.end], device=model.device)
     post_norms = {layer: norm for layer in range(model.n_layers) if (norm := model.post_attention_norm(layer))}
@@ -52,14 +53,16 @@ def attribute(model: HeadModel, encoded: Encoded) -> dict[str, Array]:
         """A norm's input at the last token, `[d_model]`."""
         return seen[norm][0][0, encoded.end]
 
-    wanted = torch.tensor([*encoded.target_tokens, *encoded.previous_tokens], device=model.device)
+    # Directions of the answers' tokens, and which tokens each source holds.
+    answer_tokens = torch.tensor([*encoded.target_tokens, *encoded.previous_tokens], device=model.device)
     n_targets = len(encoded.target_tokens)
-    directions = model.unembedding_directions(at_end(model.final_norm), wanted)  # [n, d_model]
+    directions = model.unembedding_directions(at_end(model.final_norm), answer_tokens)  # [n, d_model]
     groups = encoded.sources()
     membership = torch.zeros(len(groups), len(encoded.tokens), device=model.device)
     for row, span in enumerate(groups.values()):
         membership[row, span] = 1
 
+    # Layer by layer: what heads write in those directions, whole and by source.
     dla, lens, mass = [], [], []
     for layer in range(model.n_layers):
         norm = post_norms.get(layer)
@@ -72,6 +75,7 @@ def attribute(model: HeadModel, encoded: Encoded) -> dict[str, Array]:
         pattern, by_token = pattern.to(model.device), by_token.to(model.device)
         lens.append(torch.einsum("gt,htn->ghn", membership, by_token))
         mass.append(membership @ pattern.T)  # [groups, heads]
+    # By quantity; all previous answers together are one more source.
     result = dict(_toward("dla", torch.stack(dla), n_targets))
     by_group = dict(zip(groups, torch.stack(lens, dim=1), strict=True))  # group -> [layers, heads, n]
     mass_by_group = dict(zip(groups, torch.stack(mass, dim=1), strict=True))

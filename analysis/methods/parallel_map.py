@@ -60,13 +60,13 @@ class ParallelMap:
         """
         name = what.replace(" ", "-")
         done: dict[int, ScoresOfExample] = {}
-        own = list(range(self.rank, n, self.world))
-        for index in own:
+        indices = list(range(self.rank, n, self.world))
+        for index in indices:
             if (row := self._read(f"{name}-{index:06d}")) is not None:
                 done[index] = row
         refusal: Refusal | None = None
         try:
-            for index in progress([index for index in own if index not in done], what):
+            for index in progress([index for index in indices if index not in done], what):
                 done[index] = work(index)
                 self._write(f"{name}-{index:06d}", done[index])
         except (InputError, CheckError) as error:
@@ -75,7 +75,7 @@ class ParallelMap:
 
     def once(self, name: str, work: Callable[[], ScoresOfExample]) -> ScoresOfExample:
         """`work()`, computed by the first process for all, or read where it was finished before."""
-        found: list[tuple[int, ScoresOfExample]] = []
+        rows: list[tuple[int, ScoresOfExample]] = []
         refusal: Refusal | None = None
         if self.rank == 0:
             try:
@@ -83,10 +83,10 @@ class ParallelMap:
                 if row is None:
                     row = work()
                     self._write(name, row)
-                found.append((0, row))
+                rows.append((0, row))
             except (InputError, CheckError) as error:
                 refusal = error
-        return self._gather(found, refusal)[0][1]
+        return self._gather(rows, refusal)[0][1]
 
     def finish(self) -> None:
         """Drop what was kept, once the results are where they belong."""
@@ -94,16 +94,16 @@ class ParallelMap:
             shutil.rmtree(self._top, ignore_errors=True)
 
     def _gather(
-        self, own: list[tuple[int, ScoresOfExample]], refusal: Refusal | None
+        self, results: list[tuple[int, ScoresOfExample]], refusal: Refusal | None
     ) -> list[tuple[int, ScoresOfExample]]:
         """All processes' results. What one process refuses is raised in every one: the first alone speaks to the user,
         and none may wait for a process that has gone."""
-        parts: list[Any] = [(own, refusal)]
+        parts: list[Any] = [(results, refusal)]
         if self.world > 1:
             import torch.distributed as distributed
 
             parts *= self.world
-            distributed.all_gather_object(parts, (own, refusal))
+            distributed.all_gather_object(parts, (results, refusal))
         for _, of_process in parts:
             if of_process is not None:
                 raise of_process

@@ -205,5 +205,5 @@ def head_to_head_effects(
 
 def set_probabilities(model: HeadModel, encoded: Encoded, sets: Sequence[Sequence[Head]]) -> Array:
     """`[sets, 2]`: p(remaining) and p(previous) of one example, each set of heads silenced at the last token."""
-    found = answer_probabilities(silenced_logits(model, encoded.tokens, sets), encoded)
-    return torch.stack([found.target, found.previous], 1).cpu().numpy()
+    result = answer_probabilities(silenced_logits(model, encoded.tokens, sets), encoded)
+    return torch.stack([result.target, result.previous], 1).cpu().numpy()

@@ -1,7 +1,7 @@
 """Every way of scoring heads behind one signature: `score(model, task, method) -> Scores`.
 
-    from headtune.analysis import methods, model, tasks
-    scores = methods.score(model.load("smollm2-135m"), tasks.load_task("country_cities"), "attribution_patching")
+    from headtune import load_model, load_task, score
+    scores = score(load_model("smollm2-135m"), load_task("country_cities"), "attribution_patching")
     scores.mean("attribution_patching.previous")          # [n_layers, n_heads], positive = the head raises it
 
 Whatever the method, `<method>.target` is its estimate of how far a head raises the mean logit of the remaining answers
@@ -10,6 +10,7 @@ Whatever the method, `<method>.target` is its estimate of how far a head raises 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -29,6 +30,8 @@ from .parallel_map import ParallelMap
 from .scores import Array, Scores, stack
 
 Shared = Any  # what a method computes once from all examples
+ScoreExample = Callable[[HeadModel, Sequence[Encoded], int, Shared], dict[str, Array]]
+Prepare = Callable[[HeadModel, Sequence[Encoded], int], Shared]
 
 
 @dataclass(frozen=True)
@@ -47,8 +50,8 @@ class Method:
 
     name: str
     summary: str
-    score: Callable[[HeadModel, Sequence[Encoded], int, Shared], dict[str, Array]] | None = None
-    prepare: Callable[[HeadModel, Sequence[Encoded], int], Shared] = lambda *_: None
+    score: ScoreExample | None = None
+    prepare: Prepare = lambda *_: None
     whole: Callable[[HeadModel, Sequence[Encoded], int, Progress], dict[str, Array]] | None = None
     causal: bool = True
 
@@ -144,7 +147,47 @@ _ALL = (
         whole=head_gating.gate_scores,
     ),
 )
-METHODS: dict[str, Method] = {method.name: method for method in _ALL}
+METHODS: dict[str, Method] = {}
+
+
+def add_method(method: Method) -> None:
+    """Make a method known by its name, to `score` and to `--method`.
+
+    Raises:
+        InputError: a name that is taken, or that `--method` could not hold.
+    """
+    if method.name in (*METHODS, "all"):
+        raise InputError(f"method {method.name!r} is registered already; choose another name")
+    if not re.fullmatch(r"[A-Za-z]\w*", method.name):
+        raise InputError(f"method {method.name!r} must be a name of letters, digits and underscores")
+    METHODS[method.name] = method
+
+
+def register_method(
+    name: str, summary: str, prepare: Prepare = lambda *_: None, causal: bool = True
+) -> Callable[[ScoreExample], ScoreExample]:
+    """Decorator that makes a function a method: (model, examples, index, shared) -> quantities of that example.
+
+        @register_method("norm", "the norm of each head's output", causal=False)
+        def norm(model, examples, index, shared):
+            return {"norm.target": ...}  # [n_layers, n_heads] float32; `norm.previous` where there are such answers
+
+    Args:
+        name, summary, prepare, causal: see `Method`.
+
+    Raises:
+        InputError: a name that is taken, or that `--method` could not hold.
+    """
+
+    def register(score: ScoreExample) -> ScoreExample:
+        add_method(Method(name, summary, score, prepare, causal=causal))
+        return score
+
+    return register
+
+
+for _method in _ALL:
+    add_method(_method)
 # What `identify` runs unless told otherwise: attribution finds, exact ablation confirms.
 DEFAULT = ("dla", "ablation")
 
@@ -155,11 +198,11 @@ def parse_method_names(names: str) -> list[Method]:
     Raises:
         InputError: an unknown name.
     """
-    wanted = list(DEFAULT) if names == "all" else [name.strip() for name in names.split(",")]
-    for name in wanted:
+    requested = list(DEFAULT) if names == "all" else [name.strip() for name in names.split(",")]
+    for name in requested:
         if name not in METHODS:
             raise InputError(f"method {name!r} is unknown; {nearest(name, ['all', *METHODS])}")
-    return [METHODS[name] for name in dict.fromkeys(wanted)]
+    return [METHODS[name] for name in dict.fromkeys(requested)]
 
 
 def score_examples(

@@ -44,11 +44,11 @@ class Scores:
 
     def counts(self) -> dict[str, int]:
         """Method -> how many examples it has scores of; methods that score the task as a whole saw all of them."""
-        found: dict[str, int] = {}
+        counts: dict[str, int] = {}
         for name, values in self.by_example.items():
             method = name.split(".")[0]
-            found[method] = max(found.get(method, 0), int((~np.isnan(values[:, 0, 0])).sum()))
-        return found
+            counts[method] = max(counts.get(method, 0), int((~np.isnan(values[:, 0, 0])).sum()))
+        return counts
 
     def mean(self, name: str) -> Array:
         """`[n_layers, n_heads]` mean over the examples that have the quantity."""

@@ -86,10 +86,10 @@ def join(name: str, target: Path) -> None:
             with path.open("rb") as piece:
                 shutil.copyfileobj(piece, whole)
     with target.open("rb") as whole:
-        found = hashlib.file_digest(whole, "sha256").hexdigest()
-    if found != model.sha256:
+        digest = hashlib.file_digest(whole, "sha256").hexdigest()
+    if digest != model.sha256:
         raise InputError(
-            f"model {name!r}: the installed GGUF file has SHA-256 {found[:12]}…, expected {model.sha256[:12]}…; "
+            f"model {name!r}: the installed GGUF file has SHA-256 {digest[:12]}…, expected {model.sha256[:12]}…; "
             f"run: {model.install}"
         )
 

@@ -68,13 +68,13 @@ class HeadModel:
     def measuring(self) -> Iterator[None]:
         """In eval mode, with the attention whose rows can be recorded; afterwards as before."""
         training = [module for module in self.hf.modules() if module.training]
-        own = self.hf.config._attn_implementation
+        implementation = self.hf.config._attn_implementation
         self.hf.eval()
         self.record_attention(True)
         try:
             yield
         finally:
-            self.hf.set_attn_implementation(own)
+            self.hf.set_attn_implementation(implementation)
             for module in training:
                 module.training = True
 

@@ -7,15 +7,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from headtune.analysis.utils.errors import InputError
 
-if TYPE_CHECKING:
-    from .head_model import HeadModel
+from .head_model import HeadModel
 
 Heads = Iterable[tuple[int, int]]  # (layer, head)
 
@@ -83,8 +82,8 @@ def watch(modules: Iterable[nn.Module]) -> Iterator[dict[nn.Module, tuple[Tensor
     seen: dict[nn.Module, tuple[Tensor, Tensor]] = {}
 
     def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        given = args[0] if args else kwargs["hidden_states"]
-        seen[module] = (given, output[0] if isinstance(output, tuple) else output)
+        hidden = args[0] if args else kwargs["hidden_states"]
+        seen[module] = (hidden, output[0] if isinstance(output, tuple) else output)
 
     handles = [module.register_forward_hook(keep, with_kwargs=True) for module in modules]
     try:

@@ -39,6 +39,7 @@ def wrap_model(
         InputError: the family, or the layout of this member of it, is not supported, or weights are offloaded.
         CheckError: the view does not describe the model; the message names the module.
     """
+    # Refuse what cannot be taken apart into heads.
     config = model.config.get_text_config()
     architecture = architecture_of(config.model_type)
     if getattr(config, "word_embed_proj_dim", config.hidden_size) != config.hidden_size or not getattr(
@@ -61,11 +62,13 @@ def wrap_model(
             f"model {name!r}: a {type(model).__name__} has no {architecture.layers!r}, where {config.model_type!r} has "
             "its layers; give the text-only checkpoint of the family"
         ) from None
+    # Sizes, from the modules themselves.
     projection: Any = layers[0].get_submodule(architecture.attention).get_submodule(architecture.output_projection)
     in_features, d_model = projection.weight.shape if architecture.in_out_weight else projection.weight.shape[::-1]
+    # Another attention implementation is put in; the view is checked against the model before.
     model.eval()
     reference = probe_logits(model, probe(model))
-    own = model.config._attn_implementation
+    implementation = model.config._attn_implementation
     model.set_attn_implementation(IMPLEMENTATION)
     heads = HeadModel(
         model,
@@ -78,7 +81,7 @@ def wrap_model(
         head_dim=in_features // config.num_attention_heads,
         d_model=d_model,
         revision=revision,
-        plain_attention=own if own != IMPLEMENTATION else "sdpa",
+        plain_attention=implementation if implementation != IMPLEMENTATION else "sdpa",
     )
     check(heads, reference)
     return heads
@@ -86,8 +89,8 @@ def wrap_model(
 
 def cache_folder() -> Path:
     """`$HEADTUNE_CACHE`, else `$XDG_CACHE_HOME/headtune`, else `~/.cache/headtune`."""
-    if own := os.environ.get("HEADTUNE_CACHE"):
-        return Path(own)
+    if folder := os.environ.get("HEADTUNE_CACHE"):
+        return Path(folder)
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "headtune"
 
 

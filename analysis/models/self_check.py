@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +13,7 @@ from headtune.analysis.utils.errors import CheckError
 
 from . import hooks
 from .attention import record_rows, softcapped
-
-if TYPE_CHECKING:
-    from .head_model import HeadModel
+from .head_model import HeadModel
 
 
 def probe(model: PreTrainedModel) -> Tensor:
@@ -45,6 +43,7 @@ def check(model: HeadModel, reference: Tensor | None = None) -> None:
     Raises:
         CheckError: naming the module that failed.
     """
+    # One pass in which everything that is compared is seen.
     tolerance = 1e-5 if model.dtype == torch.float32 else 2e-2
     tokens = probe(model.hf)
     last = torch.full((tokens.shape[0],), tokens.shape[1] - 1, device=tokens.device)
@@ -61,18 +60,20 @@ def check(model: HeadModel, reference: Tensor | None = None) -> None:
         hooks.watch([*model.layers, *blocks, *mlps, *norms.values(), unembedding]) as seen,
     ):
         logits = probe_logits(model.hf, tokens)
+    # The logits are those of the model as it came.
     if reference is not None and not torch.allclose(logits, reference, atol=tolerance * reference.abs().max().item()):
         gap = (logits - reference).abs().max().item()
         raise CheckError(f"{model.name}: logits under the head view differ from the model's by {gap:.2g}")
+    # Layer by layer: heads add up to attention, attention and MLP to the layer, attention rows to 1.
     for layer, block in enumerate(blocks):
-        where = f"{model.architecture.layers}.{layer}.{model.architecture.attention}"
+        path = f"{model.architecture.layers}.{layer}.{model.architecture.attention}"
         contributions = torch.einsum("bshd,hdm->bsm", z[layer].float(), model.output_weight(layer).float())
         bias: Any = model.projection(layer).bias
         total = contributions if bias is None else contributions + bias.float()
         expected = seen[block][1].float()
         gap = (total - expected).abs().max().item()
         if not gap <= tolerance * max(1.0, expected.abs().max().item()):
-            raise CheckError(f"{where}: head contributions plus bias differ from the block's output by {gap:.2g}")
+            raise CheckError(f"{path}: head contributions plus bias differ from the block's output by {gap:.2g}")
         before, after = (tensor.float() for tensor in seen[model.layers[layer]])
         added = seen[model.attention_added(layer)][1].float() + seen[mlps[layer]][1].float().view_as(after)
         if not (before + added - after).abs().max().item() <= tolerance * max(1.0, after.abs().max().item()):
@@ -81,47 +82,48 @@ def check(model: HeadModel, reference: Tensor | None = None) -> None:
                 f"({model.architecture.mlp}) to the residual stream"
             )
         if layer not in rows.pattern:
-            raise CheckError(f"{where}: does not go through the attention interface, so its rows cannot be read")
+            raise CheckError(f"{path}: does not go through the attention interface, so its rows cannot be read")
         if not (rows.pattern[layer].sum(-1) - 1).abs().max().item() <= 1e-5:
-            raise CheckError(f"{where}: attention rows do not sum to 1")
-    for where, norm in norms.items():
-        _check_norm(model, where, norm, *seen[norm], tolerance)
+            raise CheckError(f"{path}: attention rows do not sum to 1")
+    # Norms and unembedding, linearised; and an edit of a head reaches the logits.
+    for path, norm in norms.items():
+        _check_norm(model, path, norm, *seen[norm], tolerance)
     _check_decoding(model, tokens[0], seen[model.final_norm][0], seen[unembedding][1], logits, tolerance)
     with hooks.ablate(model, [(0, 0)]):
         if torch.equal(probe_logits(model.hf, tokens), logits):
             raise CheckError(f"{model.architecture.layers}.0: silencing head 0 leaves the logits unchanged")
 
 
-def _check_norm(model: HeadModel, where: str, norm: nn.Module, given: Tensor, output: Tensor, tolerance: float) -> None:
+def _check_norm(model: HeadModel, path: str, norm: nn.Module, inputs: Tensor, output: Tensor, tolerance: float) -> None:
     """At one position, for up to 256 dimensions, each compared relative to its own size: a wrong gain is not lost
     behind one large dimension."""
-    x, expected = given[0, -1].float(), output[0, -1].float()
+    x, expected = inputs[0, -1].float(), output[0, -1].float()
     some = torch.linspace(0, len(x) - 1, min(len(x), 256), device=x.device).long()
-    found = model.norm_directions(norm, x, functional.one_hot(some, len(x))) @ x
+    linearised = model.norm_directions(norm, x, functional.one_hot(some, len(x))) @ x
     if (bias := getattr(norm, "bias", None)) is not None:
-        found = found + bias[some].float()
+        linearised = linearised + bias[some].float()
     expected = expected[some]
-    if not torch.allclose(found, expected, rtol=tolerance, atol=tolerance * expected.abs().mean().item()):
-        gap = ((found - expected) / expected).abs().median().item()
-        raise CheckError(f"{where}: the linearised norm differs from its output, by {gap:.2g} of it (gain 1 + weight?)")
+    if not torch.allclose(linearised, expected, rtol=tolerance, atol=tolerance * expected.abs().mean().item()):
+        gap = ((linearised - expected) / expected).abs().median().item()
+        raise CheckError(f"{path}: the linearised norm differs from its output, by {gap:.2g} of it (gain 1 + weight?)")
 
 
 def _check_decoding(
     model: HeadModel, tokens: Tensor, residual: Tensor, decoded: Tensor, logits: Tensor, tolerance: float
 ) -> None:
     unembedding: Any = model.hf.get_output_embeddings()
-    where = f"{model.name}: the unembedding"
+    name = f"{model.name}: the unembedding"
     cap = getattr(model.hf.config.get_text_config(), "final_logit_softcapping", None)
     capped = softcapped(decoded.float(), cap).to(logits)
     if not (capped - logits).abs().max().item() <= tolerance * logits.abs().max().item():
-        raise CheckError(f"{where}'s output is not the logits (soft cap: {cap})")
+        raise CheckError(f"{name}'s output is not the logits (soft cap: {cap})")
     x, norm = residual[0, -1].float(), model.final_norm
-    found = model.unembedding_directions(x, tokens) @ x
+    linearised = model.unembedding_directions(x, tokens) @ x
     rows = unembedding.weight[tokens.to(unembedding.weight.device)].float()
     if (bias := getattr(norm, "bias", None)) is not None:
-        found = found + (rows @ bias.to(rows)).to(found)
+        linearised = linearised + (rows @ bias.to(rows)).to(linearised)
     if unembedding.bias is not None:
-        found = found + unembedding.bias.to(found)[tokens.to(found.device)]
-    expected = decoded[0, -1].to(found)[tokens.to(found.device)]
-    if not (found - expected).abs().max().item() <= tolerance * decoded.abs().max().item():
-        raise CheckError(f"{where} of the linearised final norm differs from the logits")
+        linearised = linearised + unembedding.bias.to(linearised)[tokens.to(linearised.device)]
+    expected = decoded[0, -1].to(linearised)[tokens.to(linearised.device)]
+    if not (linearised - expected).abs().max().item() <= tolerance * decoded.abs().max().item():
+        raise CheckError(f"{name} of the linearised final norm differs from the logits")

@@ -31,11 +31,11 @@ class Template:
             if need not in text:
                 raise InputError(f"template {text!r} does not hold {need}; add it where it belongs")
 
-    def prompt(self, subject: str, given: Sequence[str]) -> str:
-        """The list with `given` answers, ending right before the next answer."""
+    def prompt(self, subject: str, previous: Sequence[str]) -> str:
+        """The list with `previous` answers, ending right before the next answer."""
         header = self.header.replace("{subject}", subject)
-        items = "".join(self._item(i, answer) for i, answer in enumerate(given, start=1))
-        return (header + items + self._item(len(given) + 1, "")).rstrip(" ")
+        items = "".join(self._item(i, answer) for i, answer in enumerate(previous, start=1))
+        return (header + items + self._item(len(previous) + 1, "")).rstrip(" ")
 
     def _item(self, i: int, answer: str) -> str:
         return self.item.replace("{i}", str(i)).replace("{answer}", answer)
@@ -74,8 +74,8 @@ def build(
             for count in previous:
                 # Seeded by content, not by order: adding a subject leaves the others' examples as they were.
                 generator = random.Random(f"{seed}/{subject}/{template.header}/{template.item}/{count}")
-                given = generator.sample(list(answers[: max(familiar, count)]), count)
-                examples.append(Example(template.prompt(subject, given), subject, tuple(answers), tuple(given)))
+                drawn = generator.sample(list(answers[: max(familiar, count)]), count)
+                examples.append(Example(template.prompt(subject, drawn), subject, tuple(answers), tuple(drawn)))
     return examples
 
 
@@ -83,8 +83,8 @@ def invert(samples: Iterable[tuple[str, str]], at_least: int) -> dict[str, list[
     """Turn many-to-one facts (subject, object) round: object -> its subjects, where there are `at_least` so many."""
     table: dict[str, list[str]] = {}
     for subject, thing in samples:
-        known = {canonical(answer, thing) for answer in table.setdefault(thing, [])}
-        if canonical(subject, thing) not in known and normalise(subject):
+        present = {canonical(answer, thing) for answer in table.setdefault(thing, [])}
+        if canonical(subject, thing) not in present and normalise(subject):
             table[thing].append(subject.strip())
     return {thing: subjects for thing, subjects in table.items() if len(subjects) >= at_least}
 
@@ -111,19 +111,21 @@ def build_files(facts: Path, templates: Path | None, out: Path, inverted: bool =
     else:
         rows = read_json(templates, "templates", list)
         chosen = [_template(row, str(templates)) for row in rows]
-    for found, path, what in ((table, facts, "subjects"), (chosen, templates, "templates")):
-        if not found:
+    for content, path, what in ((table, facts, "subjects"), (chosen, templates, "templates")):
+        if not content:
             raise InputError(f"{path} holds no {what}; add at least one")
     task = Task(out.stem, tuple(build(table, chosen, **options)))
     write_text(out, to_jsonl(task.examples))
     return task
 
 
-def _template(row: Any, where: str) -> Template:
+def _template(row: Any, source: str) -> Template:
     if (
         not isinstance(row, dict)
         or not {"header"} <= set(row) <= {"header", "item"}
         or not all(isinstance(text, str) for text in row.values())
     ):
-        raise InputError(f'{where}: template {row!r} must be {{"header": "... {{subject}}", "item": "... {{answer}}"}}')
+        raise InputError(
+            f'{source}: template {row!r} must be {{"header": "... {{subject}}", "item": "... {{answer}}"}}'
+        )
     return Template(**row)

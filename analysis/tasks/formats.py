@@ -87,22 +87,22 @@ def read(name: str, path: str, split: str | None = None) -> Task:
         # The files of one folder are named alike in all folders.
         in_folder = name in FOLDERS and any(file.name in names for names in _FILES.values())
         rows, title = shape.rows(file, name), f"{file.resolve().parent.name}/{file.stem}" if in_folder else file.stem
-    examples = [parse_example(shape.example(_row(row, name, where), where), where) for where, row in rows]
+    examples = [parse_example(shape.example(_row(row, name, place), place), place) for place, row in rows]
     if not examples:
         raise InputError(f"{name} data {path!r} holds no rows; check the file")
     title = title if split is None else f"{title}:{split}"
     return Task(f"{name}:{title}", tuple(examples), kind=shape.kind, split=split)
 
 
-def _row(row: Any, name: str, where: str) -> dict[str, Any]:
+def _row(row: Any, name: str, place: str) -> dict[str, Any]:
     """A row with all the columns that its format needs; "Best Answer" in a CSV file is best_answer on the hub."""
     columns = _TABLES[name].columns
     if not isinstance(row, dict):
-        raise InputError(f"{where}: expected a row of {name}, found {type(row).__name__}")
+        raise InputError(f"{place}: expected a row of {name}, found {type(row).__name__}")
     row = {str(key).lower().replace(" ", "_"): value for key, value in row.items()}
     for column in columns:
         if row.get(column) is None:
-            raise InputError(f"{where}: no {column!r}; a row of {name} needs {', '.join(columns)}")
+            raise InputError(f"{place}: no {column!r}; a row of {name} needs {', '.join(columns)}")
     return row
 
 
@@ -110,11 +110,11 @@ def _files(folder: Path, name: str, split: str | None) -> list[Path]:
     """The files of a task's folder that are of a split, or all."""
     if split not in (None, *_FILES):
         raise InputError(f"split {split!r} of {name} folder {str(folder)!r} is unknown; {nearest(str(split), _FILES)}")
-    wanted = [file for part, files in _FILES.items() if split in (None, part) for file in files]
-    found = [folder / file for file in wanted if (folder / file).is_file()]
-    if not found:
-        raise InputError(f"{name} folder {str(folder)!r} holds no {' or '.join(wanted)}; check the path and the split")
-    return found
+    names = [file for part, files in _FILES.items() if split in (None, part) for file in files]
+    paths = [folder / file for file in names if (folder / file).is_file()]
+    if not paths:
+        raise InputError(f"{name} folder {str(folder)!r} holds no {' or '.join(names)}; check the path and the split")
+    return paths
 
 
 def _rows(path: Path, name: str) -> Iterator[tuple[str, Any]]:
@@ -152,13 +152,13 @@ def _distinct(answers: Iterable[str]) -> list[str]:
 # --- TruthfulQA -------------------------------------------------------------------------------------------------------
 
 
-def _truthfulqa(row: Row, where: str) -> dict[str, Any]:
+def _truthfulqa(row: Row, place: str) -> dict[str, Any]:
     """A question; the best answer, then the other correct ones. Files join answers with ";", the hub lists them."""
-    question = _text(row, "question", where)
-    best = _text(row, "best_answer", where)
-    correct, incorrect = (_answers(row[key], f"{where}: {key!r}") for key in ("correct_answers", "incorrect_answers"))
+    question = _text(row, "question", place)
+    best = _text(row, "best_answer", place)
+    correct, incorrect = (_answers(row[key], f"{place}: {key!r}") for key in ("correct_answers", "incorrect_answers"))
     if not incorrect:
-        raise InputError(f"{where}: no incorrect answers; a choice needs at least one")
+        raise InputError(f"{place}: no incorrect answers; a choice needs at least one")
     return {
         "prompt": f"Q: {question}\nA:",
         "subject": question,
@@ -174,9 +174,9 @@ def _answers(value: Any, what: str) -> list[str]:
     return [part.strip() for part in parts if part.strip()]  # lists often end in a semicolon
 
 
-def _text(row: Row, key: str, where: str) -> str:
+def _text(row: Row, key: str, place: str) -> str:
     if not isinstance(row[key], str) or not row[key].strip():
-        raise InputError(f"{where}: {key!r} must be text, found {row[key]!r}"[:300])
+        raise InputError(f"{place}: {key!r} must be text, found {row[key]!r}"[:300])
     return str(row[key]).strip()
 
 
@@ -199,15 +199,15 @@ def _pair_rows(path: Path, name: str) -> Iterator[tuple[str, Any]]:
             )
         rows = ((f"{path} row {number}", row) for number, row in enumerate(listed, start=1))
     merged: dict[str, tuple[str, dict[str, Any]]] = {}
-    for where, raw in rows:
-        row = _row(raw, name, where)
-        given, output = (_text(row, key, where) for key in ("input", "output"))
-        _, first = merged.setdefault(given, (where, {"input": given, "output": [], "template": template}))
+    for place, raw in rows:
+        row = _row(raw, name, place)
+        input_text, output = (_text(row, key, place) for key in ("input", "output"))
+        _, first = merged.setdefault(input_text, (place, {"input": input_text, "output": [], "template": template}))
         first["output"].append(output)
     yield from merged.values()
 
 
-def _pair(row: Row, _where: str) -> dict[str, Any]:
+def _pair(row: Row, _place: str) -> dict[str, Any]:
     """All outputs of an input are accepted, in the file's order. The subject is the input."""
     prompt = row["template"].replace("{input}", row["input"])
     return {"prompt": prompt, "subject": row["input"], "answers": _distinct(row["output"])}
@@ -216,12 +216,12 @@ def _pair(row: Row, _where: str) -> dict[str, Any]:
 # --- TRACE ------------------------------------------------------------------------------------------------------------
 
 
-def _trace(row: Row, where: str) -> dict[str, Any]:
+def _trace(row: Row, place: str) -> dict[str, Any]:
     """The prompt without the spaces at its end: the space before the answer is the answer's. It is the subject too."""
     prompt = row["prompt"].rstrip(" ") if isinstance(row["prompt"], str) else ""
     if not prompt.strip():
-        raise InputError(f"{where}: 'prompt' must be text, found {row['prompt']!r}"[:300])
-    return {"prompt": prompt, "subject": prompt, "answers": [_text(row, "answer", where)]}
+        raise InputError(f"{place}: 'prompt' must be text, found {row['prompt']!r}"[:300])
+    return {"prompt": prompt, "subject": prompt, "answers": [_text(row, "answer", place)]}
 
 
 # --- Super-NaturalInstructions ----------------------------------------------------------------------------------------
@@ -240,19 +240,19 @@ def _instances(path: Path, name: str) -> Iterator[tuple[str, Any]]:
         raise InputError(f"{path}: 'Instances' must be a list, found {instances!r}"[:300])
     written = "\n".join(text.strip() for text in texts)
     for number, row in enumerate(instances, start=1):
-        where = f"{path} instance {number}"
-        yield where, row | {"definition": written} if isinstance(row, dict) else row
+        place = f"{path} instance {number}"
+        yield place, row | {"definition": written} if isinstance(row, dict) else row
 
 
-def _superni(row: Row, where: str) -> dict[str, Any]:
+def _superni(row: Row, place: str) -> dict[str, Any]:
     """The definition and the input, without the demonstrations; all outputs are accepted. The subject is the input."""
-    given, outputs = _text(row, "input", where), row["output"]
+    input_text, outputs = _text(row, "input", place), row["output"]
     outputs = [outputs] if isinstance(outputs, str) else outputs
     if not isinstance(outputs, list) or not outputs or not all(isinstance(o, str) and o.strip() for o in outputs):
-        raise InputError(f"{where}: 'output' must be text or a list of texts, found {row['output']!r}"[:300])
+        raise InputError(f"{place}: 'output' must be text or a list of texts, found {row['output']!r}"[:300])
     return {
-        "prompt": f"{row['definition']}\n\nInput: {given}\nOutput:",
-        "subject": given,
+        "prompt": f"{row['definition']}\n\nInput: {input_text}\nOutput:",
+        "subject": input_text,
         "answers": _distinct(output.strip() for output in outputs),
     }
 
@@ -260,7 +260,7 @@ def _superni(row: Row, where: str) -> dict[str, Any]:
 # --- MQuAKE -----------------------------------------------------------------------------------------------------------
 
 
-def _mquake(row: Row, where: str) -> dict[str, Any]:
+def _mquake(row: Row, place: str) -> dict[str, Any]:
     """The edited facts, and a question over several hops that they change.
 
     As in LoFiT: of the paraphrases, only the first question; the new answer and its aliases count. The subject is that
@@ -272,7 +272,7 @@ def _mquake(row: Row, where: str) -> dict[str, Any]:
         answers = _distinct(name.strip() for name in (row["new_answer"], *(row.get("new_answer_alias") or ())))
     except (AttributeError, IndexError, KeyError, TypeError) as error:
         raise InputError(
-            f"{where}: not a case of MQuAKE ({type(error).__name__}: {error}); it needs requested_rewrite with prompt, "
+            f"{place}: not a case of MQuAKE ({type(error).__name__}: {error}); it needs requested_rewrite with prompt, "
             "subject and target_new.str, questions and new_answer"
         ) from None
     facts = " and ".join(f"{fact} {new}" for fact, new in edits)
@@ -323,22 +323,23 @@ def _template(data: Any, file: Path) -> str:
 # --- CLUTRR -----------------------------------------------------------------------------------------------------------
 
 
-def _clutrr(row: Row, where: str) -> dict[str, Any]:
+def _clutrr(row: Row, place: str) -> dict[str, Any]:
     """A story, and who B is to A: `query` is `('A', 'B')` and `target_text` names B, as in "B is A's father".
 
     The set-up is LoFiT's, the wording is not. The subject is B.
     """
-    story = str(row.get("clean_story") or _text(row, "story", where)).replace("[", "").replace("]", "").strip()
+    story = str(row.get("clean_story") or _text(row, "story", place)).replace("[", "").replace("]", "").strip()
     try:
         query = ast.literal_eval(row["query"]) if isinstance(row["query"], str) else row["query"]
-        of, who = (str(name) for name in query)
+        relative, who = (str(name) for name in query)
     except (SyntaxError, TypeError, ValueError):
-        raise InputError(f"{where}: query {row['query']!r} is not a pair of names ('A', 'B')") from None
+        raise InputError(f"{place}: query {row['query']!r} is not a pair of names ('A', 'B')") from None
     prompt = (
-        f'Here is a story about a family.\n"{story}"\nTaking all that it says as true, how is {who} related to {of}?\n'
-        f"Answer: {who} is {of}'s"
+        f'Here is a story about a family.\n"{story}"\n'
+        f"Taking all that it says as true, how is {who} related to {relative}?\n"
+        f"Answer: {who} is {relative}'s"
     )
-    return {"prompt": prompt, "subject": who, "answers": [_text(row, "target_text", where)]}
+    return {"prompt": prompt, "subject": who, "answers": [_text(row, "target_text", place)]}
 
 
 _TABLES = {

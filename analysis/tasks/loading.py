@@ -16,15 +16,12 @@ from typing import Any
 
 from headtune.analysis.utils.errors import InputError, nearest
 
+from . import formats
 from .build import Template, build
 from .readers import _utf8, hub_rows, json_lines
 from .task import Example, Kind, Task, parse_example, take_split
 
 log = logging.getLogger(__name__)
-# --- building ---------------------------------------------------------------------------------------------------------
-
-
-# --- loading ----------------------------------------------------------------------------------------------------------
 
 
 def builtin_names() -> list[str]:
@@ -61,8 +58,6 @@ def load_task(name: str, split_seed: int = 0) -> Task:
     Raises:
         InputError: no such task or format, or a malformed line (named by its number).
     """
-    from . import formats  # which reads rows with this module
-
     shape, colon, source = name.partition(":")
     if colon and shape in formats.FORMATS:
         base, colon, split = _parts(source)
@@ -83,8 +78,8 @@ def load_task(name: str, split_seed: int = 0) -> Task:
     elif base.count("/") == 1:
         task = _of_rows(base, hub_rows(base, "train"))
     else:
-        known = [*builtin_names(), *formats.FORMATS]
-        raise InputError(f"task {base!r} is neither a file, a hub id nor built in; {nearest(base, known)}")
+        sources = [*builtin_names(), *formats.FORMATS]
+        raise InputError(f"task {base!r} is neither a file, a hub id nor built in; {nearest(base, sources)}")
     return take_split(task, split, split_seed) if colon else task
 
 
@@ -97,8 +92,8 @@ def _parts(name: str) -> tuple[str, str, str]:
 def _of_rows(name: str, rows: Iterable[tuple[str, Any]]) -> Task:
     examples: list[Example] = []
     kind: Kind = "exact_match"
-    for where, row in rows:
-        examples.append(parse_example(row, where))
+    for place, row in rows:
+        examples.append(parse_example(row, place))
         if row.get("previous") is not None:
             kind = "lists"
     return Task(name, tuple(examples), kind=kind)

@@ -52,10 +52,10 @@ def read_json(path: Path, what: str, kind: type) -> Any:
     except json.JSONDecodeError as error:
         raise InputError(f"{file} is not JSON: {error.msg} at line {error.lineno}, column {error.colno}") from None
     if not isinstance(data, kind):
-        found, expected = _JSON_KINDS.get(type(data), "a number"), _JSON_KINDS[kind]
+        actual, expected = _JSON_KINDS.get(type(data), "a number"), _JSON_KINDS[kind]
         shape = f", {_SHAPES[what]}" if what in _SHAPES else ""
         fix = "; put it in [ ]" if kind is list and isinstance(data, dict) and what in _SHAPES else ""
-        raise InputError(f"{file} holds {found}; expected {expected}{shape}{fix}")
+        raise InputError(f"{file} holds {actual}; expected {expected}{shape}{fix}")
     return data
 
 
@@ -83,11 +83,11 @@ def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
     # Not splitlines: JSON strings may hold U+2028 and the like, which end no JSONL line.
     for number, line in enumerate(_utf8(path, "task").split("\n"), start=1):
         if line.strip():
-            where = f"{path}:{number}"
+            place = f"{path}:{number}"
             try:
-                yield where, json.loads(line)
+                yield place, json.loads(line)
             except json.JSONDecodeError as error:
-                raise InputError(f"{where}: not a JSON object ({error.msg} at column {error.colno})") from None
+                raise InputError(f"{place}: not a JSON object ({error.msg} at column {error.colno})") from None
 
 
 def hub_rows(name: str, split: str, config: str | None = None) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -38,8 +38,8 @@ class Example:
     @property
     def remaining(self) -> tuple[str, ...]:
         """Accepted answers not given yet."""
-        given = {canonical(answer, self.subject) for answer in self.previous}
-        return tuple(answer for answer in self.answers if canonical(answer, self.subject) not in given)
+        previous = {canonical(answer, self.subject) for answer in self.previous}
+        return tuple(answer for answer in self.answers if canonical(answer, self.subject) not in previous)
 
 
 Kind = Literal["lists", "exact_match", "multiple_choice"]
@@ -136,10 +136,10 @@ def take_split(task: Task, split: str, seed: int = 0) -> Task:
     if split not in SPLITS:
         raise InputError(f"split {split!r} of task {task.name!r} is unknown; {nearest(split, SPLITS)}")
     chosen = set(split_subjects(task.subjects, seed)[split])
-    kept = tuple(example for example in task.examples if example.subject in chosen)
-    if not kept:
+    examples = tuple(example for example in task.examples if example.subject in chosen)
+    if not examples:
         raise InputError(f"split {split!r} of task {task.name!r} is empty: {len(task.subjects)} subjects are too few")
-    return replace(task, name=f"{task.name}:{split}", examples=kept, split=split)
+    return replace(task, name=f"{task.name}:{split}", examples=examples, split=split)
 
 
 def _require_bare(answer: str, what: str) -> None:
@@ -150,33 +150,35 @@ def _require_bare(answer: str, what: str) -> None:
         )
 
 
-def parse_example(row: Any, where: str) -> Example:
+def parse_example(row: Any, place: str) -> Example:
     """Check one example strictly.
 
     Raises:
         InputError: a missing, unknown or ill-typed key, a subject or previous answer that the prompt does not hold, a
             prompt that ends in a space, or an answer with white space around it.
     """
+    # The keys and the types of their values.
     if not isinstance(row, dict):
-        raise InputError(f"{where}: expected a JSON object, found {type(row).__name__}")
-    known = {"prompt": str, "subject": str, "answers": list, "previous": list, "corrupt": str, "incorrect": list}
+        raise InputError(f"{place}: expected a JSON object, found {type(row).__name__}")
+    allowed = {"prompt": str, "subject": str, "answers": list, "previous": list, "corrupt": str, "incorrect": list}
     for key in row:
-        if key not in known:
-            raise InputError(f"{where}: unknown key {key!r}; {nearest(key, known)}")
-    for key, kind in known.items():
+        if key not in allowed:
+            raise InputError(f"{place}: unknown key {key!r}; {nearest(key, allowed)}")
+    for key, kind in allowed.items():
         if row.get(key) is None:
             if key in ("previous", "corrupt", "incorrect"):
                 continue
-            raise InputError(f"{where}: key {key!r} is missing; an example needs prompt, subject and answers")
+            raise InputError(f"{place}: key {key!r} is missing; an example needs prompt, subject and answers")
         if not isinstance(row[key], kind):
-            raise InputError(f"{where}: {key!r} must be a {kind.__name__}, found {row[key]!r}"[:300])
+            raise InputError(f"{place}: {key!r} must be a {kind.__name__}, found {row[key]!r}"[:300])
         if kind is list and not all(isinstance(item, str) and item.strip() for item in row[key]):
-            raise InputError(f"{where}: {key!r} must hold non-empty strings, found {row[key]!r}"[:300])
+            raise InputError(f"{place}: {key!r} must hold non-empty strings, found {row[key]!r}"[:300])
         for item in row[key] if kind is list else ():
-            _require_bare(item, f"{where}: {key!r}")
+            _require_bare(item, f"{place}: {key!r}")
+    # What an answer is written after.
     for key in ("prompt", "corrupt"):
         if (row.get(key) or "").endswith((" ", "\t")):
-            raise InputError(f"{where}: the {key} ends in a space; remove it: an answer is written after a space")
+            raise InputError(f"{place}: the {key} ends in a space; remove it: an answer is written after a space")
     example = Example(
         row["prompt"],
         row["subject"],
@@ -185,13 +187,14 @@ def parse_example(row: Any, where: str) -> Example:
         row.get("corrupt"),
         tuple(row.get("incorrect") or ()),
     )
+    # The prompt holds what the example names, and leaves something to answer.
     if not example.subject or example.subject not in example.prompt:
         raise InputError(
-            f"{where}: the prompt does not contain its subject {example.subject!r}; write it as in the prompt"
+            f"{place}: the prompt does not contain its subject {example.subject!r}; write it as in the prompt"
         )
     for answer in example.previous:
         if answer not in example.prompt:
-            raise InputError(f"{where}: the prompt does not contain the previous answer {answer!r}")
+            raise InputError(f"{place}: the prompt does not contain the previous answer {answer!r}")
     if not example.remaining:
-        raise InputError(f"{where}: every accepted answer is already given; add the remaining ones to 'answers'")
+        raise InputError(f"{place}: every accepted answer is already given; add the remaining ones to 'answers'")
     return example

@@ -128,8 +128,8 @@ def _turns(example: Example) -> tuple[str, str]:
     """The user's turn, and the reply so far: see `as_chat`."""
     cursor = len(example.prompt)
     for answer in reversed(example.previous):
-        found = example.prompt.rfind(answer, 0, cursor)
-        cursor = found if found >= 0 else cursor
+        start = example.prompt.rfind(answer, 0, cursor)
+        cursor = start if start >= 0 else cursor
     cut = example.prompt.rfind("\n", 0, cursor) + 1
     if not example.previous or not example.prompt[:cut].strip():
         return example.prompt, ""
@@ -240,6 +240,7 @@ def _encode_one(
         end = start + len(text)
         return tuple(i for i, (a, b) in enumerate(offsets) if a < end and b > start and b > a)
 
+    # Which tokens the subject and the previous answers are.
     subject = span(example.prompt.index(example.subject, begin), example.subject)
     spans: list[tuple[int, ...]] = []
     cursor = len(example.prompt)
@@ -252,14 +253,15 @@ def _encode_one(
         cursor = start
     if not subject or not all(spans):
         return None, "span without tokens"
+    # Which tokens answers begin with; those of a remaining and a previous answer count for neither.
     firsts = first_tokens(tokenizer, example.prompt, ids, [*example.remaining, *example.previous], special)
     targets = {token for answer in example.remaining if (token := firsts[answer]) is not None}
     if not targets:
         return None, "tokens merge across the end of the prompt"
-    given = [firsts[answer] for answer in example.previous]
-    ambiguous = targets & {token for token in given if token is not None}
+    previous_tokens = [firsts[answer] for answer in example.previous]
+    ambiguous = targets & {token for token in previous_tokens if token is not None}
     targets -= ambiguous
-    previous = tuple(dict.fromkeys(token for token in given if token is not None and token not in ambiguous))
+    previous = tuple(dict.fromkeys(token for token in previous_tokens if token is not None and token not in ambiguous))
     if not targets or (example.previous and not previous):
         return None, "remaining and previous answers share first tokens"
     corrupt = None

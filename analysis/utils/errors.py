@@ -21,8 +21,8 @@ class CheckError(RuntimeError):
     exit_code = 1
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
-    """`", did you mean 'x'?"` with the closest of `known`, or the sorted list of what is known."""
-    choices = sorted(known)
-    close = difflib.get_close_matches(word, choices, n=1, cutoff=0.5)
-    return f"did you mean {close[0]!r}?" if close else "known: " + ", ".join(choices)
+def nearest(word: str, choices: Iterable[str]) -> str:
+    """`", did you mean 'x'?"` with the closest of `choices`, or the sorted list of all of them."""
+    names = sorted(choices)
+    close = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else "known: " + ", ".join(names)

@@ -52,10 +52,10 @@ def check_links_stay_inside(folder: Path, what: str, parts: Sequence[str] = ("",
     """
     top = folder.resolve()
     for part in parts:
-        own = [folder / part] if part else []
+        itself = [folder / part] if part else []
         # os.walk does not follow links.
         below = (Path(place) / name for place, *names in os.walk(folder / part) for name in names[0] + names[1])
-        for path in (*own, *below):
+        for path in (*itself, *below):
             if path.is_symlink() and not _within(path, top):
                 raise InputError(
                     f"{what} {str(path)!r} is a link that leads out of {str(folder)!r}; put the file itself there"
@@ -85,12 +85,12 @@ def check_weights_are_safe(folder: Path) -> None:
             "it as safetensors: model.save_pretrained(FOLDER)"
         )
     for path in sorted([*folder.glob("*.safetensors.index.json"), *folder.glob("*.bin.index.json")]):
-        where = f"index {str(path)!r}"
+        source = f"index {str(path)!r}"
         try:
             names = set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
         except (ValueError, KeyError, TypeError, AttributeError):
-            raise InputError(f"{where} is not an index of weights; get the folder anew") from None
+            raise InputError(f"{source} is not an index of weights; get the folder anew") from None
         for name in sorted(names, key=str):
             if not isinstance(name, str):
-                raise InputError(f"{where} names {name!r}, which is no file; get the folder anew")
-            safe_join(folder, name, where)
+                raise InputError(f"{source} names {name!r}, which is no file; get the folder anew")
+            safe_join(folder, name, source)

@@ -70,12 +70,12 @@ def redact(text: str) -> str:
     return text
 
 
-def require_no_secrets(data: Any, where: str, path: str = "") -> None:
+def require_no_secrets(data: Any, source: str, path: str = "") -> None:
     """Refuse data that is going to be written down and holds a secret, in a value or under a key that is for one.
 
     Args:
         data: what YAML or JSON gives.
-        where: names the file in the message.
+        source: names the file in the message.
         path: of `data` within it.
 
     Raises:
@@ -86,20 +86,20 @@ def require_no_secrets(data: Any, where: str, path: str = "") -> None:
             below = redact(f"{path}.{key}" if path else str(key))
             named = is_secret_name(str(key)) and not _NO_SECRETS.fullmatch(str(key))
             if named and isinstance(value, str) and value:
-                raise _refusal(where, below, "what its name says is a secret")
+                raise _refusal(source, below, "what its name says is a secret")
             if what := _known_form(str(key)):  # a password that is a word may be a key's name as well
-                raise _refusal(where, below, what)
-            require_no_secrets(value, where, below)
+                raise _refusal(source, below, what)
+            require_no_secrets(value, source, below)
     elif isinstance(data, list | tuple):
         for index, value in enumerate(data):
-            require_no_secrets(value, where, f"{path}.{index}")
+            require_no_secrets(value, source, f"{path}.{index}")
     elif isinstance(data, str) and (what := secret_in(data)):
-        raise _refusal(where, path, what)
+        raise _refusal(source, path, what)
 
 
-def _refusal(where: str, path: str, what: str) -> InputError:
+def _refusal(source: str, path: str, what: str) -> InputError:
     return InputError(
-        f"{where}: {path} holds {what}, and is copied to where others read it; remove it and log in through the "
+        f"{source}: {path} holds {what}, and is copied to where others read it; remove it and log in through the "
         "environment (HF_TOKEN, WANDB_API_KEY) instead"
     )
 

@@ -138,9 +138,9 @@ def _synthetic(n: int, noise: float = 0.0, seed: int = 0) -> tuple[Tensor, Tenso
 
 
 def _moments(x: Tensor, m: Tensor) -> mlp_regression.Moments:
-    total = mlp_regression.Moments.of(x[0], m[0])
+    total = mlp_regression.Moments.of_example(x[0], m[0])
     for inputs, outputs in zip(x[1:], m[1:], strict=True):
-        total.add(mlp_regression.Moments.of(inputs, outputs))
+        total.add(mlp_regression.Moments.of_example(inputs, outputs))
     return total
 
 
@@ -210,7 +210,7 @@ def test_subjects_held_out() -> None:
         (lambda: mlp_regression.split_subjects(["a", "b"], 1.5), ["1.5", "between 0 and 1"]),
         (lambda: mlp_regression.split_subjects(["a", "a"], 0.5), ["1 subject", "at least two"]),
         (
-            lambda: mlp_regression.regress(mlp_regression.Moments.of(torch.ones(1, 2, 3), torch.ones(1, 3))),
+            lambda: mlp_regression.regress(mlp_regression.Moments.of_example(torch.ones(1, 2, 3), torch.ones(1, 3))),
             ["1 is too few"],
         ),
     ],

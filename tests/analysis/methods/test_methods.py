@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from headtune.analysis.interventions.counterfactuals import Counterfactuals
-from headtune.analysis.methods import attribution_patching, head_gating, patching
+from headtune.analysis.methods import attribution_patching, head_gating, patching, registry
 from headtune.analysis.methods.registry import DEFAULT, METHODS, parse_method_names, score, score_examples
 from headtune.analysis.methods.scores import Array, Scores
 from headtune.analysis.models import hooks
@@ -247,3 +248,30 @@ def test_an_example_without_a_counterpart_has_no_score_and_is_counted(model: Hea
     assert [bool(np.isfinite(row).all()) for row in rows] == has_one
     assert np.isfinite(found.mean(f"{name}.target")).all()
     np.testing.assert_allclose(found.mean(f"{name}.target"), rows[has_one].mean(0), atol=1e-6)
+
+
+# --- registering ------------------------------------------------------------------------------------------------------
+
+
+def test_a_registered_method_scores_as_the_others_do(model: HeadModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "METHODS", dict(METHODS))
+
+    @registry.register_method("depth", "a head's layer", prepare=lambda _model, examples, seed: len(examples) + seed)
+    def depth(model: HeadModel, _examples: Any, index: int, shared: int) -> dict[str, Array]:
+        layers = np.arange(model.n_layers, dtype=np.float32)[:, None].repeat(model.n_heads, 1)
+        return {"depth.target": layers, "depth.shared": layers * 0 + 100 * shared + index}
+
+    assert registry.METHODS["depth"].score is not None and "depth" not in METHODS
+    scores = score(model, tiny_task(), "depth,dla", seed=3)
+    assert {"depth.target", "dla.target"} <= set(scores.means())
+    n = len(scores.subjects)
+    assert scores.mean("depth.target")[:, 0].tolist() == list(range(model.n_layers))
+    assert scores.by_example["depth.shared"][:, 0, 0].tolist() == [100 * (n + 3) + index for index in range(n)]
+    for name, message in (
+        ("depth", "registered already"),
+        ("dla", "registered"),
+        ("all", "registered"),
+        ("a,b", "letters"),
+    ):
+        with pytest.raises(InputError, match=message):
+            registry.register_method(name, "another")(depth)
