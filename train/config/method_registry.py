@@ -8,16 +8,13 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from headtune import plugins
 from headtune.analysis.utils.errors import InputError, nearest
 
 from .base import StrictConfig
 from .errors import Problem
-
-if TYPE_CHECKING:
-    from .schema import Recipe
 
 
 class MethodRules:
@@ -60,11 +57,11 @@ class MethodRules:
         """Whether the run ends when its heads are chosen."""
         return False
 
-    def issues(self, recipe: Recipe) -> Iterator[Problem]:
+    def issues(self, recipe: Any) -> Iterator[Problem]:
         """What is wrong with a recipe of this method besides what the config's types and every recipe's rules say."""
         yield from ()
 
-    def dump(self, recipe: Recipe, data: dict[str, Any]) -> None:
+    def dump(self, recipe: Any, data: dict[str, Any]) -> None:
         """Take out of a recipe's data, in place, what this method does not read."""
 
 
