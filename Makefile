@@ -4,7 +4,7 @@
 # make docs        these documents as a site, in build/site                        make notebook   runs it again, with its outputs
 #
 # No virtual environment needs to be active: everything runs from .venv, made with PYTHON (3.11 or newer).
-# Pass more to pytest with ARGS, for example: make test ARGS="tests/test_packaging.py -x"
+# Pass more to pytest with ARGS, for example: make test ARGS="tests/project/test_packaging.py -x"
 
 PYTHON ?= python3
 ARGS ?=
