@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import re
 import subprocess
@@ -38,16 +39,25 @@ THEIRS = {"RECIPE", "RECIPE.yaml", "FILE", "recipe.yaml", "my_recipe.yaml"}
 # --- commands ---------------------------------------------------------------------------------------------------------
 
 
+parser_of_all = functools.cache(main._parser)
+
+
+@functools.cache
+def require_recipe(name: str, *overrides: str) -> None:
+    """Commands of many pages are the same."""
+    recipe.load_recipe(name, overrides)
+
+
 def parse(words: Sequence[str]) -> argparse.Namespace:
     """As `headtune` reads its command line; a line that only prints something returns the words' command."""
     try:
-        arguments, rest = main._parser().parse_known_args(words)
+        arguments, rest = parser_of_all().parse_known_args(words)
     except SystemExit as stop:
         assert stop.code == 0, f"headtune {' '.join(words)}: not a command line (the message is on stderr)"
         return argparse.Namespace(command=None)
     assert not rest or ("overrides" in arguments and not any(word.startswith("-") for word in rest)), rest
     if rest:
-        arguments.overrides += rest
+        arguments.overrides = [*arguments.overrides, *rest]
     return arguments
 
 
@@ -61,7 +71,7 @@ def check_headtune(words: Sequence[str]) -> None:
         given = [word for word in words if "=" not in word]
         for name in given:
             if name not in THEIRS:
-                recipe.load_recipe(name, [*getattr(arguments, "overrides", []), *grid])
+                require_recipe(name, *getattr(arguments, "overrides", []), *grid)
     elif arguments.command == "identify":
         registry.parse_method_names(arguments.method)
     elif arguments.command == "analyse":
@@ -69,7 +79,7 @@ def check_headtune(words: Sequence[str]) -> None:
         if arguments.name != "list":
             base.check_options(arguments.name, dict(text.split("=", 1) for text in arguments.option))
     elif arguments.command == "recipes" and arguments.action == "show":
-        recipe.load_recipe(arguments.name)
+        require_recipe(arguments.name)
 
 
 def check_command(words: Sequence[str]) -> None:
@@ -110,15 +120,15 @@ def check_mention(words: Sequence[str]) -> None:
         return check_command(words)
     if len(words) == 1 or words[1].isupper():
         return None
-    parser = main._parser()
+    parser = parser_of_all()
     for word in words[1:]:
         parser = subparsers(parser).get(word, parser)
     options = set(parser._option_string_actions)
-    assert words[1] in subparsers(main._parser()) or words[1] in options, words
+    assert words[1] in subparsers(parser_of_all()) or words[1] in options, words
     unknown = [word for word in words[2:] if re.match(r"--?[a-z]", word) and word.split("=")[0] not in options]
     assert not unknown, f"headtune {words[1]} has no {unknown}"
     if words[1] in ("train", "plan", "sweep") and len(words) > 2 and words[2] in recipe.recipe_names():
-        recipe.load_recipe(words[2], [word for word in words[3:] if re.match(r"[a-z_.]+=", word)])
+        require_recipe(words[2], *(word for word in words[3:] if re.match(r"[a-z_.]+=", word)))
     return None
 
 
