@@ -263,8 +263,8 @@ def run(
     return names
 
 
-# They train and export.
-LONG = {"docs/howto/python.md"}
+# They train and export, or identify and study.
+LONG = {"docs/howto/python.md", "analysis/README.md"}
 
 
 def with_python() -> list[Any]:
@@ -341,6 +341,7 @@ def test_the_notebook_was_run_from_top_to_bottom() -> None:
     assert str(ROOT) not in NOTEBOOK.read_text()
 
 
+@pytest.mark.slow
 def test_the_cells_of_the_notebook_on_a_tiny_model(
     stand_in: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -165,7 +165,8 @@ def reloaded_elsewhere(pairs: Iterable[tuple[str, str]], folder: Path) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_method_of_a_family_is_folded_or_refused(family: str) -> None:
-    for method in METHODS:
+    new_biases = [method for method in METHODS if method not in WITHOUT_NEW_BIASES]
+    for method in METHODS if family in ("llama", "gpt2") else ["full", *new_biases]:
         if (found := folded(family, method)) is not None:
             expected, scale = found[0].logits[0], found[0].logits[0].abs().max()
             assert (logits(found[1])[0] - expected).abs().max() < 1e-5 * max(1, scale), method
