@@ -17,7 +17,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -31,6 +31,7 @@ from headtune.analysis.tasks.loading import load_task
 from headtune.analysis.tasks.task import Task
 from headtune.analysis.tasks.tokenized import encode
 from headtune.analysis.utils.errors import CheckError, InputError, nearest
+from headtune.analysis.utils.progress import Progress, silent
 
 from .mlp_regression import decompose
 
@@ -262,7 +263,7 @@ def _parse_one(name: str, settings: str) -> LastLayerIntervention:
 def applied(
     model: HeadModel,
     knobs: Sequence[LastLayerIntervention],
-    progress: Callable[[Sequence[Any], str], Iterable[Any]] = lambda items, _what: items,
+    progress: Progress = silent,
 ) -> Iterator[list[dict[str, Any]]]:
     """Turn knobs on, all together, on the last layer; intercepts are fitted first, with every knob off.
 

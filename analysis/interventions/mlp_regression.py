@@ -22,9 +22,8 @@ c_h is correlation and no more.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +34,7 @@ from headtune.analysis.models.attention import record_rows
 from headtune.analysis.models.head_model import HeadModel
 from headtune.analysis.tasks.tokenized import Encoded
 from headtune.analysis.utils.errors import CheckError, InputError
+from headtune.analysis.utils.progress import Progress, silent
 
 RIDGE = 1e-6
 _CONSTANT = 1e-10  # an input does not vary whose variance is at most this share of its mean square
@@ -274,7 +274,7 @@ def decompose(
     examples: Sequence[Encoded],
     held_out: float = 0.3,
     seed: int = 0,
-    progress: Callable[[Sequence[Any], str], Iterable[Any]] = lambda items, _what: items,
+    progress: Progress = silent,
 ) -> tuple[Decomposition, list[float | None]]:
     """Fit the MLPs of all layers on a task.
 

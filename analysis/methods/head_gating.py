@@ -20,9 +20,9 @@ enough.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -32,11 +32,11 @@ from headtune.analysis.models import hooks
 from headtune.analysis.models.head_model import HeadModel
 from headtune.analysis.tasks.tokenized import Encoded
 from headtune.analysis.utils.errors import InputError
+from headtune.analysis.utils.progress import Progress, silent
 
 from .patching import answer_probabilities
 from .scores import Array
 
-Progress = Callable[[Sequence[Any], str], Iterable[Any]]
 Quantity = Literal["target", "previous"]
 
 BOUND = 5.0  # of |phi|: gates of 0.7 and 99.3 percent
@@ -102,7 +102,7 @@ def fit_gates(
     lr: float = 0.4,
     weight: float = 0.02,
     seed: int = 0,
-    progress: Progress = lambda items, _what: items,
+    progress: Progress = silent,
 ) -> Gates:
     """Fit g+ and g- with Adam. The same seed gives the same gates.
 

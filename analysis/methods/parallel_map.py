@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from safetensors.numpy import load_file, save_file
 from headtune.analysis.utils.errors import CheckError, InputError
 from headtune.analysis.utils.files import atomic_path
 from headtune.analysis.utils.processes import world_size
+from headtune.analysis.utils.progress import Progress
 
 from .scores import Array
 
@@ -50,7 +51,7 @@ class ParallelMap:
         self,
         n: int,
         work: Callable[[int], ScoresOfExample],
-        progress: Callable[[Sequence[Any], str], Any],
+        progress: Progress,
         what: str,
     ) -> list[ScoresOfExample]:
         """`[work(0), ..., work(n - 1)]`, each computed by one process, or read where it was finished before.

@@ -94,7 +94,13 @@ class Learner:
         notify: Notify,
     ) -> None:
         assert isinstance(recipe.method, SeekrConfig)
-        self.recipe, self.heads, self.tracker, self.progress, self.notify = recipe, model, tracker, progress, notify
+        self.recipe, self.head_model, self.tracker, self.progress, self.notify = (
+            recipe,
+            model,
+            tracker,
+            progress,
+            notify,
+        )
         self.method: SeekrConfig = recipe.method
         self.units = list(units)
         self.model: Any = model.hf
@@ -134,17 +140,19 @@ class Learner:
     def start(self) -> None:
         """Make the model trainable."""
         set_seed(self.recipe.seed)
-        self.heads.record_attention(True)
-        config = method_of(self.recipe).peft_config(self.method, [], self.heads.hf)
+        self.head_model.record_attention(True)
+        config = method_of(self.recipe).peft_config(self.method, [], self.head_model.hf)
         if config is None:
             self.model.requires_grad_(True)
         else:
-            self.model = get_peft_model(self.heads.hf, config)
+            self.model = get_peft_model(self.head_model.hf, config)
         if self.recipe.heads is not None:
             self.notify("choosing heads")
             folder = self.recipe.folder if self.tracker.is_main else None
             first = self.units[0].task
-            self.fixed = resolve_heads(self.recipe.heads, self.heads, first, folder, self.progress, self.notify).pairs
+            self.fixed = resolve_heads(
+                self.recipe.heads, self.head_model, first, folder, self.progress, self.notify
+            ).pairs
 
     def learn(self, index: int, resume: bool) -> None:
         """Learn unit `index`; the model is the one after the unit before. Rank 0 writes, all read what it wrote."""
@@ -198,7 +206,7 @@ class Learner:
         folder = self.place(index) / "remembered"
         if not folder.is_dir():
             rows = [row.plain for row in self.buffer[index]]
-            snapshot_attention(self.heads, rows, folder, progress=self.progress)
+            snapshot_attention(self.head_model, rows, folder, progress=self.progress)
 
     def _keep(self, index: int, trained: dict[str, Any]) -> None:
         write_json(self.place(index) / "training.json", trained)
@@ -210,8 +218,8 @@ class Learner:
         rows = [row.plain for row in self.buffer[index]]
         self.notify(f"importance of heads on {len(rows)} rows of {self.units[index].name}")
         before = AttentionSnapshot(folder=self.place(index) / "remembered")
-        sensitivity = measure_sensitivity(self.heads, rows, progress=self.progress)
-        moved = measure_forgetting(self.heads, rows, before, progress=self.progress)
+        sensitivity = measure_sensitivity(self.head_model, rows, progress=self.progress)
+        moved = measure_forgetting(self.head_model, rows, before, progress=self.progress)
         self.importance.add(sensitivity, moved).save(self.place(index) / "importance.safetensors")
 
     def _inform(self, index: int) -> None:
@@ -268,7 +276,7 @@ class Learner:
         rows, name = self.units[index].rows, self.units[index].name
         self.notify(f"task {index + 1} of {len(self.units)}, {name}: {len(rows)} rows")
         if held.teachers is not None:
-            told_of_dropout(self.heads.hf, "distillation", self.notify)
+            told_of_dropout(self.head_model.hf, "distillation", self.notify)
         arguments = self.arguments(index)
         timer, marking = training.Timer(), checkpoints.Mark(arguments)
         table = [{"row": at, **row.plain} for at, row in enumerate(rows)]
@@ -276,7 +284,7 @@ class Learner:
             trainer = SequenceTrainer(
                 self.model,
                 args=arguments,
-                processing_class=self.heads.tokenizer,
+                processing_class=self.head_model.tokenizer,
                 callbacks=[trainer_callback(self.tracker, self.n_steps), training.told(self.notify), timer, marking],
                 train_dataset=datasets.Dataset.from_list(table),
                 data_collator=collate,
@@ -294,14 +302,16 @@ class Learner:
             trainer.penalty = self._elastic
         checkpoint = checkpoints.newest(Path(arguments.output_dir), self.notify) if resume else None
         pairs = self.fixed or (self.chosen[-1] if self.chosen else [])
-        with attach_regularisers.held(self.recipe, self.heads, pairs, self.units[index].task, trainer, self.notify):
+        with attach_regularisers.held(
+            self.recipe, self.head_model, pairs, self.units[index].task, trainer, self.notify
+        ):
             training.carry_out(trainer, checkpoint)
         if frame is not None:  # every process needs the model whole: to measure it, and to train it again
             self.model = distributed.consolidated(trainer, frame, everywhere=True)
-            self.heads.hf = distributed.base_of(self.model)
-            self.heads.__dict__.pop("layers", None)  # of the model that was split
+            self.head_model.hf = distributed.base_of(self.model)
+            self.head_model.__dict__.pop("layers", None)  # of the model that was split
         training.unwrapped(trainer)
-        self.heads.record_attention(True)
+        self.head_model.record_attention(True)
         return {"steps": trainer.state.max_steps, "timing": timer.summary()}
 
     def _elastic(self, model: Any, _progress: float) -> dict[str, tuple[Tensor, float]]:
@@ -316,7 +326,7 @@ class Learner:
             return self.fixed
         block, found = self.method.distil, self.importance
         values = {"sensitivity": found.sensitivity, "forgetting": found.forgetting}.get(block.choice, found.value())
-        n_layers, n_heads = self.heads.n_layers, self.heads.n_heads
+        n_layers, n_heads = self.head_model.n_layers, self.head_model.n_heads
         if block.choice == "random":
             drawn = random.Random(f"{self.recipe.seed}/heads").sample(range(n_layers * n_heads), block.heads)
             return sorted(divmod(index, n_heads) for index in drawn)
@@ -356,7 +366,7 @@ class Learner:
     def _note(self, store: TeacherStore, rows: Sequence[Row], pairs: Pairs) -> None:
         """The teachers of rows under the model as it is."""
         positions = {row.key: self._queries(row) for row in rows} if pairs else {}
-        compute_teacher(self.heads, rows, by_layer(pairs), positions, store, self.recipe.evaluation.batch_size)
+        compute_teacher(self.head_model, rows, by_layer(pairs), positions, store, self.recipe.evaluation.batch_size)
 
     def _queries(self, row: Row) -> list[int]:
         generator = torch.Generator().manual_seed(zlib.crc32(f"{self.recipe.seed}/{row.key}".encode()))

@@ -110,7 +110,7 @@ class PassWatcher:
     """
 
     def __init__(self, model: HeadModel, wanted: Wanted) -> None:
-        self.heads = model
+        self.model = model
         self.wanted = wanted
         self.last: HeadPass | None = None
         self._running: HeadPass | None = None
@@ -119,7 +119,7 @@ class PassWatcher:
     @contextlib.contextmanager
     def installed(self, reference: HeadModel | None = None) -> Iterator[None]:
         """Watch inside the block, and the reference too where it is another model; afterwards nothing is held."""
-        models = [self.heads] if reference is None else [self.heads, reference]
+        models = [self.model] if reference is None else [self.model, reference]
         implementations = [view.hf.config._attn_implementation for view in models]
         with contextlib.ExitStack() as during:
             if self.wanted.attention:
@@ -127,7 +127,7 @@ class PassWatcher:
                     view.record_attention(True)
                     during.callback(view.hf.set_attn_implementation, implementation)
                 during.enter_context(look_with(self._look))
-            backbone = _backbone(self.heads)
+            backbone = _backbone(self.model)
             before = backbone.register_forward_pre_hook(self._before, with_kwargs=True)
             during.callback(before.remove)
             during.callback(backbone.register_forward_hook(self._after, always_call=True).remove)

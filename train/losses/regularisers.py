@@ -211,7 +211,7 @@ class Regularisers:
         reference: PreTrainedModel | None = None,
         fisher: Mapping[str, Tensor] | None = None,
     ) -> None:
-        self.heads = model
+        self.model = model
         self.specs: dict[str, Spec] = {}
         for spec in specs:
             require_heads(model, spec.heads)
@@ -244,18 +244,18 @@ class Regularisers:
         Raises:
             InputError: nothing that is trained can move what a weight_drift holds.
         """
-        adapted = carries_adapter(self.heads.hf)
-        given = None if self._given is None else alike(self.heads, self._given)
+        adapted = carries_adapter(self.model.hf)
+        given = None if self._given is None else alike(self.model, self._given)
         for name, spec in self.specs.items():
             if isinstance(spec, WeightDrift):
                 fisher = self._fisher if spec.fisher else None
-                anchor = slice_anchor(self.heads, spec.heads, spec.parts, fisher, given, adapted)
-                anchor.term(self.heads)  # refuses what cannot move
+                anchor = slice_anchor(self.model, spec.heads, spec.parts, fisher, given, adapted)
+                anchor.term(self.model)  # refuses what cannot move
                 self._anchors[name] = anchor
         self._base = given
         self._read = self._modules_read()
         if self._compared is not None and given is None and not adapted:
-            self._base = alike(self.heads, copy.deepcopy(self.heads.hf).requires_grad_(False))
+            self._base = alike(self.model, copy.deepcopy(self.model.hf).requires_grad_(False))
         try:
             with self._watcher.installed(self._base):
                 yield
@@ -304,7 +304,7 @@ class Regularisers:
             if not isinstance(model, PeftModel):
                 raise CheckError(f"the model carries an adapter, and a {type(model).__name__} cannot switch it off")
             off = model.disable_adapter()
-        view = self._base or self.heads
+        view = self._base or self.model
         with torch.no_grad(), off:
             batch.base = self._watcher.again(view, batch.made, wanted)
             with torch.autocast(batch.made.present.device.type, enabled=False):
@@ -316,7 +316,7 @@ class Regularisers:
 
     def _modules_read(self) -> list[Module]:
         """The modules whose weights the terms look at."""
-        view = self.heads
+        view = self.model
         found: list[Module] = []
         for spec in self.specs.values():
             if isinstance(spec, WeightDrift):
@@ -332,13 +332,13 @@ class Regularisers:
     def _term(self, name: str, spec: Spec, batch: _Batch) -> Tensor:
         match spec:
             case WeightDrift():
-                return self._anchors[name].term(self.heads)
+                return self._anchors[name].term(self.model)
             case AttentionKl():
                 return _attention_kl(spec, batch)
             case OutputDrift():
-                return _output_drift(self.heads, spec, batch)
+                return _output_drift(self.model, spec, batch)
             case AttributionHinge():
-                return _attribution_hinge(self.heads, spec, batch, batch.floors.get(name))
+                return _attribution_hinge(self.model, spec, batch, batch.floors.get(name))
             case NegativeAttention():
                 return self._negative_attention(name, spec, batch)
         raise InputError(f"{type(spec).__name__} is no known penalty on heads")
