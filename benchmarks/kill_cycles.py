@@ -49,7 +49,7 @@ STEPS, SAVED_EVERY = 20, 2
 
 
 def new_run(folder: Path, model: Path) -> Path:
-    from small_runs import write_recipe
+    from helpers.small_runs import write_recipe
 
     folder.mkdir()
     training = {
@@ -132,7 +132,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop earlier, after this long")
     options = parser.parse_args()
     sys.path.insert(0, str(ROOT / "tests"))
-    from tiny import save_tiny
+    from helpers.tiny import save_tiny
 
     draw, stop = random.Random(options.seed), time.monotonic() + 60 * options.minutes
     with tempfile.TemporaryDirectory() as temporary:

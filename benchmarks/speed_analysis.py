@@ -254,7 +254,7 @@ def model_and_task(quick: bool) -> Iterator[tuple[str, str, Any]]:
         yield EMBEDDED, resolve(EMBEDDED), load_task(TASK).limited(64)
         return
     sys.path.insert(0, str(ROOT / "tests"))
-    import tiny
+    from helpers import tiny
 
     with tempfile.TemporaryDirectory() as folder:
         yield "tiny llama", str(tiny.save_tiny(Path(folder), "llama", num_key_value_heads=2)), tiny.tiny_task()

@@ -80,7 +80,7 @@ def prepare(arguments: argparse.Namespace) -> None:
     model = load_model(arguments.model, device="cpu")
     if arguments.quick:
         sys.path.insert(0, str(ROOT / "tests"))
-        from tiny import tiny_task
+        from helpers.tiny import tiny_task
 
         task = tiny_task((1, 2, 3, 4))
     else:
@@ -307,7 +307,7 @@ def main(arguments: argparse.Namespace) -> None:
         arguments.work = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         if arguments.quick:
             sys.path.insert(0, str(ROOT / "tests"))
-            from tiny import save_tiny
+            from helpers.tiny import save_tiny
 
             folder = str(save_tiny(arguments.work / "tiny", "llama", num_key_value_heads=2))
         else:

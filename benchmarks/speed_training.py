@@ -98,7 +98,7 @@ def make_rows(tokenizer: Any, n: int, completion: int, quick: bool) -> list[dict
 
     if quick:
         sys.path.insert(0, str(ROOT / "tests"))
-        from tiny import tiny_task
+        from helpers.tiny import tiny_task
 
         task = tiny_task((1, 2, 3, 4))
     else:
@@ -275,7 +275,7 @@ def main(arguments: argparse.Namespace) -> None:
         copies = stack.enter_context(tempfile.TemporaryDirectory())
         if arguments.quick:
             sys.path.insert(0, str(ROOT / "tests"))
-            from tiny import save_tiny
+            from helpers.tiny import save_tiny
 
             folder = str(save_tiny(Path(stack.enter_context(tempfile.TemporaryDirectory())), "llama"))
         else:
