@@ -18,6 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
+from headtune import plugins
 from headtune.analysis.interventions.counterfactuals import Counterfactual, Counterfactuals
 from headtune.analysis.models.head_model import HeadModel
 from headtune.analysis.tasks.task import Task
@@ -163,12 +164,12 @@ def add_method(method: Method) -> None:
     METHODS[method.name] = method
 
 
-def register_method(
+def register_scoring_method(
     name: str, summary: str, prepare: Prepare = lambda *_: None, causal: bool = True
 ) -> Callable[[ScoreExample], ScoreExample]:
     """Decorator that makes a function a method: (model, examples, index, shared) -> quantities of that example.
 
-        @register_method("norm", "the norm of each head's output", causal=False)
+        @register_scoring_method("norm", "the norm of each head's output", causal=False)
         def norm(model, examples, index, shared):
             return {"norm.target": ...}  # [n_layers, n_heads] float32; `norm.previous` where there are such answers
 
@@ -199,6 +200,8 @@ def parse_method_names(names: str) -> list[Method]:
         InputError: an unknown name.
     """
     requested = list(DEFAULT) if names == "all" else [name.strip() for name in names.split(",")]
+    if not METHODS.keys() >= set(requested):
+        plugins.load_installed()
     for name in requested:
         if name not in METHODS:
             raise InputError(f"method {name!r} is unknown; {nearest(name, ['all', *METHODS])}")

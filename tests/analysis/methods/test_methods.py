@@ -256,7 +256,9 @@ def test_an_example_without_a_counterpart_has_no_score_and_is_counted(model: Hea
 def test_a_registered_method_scores_as_the_others_do(model: HeadModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "METHODS", dict(METHODS))
 
-    @registry.register_method("depth", "a head's layer", prepare=lambda _model, examples, seed: len(examples) + seed)
+    @registry.register_scoring_method(
+        "depth", "a head's layer", prepare=lambda _model, examples, seed: len(examples) + seed
+    )
     def depth(model: HeadModel, _examples: Any, index: int, shared: int) -> dict[str, Array]:
         layers = np.arange(model.n_layers, dtype=np.float32)[:, None].repeat(model.n_heads, 1)
         return {"depth.target": layers, "depth.shared": layers * 0 + 100 * shared + index}
@@ -274,4 +276,4 @@ def test_a_registered_method_scores_as_the_others_do(model: HeadModel, monkeypat
         ("a,b", "letters"),
     ):
         with pytest.raises(InputError, match=message):
-            registry.register_method(name, "another")(depth)
+            registry.register_scoring_method(name, "another")(depth)
