@@ -167,19 +167,21 @@ def keep(run: grid.Run) -> None:
 def numbers(result: Mapping[str, Any], draws: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
     """OP and BWT of a run in every resampling, `[n]`; the first draw is the examples as they are."""
     last = np.stack([d @ np.array(v) / len(v) for d, v in zip(draws, result["after"][-1], strict=True)])
-    found = {"op": last.mean(0)}
+    values = {"op": last.mean(0)}
     if len(result["after"]) > 1:
-        own = np.stack([draws[i] @ np.array(column[i]) / len(column[i]) for i, column in enumerate(result["after"])])
-        found["bwt"] = (last - own)[:-1].mean(0)
-    return found
+        accuracies = np.stack(
+            [draws[i] @ np.array(column[i]) / len(column[i]) for i, column in enumerate(result["after"])]
+        )
+        values["bwt"] = (last - accuracies)[:-1].mean(0)
+    return values
 
 
-def summarise(found: dict[str, list[dict[str, Any]]], n: int = 4000) -> list[dict[str, Any]]:
+def summarise(results: dict[str, list[dict[str, Any]]], n: int = 4000) -> list[dict[str, Any]]:
     """One line a method: OP and BWT with intervals, and paired differences from its control over their shared seeds."""
-    sizes = [len(values) for values in next(iter(found.values()))[0]["before"]]
+    sizes = [len(values) for values in next(iter(results.values()))[0]["before"]]
     generator = np.random.default_rng(0)
     draws = [np.vstack([np.ones(s), generator.multinomial(s, np.full(s, 1 / s), size=n)]) for s in sizes]
-    by_seed = {name: {r["seed"]: numbers(r, draws) for r in of} for name, of in found.items()}
+    by_seed = {name: {r["seed"]: numbers(r, draws) for r in runs} for name, runs in results.items()}
 
     def over_seeds(values: Sequence[np.ndarray]) -> dict[str, Any]:
         mean = np.mean(values, axis=0)
@@ -188,28 +190,30 @@ def summarise(found: dict[str, list[dict[str, Any]]], n: int = 4000) -> list[dic
 
     table = []
     for name in METHODS:
-        if name not in found:
+        if name not in results:
             continue
-        of, own = found[name], by_seed[name]
-        line: dict[str, Any] = {"method": name, "seeds": sorted(own)}
+        runs, numbers_of_seed = results[name], by_seed[name]
+        line: dict[str, Any] = {"method": name, "seeds": sorted(numbers_of_seed)}
         for metric in ("op", "bwt"):
-            if metric not in next(iter(own.values())):
+            if metric not in next(iter(numbers_of_seed.values())):
                 continue
-            line[metric] = over_seeds([values[metric] for values in own.values()])
+            line[metric] = over_seeds([values[metric] for values in numbers_of_seed.values()])
             other = by_seed.get(METHODS[name].control or "", {})
-            shared = sorted(set(own) & set(other))
+            shared = sorted(set(numbers_of_seed) & set(other))
             if shared:
-                line[metric]["minus_control"] = over_seeds([own[s][metric] - other[s][metric] for s in shared])
+                line[metric]["minus_control"] = over_seeds(
+                    [numbers_of_seed[s][metric] - other[s][metric] for s in shared]
+                )
         line["control"] = METHODS[name].control
-        line["perplexity"] = float(np.mean([r["perplexity"][1] for r in of]))
-        line["perplexity_before"] = of[0]["perplexity"][0]
+        line["perplexity"] = float(np.mean([r["perplexity"][1] for r in runs]))
+        line["perplexity_before"] = runs[0]["perplexity"][0]
         line["general"] = {
-            task: {metric: float(np.mean([r["general"][task][metric] for r in of])) for metric in metrics}
-            for task, metrics in of[0]["general"].items()
+            task: {metric: float(np.mean([r["general"][task][metric] for r in runs])) for metric in metrics}
+            for task, metrics in runs[0]["general"].items()
         }
-        line["seconds_per_step"] = float(np.median([r["training"]["seconds_per_step"] for r in of]))
-        line["peak_memory_gib"] = max(r["peak_memory_gib"] for r in of)
-        line["parameters"] = of[0]["parameters"]
+        line["seconds_per_step"] = float(np.median([r["training"]["seconds_per_step"] for r in runs]))
+        line["peak_memory_gib"] = max(r["peak_memory_gib"] for r in runs)
+        line["parameters"] = runs[0]["parameters"]
         table.append(line)
     return table
 
@@ -230,11 +234,11 @@ def markdown(table: Sequence[Mapping[str, Any]]) -> str:
 
 
 def write_table() -> None:
-    found: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    results: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for path in sorted((RESULTS / "continual").glob("*/*.json")):
         result = json.loads(path.read_text())
-        found.setdefault(result["order"], {}).setdefault(result["method"], []).append(result)
-    tables = {order: summarise(of) for order, of in found.items()}
+        results.setdefault(result["order"], {}).setdefault(result["method"], []).append(result)
+    tables = {order: summarise(runs) for order, runs in results.items()}
     if tables:
         (RESULTS / "continual.json").write_text(json.dumps(tables, indent=1) + "\n")
     for order, table in tables.items():
@@ -245,7 +249,7 @@ def write_table() -> None:
 def fill(check: bool = False) -> list[str]:
     """Put the tables of continual.json into the README of recipes/seekr; the names of those that were others."""
     tables = json.loads((RESULTS / "continual.json").read_text())
-    texts = {f"{order} order": markdown(of) for order, of in tables.items()}
+    texts = {f"{order} order": markdown(rows) for order, rows in tables.items()}
     return [name for name, text in texts.items() if not put("recipes/seekr/README.md", name, text, check)]
 
 

@@ -53,8 +53,8 @@ class Run:
         path = self.out / "run.json"
         if not path.is_file() or json.loads(path.read_text())["state"] != "done":
             return False
-        done, wanted = yaml.safe_load((self.out / "recipe.yaml").read_text()), parse(self.recipe).dump()
-        different = sorted(key for key in done.keys() | wanted.keys() if done.get(key) != wanted.get(key))
+        done, expected = yaml.safe_load((self.out / "recipe.yaml").read_text()), parse(self.recipe).dump()
+        different = sorted(key for key in done.keys() | expected.keys() if done.get(key) != expected.get(key))
         if different:
             sys.exit(f"{self.out} was run with another {', '.join(different)}; remove it to run it again")
         return True
@@ -172,14 +172,14 @@ def write(path: Path, content: Mapping[str, Any]) -> None:
 
 def parser(text: str | None, methods: Collection[str], folder: str) -> argparse.ArgumentParser:
     """The options that every grid has."""
-    found = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
-    found.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
-    found.add_argument("--only", nargs="+", choices=methods)
-    found.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    found.add_argument("--missing", action="store_true", help="runs without a result file alone")
-    found.add_argument("--search", action="store_true")
-    found.add_argument("--table", action="store_true")
-    found.add_argument("--jobs", type=int, default=1)
-    found.add_argument("--threads", type=int, default=max(1, (os.cpu_count() or 2) // 2))
-    found.add_argument("--folder", type=Path, default=ROOT / "runs" / folder)
-    return found
+    result = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+    result.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
+    result.add_argument("--only", nargs="+", choices=methods)
+    result.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    result.add_argument("--missing", action="store_true", help="runs without a result file alone")
+    result.add_argument("--search", action="store_true")
+    result.add_argument("--table", action="store_true")
+    result.add_argument("--jobs", type=int, default=1)
+    result.add_argument("--threads", type=int, default=max(1, (os.cpu_count() or 2) // 2))
+    result.add_argument("--folder", type=Path, default=ROOT / "runs" / folder)
+    return result

@@ -63,48 +63,48 @@ ROWS = ("composite", *METHODS, "attention", "random")
 # --- planted models ---------------------------------------------------------------------------------------------------
 
 
-def graded(found: planted.PlantedModel, examples: int) -> list[dict[str, Any]]:
+def graded(model: planted.PlantedModel, examples: int) -> list[dict[str, Any]]:
     """One record per role and name of ROWS."""
-    view = found.view()
-    encoded = encode(found.task.limited(examples), view.tokenizer).examples
+    view = model.view()
+    encoded = encode(model.task.limited(examples), view.tokenizer).examples
     records = []
     scores: dict[str, Scores] = {}
     seconds: dict[str, float] = {}
     for name in METHODS:
         start = time.monotonic()
-        scores[name] = score_examples(view, encoded, name, found.planting.seed)
+        scores[name] = score_examples(view, encoded, name, model.planting.seed)
         seconds[name] = (time.monotonic() - start) / len(encoded)
     both = Scores(scores["dla"].by_example | scores["ablation"].by_example, scores["dla"].subjects)
     for role, quantity in QUANTITY.items():
-        k = len(found.truth(role)[0])
-        maps = {name: of.mean(f"{name}.{quantity}") for name, of in scores.items()}
+        k = len(model.truth(role)[0])
+        maps = {name: score.mean(f"{name}.{quantity}") for name, score in scores.items()}
         maps["composite"] = composite(both, role)
         maps["attention"] = planted.SIGNS[role] * both.mean(SEEN[role])
         for name, values in maps.items():
             record = {
-                "kind": found.planting.name,
-                "group": group_of(found.planting),
-                "seed": found.planting.seed,
+                "kind": model.planting.name,
+                "group": group_of(model.planting),
+                "seed": model.planting.seed,
                 "role": role,
                 "method": name,
-                **found.grade(role, values),
-                "auroc_helpers_negative": found.grade(role, values, "negative")["auroc"],
+                **model.grade(role, values),
+                "auroc_helpers_negative": model.grade(role, values, "negative")["auroc"],
                 "jaccard": stability(name, scores, both, role, k),
             }
             records.append(record | ({"seconds_per_example": seconds[name]} if name in seconds else {}))
-    return records + drawn(found)
+    return records + drawn(model)
 
 
-def drawn(found: planted.PlantedModel, draws: int = 100) -> list[dict[str, Any]]:
+def drawn(model: planted.PlantedModel, draws: int = 100) -> list[dict[str, Any]]:
     """The `random` records: means over random maps."""
-    config = found.model.config
-    generator = np.random.default_rng([found.planting.seed, *found.planting.name.encode()])
+    config = model.model.config
+    generator = np.random.default_rng([model.planting.seed, *model.planting.name.encode()])
     maps = generator.standard_normal((draws, config.num_hidden_layers, config.num_attention_heads))
     records = []
     for role in QUANTITY:
-        grades = [found.grade(role, values) for values in maps]
+        grades = [model.grade(role, values) for values in maps]
         mean = {measure: float(np.mean([grade[measure] for grade in grades])) for measure in grades[0]}
-        about = {"kind": found.planting.name, "group": group_of(found.planting), "seed": found.planting.seed}
+        about = {"kind": model.planting.name, "group": group_of(model.planting), "seed": model.planting.seed}
         records.append(about | {"role": role, "method": "random", **mean, "jaccard": None})
     return records
 
@@ -232,13 +232,13 @@ def save(results: dict[str, Any], out: Path) -> None:
 def tables(results: dict[str, Any]) -> str:
     """The tables that analysis/README.md shows: planted models, then SmolLM2."""
     lines = []
-    if found := results.get("planted", {}).get("summary"):
+    if summary := results.get("planted", {}).get("summary"):
         lines += [
             "| method | AUROC | AUROC, redundant pair | AUROC, noisy | precision at k | sign | Jaccard |",
             "|---|---|---|---|---|---|---|",
         ]
         for name in ROWS:
-            of_method = {group: found[group].get(name, {}) for group in GROUPS}
+            of_method = {group: summary[group].get(name, {}) for group in GROUPS}
             cells = [_pair(roles, "auroc", lowest=True) for roles in of_method.values()]
             cells += [_pair(of_method["noisy"], measure) for measure in MEASURES[2:]]
             lines.append(f"| `{name}` | " + " | ".join(cells) + " |")
@@ -279,12 +279,12 @@ def main() -> None:
         block = part(results, "planted", {"examples": examples})
         records = block.setdefault("records", [])
         seeds = range(1 if arguments.quick else arguments.seeds)
-        for found in (planted.plant(replace(kind, seed=seed)) for seed in seeds for kind in kinds):
-            name = (found.planting.name, found.planting.seed)
+        for model in (planted.plant(replace(kind, seed=seed)) for seed in seeds for kind in kinds):
+            name = (model.planting.name, model.planting.seed)
             if any((record["kind"], record["seed"]) == name for record in records):
                 continue
             print(*name, flush=True)
-            records += graded(found, examples)
+            records += graded(model, examples)
             block["summary"] = {group: summary(records, group) for group in GROUPS}
             save(results, out)
     if arguments.part != "planted" and not arguments.quick:

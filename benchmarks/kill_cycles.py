@@ -144,7 +144,7 @@ def main() -> None:
         length = time.monotonic() - begin
         expected = result_of(whole)
         kills = finished = half_written = in_training = 0
-        where: dict[str, int] = {}
+        counts: dict[str, int] = {}
         folder, last = new_run(root / "run-0", model), 0
         while kills < options.cycles and time.monotonic() < stop:
             code = cycle(folder, draw.uniform(0, 1.2 * length))
@@ -159,7 +159,7 @@ def main() -> None:
             step, passed = opened(folder)
             assert step >= last, f"a checkpoint of step {last} was there, and now the newest is of step {step}"
             half_written, in_training = half_written + bool(passed), in_training + (step > last)
-            where[f"{10 * (step // 10)}-"] = where.get(f"{10 * (step // 10)}-", 0) + 1
+            counts[f"{10 * (step // 10)}-"] = counts.get(f"{10 * (step // 10)}-", 0) + 1
             last = step
             print(f"kill {kills}: step {step}{', half a checkpoint passed over' if passed else ''}", flush=True)
         assert cycle(folder, 3600) == 0, (folder / "log").read_text()
@@ -175,7 +175,7 @@ def main() -> None:
             "kills": kills,
             "kills_after_progress": in_training,
             "kills_with_half_a_checkpoint": half_written,
-            "kills_by_newest_step": dict(sorted(where.items())),
+            "kills_by_newest_step": dict(sorted(counts.items())),
             "runs_finished": finished + 1,
             "runs_equal_to_the_unbroken_one": finished + 1,  # anything else has ended this script
             "checkpoints_lost": 0,

@@ -179,20 +179,20 @@ def summarise(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for row in rows:
         by_method.setdefault(row["method"], []).append(row)
     after = {
-        name: np.mean([rates(r["evaluation"]["examples"], "after") for r in of], axis=0)
-        for name, of in by_method.items()
+        name: np.mean([rates(r["evaluation"]["examples"], "after") for r in runs], axis=0)
+        for name, runs in by_method.items()
     }
-    for name, of in by_method.items():
-        line = {"method": name, "seeds": len(of), "parameters": of[0]["parameters"], "share": of[0]["share"]}
+    for name, runs in by_method.items():
+        line = {"method": name, "seeds": len(runs), "parameters": runs[0]["parameters"], "share": runs[0]["share"]}
         line |= _columns(after[name], base, after.get("lofit") if name != "lofit" else None, subjects)
-        each = np.array([rates(r["evaluation"]["examples"], "after").mean(0) for r in of])
+        each = np.array([rates(r["evaluation"]["examples"], "after").mean(0) for r in runs])
         line["by_seed"] = {kind: [float(x) for x in each[:, i]] for i, kind in enumerate(KINDS)}
         for key in ("neutral_perplexity",):
-            line[key] = float(np.mean([r["evaluation"]["after"][key] for r in of]))
+            line[key] = float(np.mean([r["evaluation"]["after"][key] for r in runs]))
         for key in ("p_previous", "p_remaining"):
-            line[key] = float(np.mean([r["evaluation"]["after"][key]["mean"] for r in of]))
-        line["seconds"] = [r.get("seconds") for r in of]
-        line["peak_memory_gib"] = max((r.get("peak_memory_gib", 0) for r in of), default=0) or None
+            line[key] = float(np.mean([r["evaluation"]["after"][key]["mean"] for r in runs]))
+        line["seconds"] = [r.get("seconds") for r in runs]
+        line["peak_memory_gib"] = max((r.get("peak_memory_gib", 0) for r in runs), default=0) or None
         table.append(line)
     return table
 

@@ -68,8 +68,8 @@ def write_task(path: Path, tokenizer: Any, length: int, n_rows: int) -> None:
     tokens = tokens * (1 + n_rows * length // len(tokens))
     lines = []
     for index in range(n_rows):
-        own = length - LABELS - 6 - 3 * (index % 3)
-        text = tokenizer.decode(tokens[index * length : index * length + own])
+        n_words = length - LABELS - 6 - 3 * (index % 3)
+        text = tokenizer.decode(tokens[index * length : index * length + n_words])
         prompt = f"Row {index:03d}. {text.rstrip()}"
         answer = " ".join(["Rome", "Milan", "Naples", "Turin", "Genoa"] * LABELS).split()[: LABELS - 4]
         lines.append(json.dumps({"prompt": prompt, "subject": f"Row {index:03d}", "answers": [" ".join(answer)]}))
@@ -86,16 +86,16 @@ def recipe_of(name: str, folder: Path, tokenizer: Any) -> dict[str, Any]:
         sequence.append(names | {"name": part})
     limits = {"max_train_examples": N_ROWS, "max_eval_examples": 1}
     common = {"kind": "exact_match", "split": {"by": "file"}, **limits}
-    own = {"train": sequence[0]["train"], "eval": sequence[0]["eval"]}
+    task = {"train": sequence[0]["train"], "eval": sequence[0]["eval"]}
     method: dict[str, Any] = {"objective": "sft"}
     if family == "seekr":
-        own = {"sequence": sequence}
+        task = {"sequence": sequence}
         method = {"replay": {"ratio": 0.25}, "distil": {"layers": 22, "heads": 34, "queries": 100}}
     return {
         "recipe": family,
         "model": {"name": MODEL, "dtype": "float32"},
         **({"heads": changes["heads"]} if "heads" in changes else {}),
-        "task": common | own,
+        "task": common | task,
         "method": method,
         "training": {
             "max_steps": 2,  # in the second, the optimiser has its state
@@ -111,16 +111,16 @@ def recipe_of(name: str, folder: Path, tokenizer: Any) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def measured(model: Any, found: list[int]) -> Iterator[None]:
+def measured(model: Any, peaks: list[int]) -> Iterator[None]:
     """Append the most bytes of tensors alive at once inside the block, `model`'s own included."""
     import torch
 
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         yield
-        found.append(torch.cuda.max_memory_allocated())
+        peaks.append(torch.cuda.max_memory_allocated())
         return
-    own = {
+    originals = {
         t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in [*model.parameters(), *model.buffers()]
     }
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
@@ -130,10 +130,10 @@ def measured(model: Any, found: list[int]) -> Iterator[None]:
     for event in sorted(events, key=lambda event: event.start_ns()):
         now += event.nbytes()
         peak = max(peak, now)
-    found.append(sum(own.values()) + peak)
+    peaks.append(sum(originals.values()) + peak)
 
 
-def watch_training(found: list[int], sizes: dict[str, int]) -> None:
+def watch_training(peaks: list[int], sizes: dict[str, int]) -> None:
     """Measure every training of this process, and note how long its rows are."""
     from transformers import Trainer
 
@@ -147,7 +147,7 @@ def watch_training(found: list[int], sizes: dict[str, int]) -> None:
                 sum(row["completion_mask"]) if "completion_mask" in row else sum(t != -100 for t in row["labels"])
             )
         sizes.update(length=max(lengths), labels=round(sum(labels) / len(labels)))
-        with measured(trainer.model, found):
+        with measured(trainer.model, peaks):
             return original(trainer, *args, **kwargs)
 
     Trainer.train = train  # type: ignore[method-assign]
@@ -169,16 +169,16 @@ def work(name: str) -> dict[str, Any]:
     heads = load_model(MODEL)
     if device == "cuda":
         heads.hf.to(device)
-    found: list[int] = []
+    peaks: list[int] = []
     if CASES[name][0] == "identify":
-        length = _identify(heads, found)
+        length = _identify(heads, peaks)
         sizes = {"length": length, "labels": 0}
         setup = plan.Setup(length=length, device=device)
         memory = plan.identify(shape, setup)
     else:
         with tempfile.TemporaryDirectory() as place:
             parsed = recipe.parse(recipe_of(name, Path(place), heads.tokenizer))
-            sizes = _train(parsed, heads, found)
+            sizes = _train(parsed, heads, peaks)
         setup = memory_of_recipe.setup_of(parsed, "single", 1, sizes["length"], sizes["labels"], device)
         memory = memory_of_recipe.stages(parsed, shape, setup)[-1].memory
     planned = memory.peak - plan.OVERHEAD[device]
@@ -187,25 +187,25 @@ def work(name: str) -> dict[str, Any]:
         "device": device,
         "batch": setup.batch,
         **sizes,
-        "measured": max(found),
+        "measured": max(peaks),
         "planned": planned,
-        "error": planned / max(found) - 1,
+        "error": planned / max(peaks) - 1,
         "parts": {key: value for key, value in memory.parts.items() if key != "overhead"},
     }
 
 
-def _identify(heads: Any, found: list[int]) -> int:
+def _identify(heads: Any, peaks: list[int]) -> int:
     """Identify heads on three prompts; the longest one's tokens."""
     from headtune.analysis.identify.pipeline import identify
     from headtune.analysis.tasks.loading import load_task
 
     task = load_task("country_cities:train").limited(3)
-    with measured(heads.hf, found):
+    with measured(heads.hf, peaks):
         identify(heads, task, verify_top=1, n_random=1)
     return max(len(heads.tokenizer(example.prompt).input_ids) for example in task.examples)
 
 
-def _train(parsed: Any, heads: Any, found: list[int]) -> dict[str, int]:
+def _train(parsed: Any, heads: Any, peaks: list[int]) -> dict[str, int]:
     """Train by a recipe, without the evaluations around it; the sizes of its rows."""
     from headtune.analysis.utils.progress import silent
     from headtune.train.config.resolve_tasks import tasks_of
@@ -215,14 +215,14 @@ def _train(parsed: Any, heads: Any, found: list[int]) -> dict[str, int]:
     from headtune.train.trainer import training
 
     sizes: dict[str, int] = {}
-    watch_training(found, sizes)
+    watch_training(peaks, sizes)
     heads.tokenizer.pad_token = heads.tokenizer.pad_token or heads.tokenizer.eos_token
     notify = functools.partial(print, file=sys.stderr)
     with Tracker(parsed.folder, parsed.name, {}, wandb_mode="disabled") as tracker:
         if parsed.recipe == "seekr":
             steps = sequence.steps_of(parsed.task)
             rows_of = sequence.rows_of(parsed, heads, steps)
-            units = [Unit(step.name, step.train, own) for step, own in zip(steps, rows_of, strict=True)]
+            units = [Unit(step.name, step.train, rows) for step, rows in zip(steps, rows_of, strict=True)]
             learner = Learner(parsed, heads, units, tracker, silent, notify)
             learner.start()
             for index in range(len(units)):
@@ -358,16 +358,16 @@ def _cell(parsed: Any, shape: Any, gpus: int, length: int) -> str:
     from headtune.train.runs import memory_of_recipe
 
     setup = memory_of_recipe.setup_of(parsed, "ddp" if gpus > 1 else "single", gpus, length, 16)
-    found = memory_of_recipe.cheapest(parsed, shape, setup, GPU_GIB * plan.GIB, most=gpus)
-    if found is None:
+    cheapest = memory_of_recipe.cheapest(parsed, shape, setup, GPU_GIB * plan.GIB, most=gpus)
+    if cheapest is None:
         return f"no: {gib(memory_of_recipe.least(parsed, shape, setup))} GiB at least"
-    *_, stage = memory_of_recipe.stages(parsed, shape, found)
-    how = found.engine
-    if found.batch < setup.batch:
-        how += f", batch {found.batch} x {found.accumulation}"
-    if found.checkpointing:
+    *_, stage = memory_of_recipe.stages(parsed, shape, cheapest)
+    how = cheapest.engine
+    if cheapest.batch < setup.batch:
+        how += f", batch {cheapest.batch} x {cheapest.accumulation}"
+    if cheapest.checkpointing:
         how += ", checkpointing"
-    return f"{how}: {gib(memory_of_recipe.peak(parsed, shape, found))} GiB, {span(stage.seconds())}"
+    return f"{how}: {gib(memory_of_recipe.peak(parsed, shape, cheapest))} GiB, {span(stage.seconds())}"
 
 
 def fill(check: bool = False) -> list[str]:

@@ -151,8 +151,8 @@ def after_others(examples: Sequence[Example]) -> list[Example]:
     first = examples[0]
     second = next(example for example in examples if not set(example.answers) & set(first.answers))
     shown = "".join(f"{one.prompt} {one.answers[0]}\n" for one in (first, second))
-    given = {*first.answers, *second.answers}
-    return [replace(e, prompt=shown + e.prompt) for e in examples if not given & set(e.answers)]
+    answers = {*first.answers, *second.answers}
+    return [replace(e, prompt=shown + e.prompt) for e in examples if not answers & set(e.answers)]
 
 
 def is_measured(example: Example) -> bool:
@@ -180,12 +180,12 @@ def prepare(data: Path, folder: Path) -> None:
         right = [pool.index(one.example) for one in scored if one.values["exact_match"] == 1]
         print(f"the model writes {len(right)} of {len(pool)} facts", flush=True)
         chosen = [pool[index] for index in random.Random(0).sample(sorted(right), len(right))]
-        kept = [example for example in chosen if is_measured(example)][:N_KEPT]
+        measured = [example for example in chosen if is_measured(example)][:N_KEPT]
         (target / "identify.jsonl").write_text(to_jsonl([e for e in chosen if not is_measured(e)][:N_IDENTIFY]))
         for name, facts in {"new": new, "other": other}.items():
             (target / f"{name}.jsonl").write_text(to_jsonl(facts))
-            (target / f"{name}-and-kept.jsonl").write_text(to_jsonl([*facts, *kept]))
-        (target / "known.json").write_text(json.dumps({"tried": len(pool), "right": len(right), "kept": len(kept)}))
+            (target / f"{name}-and-kept.jsonl").write_text(to_jsonl([*facts, *measured]))
+        (target / "known.json").write_text(json.dumps({"tried": len(pool), "right": len(right), "kept": len(measured)}))
     if not (folder / "heads" / "heads.json").is_file():
         command = ["identify", "smollm2-135m", "--task", str(target / "identify.jsonl"), "--top", str(HEADS)]
         if main([*command, "--out", str(folder / "heads"), "--wandb", "disabled"]):
@@ -200,15 +200,15 @@ def measured(out: Path) -> dict[str, Any]:
     evaluation = json.loads((out / "evaluation.json").read_text())
     recipe = yaml.safe_load((out / "recipe.yaml").read_text())
     taught = {json.loads(line)["prompt"] for line in Path(recipe["task"]["train"]).read_text().splitlines()}
-    found: dict[str, Any] = {"perplexity": evaluation["after"]["neutral_perplexity"]}
-    found["perplexity_before"] = evaluation["before"]["neutral_perplexity"]
-    for name, own in (("learnt", True), ("kept", False)):
-        rows = [row for row in evaluation["examples"] if (row["prompt"] in taught) == own]
-        found[name] = [row["after_values"]["exact_match"] for row in rows]
-        found[f"{name}_before"] = [row["before_values"]["exact_match"] for row in rows]
-        found[f"{name}_begins"] = [row["after_values"]["prefix_match"] for row in rows]
-        found[f"{name}_prompts"] = [row["prompt"] for row in rows]
-    return found
+    result: dict[str, Any] = {"perplexity": evaluation["after"]["neutral_perplexity"]}
+    result["perplexity_before"] = evaluation["before"]["neutral_perplexity"]
+    for name, is_learnt in (("learnt", True), ("kept", False)):
+        rows = [row for row in evaluation["examples"] if (row["prompt"] in taught) == is_learnt]
+        result[name] = [row["after_values"]["exact_match"] for row in rows]
+        result[f"{name}_before"] = [row["before_values"]["exact_match"] for row in rows]
+        result[f"{name}_begins"] = [row["after_values"]["prefix_match"] for row in rows]
+        result[f"{name}_prompts"] = [row["prompt"] for row in rows]
+    return result
 
 
 def last_logged(out: Path) -> dict[str, float]:
@@ -248,38 +248,39 @@ def interval(values: np.ndarray, n: int = 5000) -> dict[str, Any]:
     return {"mean": float(each.mean()), "ci": [float(low), float(high)], "by_seed": by_seed}
 
 
-def summarise(found: dict[str, dict[int, dict[str, Any]]]) -> list[dict[str, Any]]:
+def summarise(results: dict[str, dict[int, dict[str, Any]]]) -> list[dict[str, Any]]:
     """One line a row of the table; differences over the seeds that both have."""
     table = []
     for name in METHODS:
-        of = found.get(name)
-        if not of:
+        runs = results.get(name)
+        if not runs:
             continue
         line: dict[str, Any] = {
             "method": name,
-            "seeds": sorted(of),
-            "parameters": next(iter(of.values()))["parameters"],
+            "seeds": sorted(runs),
+            "parameters": next(iter(runs.values()))["parameters"],
         }
         for metric in ("learnt", "kept"):
-            line[metric] = interval(np.array([of[seed][metric] for seed in sorted(of)]))
-            line[metric]["before"] = float(np.mean(next(iter(of.values()))[f"{metric}_before"]))
+            line[metric] = interval(np.array([runs[seed][metric] for seed in sorted(runs)]))
+            line[metric]["before"] = float(np.mean(next(iter(runs.values()))[f"{metric}_before"]))
             for control in METHODS[name].controls:
-                other = found.get(control, {})
-                shared = sorted(set(of) & set(other))
+                other = results.get(control, {})
+                shared = sorted(set(runs) & set(other))
                 if not shared:
                     continue
-                if any(of[s][f"{metric}_prompts"] != other[s][f"{metric}_prompts"] for s in shared):
+                if any(runs[s][f"{metric}_prompts"] != other[s][f"{metric}_prompts"] for s in shared):
                     sys.exit(f"{name} and {control} were measured on different prompts; remove one's result files")
-                gaps = np.array([np.subtract(of[s][metric], other[s][metric]) for s in shared])
+                gaps = np.array([np.subtract(runs[s][metric], other[s][metric]) for s in shared])
                 line[metric].setdefault("minus", {})[control] = interval(gaps)
-        line["perplexity_by_seed"] = [of[seed]["perplexity"] for seed in sorted(of)]
+        line["perplexity_by_seed"] = [runs[seed]["perplexity"] for seed in sorted(runs)]
         line["perplexity"] = float(np.mean(line["perplexity_by_seed"]))
-        line["perplexity_before"] = next(iter(of.values()))["perplexity_before"]
+        line["perplexity_before"] = next(iter(runs.values()))["perplexity_before"]
         line["logged"] = {
-            term: float(np.mean([r["logged"][term] for r in of.values()])) for term in next(iter(of.values()))["logged"]
+            term: float(np.mean([r["logged"][term] for r in runs.values()]))
+            for term in next(iter(runs.values()))["logged"]
         }
-        line["seconds_per_step"] = float(np.median([r["training"]["seconds_per_step"] for r in of.values()]))
-        line["peak_memory_gib"] = max(r["peak_memory_gib"] for r in of.values())
+        line["seconds_per_step"] = float(np.median([r["training"]["seconds_per_step"] for r in runs.values()]))
+        line["peak_memory_gib"] = max(r["peak_memory_gib"] for r in runs.values())
         table.append(line)
     return table
 
@@ -299,11 +300,11 @@ def markdown(table: Sequence[Mapping[str, Any]]) -> str:
 
 
 def write_table() -> None:
-    found: dict[str, dict[int, dict[str, Any]]] = {}
+    results: dict[str, dict[int, dict[str, Any]]] = {}
     for path in sorted((RESULTS / "protecting").glob("*.json")):
         result = json.loads(path.read_text())
-        found.setdefault(result["method"], {})[result["seed"]] = result
-    table = summarise(found)
+        results.setdefault(result["method"], {})[result["seed"]] = result
+    table = summarise(results)
     if not table:
         return
     content = {
@@ -313,7 +314,7 @@ def write_table() -> None:
         "steps": STEPS,
         "batch": BATCH,
         "heads": HEADS,
-        "known": next(iter(found[table[0]["method"]].values()))["known"],
+        "known": next(iter(results[table[0]["method"]].values()))["known"],
         "table": table,
     }
     (RESULTS / "protecting.json").write_text(json.dumps(content, indent=1) + "\n")
@@ -347,9 +348,9 @@ def search(folder: Path, jobs: int, threads: int) -> None:
     grid.run_all(runs, jobs, threads, lambda _run: None)
     rows = []
     for run in runs:
-        found = measured(run.out)
-        rows.append({"run": run.name, **{m: float(np.mean(found[m])) for m in ("learnt", "kept")}})
-        rows[-1] |= {"perplexity": found["perplexity"], "logged": last_logged(run.out)}
+        result = measured(run.out)
+        rows.append({"run": run.name, **{m: float(np.mean(result[m])) for m in ("learnt", "kept")}})
+        rows[-1] |= {"perplexity": result["perplexity"], "logged": last_logged(run.out)}
         print(rows[-1])
     (RESULTS / "protecting_search.json").write_text(json.dumps(rows, indent=1) + "\n")
 

@@ -35,7 +35,7 @@ def put(readme: str, name: str, table: str, check: bool = False) -> bool:
     pattern = re.compile(rf"(<!-- table {re.escape(name)} -->\n).*?(<!-- end -->)", re.S)
     if not pattern.search(text):
         raise SystemExit(f"{readme} has no place for the table {name!r}")
-    new = pattern.sub(lambda found: f"{found[1]}\n{table}\n\n{found[2]}", text)
+    new = pattern.sub(lambda match: f"{match[1]}\n{table}\n\n{match[2]}", text)
     if new != text and not check:
         path.write_text(new, encoding="utf-8")
     return new == text

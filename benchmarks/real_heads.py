@@ -75,22 +75,22 @@ TASKS: dict[str, Callable[[Path], Task]] = {
 
 def measure(model: HeadModel, task: Task, seed: int) -> dict[str, Any]:
     task = task.limited(PROMPTS, seed)
-    found = pipeline.identify(model, task, top=TOP, verify_top=VERIFY_TOP, seed=seed, progress=progress)
+    identified = pipeline.identify(model, task, top=TOP, verify_top=VERIFY_TOP, seed=seed, progress=progress)
     result: dict[str, Any] = {
-        "task": found.heads.task,
-        "heads": {role: [f"L{layer}H{head}" for layer, head in found.heads.top(role)] for role in ROLES},
-        "stability": found.heads.stability,
-        "in_sample": found.heads.verification,
+        "task": identified.heads.task,
+        "heads": {role: [f"L{layer}H{head}" for layer, head in identified.heads.top(role)] for role in ROLES},
+        "stability": identified.heads.stability,
+        "in_sample": identified.heads.verification,
     }
-    subjects = sorted({example.example.subject for example in found.examples})
+    subjects = sorted({example.example.subject for example in identified.examples})
     random.Random(seed).shuffle(subjects)
     halves = [set(subjects[::2]), set(subjects[1::2])]
     for name, (chosen_on, tested_on) in {"out_of_sample_a": halves, "out_of_sample_b": halves[::-1]}.items():
-        inside = [i for i, example in enumerate(found.examples) if example.example.subject in chosen_on]
-        outside = [example for example in found.examples if example.example.subject in tested_on]
-        scores = found.scores.subset(inside)
+        inside = [i for i, example in enumerate(identified.examples) if example.example.subject in chosen_on]
+        outside = [example for example in identified.examples if example.example.subject in tested_on]
+        scores = identified.scores.subset(inside)
         roles = {role: tuple(ranking.rank(scores, role, TOP, seed=seed)) for role in ROLES}
-        heads = replace(found.heads, roles=roles)
+        heads = replace(identified.heads, roles=roles)
         verified = pipeline.verify(model, heads, outside, VERIFY_TOP, 10, seed, progress, scores)
         result[name] = verified.verification | {"chosen_on": len(inside), "tested_on": len(outside)}
     return result
@@ -100,12 +100,12 @@ def row(name: str, result: dict[str, Any]) -> str:
     stability = " / ".join(f"{result['stability'][role]:.2f}" for role in ROLES)
     cells = [name, str(result["task"]["n_examples"]), stability]
     for part in ("in_sample", "out_of_sample_a", "out_of_sample_b"):
-        told = result[part]["dissociation"]
+        dissociation = result[part]["dissociation"]
         cells.append(
             "; ".join(
-                f"×{told[role]['ratio']:.2f} {'holds' if told[role]['held'] else 'FAILS'}"
-                if "ratio" in told[role]
-                else f"FAILS ({told[role]['reason']})"
+                f"×{dissociation[role]['ratio']:.2f} {'holds' if dissociation[role]['held'] else 'FAILS'}"
+                if "ratio" in dissociation[role]
+                else f"FAILS ({dissociation[role]['reason']})"
                 for role in ROLES
             )
         )

@@ -312,15 +312,15 @@ def markdown(content: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def draw(found: dict[str, Any], path: Path) -> None:
+def draw(results: dict[str, Any], path: Path) -> None:
     """Cost against heads, prompt length and examples; attribution against prompt length."""
     import matplotlib
 
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
-    attribution = [route for route in ATTRIBUTION if route in found["tokens"][0]]
-    few = f"{found['few_heads']} heads (one a layer)"
+    attribution = [route for route in ATTRIBUTION if route in results["tokens"][0]]
+    few = f"{results['few_heads']} heads (one a layer)"
     panels = [
         ("heads", "heads silenced, one prompt", lambda route: True),
         ("tokens", f"prompt tokens, {few}", lambda route: route not in attribution),
@@ -329,7 +329,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
     ]
     figure, axes = plt.subplots(2, 2, figsize=(9, 6.5), layout="constrained")
     for axis, (section, label, shown) in zip(axes.flat, panels, strict=True):
-        rows = found[section]
+        rows = results[section]
         for route in rows[0]:
             if route != section and shown(route):
                 style = "--" if "all" in route else "-"
@@ -362,9 +362,9 @@ def main(arguments: argparse.Namespace) -> None:
     lengths = (24, 40) if arguments.quick else (16, 32, 64, 128, 256)
     examples = (1, 2) if arguments.quick else (1, 2, 4, 8)
     threads, rounds = arguments.threads, arguments.rounds
-    wanted = list(SIDES)
+    selected = list(SIDES)
     if not has_transformer_lens(arguments.peer_python):
-        wanted.remove("TransformerLens")
+        selected.remove("TransformerLens")
         print('TransformerLens is not installed (pip install -e ".[benchmarks]"): measuring the rest', flush=True)
     with ExitStack() as stack:
         name, folder, task = stack.enter_context(model_and_task(arguments.quick))
@@ -375,7 +375,7 @@ def main(arguments: argparse.Namespace) -> None:
             peer = side == "TransformerLens"
             return Side(side, folder, threads, arguments.peer_python if peer else sys.executable)
 
-        sides = {side: start(side) for side in wanted}
+        sides = {side: start(side) for side in selected}
         for side in sides.values():
             stack.callback(side.close)
         settings = {

@@ -37,8 +37,8 @@ def write_runs(folder: Path, n: int) -> None:
     text = "\n1. Rome\n2. Milan\n3. Naples\n4. Turin\n"
     for index in range(n):
         group, seed = divmod(index, SEEDS)
-        own = folder / f"lofit-top{group}-s{seed}"
-        own.mkdir(parents=True)
+        run = folder / f"lofit-top{group}-s{seed}"
+        run.mkdir(parents=True)
         values = rng.random((2, PROMPTS)).round()
         examples = [
             {
@@ -54,21 +54,21 @@ def write_runs(folder: Path, n: int) -> None:
             for row in range(PROMPTS)
         ]
 
-        def metrics(of: np.ndarray) -> dict[str, object]:
-            pairs = zip(("repeat_rate", "correct_new_rate"), of.mean(1), strict=True)
+        def metrics(values: np.ndarray) -> dict[str, object]:
+            pairs = zip(("repeat_rate", "correct_new_rate"), values.mean(1), strict=True)
             return {name: {"mean": mean, "ci": [mean - 0.05, mean + 0.05]} for name, mean in pairs}
 
         evaluation = {"task": "cities:test", "task_sha256": "0" * 64, "examples": examples}
         evaluation |= {"before": metrics(base), "after": metrics(values) | {"neutral_perplexity": 29.0}}
         heads = sorted({(int(layer), int(head)) for layer, head in rng.integers([0, 0], [30, 9], (16, 2))})
-        state = {"name": own.name, "recipe": "lofit", "seed": seed, "state": "done", "parameters": 1000 + group}
-        recipe = {"recipe": "lofit", "name": own.name, "seed": seed, "method": {"objective": "sft"}}
-        recipe |= {"heads": {"top": group}, "tracking": {"group": "study"}, "output_dir": str(own)}
-        (own / "evaluation.json").write_text(json.dumps(evaluation))
-        (own / "run.json").write_text(json.dumps(state | {"heads": heads}))
-        (own / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+        state = {"name": run.name, "recipe": "lofit", "seed": seed, "state": "done", "parameters": 1000 + group}
+        recipe = {"recipe": "lofit", "name": run.name, "seed": seed, "method": {"objective": "sft"}}
+        recipe |= {"heads": {"top": group}, "tracking": {"group": "study"}, "output_dir": str(run)}
+        (run / "evaluation.json").write_text(json.dumps(evaluation))
+        (run / "run.json").write_text(json.dumps(state | {"heads": heads}))
+        (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
         curve = [{"step": step, "train/loss": 3.0 / step} for step in range(1, 101)]
-        (own / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in curve))
+        (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in curve))
 
 
 def measure(command: list[str], rounds: int) -> list[float]:
@@ -90,7 +90,7 @@ def main() -> None:
         folder = Path(scratch) / "runs"
         write_runs(folder, arguments.runs)
         compare = [sys.executable, "-m", "headtune", "compare", str(folder)]
-        found = {
+        result = {
             "table": measure(compare, arguments.rounds),
             "table and page": measure([*compare, "--html", f"{scratch}/page.html"], arguments.rounds),
         }
@@ -100,7 +100,7 @@ def main() -> None:
         "runs": arguments.runs,
         "groups": -(-arguments.runs // SEEDS),
         "prompts": PROMPTS,
-        "seconds": found,
+        "seconds": result,
         "page_bytes": page,
         "peak_memory_gib": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20,
         "machine": f"{os.cpu_count()} cores, {platform.machine()}",

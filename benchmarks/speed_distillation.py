@@ -120,11 +120,11 @@ def make_route(name: str, folder: str, work: Path) -> tuple[Any, Callable[[], Lo
     ids, labels = torch.tensor([plan["input_ids"]]), torch.tensor(plan["labels"])
     heads = {int(layer): chosen for layer, chosen in plan["heads"]}
     queries = torch.tensor(plan["queries"])
-    kept = (labels[1:] != -100).nonzero()[:, 0]
-    targets = labels[1:][kept]
+    positions = (labels[1:] != -100).nonzero()[:, 0]
+    targets = labels[1:][positions]
 
     def run(model: Any, **options: Any) -> tuple[Tensor, Any]:
-        output = model(ids, use_cache=False, logits_to_keep=kept, **options)
+        output = model(ids, use_cache=False, logits_to_keep=positions, **options)
         return output.logits[0], output
 
     if name in ("plain", "headtune"):
@@ -334,17 +334,17 @@ def main(arguments: argparse.Namespace) -> None:
 
 def summary(measured: Mapping[str, list[dict[str, Any]]], arguments: argparse.Namespace) -> dict[str, Any]:
     times = {
-        kind: {name: [one[kind] for one in found] for name, found in measured.items()}
+        kind: {name: [one[kind] for one in rounds] for name, rounds in measured.items()}
         for kind in ("seconds", "cpu_seconds")
     }
-    peaks = {name: [one["peak_mib"] for one in found] for name, found in measured.items()}
-    extra = {name: max(found) - max(peaks["plain"]) for name, found in peaks.items()}
-    terms = {name: found[0]["values"] for name, found in measured.items()}
+    peaks = {name: [one["peak_mib"] for one in rounds] for name, rounds in measured.items()}
+    extra = {name: max(rounds) - max(peaks["plain"]) for name, rounds in peaks.items()}
+    terms = {name: rounds[0]["values"] for name, rounds in measured.items()}
     ratios = {}
     for name in ROUTES[2:]:
         by_round = {
-            kind: [ours / theirs for ours, theirs in zip(found["headtune"], found[name], strict=True)]
-            for kind, found in times.items()
+            kind: [ours / theirs for ours, theirs in zip(rounds["headtune"], rounds[name], strict=True)]
+            for kind, rounds in times.items()
         }
         ratios[f"headtune / {name}"] = {
             **{kind: spread(values) | {"by_round": values} for kind, values in by_round.items()},
@@ -369,7 +369,7 @@ def summary(measured: Mapping[str, list[dict[str, Any]]], arguments: argparse.Na
         "largest_difference": require_same_values(terms),
         "routes": {
             name: {
-                **{kind: spread(found[name]) | {"by_round": found[name]} for kind, found in times.items()},
+                **{kind: spread(rounds[name]) | {"by_round": rounds[name]} for kind, rounds in times.items()},
                 "peak_mib": spread(peaks[name]) | {"by_round": peaks[name]},
                 "resident_before_mib": max(one["before_mib"] for one in measured[name]),
                 "extra_mib": extra[name],

@@ -293,7 +293,7 @@ def main(arguments: argparse.Namespace) -> None:
                 measured[side.route.name].append(side.measure())
             print(f"round {round_ + 1}/{arguments.rounds}", flush=True)
         ends = {side.route.name: side.read() for side in sides}
-    seconds = {name: [statistics.median(one["seconds"]) for one in found] for name, found in measured.items()}
+    seconds = {name: [statistics.median(one["seconds"]) for one in rounds] for name, rounds in measured.items()}
     result = {
         name: {
             "seconds_per_step": spread(seconds[name]) | {"by_round": seconds[name]},

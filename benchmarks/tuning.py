@@ -228,8 +228,8 @@ def _filled(value: Any, fill: dict[str, Any]) -> Any:
 
 
 def place(folder: Path, task: str, name: str, seed: int) -> Path:
-    own = grid.stem(name, seed)
-    return folder / task / (own if METHODS[name].seeded else own.removesuffix(f"-s{seed}"))
+    stem = grid.stem(name, seed)
+    return folder / task / (stem if METHODS[name].seeded else stem.removesuffix(f"-s{seed}"))
 
 
 def keep(run: grid.Run) -> None:
@@ -263,11 +263,11 @@ def keep(run: grid.Run) -> None:
 
 def collect() -> dict[str, dict[str, list[dict[str, Any]]]]:
     """task -> method -> results by seed."""
-    found: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    results: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for path in sorted((RESULTS / "tuning").glob("*/*.json")):
         result = json.loads(path.read_text())
-        found.setdefault(result["task"], {}).setdefault(result["method"], []).append(result)
-    return found
+        results.setdefault(result["task"], {}).setdefault(result["method"], []).append(result)
+    return results
 
 
 def interval(values: np.ndarray, subjects: list[str], n: int = 5000) -> dict[str, Any]:
@@ -277,32 +277,32 @@ def interval(values: np.ndarray, subjects: list[str], n: int = 5000) -> dict[str
     return {"mean": float(values.mean()), "ci": [float(x) for x in np.percentile(means, [2.5, 97.5])]}
 
 
-def summarise(found: dict[str, list[dict[str, Any]]], metrics: Iterable[str]) -> list[dict[str, Any]]:
+def summarise(results: dict[str, list[dict[str, Any]]], metrics: Iterable[str]) -> list[dict[str, Any]]:
     """One line a method: metrics with intervals, and paired differences from the base and from random heads."""
     metrics = list(metrics)
     values = {
-        name: {m: np.mean([np.array(r["values"][m]) for r in of], axis=0) for m in metrics}
-        for name, of in found.items()
+        name: {m: np.mean([np.array(r["values"][m]) for r in runs], axis=0) for m in metrics}
+        for name, runs in results.items()
     }
-    subjects = found["base"][0]["subjects"]
+    subjects = results["base"][0]["subjects"]
     table = []
     for name in METHODS:
-        if name not in found:
+        if name not in results:
             continue
-        of = found[name]
-        if any(r["subjects"] != subjects for r in of):
+        runs = results[name]
+        if any(r["subjects"] != subjects for r in runs):
             sys.exit(f"{name}: measured on other prompts than the base; remove its result files and run it again")
-        line: dict[str, Any] = {"method": name, "seeds": len(of) if METHODS[name].seeded else 0}
-        line["parameters"] = of[0]["parameters"]
-        seconds = [r["seconds_per_step"] for r in of if r["seconds_per_step"]]
+        line: dict[str, Any] = {"method": name, "seeds": len(runs) if METHODS[name].seeded else 0}
+        line["parameters"] = runs[0]["parameters"]
+        seconds = [r["seconds_per_step"] for r in runs if r["seconds_per_step"]]
         line["seconds_per_step"] = float(np.median(seconds)) if seconds else None
-        line["prefix_layers"] = [r["prefix_layers"] for r in of]
-        line["peak_memory_gib"] = max(r["peak_memory_gib"] for r in of)
-        line["perplexity_by_seed"] = [r["after"]["neutral_perplexity"] for r in of]
-        line["neutral_perplexity"] = float(np.mean([r["after"]["neutral_perplexity"] for r in of]))
+        line["prefix_layers"] = [r["prefix_layers"] for r in runs]
+        line["peak_memory_gib"] = max(r["peak_memory_gib"] for r in runs)
+        line["perplexity_by_seed"] = [r["after"]["neutral_perplexity"] for r in runs]
+        line["neutral_perplexity"] = float(np.mean([r["after"]["neutral_perplexity"] for r in runs]))
         for metric in metrics:
             line[metric] = interval(values[name][metric], subjects)
-            line[metric]["by_seed"] = [float(np.mean(r["values"][metric])) for r in of]
+            line[metric]["by_seed"] = [float(np.mean(r["values"][metric])) for r in runs]
             for other, key in (("base", "minus_base"), (METHODS[name].control, "minus_random")):
                 if name != "base" and other in values:
                     line[metric][key] = interval(values[name][metric] - values[other][metric], subjects)
@@ -338,17 +338,17 @@ def markdown(table: list[dict[str, Any]], metrics: Iterable[str]) -> str:
     return rows(columns, lines)
 
 
-def write_table(wanted: dict[str, Setting]) -> None:
-    found = collect()
+def write_table(settings_of: dict[str, Setting]) -> None:
+    results = collect()
     content: dict[str, Any] = {"command": "python benchmarks/tuning.py", "model": "smollm2-135m", "heads": K}
     content |= {"batch": BATCH}
     content |= {"date": datetime.now(UTC).date().isoformat(), "tasks": {}}
-    for task, setting in wanted.items():
-        if "base" in found.get(task, {}):
-            table = summarise(found[task], setting.metrics)
+    for task, setting in settings_of.items():
+        if "base" in results.get(task, {}):
+            table = summarise(results[task], setting.metrics)
             content["tasks"][task] = {"steps": setting.steps, "train_examples": setting.task["max_train_examples"]}
             content["tasks"][task] |= {"learning_rates": RATES | setting.rates}
-            content["tasks"][task] |= {"n": found[task]["base"][0]["n"], "table": table}
+            content["tasks"][task] |= {"n": results[task]["base"][0]["n"], "table": table}
             print(f"\n{task}\n\n{markdown(table, setting.metrics)}")
     (RESULTS / "tuning.json").write_text(json.dumps(content, indent=1) + "\n")
     fill()
@@ -356,9 +356,9 @@ def write_table(wanted: dict[str, Setting]) -> None:
 
 def fill(check: bool = False) -> list[str]:
     """Put the tables of tuning.json into the README of recipes/lofit; the names of those that were others."""
-    known = settings(Path("data"), ROOT / "runs" / "benchmark-tuning")
+    by_task = settings(Path("data"), ROOT / "runs" / "benchmark-tuning")
     tables = json.loads((RESULTS / "tuning.json").read_text())["tasks"]
-    texts = {task: markdown(of["table"], known[task].metrics) for task, of in tables.items()}
+    texts = {task: markdown(table["table"], by_task[task].metrics) for task, table in tables.items()}
     return [task for task, text in texts.items() if not put("recipes/lofit/README.md", task, text, check)]
 
 
@@ -382,9 +382,9 @@ def search(setting: Setting, folder: Path, jobs: int, threads: int) -> None:
     for run in runs:
         after = json.loads((run.out / "evaluation.json").read_text())["after"]
         rate = run.recipe.get("training", {}).get("learning_rate")
-        own = yaml.safe_load((run.out / "recipe.yaml").read_text())["method"]
+        method_config = yaml.safe_load((run.out / "recipe.yaml").read_text())["method"]
         rows.append({"method": run.name, "learning_rate": rate, "exact_match": after["exact_match"]["mean"]})
-        rows[-1] |= {"settings": {key: value for key, value in own.items() if not isinstance(value, dict)}}
+        rows[-1] |= {"settings": {key: value for key, value in method_config.items() if not isinstance(value, dict)}}
         rows[-1]["neutral_perplexity"] = after["neutral_perplexity"]
         print(rows[-1])
     (RESULTS / "tuning_search.json").write_text(json.dumps(rows, indent=1) + "\n")
@@ -397,35 +397,35 @@ def prior(setting: Setting, seeds: list[int]) -> None:
     def wording(example: Example) -> str:
         return example.prompt.replace(example.subject, "{}")
 
-    found = []
+    rows = []
     for seed in seeds:
         counts: dict[str, Counter[str]] = {}
         for example in train.limited(setting.task["max_train_examples"], seed).examples:
             counts.setdefault(wording(example), Counter())[example.answers[0]] += 1
-        given = [
+        values = [
             (counts[wording(e)].most_common(1)[0][0] if wording(e) in counts else "", e) for e in held_out.examples
         ]
-        found.append(sum(answer in example.answers for answer, example in given) / len(given))
-    print({"exact_match": found, "mean": sum(found) / len(found)})
-    (RESULTS / "tuning_prior.json").write_text(json.dumps({"seeds": seeds, "exact_match": found}) + "\n")
+        rows.append(sum(answer in example.answers for answer, example in values) / len(values))
+    print({"exact_match": rows, "mean": sum(rows) / len(rows)})
+    (RESULTS / "tuning_prior.json").write_text(json.dumps({"seeds": seeds, "exact_match": rows}) + "\n")
 
 
-def identify(folder: Path, wanted: set[str]) -> None:
+def identify(folder: Path, selected: set[str]) -> None:
     """Head sets, on training subjects, where they are not there yet."""
     tasks = {"one_to_many": ("one_to_many:train", 96), "relations": (f"relation:{folder}/data-relations:train", 96)}
     from headtune.cli.main import main
 
-    for name in sorted(wanted):
+    for name in sorted(selected):
         task, n = tasks[name]
         out = folder / f"heads-{name}"
         if not (out / "heads.json").is_file():
             command = ["identify", "smollm2-135m", "--task", task, "--max-examples", str(n), "--top", str(K)]
             if main([*command, "--out", str(out), "--wandb", "disabled"]):
                 sys.exit(f"identify failed on {task}")
-        found = json.loads((out / "heads.json").read_text())
-        heads = {role: [[h["layer"], h["head"], h["score"]] for h in ranked] for role, ranked in found["roles"].items()}
+        saved = json.loads((out / "heads.json").read_text())
+        heads = {role: [[h["layer"], h["head"], h["score"]] for h in ranked] for role, ranked in saved["roles"].items()}
         (RESULTS / "tuning").mkdir(parents=True, exist_ok=True)
-        note = {"task": found["task"], "method": found["method"]["name"], "heads": heads}
+        note = {"task": saved["task"], "method": saved["method"]["name"], "heads": heads}
         (RESULTS / "tuning" / f"heads-{name}.json").write_text(json.dumps(note) + "\n")
 
 
@@ -435,19 +435,19 @@ def main() -> None:
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--prior", action="store_true")
     arguments = parser.parse_args()
-    known = settings(arguments.data, arguments.folder)
-    wanted = {name: known[name] for name in arguments.tasks or known}
+    by_task = settings(arguments.data, arguments.folder)
+    selected = {name: by_task[name] for name in arguments.tasks or by_task}
     if arguments.table:
-        return write_table(known)
+        return write_table(by_task)
     link_relations(arguments.data, arguments.folder)
     if arguments.prior:
-        return prior(known["relations"], arguments.seeds)
-    identify(arguments.folder, {setting.heads_from for setting in wanted.values()})
+        return prior(by_task["relations"], arguments.seeds)
+    identify(arguments.folder, {setting.heads_from for setting in selected.values()})
     if arguments.search:
-        return search(known["relations"], arguments.folder, arguments.jobs, arguments.threads)
+        return search(by_task["relations"], arguments.folder, arguments.jobs, arguments.threads)
     runs = []
     for seed in arguments.seeds:  # a whole table after the first seed, then its spread
-        for task, setting in wanted.items():
+        for task, setting in selected.items():
             for name, method in METHODS.items():
                 later = seed != arguments.seeds[0]
                 if (arguments.only and name not in arguments.only) or (later and not method.seeded):
@@ -461,7 +461,7 @@ def main() -> None:
     if arguments.missing:
         runs = grid.without_kept(runs)
     grid.run_all(runs, arguments.jobs, arguments.threads, keep)
-    write_table(known)
+    write_table(by_task)
 
 
 if __name__ == "__main__":
