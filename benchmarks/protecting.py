@@ -290,10 +290,10 @@ def markdown(table: Sequence[Mapping[str, Any]]) -> str:
     columns += ["kept minus control", "perplexity", "s/step", "GiB"]
     lines = []
     for row in table:
-        learnt, kept = row["learnt"].get("minus", {}), row["kept"].get("minus", {})
-        control = next((name for name in reversed(METHODS[row["method"]].controls) if name in kept), "")
+        learnt, minus = row["learnt"].get("minus", {}), row["kept"].get("minus", {})
+        control = next((name for name in reversed(METHODS[row["method"]].controls) if name in minus), "")
         line = [row["method"], str(len(row["seeds"])), cell(row["learnt"]), cell(row["kept"])]
-        line += [cell(kept.get("none"), "+"), control, cell(learnt.get(control), "+"), cell(kept.get(control), "+")]
+        line += [cell(minus.get("none"), "+"), control, cell(learnt.get(control), "+"), cell(minus.get(control), "+")]
         line += [f"{row['perplexity']:.1f}", f"{row['seconds_per_step']:.2f}", f"{row['peak_memory_gib']:.1f}"]
         lines.append(line)
     return rows(columns, lines)

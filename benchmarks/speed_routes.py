@@ -143,9 +143,9 @@ def transformer_lens_side(folder: str) -> dict[str, Route]:
 
     def cached(prompt: Prompt, **options: Any) -> Values:
         _, cache = model.run_with_cache(torch.tensor([prompt["tokens"]]), **options)
-        kept = {} if "pos_slice" in options else {"pos_slice": -1}  # of what is cached; END alone may be already
+        slices = {} if "pos_slice" in options else {"pos_slice": -1}  # of what is cached; END alone may be already
         answers = torch.tensor([*prompt["target_tokens"], *prompt["previous_tokens"]])
-        by_token = cache.logit_attrs(cache.stack_head_results(**kept), tokens=answers, **kept).flatten(1)
+        by_token = cache.logit_attrs(cache.stack_head_results(**slices), tokens=answers, **slices).flatten(1)
         n = len(prompt["target_tokens"])
         return {"target": by_token[:, :n].mean(-1), "previous": by_token[:, n:].mean(-1)}
 
