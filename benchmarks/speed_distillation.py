@@ -74,7 +74,7 @@ def prepare(arguments: argparse.Namespace) -> None:
     from headtune.train.continual.compute_teacher import compute_teacher
     from headtune.train.continual.teacher_store import TeacherStore
     from headtune.train.losses.attention_distillation import query_positions
-    from headtune.train.trainer.rows import Row
+    from headtune.train.trainer.rows import TrainingRow
 
     torch.set_num_threads(arguments.threads)
     model = load_model(arguments.model, device="cpu")
@@ -97,7 +97,7 @@ def prepare(arguments: argparse.Namespace) -> None:
     queries = query_positions(arguments.tokens, arguments.queries, torch.Generator().manual_seed(0))
     labels = [-100] * (arguments.tokens - arguments.labels) + ids[-arguments.labels :]
     store = TeacherStore(arguments.work / "teacher")
-    compute_teacher(model, [Row(KEY, tuple(ids), tuple(labels))], heads, {KEY: queries}, store, batch_size=1)
+    compute_teacher(model, [TrainingRow(KEY, tuple(ids), tuple(labels))], heads, {KEY: queries}, store, batch_size=1)
     plan = {"input_ids": ids, "labels": labels, "heads": sorted(heads.items()), "queries": queries}
     (arguments.work / "plan.json").write_text(json.dumps(plan))
 

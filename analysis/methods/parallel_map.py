@@ -15,13 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+import torch
 
 from headtune.analysis.utils.errors import CheckError, InputError
-from headtune.analysis.utils.files import atomic_path
 from headtune.analysis.utils.processes import world_size
 from headtune.analysis.utils.progress import Progress
+from headtune.analysis.utils.tensor_store import DamagedFile, load_tensors, save_tensors
 
 from .scores import Array
 
@@ -114,14 +113,15 @@ class ParallelMap:
         if self.folder is None or not (self.folder / f"{name}.safetensors").is_file():
             return None
         try:
-            return load_file(self.folder / f"{name}.safetensors")
-        except SafetensorError:
+            tensors = load_tensors(self.folder / f"{name}.safetensors")
+        except DamagedFile:
             return None  # damaged after it was written: computed again
+        return {key: tensor.numpy() for key, tensor in tensors.items()}
 
     def _write(self, name: str, row: ScoresOfExample) -> None:
         if self.folder is not None:
-            with atomic_path(self.folder / f"{name}.safetensors") as temporary:
-                save_file({key: np.ascontiguousarray(value) for key, value in row.items()}, temporary)
+            tensors = {key: torch.from_numpy(np.array(value, order="C")) for key, value in row.items()}
+            save_tensors(self.folder / f"{name}.safetensors", tensors)
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -129,7 +129,6 @@ def rank_and_world() -> tuple[int, int]:
     world = world_size()
     if world == 1:
         return 0, 1
-    import torch
     from accelerate import PartialState
 
     state = PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)

@@ -3,13 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import difflib
-import importlib
-import io
 import json
-import logging
-import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -144,46 +139,6 @@ def volume_arguments(p: argparse.ArgumentParser) -> None:
     group.add_argument(
         "-v", "--verbose", action="store_true", help="let the libraries speak, and show where an error came from"
     )
-
-
-def set_volume(arguments: argparse.Namespace) -> None:
-    """How much is said, by headtune and by the libraries below it: their telemetry and advice to developers is off."""
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    quiet, verbose = getattr(arguments, "quiet", False), getattr(arguments, "verbose", False)
-    # The level is what `console` and `model_quiet` look at; without either option the latter sets it.
-    logging.getLogger("headtune").setLevel(logging.WARNING if quiet else logging.DEBUG if verbose else logging.NOTSET)
-    if verbose:
-        return
-    import warnings
-
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.filterwarnings("ignore", category=UserWarning, module="torch")
-
-
-def model_quiet() -> None:
-    """Quiet what only commands that load a model bring in; under --verbose the libraries warn and show their bars."""
-    import torch
-    import transformers
-
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed, once imported, would warn about having to guess
-    if os.environ.get("WANDB_MODE") == "offline":  # transformers prints so on import, into what --json prints
-        with contextlib.redirect_stdout(io.StringIO()):
-            importlib.import_module("transformers.integrations.integration_utils")
-    log = logging.getLogger("headtune")
-    if log.level == logging.DEBUG:
-        transformers.utils.logging.set_verbosity_warning()
-        transformers.utils.logging.enable_progress_bar()
-        return
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    if log.level == logging.NOTSET:
-        log.setLevel(logging.INFO)
 
 
 def print_json(result: Any) -> None:

@@ -28,7 +28,7 @@ def notify(line: str) -> None:
 
 
 def _quiet() -> bool:
-    return logging.getLogger("headtune").level >= logging.WARNING  # --quiet; see cli_parts.set_volume
+    return logging.getLogger("headtune").level >= logging.WARNING  # --quiet; see set_verbosity
 
 
 def progress(items: Sequence[T], what: str) -> Iterator[T]:

@@ -20,8 +20,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from headtune.analysis.utils.processes import is_lost_peer, is_main
+from headtune.analysis.utils.verbosity import set_verbosity
 
-from .arguments import Parser, adder, set_volume
+from .arguments import Parser, adder
 from .commands import (
     analyse,
     compare,
@@ -92,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not hasattr(arguments, "overrides") or any(word.startswith("-") for word in rest):
             arguments.own_parser.unknown(rest)
         arguments.overrides += rest
-    set_volume(arguments)
+    set_verbosity(getattr(arguments, "quiet", False), getattr(arguments, "verbose", False))
     arguments.parser = parser  # which completion writes down
     from headtune.analysis.utils.errors import CheckError, InputError
     from headtune.analysis.utils.secrets import redact

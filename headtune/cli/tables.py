@@ -12,7 +12,7 @@ from rich.text import Text
 
 from headtune.analysis.heads.head_set import HeadSet
 from headtune.analysis.reports import head_report
-from headtune.train.evaluation.compare import Comparison, Group, titled
+from headtune.train.evaluation.compare import Comparison, Group, group_title
 from headtune.train.evaluation.metric_names import METRIC_NAMES, show
 from headtune.train.runs.batch_preview import Row
 
@@ -141,7 +141,7 @@ def comparison_tables(comparison: Comparison, width: int) -> list[Table]:
             METRIC_NAMES[key]: [_comparison_cell(comparison, group, key) for group in same_prompts] for key in keys
         }
         for part in _parts(columns, width):
-            title = Text(titled(same_prompts) + (", continued" if "seeds" not in part else ""))
+            title = Text(group_title(same_prompts) + (", continued" if "seeds" not in part else ""))
             result.append(Table(title=title, title_justify="left", caption_justify="left"))
             for name in part:
                 result[-1].add_column(name, justify="left" if name == "run" else "right", overflow="fold")

@@ -117,7 +117,7 @@ def test_a_limit_on_the_size_of_files(machine: Machine, unbroken: Unbroken, tiny
 
 def test_errors_that_are_not_of_the_disk_or_of_memory_stay_as_they_are(tmp_path: Path) -> None:
     for error in (RuntimeError("shapes"), FileNotFoundError(2, "No such file"), CheckError("one")):
-        with pytest.raises(type(error)) as caught, failures.in_one_line(tmp_path):
+        with pytest.raises(type(error)) as caught, failures.explained_failures(tmp_path):
             raise error
         assert caught.value is error
 
@@ -127,7 +127,7 @@ def test_a_file_elsewhere_that_cannot_be_read_is_not_the_disk_of_the_run(number:
     folder = tmp_path / "run"
 
     def told(*where: str) -> type[BaseException]:
-        with pytest.raises((CheckError, OSError)) as caught, failures.in_one_line(folder):
+        with pytest.raises((CheckError, OSError)) as caught, failures.explained_failures(folder):
             raise OSError(number, os.strerror(number), *where)
         return caught.type
 
@@ -139,7 +139,7 @@ def test_a_file_elsewhere_that_cannot_be_read_is_not_the_disk_of_the_run(number:
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])
 def test_a_disk_that_refuses_a_file_elsewhere_cannot_be_written(number: int, tmp_path: Path) -> None:
-    with pytest.raises(CheckError, match="cannot write '/cache/rows'"), failures.in_one_line(tmp_path):
+    with pytest.raises(CheckError, match="cannot write '/cache/rows'"), failures.explained_failures(tmp_path):
         raise OSError(number, os.strerror(number), "/cache/rows")
 
 

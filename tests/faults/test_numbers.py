@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from headtune.analysis.utils.errors import CheckError
-from headtune.train.trainer import failures, training, trl_trainers
+from headtune.train.trainer import answer_set_trainer, failures, training
 from helpers import machine as machines
 from helpers.machine import Machine
 from helpers.small_runs import train, write_recipe
@@ -40,7 +40,7 @@ def test_memory_that_runs_out_in_a_step_is_one_line_and_the_run_goes_on(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe, run = write_recipe(tmp_path, tiny_llama), tmp_path / "run"
-    real: Callable[..., Any] = trl_trainers.AnswerSetTrainer.training_step
+    real: Callable[..., Any] = answer_set_trainer.AnswerSetTrainer.training_step
 
     def step(self: Any, *args: Any, **kwargs: Any) -> Any:
         if self.state.global_step == 2:
@@ -48,7 +48,7 @@ def test_memory_that_runs_out_in_a_step_is_one_line_and_the_run_goes_on(
         return real(self, *args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(trl_trainers.AnswerSetTrainer, "training_step", step)
+        patch.setattr(answer_set_trainer.AnswerSetTrainer, "training_step", step)
         assert train(recipe) == 1
     (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("headtune: "))
     assert "out of memory (" in line and "per_device_train_batch_size" in line and "--resume" in line
@@ -64,7 +64,7 @@ def test_memory_that_runs_out_in_a_step_is_one_line_and_the_run_goes_on(
     ids=["gpu", "python"],
 )
 def test_the_ways_in_which_memory_runs_out(error: Exception, tmp_path: Path) -> None:
-    with pytest.raises(CheckError) as caught, failures.in_one_line(tmp_path):
+    with pytest.raises(CheckError) as caught, failures.explained_failures(tmp_path):
         raise error
     line = str(caught.value)
     assert line.startswith("out of memory (") and "; free some and start it again, or" in line and "\n" not in line

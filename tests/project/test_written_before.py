@@ -30,7 +30,7 @@ from headtune.train.config.resolve_heads import resolve_heads
 from headtune.train.config.resolve_tasks import tasks_of
 from headtune.train.evaluation.compare import compare
 from headtune.train.evaluation.evaluate import answer_mass
-from headtune.train.evaluation.evaluation_file import evaluation_identity, flat, read_before
+from headtune.train.evaluation.evaluation_file import evaluation_identity, flatten_metrics, read_before
 from headtune.train.evaluation.run_reader import read_runs
 from headtune.train.runs.load_run import load_run
 from headtune.train.tracking import lineage
@@ -160,7 +160,7 @@ def test_runs_are_compared() -> None:
         run = runs[name]
         assert [value for _, value in run.curve()] == pytest.approx(expected["losses"], abs=TOLERANCE)
         for when, metrics in (("before", run.before), ("after", run.after)):
-            assert flat(when, metrics) == pytest.approx(expected[when], abs=TOLERANCE), name
+            assert flatten_metrics(when, metrics) == pytest.approx(expected[when], abs=TOLERANCE), name
         assert run.heads == {(layer, head) for layer, head in expected["heads"]}
     same = [run for run in runs.values() if run.task == "cities:test"]
     groups = {group.name for group in compare(same).groups}
@@ -173,7 +173,7 @@ def test_a_measurement_of_the_base_model_is_taken_over() -> None:
     identity = evaluation_identity(recipe, load_model("model"), tasks_of(recipe.task)[1])
     before, lists = read_before(Path("lofit/evaluation.json"), identity)
     assert before is not None and len(lists) == 4
-    assert flat("before", before) == pytest.approx(EXPECTED["runs"]["lofit"]["before"], abs=TOLERANCE)
+    assert flatten_metrics("before", before) == pytest.approx(EXPECTED["runs"]["lofit"]["before"], abs=TOLERANCE)
 
 
 @pytest.mark.usefixtures("private_copy")
@@ -214,7 +214,7 @@ def test_an_interrupted_run_goes_on_to_the_same_end(name: str) -> None:
     state, evaluation = read(f"{name}/run.json"), read(f"{name}/evaluation.json")
     assert (state["state"], state["heads"], state["parameters"]) == ("done", expected["heads"], expected["parameters"])
     perplexity = "after/neutral_perplexity"  # which the tests measure on a shorter text
-    metrics = {key: value for key, value in flat("after", evaluation["after"]).items() if key != perplexity}
+    metrics = {key: value for key, value in flatten_metrics("after", evaluation["after"]).items() if key != perplexity}
     assert metrics == pytest.approx({k: v for k, v in expected["after"].items() if k != perplexity}, abs=TOLERANCE)
 
 
@@ -233,7 +233,7 @@ def test_an_export_is_read_by_stock_transformers() -> None:
 def test_the_way_back_from_an_export_is_found() -> None:
     """The digests that it names are those that this version finds of the run, of its heads and of its base model."""
     result = read("exported/export.json")
-    assert lineage.made_from(Path("lofit"), read("lofit/run.json")) == result["inputs"]
+    assert lineage.input_artifacts(Path("lofit"), read("lofit/run.json")) == result["inputs"]
     assert load_model("model").identity()["weights_sha256"] == result["base"]["weights_sha256"]
 
 

@@ -353,7 +353,7 @@ def test_a_split_parameter_is_given_its_values(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("rows", "step", "expected"), [(10, 4, 12), (8, 4, 8), (3, 8, 8)])
 def test_an_epoch_fills_its_last_step(rows: int, step: int, expected: int) -> None:
-    from headtune.train.trainer.trl_trainers import Penalised
+    from headtune.train.trainer.penalised_trainers import Penalised
 
     class Plain:
         def _get_train_sampler(self, _dataset: Any = None) -> RandomSampler:

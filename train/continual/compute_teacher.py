@@ -10,7 +10,7 @@ from headtune.analysis.models.head_model import HeadModel
 from headtune.analysis.utils.errors import InputError
 from headtune.train.losses.attention_distillation import RowRecorder
 from headtune.train.losses.label_logits import label_mask, positions_only
-from headtune.train.trainer.rows import Row, filled, padded
+from headtune.train.trainer.rows import TrainingRow, filled, padded
 
 from .teacher_store import TeacherStore
 from .teachers import Heads, Teacher, by_layer, pairs_of
@@ -19,7 +19,7 @@ from .teachers import Heads, Teacher, by_layer, pairs_of
 @torch.no_grad()
 def compute_teacher(
     model: HeadModel,
-    rows: Sequence[Row],
+    rows: Sequence[TrainingRow],
     heads: Heads,
     positions: Mapping[str, Sequence[int]],
     store: TeacherStore,
@@ -39,15 +39,15 @@ def compute_teacher(
         InputError: a row without positions, or of others than the store has for its key.
         CheckError: see `RowRecorder.record` and `TeacherStore.put`.
     """
-    wanted = set(pairs_of(heads))
+    requested = set(pairs_of(heads))
     lacking: dict[str, dict[int, list[int]]] = {}
     for row in rows:
-        own = list(positions.get(row.key, []))
-        if wanted and not own:
+        queries = list(positions.get(row.key, []))
+        if requested and not queries:
             raise InputError(f"row {row.key!r} has no query positions; give some for every row")
-        if wanted and row.key in store and store.positions(row.key) != own:
+        if requested and row.key in store and store.positions(row.key) != queries:
             raise InputError(f"row {row.key!r}: the store has other query positions; give those, or another store")
-        lacking[row.key] = by_layer(wanted - set(store.heads(row.key) if row.key in store else []))
+        lacking[row.key] = by_layer(requested - set(store.heads(row.key) if row.key in store else []))
     todo = {row.key for row in rows if row.key not in store or lacking[row.key]}
     # Rows of about one length share a batch, so that little of it is padding. Batches are those of all rows, whatever
     # is there already: the last bits of a row depend on its batch, and a broken run is to end as an unbroken one.
@@ -63,7 +63,7 @@ def compute_teacher(
 
 def _teach(
     model: HeadModel,
-    rows: Sequence[Row],
+    rows: Sequence[TrainingRow],
     todo: set[str],
     lacking: Mapping[str, dict[int, list[int]]],
     positions: Mapping[str, Sequence[int]],
@@ -76,14 +76,16 @@ def _teach(
     mask = label_mask(inputs.pop("labels"))
     with recorder.record(filled(queries, -1)) as recorded, positions_only(model.hf, mask):
         logits = model.hf(**inputs, use_cache=False).logits[0].float()
-    for at, (row, own, of_row) in enumerate(zip(rows, queries, logits.split(mask.sum(1).tolist()), strict=True)):
+    for at, (row, row_queries, row_logits) in enumerate(
+        zip(rows, queries, logits.split(mask.sum(1).tolist()), strict=True)
+    ):
         if row.key not in todo:
             continue
         attention = {}
         for layer, chosen in lacking[row.key].items():
             places = [recorder.heads[layer].index(head) for head in chosen]
-            attention[layer] = recorded[layer][at, places, : len(own), : own[-1] + 1].exp()
+            attention[layer] = recorded[layer][at, places, : len(row_queries), : row_queries[-1] + 1].exp()
         if row.key in store:
             store.add_heads(row.key, lacking[row.key], attention)
         else:
-            store.put(row.key, Teacher(own, lacking[row.key], attention, of_row))
+            store.put(row.key, Teacher(row_queries, lacking[row.key], attention, row_logits))

@@ -41,13 +41,13 @@ from headtune.train import distributed
 from headtune.train.config.methods import SeekrConfig
 from headtune.train.config.resolve_heads import resolve_heads
 from headtune.train.config.schema import Recipe
-from headtune.train.losses.activation_capture import told_of_dropout
+from headtune.train.losses.activation_capture import warn_of_dropout
 from headtune.train.losses.attention_distillation import query_positions
 from headtune.train.losses.weight_penalties import WeightAnchor, fisher_diagonal
 from headtune.train.methods.base import method_of
 from headtune.train.tracking.tracker import Tracker, trainer_callback
 from headtune.train.trainer import attach_regularisers, checkpoints, training
-from headtune.train.trainer.rows import Row
+from headtune.train.trainer.rows import TrainingRow
 from headtune.train.tuners import weights_io
 
 from . import replay
@@ -57,7 +57,7 @@ from .importance import Importance, top_heads
 from .sensitivity import measure_sensitivity
 from .teacher_store import TeacherStore
 from .teachers import by_layer
-from .trainer import Held, SequenceTrainer, collate
+from .trainer import ContinualInputs, SequenceTrainer, collate
 
 Pairs = list[tuple[int, int]]
 
@@ -68,7 +68,7 @@ class Unit:
 
     name: str
     task: Task
-    rows: Sequence[Row]
+    rows: Sequence[TrainingRow]
 
 
 class Learner:
@@ -161,10 +161,10 @@ class Learner:
         scored = self.method.strategy == "seekr" and self.fixed is None
         if scored:
             self._on_main(lambda: self._remember(index))
-        held = self._held(index)
+        continual = self._continual_inputs(index)
         note = place / "training.json"
         if not self.weights(index).is_dir():
-            trained = self._train(index, held, resume)
+            trained = self._train(index, continual, resume)
             self._on_main(lambda: self._keep(index, trained))
         else:  # broken off after the training
             weights_io.restore(self.model, self.weights(index))
@@ -239,25 +239,25 @@ class Learner:
         if (saved := last / "anchor.safetensors").is_file():
             self.anchor = WeightAnchor.load(saved)
 
-    def _held(self, index: int) -> Held:
-        """What task `index` is held by: replayed rows, their teachers, the previous model's word on the task's rows."""
+    def _continual_inputs(self, index: int) -> ContinualInputs:
+        """What task `index` takes from earlier ones: replayed rows and their teachers, or the previous model's."""
         method = self.method
         if index == 0:
-            return Held()
+            return ContinualInputs()
         if method.strategy == "lwf":
             folder = self.place(index) / "teachers"
             self._on_main(lambda: self._note(self._store(folder), self.units[index].rows, []))
-            return Held(teachers=self._store(folder))
+            return ContinualInputs(teachers=self._store(folder))
         if not method.replays:
-            return Held()
+            return ContinualInputs()
         known = [row for share in self.buffer[:index] for row in share]
         seed = f"{self.recipe.seed}/{index}"
         if method.strategy == "replay":
-            return Held(known, seed)
+            return ContinualInputs(known, seed)
         heads = None
         if method.strategy == "seekr" and method.distil.selection == "global":
             heads = dict.fromkeys((row.key for row in known), by_layer(self.chosen[index - 1]))
-        return Held(known, seed, self._store(self.teachers(index)), heads)
+        return ContinualInputs(known, seed, self._store(self.teachers(index)), heads)
 
     def arguments(self, index: int) -> Any:
         """TRL's configuration of one task's training."""
@@ -272,11 +272,11 @@ class Learner:
             changes["max_steps"] = steps * len(self.recipe.task.sequence or [])
         return training.training_arguments(self.recipe, **changes)
 
-    def _train(self, index: int, held: Held, resume: bool) -> dict[str, Any]:
+    def _train(self, index: int, continual: ContinualInputs, resume: bool) -> dict[str, Any]:
         rows, name = self.units[index].rows, self.units[index].name
         self.notify(f"task {index + 1} of {len(self.units)}, {name}: {len(rows)} rows")
-        if held.teachers is not None:
-            told_of_dropout(self.head_model.hf, "distillation", self.notify)
+        if continual.teachers is not None:
+            warn_of_dropout(self.head_model.hf, "distillation", self.notify)
         arguments = self.arguments(index)
         timer, marking = training.Timer(), checkpoints.Mark(arguments)
         table = [{"row": at, **row.plain} for at, row in enumerate(rows)]
@@ -290,7 +290,7 @@ class Learner:
                 data_collator=collate,
                 rows=rows,
                 method=self.method,
-                held=held,
+                continual=continual,
             )
         except ValueError as error:
             raise InputError(f"training: {str(error).splitlines()[0]}") from error
@@ -302,7 +302,7 @@ class Learner:
             trainer.penalty = self._elastic
         checkpoint = checkpoints.newest(Path(arguments.output_dir), self.notify) if resume else None
         pairs = self.fixed or (self.chosen[-1] if self.chosen else [])
-        with attach_regularisers.held(
+        with attach_regularisers.with_regularisers(
             self.recipe, self.head_model, pairs, self.units[index].task, trainer, self.notify
         ):
             training.carry_out(trainer, checkpoint)
@@ -363,12 +363,12 @@ class Learner:
         if moved:
             weights_io.restore(self.model, self.weights(index))
 
-    def _note(self, store: TeacherStore, rows: Sequence[Row], pairs: Pairs) -> None:
+    def _note(self, store: TeacherStore, rows: Sequence[TrainingRow], pairs: Pairs) -> None:
         """The teachers of rows under the model as it is."""
         positions = {row.key: self._queries(row) for row in rows} if pairs else {}
         compute_teacher(self.head_model, rows, by_layer(pairs), positions, store, self.recipe.evaluation.batch_size)
 
-    def _queries(self, row: Row) -> list[int]:
+    def _queries(self, row: TrainingRow) -> list[int]:
         generator = torch.Generator().manual_seed(zlib.crc32(f"{self.recipe.seed}/{row.key}".encode()))
         return query_positions(row.length, self.method.distil.queries, generator)
 

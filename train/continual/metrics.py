@@ -80,15 +80,15 @@ def sequence_metrics(
             subjects, or are none.
     """
     tables = [_table(row, i, len(values)) for i, row in enumerate(values)]
-    examples, named = [table.shape[1] for table in tables], [len(of) for of in subjects]
+    examples, named = [table.shape[1] for table in tables], [len(names) for names in subjects]
     if examples != named:
         raise InputError(f"tasks of {examples} examples have {named} subjects; give one for each example")
     accuracy: list[list[float | None]] = [
         [None] * i + [float(x) for x in table.mean(1)] for i, table in enumerate(tables)
     ]
     final, change = [], []  # of each task in each resampling: [T or T - 1, n]
-    for i, (table, of) in enumerate(zip(tables, subjects, strict=True)):
-        weights = subject_weights(of, n, seed + i)  # [n, n_examples]
+    for i, (table, names) in enumerate(zip(tables, subjects, strict=True)):
+        weights = subject_weights(names, n, seed + i)  # [n, n_examples]
         total = weights.sum(1)
         last = weights @ table[-1] / total
         final.append(last)

@@ -14,17 +14,17 @@ from dataclasses import dataclass
 from typing import Literal
 
 from headtune.train.config.methods import ReplayConfig
-from headtune.train.trainer.rows import Row
+from headtune.train.trainer.rows import TrainingRow
 
 
-def sample(rows: Sequence[Row], block: ReplayConfig, seed: str) -> list[Row]:
+def sample(rows: Sequence[TrainingRow], block: ReplayConfig, seed: str) -> list[TrainingRow]:
     """A task's share of the buffer, in the order of the task: at least one row, at most all."""
     return drawn(rows, block.count if block.count is not None else max(1, round((block.ratio or 0) * len(rows))), seed)
 
 
-def drawn(rows: Sequence[Row], wanted: int | Literal["all"], seed: str) -> list[Row]:
-    """A random sample of rows, in their order: `wanted` of them, or all where there are no more."""
-    n = len(rows) if wanted == "all" else min(wanted, len(rows))
+def drawn(rows: Sequence[TrainingRow], count: int | Literal["all"], seed: str) -> list[TrainingRow]:
+    """A random sample of rows, in their order: `count` of them, or all where there are no more."""
+    n = len(rows) if count == "all" else min(count, len(rows))
     return [rows[index] for index in sorted(random.Random(seed).sample(range(len(rows)), n))]
 
 
@@ -38,16 +38,16 @@ class Replay:
         seed: of the order.
     """
 
-    rows: Sequence[Row]
+    rows: Sequence[TrainingRow]
     per_batch: float
     seed: str
 
-    def due(self, batch: int, process: int = 0, processes: int = 1) -> list[Row]:
+    def due(self, batch: int, process: int = 0, processes: int = 1) -> list[TrainingRow]:
         """The rows that go with the `batch`-th batch (from 0) of a process; every process gets as many."""
         first, last = (int(index * self.per_batch + 1e-9) for index in (batch, batch + 1))
         return [self._visit(index * processes + process) for index in range(first, last)]
 
-    def _visit(self, index: int) -> Row:
+    def _visit(self, index: int) -> TrainingRow:
         turn, place = divmod(index, len(self.rows))
         order = list(range(len(self.rows)))
         random.Random(f"{self.seed}/{turn}").shuffle(order)

@@ -41,18 +41,18 @@ from headtune.train.config.resolve_tasks import tasks_of
 from headtune.train.config.schema import Recipe
 from headtune.train.evaluation.evaluate import check_generation_length, perplexity, score_task
 from headtune.train.evaluation.evaluation_file import (
-    flat,
+    flatten_metrics,
     new_folder,
     peak_memory,
-    plain,
     read_before,
+    to_row,
     write_evaluation,
 )
 from headtune.train.evaluation.multiple_choice import require_choices, truthfulqa_preamble
 from headtune.train.tracking import media
 from headtune.train.tracking.tracker import Tracker
 from headtune.train.trainer import rows as rows_module
-from headtune.train.trainer import training, trl_trainers
+from headtune.train.trainer import training, training_rows
 from headtune.train.tuners import weights_io
 
 from .learner import Learner, Unit
@@ -93,7 +93,7 @@ def general_tasks(recipe: Recipe) -> list[Task]:
     ]
 
 
-def rows_of(recipe: Recipe, model: HeadModel, steps: Sequence[Step]) -> list[list[rows_module.Row]]:
+def rows_of(recipe: Recipe, model: HeadModel, steps: Sequence[Step]) -> list[list[rows_module.TrainingRow]]:
     """Each task's training rows."""
     limit, seed = recipe.task.max_train_examples, recipe.seed
     return [
@@ -136,7 +136,7 @@ def require_usable(recipe: Recipe, model: HeadModel, steps: Sequence[Step]) -> N
     if distil.logits_top is not None and distil.logits_top >= vocabulary:
         raise InputError(f"method.distil.logits_top is {distil.logits_top} of {vocabulary} logits; lower or remove it")
     for step, rows in zip(steps, rows_of(recipe, model, steps), strict=True):
-        trl_trainers.check_lengths(step.name, [row.length for row in rows], model.positions)
+        training_rows.check_lengths(step.name, [row.length for row in rows], model.positions)
     for key in ("packing", "loss_type", "label_smoothing_factor", "completion_only_loss", "assistant_only_loss"):
         if recipe.training.get(key):
             raise InputError(f"training.{key} is not read by recipe seekr, whose loss is its own; remove it")
@@ -241,8 +241,8 @@ def learn_sequence(
         head_report.write_report(folder / "report.html", heads, means, evaluation, title=recipe.name)
     else:
         media.write_run_page(recipe, folder, evaluation)
-    tracker.log(flat("after", evaluation["after"]))
-    tracker.summary(flat("after", evaluation["after"]) | {"parameters": state["parameters"]})
+    tracker.log(flatten_metrics("after", evaluation["after"]))
+    tracker.summary(flatten_metrics("after", evaluation["after"]) | {"parameters": state["parameters"]})
     tracker.table("sequence", ["learnt", *(step.name for step in steps)], _matrix_rows(units, saved["after"]))
     if method.keep != "none":
         lora = isinstance(learner.model, PeftModel)
@@ -308,7 +308,7 @@ def scores_of(tokenizer: Any, settings: EvaluationConfig, model: Any, task: Task
         "metric": main,
         "metrics": {name: value["mean"] for name, value in metrics.items() if name != "n"},
         "values": [one.values[main] for one in scored],
-        "rows": [plain(one) for one in scored],
+        "rows": [to_row(one) for one in scored],
     }
 
 

@@ -14,25 +14,21 @@ all, read memory-mapped, and checked against their SHA-256 when they are first o
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from headtune.analysis.utils.errors import CheckError, InputError
-from headtune.analysis.utils.files import atomic_path, sha256_of, write_json
-from headtune.analysis.utils.paths import safe_join
+from headtune.analysis.utils.files import write_json
+from headtune.analysis.utils.tensor_store import DamagedFile, TensorStore, read_index
 from headtune.train.losses.attention_distillation import TopLogits, top_logits
 
 from .teachers import Heads, Teacher, TeacherBatch, by_layer, collate_teachers, pairs_of, visible_keys
 
 _FORMAT = 1
-_SHARD_BYTES = 64 << 20
 _DTYPES = {"float32": torch.float32, "float16": torch.float16}
 
 
@@ -55,34 +51,29 @@ class TeacherStore:
         if dtype not in _DTYPES:
             raise InputError(f"teacher dtype {dtype!r}; expected float32 or float16")
         self.folder, self.dtype, self.logits_top = folder, dtype, logits_top
-        self._shards: dict[str, str] = {}
-        self._keys: dict[str, list[str]] = {}
-        self._open: dict[str, Any] = {}
-        self._pending: dict[str, Tensor] = {}  # the shard in the making
+        self._keys: dict[str, list[str]] = {}  # key -> the shards that hold some of it
+        self._disk = TensorStore(folder)
         if (folder / "index.json").exists():
             self._read_index()
 
     def _read_index(self) -> None:
-        path = self.folder / "index.json"
+        settings = _FORMAT, self.dtype, self.logits_top
         try:
-            index = json.loads(path.read_text(encoding="utf-8"))
-            own = index["format"], index["dtype"], index["logits_top"]
-            self._shards, self._keys = dict(index["shards"]), {key: list(names) for key, names in index["keys"].items()}
-            for name in self._shards:
-                safe_join(self.folder, name, "index.json")
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise self._damaged(path, error) from None
-        if own != (_FORMAT, self.dtype, self.logits_top):
+            stored, shards, self._keys = read_index(self.folder, _parse)
+            self._disk = TensorStore(self.folder, shards)
+        except DamagedFile as error:
+            raise self._error(error) from None
+        if stored != settings:
             raise InputError(
-                f"teacher store {str(self.folder)!r} is of format, dtype and logits_top {own}, not "
-                f"{(_FORMAT, self.dtype, self.logits_top)}; give those, or another folder"
+                f"teacher store {str(self.folder)!r} is of format, dtype and logits_top {stored}, not {settings}; give "
+                "those, or another folder"
             )
 
-    def _damaged(self, path: Path, why: object) -> CheckError:
-        return CheckError(f"{path} is damaged ({why}); delete {str(self.folder)!r} and compute its teachers again")
+    def _error(self, damaged: DamagedFile) -> CheckError:
+        return CheckError(f"{damaged}; delete {str(self.folder)!r} and compute its teachers again")
 
     def __contains__(self, key: str) -> bool:
-        return key in self._keys or f"heads/{key}" in self._pending
+        return key in self._keys or f"heads/{key}" in self._disk.pending
 
     # --- writing ------------------------------------------------------------------------------------------------------
 
@@ -114,8 +105,8 @@ class TeacherStore:
             InputError: one of them is there already.
             CheckError: no such key, or rows that are no probabilities.
         """
-        known = set(self.heads(key))
-        if again := [pair for pair in pairs_of(heads) if pair in known]:
+        stored = set(self.heads(key))
+        if again := [pair for pair in pairs_of(heads) if pair in stored]:
             raise InputError(f"{key!r} has rows of head {again[0]} already; add the others alone")
         self._enqueue(key, self._attention(key, self.positions(key), heads, attention))
 
@@ -147,56 +138,40 @@ class TeacherStore:
         return cast
 
     def _enqueue(self, key: str, tensors: dict[str, Tensor]) -> None:
-        if f"heads/{key}" in self._pending:  # a key is at most once in a shard
+        if f"heads/{key}" in self._disk.pending:  # a key is at most once in a shard
             self.flush()
         # Copies: what is put may be a view of a whole batch's tensor.
-        self._pending |= {f"{kind}/{key}": tensor.clone() for kind, tensor in tensors.items()}
-        if sum(tensor.nbytes for tensor in self._pending.values()) >= _SHARD_BYTES:
+        if self._disk.add({f"{kind}/{key}": tensor.clone() for kind, tensor in tensors.items()}):
             self.flush()
 
     def flush(self) -> None:
         """Write what is only in memory; a store that is cut off before loses that, and nothing else."""
-        if self._pending:
-            path = self.folder / f"shard-{len(self._shards):05d}.safetensors"
-            with atomic_path(path) as temporary:
-                save_file(self._pending, temporary)
-            self._shards[path.name] = sha256_of(path)
-            for key in (name.removeprefix("heads/") for name in self._pending if name.startswith("heads/")):
-                self._keys.setdefault(key, []).append(path.name)
-            self._pending = {}
+        keys = [name.removeprefix("heads/") for name in self._disk.pending if name.startswith("heads/")]
+        if keys:
+            shard = self._disk.write()
+            for key in keys:
+                self._keys.setdefault(key, []).append(shard)
         index = {"format": _FORMAT, "dtype": self.dtype, "logits_top": self.logits_top}
-        write_json(self.folder / "index.json", index | {"shards": self._shards, "keys": self._keys})
+        write_json(self.folder / "index.json", index | {"shards": self._disk.checksums, "keys": self._keys})
 
     # --- reading ------------------------------------------------------------------------------------------------------
-
-    def _shard(self, name: str) -> Any:
-        if name not in self._open:
-            path = self.folder / name
-            try:
-                if sha256_of(path) != self._shards[name]:
-                    raise SafetensorError("its SHA-256 is not the one in the index")
-                self._open[name] = safe_open(path, framework="pt")
-            except (OSError, KeyError, SafetensorError) as error:
-                raise self._damaged(path, error) from None
-        return self._open[name]
 
     def _tensors(self, kind: str, key: str) -> list[Tensor]:
         """A key's tensors of one kind, in the order in which they were put."""
         name = f"{kind}/{key}"
-        found = []
-        for shard in map(self._shard, self._keys.get(key, [])):
-            if name in shard.keys():  # noqa: SIM118  an open file is no mapping
-                found.append(shard.get_tensor(name))
-        if name in self._pending:
-            found.append(self._pending[name])
-        if not found:
+        try:
+            stored = [self._disk.get(shard, name) for shard in self._keys.get(key, [])]
+        except DamagedFile as error:
+            raise self._error(error) from None
+        tensors = [tensor for tensor in (*stored, self._disk.pending.get(name)) if tensor is not None]
+        if not tensors:
             raise CheckError(f"no teacher of {key!r} in {str(self.folder)!r}; compute it first (compute_teacher)")
-        return found
+        return tensors
 
     def positions(self, key: str) -> list[int]:
         """The key's query positions, sorted."""
-        found: list[int] = self._tensors("positions", key)[0].tolist()
-        return found
+        positions: list[int] = self._tensors("positions", key)[0].tolist()
+        return positions
 
     def heads(self, key: str) -> list[tuple[int, int]]:
         """`(layer, head)` of every row that the key has, sorted."""
@@ -216,10 +191,10 @@ class TeacherStore:
             CheckError: there is none, or not of these heads, or its shard is missing or damaged.
         """
         chosen = {layer: list(some) for layer, some in (by_layer(self.heads(key)) if heads is None else heads).items()}
-        where: dict[tuple[int, int], Tensor] = {}
-        for pairs, kept in zip(self._tensors("heads", key), self._tensors("attention", key), strict=True):
-            where |= {(layer, head): kept[at] for at, (layer, head) in enumerate(pairs.tolist())}
-        if lacking := [pair for pair in pairs_of(chosen) if pair not in where]:
+        rows: dict[tuple[int, int], Tensor] = {}
+        for pairs, attention_rows in zip(self._tensors("heads", key), self._tensors("attention", key), strict=True):
+            rows |= {(layer, head): attention_rows[at] for at, (layer, head) in enumerate(pairs.tolist())}
+        if lacking := [pair for pair in pairs_of(chosen) if pair not in rows]:
             raise CheckError(
                 f"the teacher of {key!r} has no rows of head {lacking[0]}; compute them first (compute_teacher)"
             )
@@ -229,7 +204,7 @@ class TeacherStore:
         for layer, some in chosen.items():
             attention[layer] = torch.zeros(len(some), *visible.shape)
             for at, head in enumerate(some):
-                attention[layer][at, visible] = where[layer, head].float()
+                attention[layer][at, visible] = rows[layer, head].float()
         return Teacher(positions, chosen, attention, self.logits(key))
 
     def batch(
@@ -252,3 +227,9 @@ class TeacherStore:
         """
         teachers = [None if key is None else self.get(key, None if heads is None else heads[key]) for key in keys]
         return collate_teachers(teachers, length, device)
+
+
+def _parse(index: Any) -> tuple[tuple[Any, ...], dict[str, str], dict[str, list[str]]]:
+    """What index.json says: the store's settings, its shards and its keys."""
+    keys = {key: list(names) for key, names in index["keys"].items()}
+    return (index["format"], index["dtype"], index["logits_top"]), dict(index["shards"]), keys

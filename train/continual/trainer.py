@@ -32,8 +32,8 @@ from headtune.train import distributed
 from headtune.train.config.methods import SeekrConfig
 from headtune.train.losses.attention_distillation import RowRecorder, attention_distillation, logit_kl
 from headtune.train.losses.label_logits import label_mask, positions_only
-from headtune.train.trainer.rows import Row, padded
-from headtune.train.trainer.trl_trainers import Penalised
+from headtune.train.trainer.penalised_trainers import Penalised
+from headtune.train.trainer.rows import TrainingRow, padded
 
 from .replay import Replay
 from .teacher_store import TeacherStore
@@ -42,8 +42,8 @@ Heads = Mapping[int, Sequence[int]]  # layer -> heads
 
 
 @dataclass(frozen=True)
-class Held:
-    """What a task's training is held by.
+class ContinualInputs:
+    """What a task's training takes from earlier tasks.
 
     Attributes:
         buffer: rows of earlier tasks that are seen again.
@@ -52,7 +52,7 @@ class Held:
         heads: by row's key, the heads whose attention is distilled; None: those that each row's teacher has.
     """
 
-    buffer: Sequence[Row] = ()
+    buffer: Sequence[TrainingRow] = ()
     seed: str = ""
     teachers: TeacherStore | None = None
     heads: Mapping[str, Heads] | None = None
@@ -66,9 +66,11 @@ def collate(examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
 class _Sequence(SFTTrainer):
     penalty: Any = None
 
-    def __init__(self, *args: Any, rows: Sequence[Row], method: SeekrConfig, held: Held, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, rows: Sequence[TrainingRow], method: SeekrConfig, continual: ContinualInputs, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
-        self.rows, self.method, self.held = rows, method, held
+        self.rows, self.method, self.continual = rows, method, continual
         self.pad_token_id: int = self.processing_class.pad_token_id  # type: ignore[union-attr]
         self.model_accepts_loss_kwargs = False  # a mean over rows, not over the tokens of a whole step
         self._passes = (-1, 0)  # optimiser step, batches of it so far
@@ -77,8 +79,8 @@ class _Sequence(SFTTrainer):
         self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         rows = [self.rows[index] for index in inputs["row"].tolist()]
-        again: list[Row] = []
-        if self.held.buffer and model.training:
+        again: list[TrainingRow] = []
+        if self.continual.buffer and model.training:
             again = self._due()
         terms = self._terms(model, rows, again)
         mode = "train" if model.training else "eval"
@@ -87,7 +89,7 @@ class _Sequence(SFTTrainer):
         loss = torch.stack([weight * term for term, weight in terms.values()]).sum()
         return (loss, None) if return_outputs else loss
 
-    def _due(self) -> list[Row]:
+    def _due(self) -> list[TrainingRow]:
         """The rows that are seen again with the batch that is next."""
         processes = self.accelerator.num_processes
         loader: Any = self.callback_handler.train_dataloader
@@ -98,11 +100,13 @@ class _Sequence(SFTTrainer):
         # As the trainer counts: an epoch's last step may have fewer batches than are accumulated.
         epoch, step = divmod(now, -(-in_epoch // self.args.gradient_accumulation_steps))
         batch = epoch * in_epoch + step * self.args.gradient_accumulation_steps + self._passes[1]
-        replay = Replay(self.held.buffer, len(self.held.buffer) / (in_epoch * processes), self.held.seed)
+        replay = Replay(self.continual.buffer, len(self.continual.buffer) / (in_epoch * processes), self.continual.seed)
         return replay.due(batch, self.accelerator.process_index, processes)
 
-    def _terms(self, model: Any, rows: Sequence[Row], again: Sequence[Row]) -> dict[str, tuple[Tensor, float]]:
-        method, held = self.method, self.held
+    def _terms(
+        self, model: Any, rows: Sequence[TrainingRow], again: Sequence[TrainingRow]
+    ) -> dict[str, tuple[Tensor, float]]:
+        method, continual = self.method, self.continual
         distil = method.distil
         everything = [*rows, *again]
         batch = padded(everything, self.pad_token_id, self.accelerator.device)
@@ -112,50 +116,50 @@ class _Sequence(SFTTrainer):
         labels = batch.pop("labels")
         mask = label_mask(labels)
         teacher = recorder = None
-        if held.teachers is not None and (again or method.strategy == "lwf"):
+        if continual.teachers is not None and (again or method.strategy == "lwf"):
             keys = [row.key for row in (rows if method.strategy == "lwf" else again)]
-            teacher = held.teachers.batch(keys, labels.shape[1], held.heads, labels.device)
-        with contextlib.ExitStack() as during:
-            during.enter_context(positions_only(self.accelerator.unwrap_model(model), mask))
+            teacher = continual.teachers.batch(keys, labels.shape[1], continual.heads, labels.device)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(positions_only(self.accelerator.unwrap_model(model), mask))
             seen: dict[int, Tensor] = {}
             if teacher is not None and method.strategy == "seekr":
                 recorder = RowRecorder(teacher.heads)
-                seen = during.enter_context(recorder.record(teacher.positions, first=len(rows)))
+                seen = stack.enter_context(recorder.record(teacher.positions, first=len(rows)))
             logits = model(**batch, use_cache=False).logits[0].float()
         counts = mask.sum(1)
-        own = int(counts[: len(rows)].sum())  # label positions of the task's rows, which come first
+        n_task = int(counts[: len(rows)].sum())  # label positions of the task's rows, which come first
         # A row that is seen again weighs as much as one of the task in a batch that is full.
         processes = self.accelerator.num_processes
         share = len(again) * processes / min(self.args.per_device_train_batch_size * processes, len(self.rows))
-        of_own, of_again = (_part(tokens, logits) for tokens in (own, len(logits) - own))
+        of_task, of_again = (_part(tokens, logits) for tokens in (n_task, len(logits) - n_task))
         cross_entropy = functional.cross_entropy(logits, labels[:, 1:][mask[:, :-1]], reduction="none")
-        terms: dict[str, tuple[Tensor, float]] = {"task": (of_own * cross_entropy[:own].mean(), 1.0)}
+        terms: dict[str, tuple[Tensor, float]] = {"task": (of_task * cross_entropy[:n_task].mean(), 1.0)}
         if method.strategy == "lwf" and teacher is not None:
             assert teacher.logits is not None
-            terms["lwf"] = (of_own * logit_kl(logits[:own], teacher.logits), method.lwf_weight)
+            terms["lwf"] = (of_task * logit_kl(logits[:n_task], teacher.logits), method.lwf_weight)
         if not again:
             return terms
-        replayed = of_again * cross_entropy[own:].mean()
+        replayed = of_again * cross_entropy[n_task:].mean()
         terms["replay"] = (replayed, share * (distil.replay_weight if method.strategy == "seekr" else 1.0))
         if teacher is None:
             return terms
         assert teacher.logits is not None
         if method.strategy == "der":
             assert isinstance(teacher.logits, Tensor)
-            apart = of_again * (logits[own:] - teacher.logits).square().mean()
+            apart = of_again * (logits[n_task:] - teacher.logits).square().mean()
             return terms | {"logits": (apart, share * method.der_weight)}
         n_rows = sum(int(there.sum()) for there in teacher.present.values())
         attention = _part(n_rows, logits) * attention_distillation(seen, teacher.attention, teacher.present)
         return terms | {
-            "logits": (of_again * logit_kl(logits[own:], teacher.logits), share * (1 - distil.replay_weight)),
+            "logits": (of_again * logit_kl(logits[n_task:], teacher.logits), share * (1 - distil.replay_weight)),
             "attention": (attention, share * distil.attention_weight),
         }
 
 
 def _part(count: int, like: Tensor) -> Tensor:
     """How much a process's mean over so many weighs, beside 1 of an average process."""
-    own = torch.tensor(float(count), device=like.device)
-    return own / distributed.pooled(own).clamp(min=1)
+    total = torch.tensor(float(count), device=like.device)
+    return total / distributed.pooled(total).clamp(min=1)
 
 
 class SequenceTrainer(Penalised, _Sequence):

@@ -28,7 +28,7 @@ from headtune.analysis.utils.errors import InputError
 from headtune.analysis.utils.stats import percentile_interval, subject_shares
 
 from .metric_names import METRIC_NAMES
-from .run_reader import Finished, read_runs
+from .run_reader import RunRecord, read_runs
 
 BASE = "base"
 LOWER_IS_BETTER = {
@@ -79,7 +79,7 @@ class Group:
     """
 
     name: str
-    runs: tuple[Finished, ...]
+    runs: tuple[RunRecord, ...]
     task: str
     measured: str
     parameters: int
@@ -123,7 +123,7 @@ def compare_runs(
     return compare(read_runs(Path(folder), group, tags, recipe), against)
 
 
-def compare(runs: Sequence[Finished], against: str | None = None) -> Comparison:
+def compare(runs: Sequence[RunRecord], against: str | None = None) -> Comparison:
     """Group runs over seeds and compare every group with one of them.
 
     Args:
@@ -132,53 +132,59 @@ def compare(runs: Sequence[Finished], against: str | None = None) -> Comparison:
     Raises:
         InputError: no such group or run.
     """
-    together: dict[str, list[Finished]] = {}
+    together: dict[str, list[RunRecord]] = {}
     for run in runs:
         identity = {key: value for key, value in run.recipe.items() if not _OWN.match(key)}
         key = json.dumps([run.measured, identity], sort_keys=True)
         together.setdefault(key, []).append(run)
-    members = [tuple(sorted(of, key=lambda run: (run.seed, run.name))) for of in together.values()]
-    names = _unique([_label(of) for of in members])
+    members = [tuple(sorted(group_runs, key=lambda run: (run.seed, run.name))) for group_runs in together.values()]
+    names = _unique([_label(group_runs) for group_runs in members])
     reference = None
     if against is not None and against != BASE:
-        found = [of for name, of in zip(names, members, strict=True) if against in (name, *(r.name for r in of))]
-        if not found:
+        matches = [
+            group_runs
+            for name, group_runs in zip(names, members, strict=True)
+            if against in (name, *(r.name for r in group_runs))
+        ]
+        if not matches:
             raise InputError(f"no run or group is named {against!r}; there are {', '.join([BASE, *sorted(names)])}")
-        reference = found[0]
+        reference = matches[0]
     varied = _varied(members)
     groups = []
     bases: set[str] = set()
-    for name, of in sorted(zip(names, members, strict=True)):
-        first = of[0]
+    for name, group_runs in sorted(zip(names, members, strict=True)):
+        first = group_runs[0]
         if first.measured not in bases:
             bases.add(first.measured)
             groups.append(_base(first, reference))
-        own = {key: first.recipe.get(key) for key in varied}
+        changed = {key: first.recipe.get(key) for key in varied}
         parameters = int(first.state.get("parameters") or 0)
-        groups.append(Group(name, of, first.task, first.measured, parameters, _metrics(of, reference), own))
+        groups.append(
+            Group(name, group_runs, first.task, first.measured, parameters, _metrics(group_runs, reference), changed)
+        )
     ordered = sorted(groups, key=lambda group: (group.task, group.measured, bool(group.runs)))
     shown = tuple(key for key in METRIC_NAMES if any(key in group.metrics for group in ordered))
     return Comparison(tuple(ordered), shown, against or BASE, _best(ordered, shown))
 
 
-def _label(of: Sequence[Finished]) -> str:
+def _label(runs: Sequence[RunRecord]) -> str:
     """What the names of a group's runs share, without the seed and the digest that a default name ends in."""
-    stems = {re.sub(r"[-_]s(eed)?\d+(-[0-9a-f]{6})?$", "", run.name) for run in of}
-    return stems.pop() if len(stems) == 1 else of[0].name
+    stems = {re.sub(r"[-_]s(eed)?\d+(-[0-9a-f]{6})?$", "", run.name) for run in runs}
+    return stems.pop() if len(stems) == 1 else runs[0].name
 
 
 def _unique(names: Sequence[str]) -> list[str]:
     seen = {BASE: 1}  # the model before training
-    found = []
+    unique = []
     for name in names:
         seen[name] = seen.get(name, 0) + 1
-        found.append(name if seen[name] == 1 else f"{name} ({seen[name]})")
-    return found
+        unique.append(name if seen[name] == 1 else f"{name} ({seen[name]})")
+    return unique
 
 
-def _varied(members: Sequence[Sequence[Finished]]) -> list[str]:
+def _varied(members: Sequence[Sequence[RunRecord]]) -> list[str]:
     """Keys of the recipe whose values are not the same in all groups."""
-    recipes = [of[0].recipe for of in members]
+    recipes = [runs[0].recipe for runs in members]
     keys = sorted({key for recipe in recipes for key in recipe if not _OWN.match(key)})
     return [key for key in keys if len({json.dumps(recipe.get(key), sort_keys=True) for recipe in recipes}) > 1]
 
@@ -187,51 +193,51 @@ def _mean(value: Any) -> float:
     return float(value["mean"] if isinstance(value, Mapping) else value)
 
 
-def _metrics(of: Sequence[Finished], reference: Sequence[Finished] | None) -> dict[str, Metric]:
-    found = {}
-    weights = subject_shares(of[0].subjects, DRAWS, seed=0)
+def _metrics(runs: Sequence[RunRecord], reference: Sequence[RunRecord] | None) -> dict[str, Metric]:
+    metrics = {}
+    weights = subject_shares(runs[0].subjects, DRAWS, seed=0)
     for key in METRIC_NAMES:
-        if not all(key in run.after for run in of):
+        if not all(key in run.after for run in runs):
             continue
-        by_seed = tuple(_mean(run.after[key]) for run in of)
-        each = _by_example(of, key)
+        by_seed = tuple(_mean(run.after[key]) for run in runs)
+        each = _by_example(runs, key)
         interval = None if each is None else percentile_interval(weights @ each)
-        if interval is None and len(of) == 1 and isinstance(of[0].after[key], Mapping):
-            low, high = of[0].after[key]["ci"]
+        if interval is None and len(runs) == 1 and isinstance(runs[0].after[key], Mapping):
+            low, high = runs[0].after[key]["ci"]
             interval = (low, high)
-        found[key] = Metric(float(np.mean(by_seed)), interval, by_seed, _minus(of, key, weights, each, reference))
-    return found
+        metrics[key] = Metric(float(np.mean(by_seed)), interval, by_seed, _minus(runs, key, weights, each, reference))
+    return metrics
 
 
-def _by_example(of: Sequence[Finished], key: str, before: bool = False) -> NDArray[np.float64] | None:
+def _by_example(runs: Sequence[RunRecord], key: str, before: bool = False) -> NDArray[np.float64] | None:
     """`[n_examples]` mean over seeds; None where the examples have no such value, or their mean is not the metric."""
-    values = [(run.values_before if before else run.values).get(key) for run in of]
+    values = [(run.values_before if before else run.values).get(key) for run in runs]
     if any(value is None or not len(value) or not np.isfinite(value).all() for value in values):
         return None
-    if any(list(run.subjects) != list(of[0].subjects) for run in of) or len(set(of[0].subjects)) < 2:
+    if any(list(run.subjects) != list(runs[0].subjects) for run in runs) or len(set(runs[0].subjects)) < 2:
         return None  # of one subject every resampling is the same
     return np.mean(np.stack([value for value in values if value is not None]), axis=0)
 
 
 def _minus(
-    of: Sequence[Finished],
+    runs: Sequence[RunRecord],
     key: str,
     weights: NDArray[np.float64],
     each: NDArray[np.float64] | None,
-    reference: Sequence[Finished] | None,
+    reference: Sequence[RunRecord] | None,
 ) -> tuple[float, tuple[float, float] | None, float | None] | None:
     """Difference from the reference, or from the model before training; None for the reference itself."""
     if reference is not None and (
-        reference[0] in of or reference[0].measured != of[0].measured or key not in reference[0].after
+        reference[0] in runs or reference[0].measured != runs[0].measured or key not in reference[0].after
     ):
         return None
     if reference is None:
-        if key not in of[0].before:
+        if key not in runs[0].before:
             return None
-        other, there = _by_example(of, key, before=True), _mean(of[0].before[key])
+        other, there = _by_example(runs, key, before=True), _mean(runs[0].before[key])
     else:
         other, there = _by_example(reference, key), float(np.mean([_mean(run.after[key]) for run in reference]))
-    gap = float(np.mean([_mean(run.after[key]) for run in of])) - there
+    gap = float(np.mean([_mean(run.after[key]) for run in runs])) - there
     if each is None or other is None or len(each) != len(other):
         return gap, None, None
     draws = np.round(weights @ (each - other), 12)  # a resampling without a difference gives 0, not its rounding error
@@ -239,7 +245,7 @@ def _minus(
     return gap, percentile_interval(draws), p
 
 
-def _base(first: Finished, reference: Sequence[Finished] | None) -> Group:
+def _base(first: RunRecord, reference: Sequence[RunRecord] | None) -> Group:
     """The model before training, as the first run of a task measured it."""
     weights = subject_shares(first.subjects, DRAWS, seed=0)
     metrics = {}
@@ -275,16 +281,16 @@ def jaccard(a: frozenset[tuple[int, int]], b: frozenset[tuple[int, int]]) -> flo
 # --- as data ----------------------------------------------------------------------------------------------------------
 
 
-def titled(groups: Sequence[Group]) -> str:
+def group_title(groups: Sequence[Group]) -> str:
     """The task and the number of prompts of groups that were measured on the same."""
     n = next((len(run.subjects) for group in groups for run in group.runs), 0)
     return f"{groups[0].task}, {n} prompt{'s' * (n != 1)}" if n else groups[0].task
 
 
-def as_json(found: Comparison) -> dict[str, Any]:
+def as_json(comparison: Comparison) -> dict[str, Any]:
     """The comparison as plain data."""
     return {
-        "against": found.against,
+        "against": comparison.against,
         "groups": [
             {
                 "name": group.name,
@@ -309,23 +315,23 @@ def as_json(found: Comparison) -> dict[str, Any]:
                         "minus": None
                         if metric.minus is None
                         else dict(zip(("mean", "ci", "p"), metric.minus, strict=True)),
-                        "best": group.name in found.best[group.measured, key],
+                        "best": group.name in comparison.best[group.measured, key],
                     }
                     for key, metric in group.metrics.items()
                 },
             }
-            for group in found.groups
+            for group in comparison.groups
         ],
     }
 
 
-def as_csv(found: Comparison) -> str:
+def as_csv(comparison: Comparison) -> str:
     """One line a group and metric."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     columns = ["group", "task", "seeds", "parameters", "metric", "mean", "low", "high"]
     writer.writerow([*columns, "minus", "minus_low", "minus_high", "p"])
-    for group in found.groups:
+    for group in comparison.groups:
         for key, metric in group.metrics.items():
             minus = metric.minus or (None, None, None)
             row = [group.name, group.task, len(group.runs), group.parameters, key, metric.mean]

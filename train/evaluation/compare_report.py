@@ -13,7 +13,7 @@ import numpy as np
 
 from headtune.analysis.reports.html import html_table, number, picture, png_of, signed, with_interval, write_page
 
-from .compare import LOWER_IS_BETTER, Comparison, Group, Metric, jaccard, titled
+from .compare import LOWER_IS_BETTER, Comparison, Group, Metric, group_title, jaccard
 from .metric_names import METRIC_NAMES
 
 if TYPE_CHECKING:
@@ -23,53 +23,58 @@ SHOWN_EXAMPLES = 20
 MOST_GROUPS = 24  # in a picture or beside a generation; tables show all
 
 
-def write(found: Comparison, path: Path, title: str = "Runs side by side") -> None:
+def write(comparison: Comparison, path: Path, title: str = "Runs side by side") -> None:
     """Write the page."""
-    parts = [f"<h1>{escape(title)}</h1>", _lead(found)]
-    for measured in dict.fromkeys(group.measured for group in found.groups):
-        own = [group for group in found.groups if group.measured == measured]
-        parts += [f"<h2>{escape(_measured(own))}</h2>", _metrics(found, own), _against_parameters(found, own)]
-    trained = [group for group in found.groups if group.runs]
+    parts = [f"<h1>{escape(title)}</h1>", _lead(comparison)]
+    for measured in dict.fromkeys(group.measured for group in comparison.groups):
+        groups = [group for group in comparison.groups if group.measured == measured]
+        parts += [
+            f"<h2>{escape(_measured(groups))}</h2>",
+            _metrics(comparison, groups),
+            _against_parameters(comparison, groups),
+        ]
+    trained = [group for group in comparison.groups if group.runs]
     parts += [_changed(trained), _curves(trained), _heads(trained), _generations(trained), _runs(trained)]
     write_page(path, title, "\n".join(part for part in parts if part))
 
 
-def _lead(found: Comparison) -> str:
-    n = sum(len(group.runs) for group in found.groups)
-    better = ", ".join(METRIC_NAMES[key] for key in found.metrics if key in LOWER_IS_BETTER)
+def _lead(comparison: Comparison) -> str:
+    n = sum(len(group.runs) for group in comparison.groups)
+    n_groups = sum(bool(group.runs) for group in comparison.groups)
+    better = ", ".join(METRIC_NAMES[key] for key in comparison.metrics if key in LOWER_IS_BETTER)
     return (
-        f"<p class='lead'>{n} runs in {sum(bool(group.runs) for group in found.groups)} groups, which differ in more "
+        f"<p class='lead'>{n} runs in {n_groups} groups, which differ in more "
         "than their seed. Means over seeds; 95% intervals by bootstrap over subjects; differences from "
-        f"<b>{escape(found.against)}</b>, paired over examples; an asterisk where the interval of the difference does "
-        f"not hold 0. Best in bold{f' (lower is better: {escape(better)})' if better else ''}.</p>"
+        f"<b>{escape(comparison.against)}</b>, paired over examples; an asterisk where the interval of the difference "
+        f"does not hold 0. Best in bold{f' (lower is better: {escape(better)})' if better else ''}.</p>"
     )
 
 
 def _measured(groups: Sequence[Group]) -> str:
     """The task and how many prompts of it, and the model that was trained from."""
     models = {str(run.recipe.get("model.name")) for group in groups for run in group.runs}
-    return f"{titled(groups)}, {', '.join(sorted(models))}"
+    return f"{group_title(groups)}, {', '.join(sorted(models))}"
 
 
 # --- numbers ----------------------------------------------------------------------------------------------------------
 
 
-def _metrics(found: Comparison, groups: Sequence[Group]) -> str:
-    keys = [key for key in found.metrics if any(key in group.metrics for group in groups)]
+def _metrics(comparison: Comparison, groups: Sequence[Group]) -> str:
+    keys = [key for key in comparison.metrics if any(key in group.metrics for group in groups)]
     header = ["run", "seeds", "parameters", *(escape(METRIC_NAMES[key]) for key in keys)]
     rows = []
     for group in groups:
         cells = [escape(group.name), str(len(group.runs) or ""), f"{group.parameters:,}"]
-        rows.append([*cells, *(_cell(found, group, key) for key in keys)])
+        rows.append([*cells, *(_cell(comparison, group, key) for key in keys)])
     return html_table(header, rows)
 
 
-def _cell(found: Comparison, group: Group, key: str) -> str:
+def _cell(comparison: Comparison, group: Group, key: str) -> str:
     metric = group.metrics.get(key)
     if metric is None:
         return "–"
     text = f"<span class='unbroken'>{with_interval(metric.mean, metric.interval)}</span>"
-    if group.name in found.best[group.measured, key]:
+    if group.name in comparison.best[group.measured, key]:
         text = f"<b>{text}</b>"
     if metric.minus is not None:
         gap, interval, _ = metric.minus
@@ -117,9 +122,9 @@ def _figure(width: float, height: float) -> tuple[Figure, Any]:
     return figure, figure.subplots()
 
 
-def _against_parameters(found: Comparison, groups: Sequence[Group]) -> str:
+def _against_parameters(comparison: Comparison, groups: Sequence[Group]) -> str:
     """The first metric that has intervals, over the number of trained parameters."""
-    keys = [key for key in found.metrics if any(_has_interval(group.metrics.get(key)) for group in groups)]
+    keys = [key for key in comparison.metrics if any(_has_interval(group.metrics.get(key)) for group in groups)]
     trained = [group for group in groups if group.parameters > 0][:MOST_GROUPS]
     if len(trained) < 2 or not keys:
         return ""
@@ -166,15 +171,15 @@ def _has_interval(metric: Metric | None) -> bool:
 
 def _curves(groups: Sequence[Group]) -> str:
     curves = [(group, [curve for run in group.runs if (curve := run.curve())]) for group in groups[:MOST_GROUPS]]
-    curves = [(group, of) for group, of in curves if of]
+    curves = [(group, group_curves) for group, group_curves in curves if group_curves]
     if not curves:
         return ""
     figure, axes = _figure(7, 4)
-    for index, (group, of) in enumerate(curves):
-        for place, curve in enumerate(of):
+    for index, (group, group_curves) in enumerate(curves):
+        for place, curve in enumerate(group_curves):
             steps, values = zip(*curve, strict=True)
             axes.plot(steps, values, color=f"C{index % 10}", linewidth=1, label=None if place else group.name)
-    if all(value > 0 for _, of in curves for curve in of for _, value in curve):
+    if all(value > 0 for _, group_curves in curves for curve in group_curves for _, value in curve):
         axes.set_yscale("log")
     axes.set_xlabel("step")
     axes.set_ylabel("loss")
@@ -193,7 +198,9 @@ def _heads(groups: Sequence[Group]) -> str:
     if not chosen:
         return ""
     header = ["Jaccard", *(escape(name) for name, _ in chosen)]
-    rows = [[escape(name), *(f"{jaccard(own, other):.2f}" for _, other in chosen)] for name, own in chosen]
+    rows = [
+        [escape(name), *(f"{jaccard(chosen_heads, other):.2f}" for _, other in chosen)] for name, chosen_heads in chosen
+    ]
     several = any(len({run.heads for run in group.runs}) > 1 for group in groups)
     note = (
         "<p class='note'>Groups whose heads differ by seed count with the heads of all their seeds.</p>"
@@ -225,12 +232,12 @@ def _generations(groups: Sequence[Group]) -> str:
     """The first held-out prompts, the base model's words beside those of each group's first run."""
     parts = []
     for measured in dict.fromkeys(group.measured for group in groups):
-        own = [group for group in groups if group.measured == measured][:MOST_GROUPS]
-        written = [(group.name, group.runs[0].generations(SHOWN_EXAMPLES)) for group in own]
+        same_prompts = [group for group in groups if group.measured == measured][:MOST_GROUPS]
+        written = [(group.name, group.runs[0].generations(SHOWN_EXAMPLES)) for group in same_prompts]
         written = [(name, rows) for name, rows in written if rows]
         if not written:
             continue
-        parts.append(f"<h3>{escape(_measured(own))}</h3>")
+        parts.append(f"<h3>{escape(_measured(same_prompts))}</h3>")
         for index, first in enumerate(written[0][1]):
             sides = [_side("base", first, "before")]
             sides += [

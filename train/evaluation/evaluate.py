@@ -61,12 +61,12 @@ def parse_items(text: str, n_items: int, example: Example | None = None) -> list
     An item is cut at its first dash, comma, colon, semicolon or bracket, unless a longer part of it is an answer of
     `example` ("I, Robot").
     """
-    known = set() if example is None else {canonical(answer, example.subject) for answer in example.answers}
+    answers = set() if example is None else {canonical(answer, example.subject) for answer in example.answers}
     items = []
     for index, line in enumerate(text.split("\n")):
         bare = re.sub(r"^\s*(\d+[.)]|[-*•])\s*", "", line) if index else line
         parts = [bare[: match.start()] for match in re.finditer(r"\s[-–—]\s|[,:;(]", bare)]
-        longest = (part for part in (bare, *reversed(parts)) if example and canonical(part, example.subject) in known)
+        longest = (part for part in (bare, *reversed(parts)) if example and canonical(part, example.subject) in answers)
         bare = next(longest, parts[0] if parts else bare).strip()
         if bare:
             items.append(bare)
@@ -229,7 +229,7 @@ def check_generation_length(
         check_prompt_length(task, tokenizer, positions_of(model), more)
 
 
-def choose(
+def score_choices(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, batch_size: int = 16, preamble: str = ""
 ) -> list[Scored]:
     """Score every example's choices: `mc1`, `mc2` and `mc1_norm` (see `multiple_choice`)."""
@@ -333,7 +333,7 @@ def score_task(
     elif task.kind == "exact_match":
         scored = generate_answers(model, tokenizer, task, batch_size)
     else:
-        scored = choose(model, tokenizer, task, batch_size, preamble)
+        scored = score_choices(model, tokenizer, task, batch_size, preamble)
     subjects = [one.example.subject for one in scored]
     metrics: dict[str, Any] = {
         name: mean_interval([one.values[name] for one in scored], subjects) for name in scored[0].values
@@ -353,7 +353,7 @@ def _masses(model: PreTrainedModel, encoded: EncodedTask) -> dict[str, Any]:
     remaining, previous = answer_mass(model, encoded)
     subjects = [example.example.subject for example in encoded.examples]
     metrics = {"p_remaining": mean_interval(remaining, subjects)}
-    given = [index for index, example in enumerate(encoded.examples) if example.previous_tokens]
-    if given:  # examples without previous answers would only dilute it with zeros
-        metrics["p_previous"] = mean_interval([previous[i] for i in given], [subjects[i] for i in given])
+    rows = [index for index, example in enumerate(encoded.examples) if example.previous_tokens]
+    if rows:  # examples without previous answers would only dilute it with zeros
+        metrics["p_previous"] = mean_interval([previous[i] for i in rows], [subjects[i] for i in rows])
     return metrics

@@ -67,7 +67,7 @@ def read_before(path: Path, identity: Mapping[str, Any]) -> tuple[dict[str, Any]
     return before, lists
 
 
-def plain(scored: Scored) -> dict[str, Any]:
+def to_row(scored: Scored) -> dict[str, Any]:
     """What is written down of a scored example."""
     example = scored.example
     return {
@@ -115,10 +115,10 @@ def measure(
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     preamble = truthfulqa_preamble() if settings.preamble == "truthfulqa" else ""
     metrics, scored = evaluate(model, tokenizer, task, settings.n_items, settings.batch_size, preamble)
-    return metrics, [plain(item) for item in scored]
+    return metrics, [to_row(item) for item in scored]
 
 
-def flat(prefix: str, metrics: Mapping[str, Any]) -> dict[str, float]:
+def flatten_metrics(prefix: str, metrics: Mapping[str, Any]) -> dict[str, float]:
     """Numbers for the tracker: means of the metrics, `prefix/name`."""
     return {
         f"{prefix}/{name}": value["mean"] if isinstance(value, dict) else value

@@ -20,7 +20,7 @@ IDENTITY = ("task", "task_sha256", "weights_sha256", "n_items", "preamble")
 
 
 @dataclass(frozen=True, eq=False)
-class Finished:
+class RunRecord:
     """A finished run.
 
     Attributes:
@@ -64,7 +64,7 @@ class Finished:
         path = self.folder / "metrics.jsonl"
         if not path.is_file():
             return []
-        found: dict[int, float] = {}
+        values: dict[int, float] = {}
         damaged = 0
         for line in path.read_bytes().splitlines():
             try:
@@ -73,16 +73,16 @@ class Finished:
                 damaged += 1
                 continue
             if row.get(name) is not None and row.get("step") is not None:
-                found[row["step"]] = float(row[name])
+                values[row["step"]] = float(row[name])
         if damaged:
             lines = "1 line that cannot be read is" if damaged == 1 else f"{damaged} lines that cannot be read are"
             log.warning("%s: %s left out", path, lines)
-        return sorted(found.items())
+        return sorted(values.items())
 
 
 def read_runs(
     folder: Path, group: str | None = None, tags: Sequence[str] = (), recipe: str | None = None
-) -> list[Finished]:
+) -> list[RunRecord]:
     """Every finished run in `folder`, or in a sweep's folder in it, in order of their names.
 
     Args:
@@ -109,8 +109,8 @@ def read_runs(
         log.warning("not finished, left out (%d): %s", len(others), ", ".join(others))
     if not runs:
         raise InputError(f"{str(folder)!r} holds no finished run; headtune train writes one a folder")
-    wanted = [run for run in runs if _passes(run, group, tags, recipe)]
-    if not wanted:
+    passing = [run for run in runs if _passes(run, group, tags, recipe)]
+    if not passing:
         asked = [f"group {group!r}"] * (group is not None) + [f"tag {tag!r}" for tag in tags]
         asked += [f"recipe {recipe!r}"] * (recipe is not None)
         there = sorted({str(run.recipe.get("tracking.group")) for run in runs} - {"None"})
@@ -118,12 +118,12 @@ def read_runs(
             f"none of the {len(runs)} finished runs in {str(folder)!r} has {' and '.join(asked)}; groups there: "
             f"{', '.join(there) or 'none'}; recipes: {', '.join(sorted({str(r.recipe['recipe']) for r in runs}))}"
         )
-    return wanted
+    return passing
 
 
-def _read(folder: Path, state: Mapping[str, Any], evaluation: Mapping[str, Any]) -> Finished:
+def _read(folder: Path, state: Mapping[str, Any], evaluation: Mapping[str, Any]) -> RunRecord:
     path = folder / "recipe.yaml"
-    recipe = flat(yaml.safe_load(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+    recipe = flatten_config(yaml.safe_load(path.read_text(encoding="utf-8"))) if path.is_file() else {}
     for when in ("before", "after"):
         if not isinstance(evaluation[when], Mapping):
             raise TypeError(f"{when} holds no metrics")
@@ -133,7 +133,7 @@ def _read(folder: Path, state: Mapping[str, Any], evaluation: Mapping[str, Any])
         names = sorted(set.intersection(*(set(row[when]) for row in examples))) if examples else []
         return {name: np.array([row[when][name] for row in examples], dtype=float) for name in names}
 
-    return Finished(
+    return RunRecord(
         folder,
         state["name"],
         {"recipe": state.get("recipe")} | recipe,
@@ -150,21 +150,21 @@ def _read(folder: Path, state: Mapping[str, Any], evaluation: Mapping[str, Any])
     )
 
 
-def _passes(run: Finished, group: str | None, tags: Sequence[str], recipe: str | None) -> bool:
-    own = run.recipe.get("tracking.tags") or []
+def _passes(run: RunRecord, group: str | None, tags: Sequence[str], recipe: str | None) -> bool:
+    run_tags = run.recipe.get("tracking.tags") or []
     return (
         (group is None or run.recipe.get("tracking.group") == group)
-        and set(tags) <= set(own)
+        and set(tags) <= set(run_tags)
         and (recipe is None or run.recipe["recipe"] == recipe)
     )
 
 
-def flat(value: Any, prefix: str = "") -> dict[str, Any]:
+def flatten_config(value: Any, prefix: str = "") -> dict[str, Any]:
     """Nested mappings as `a.b` -> value; lists stay whole."""
     if not isinstance(value, dict):
         return {prefix: value}
     return {
         key: inner
         for name, item in value.items()
-        for key, inner in flat(item, f"{prefix}.{name}" if prefix else str(name)).items()
+        for key, inner in flatten_config(item, f"{prefix}.{name}" if prefix else str(name)).items()
     }

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -33,8 +34,13 @@ from headtune.analysis.utils.errors import CheckError, InputError
 from headtune.analysis.utils.files import atomic_folder, require_new_folder, sha256_of, write_json, write_text
 from headtune.analysis.utils.progress import Notify, Progress, silent
 from headtune.analysis.utils.state_files import read_state
+from headtune.analysis.utils.verbosity import silence_libraries
 from headtune.train.config.methods import TaskConfig
-from headtune.train.trainer.quiet import libraries_quiet
+from headtune.train.config.recipe import load_recipe
+from headtune.train.config.resolve_tasks import tasks_of
+from headtune.train.continual.sequence import steps_of
+from headtune.train.runs.load_run import load_run
+from headtune.train.tracking.post_run_jobs import tracked_export
 from headtune.train.tuners.weights_io import ADAPTER, read_adapter
 
 from .convert import conversion, fold
@@ -49,7 +55,7 @@ HALF_TOLERANCE = 0.1
 _TOGETHER = 10  # prompts that are continued in one batch
 
 # Runs under `python -I`: no PYTHONPATH, no current folder, so nothing but installed packages can be imported.
-_PROBE = """
+_RELOAD_SCRIPT = """
 import json, os, sys
 import torch
 from safetensors.torch import save_file
@@ -107,7 +113,7 @@ class Prompts:
 
 
 @dataclass(frozen=True)
-class Answers:
+class ModelOutputs:
     """What a model says to prompt i.
 
     Attributes:
@@ -119,7 +125,7 @@ class Answers:
     greedy: Sequence[Tensor]
 
 
-def prompts_of(tokenizer: PreTrainedTokenizerBase, task: Task, n: int = 20, new_tokens: int = 24) -> Prompts:
+def export_prompts(tokenizer: PreTrainedTokenizerBase, task: Task, n: int = 20, new_tokens: int = 24) -> Prompts:
     """The first prompts of a task's seeded order."""
     texts = [example.prompt for example in task.limited(n).examples]
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
@@ -127,7 +133,7 @@ def prompts_of(tokenizer: PreTrainedTokenizerBase, task: Task, n: int = 20, new_
 
 
 @torch.no_grad()
-def answers_of(model: Any, prompts: Prompts, progress: Progress = silent) -> Answers:
+def model_outputs(model: Any, prompts: Prompts, progress: Progress = silent) -> ModelOutputs:
     """What a model in this process computes, on its own device."""
     model.eval()
     logits = [
@@ -139,10 +145,10 @@ def answers_of(model: Any, prompts: Prompts, progress: Progress = silent) -> Ans
     for _, *batch in progress(prompts.batches(), "letting it go on"):
         tokens, mask = (torch.tensor(part, device=model.device) for part in batch)
         greedy += model.generate(input_ids=tokens, attention_mask=mask, **settings).cpu()
-    return Answers(logits, greedy)
+    return ModelOutputs(logits, greedy)
 
 
-def answers_elsewhere(folders: Sequence[Path], prompts: Prompts) -> list[Answers]:
+def reload_in_subprocess(folders: Sequence[Path], prompts: Prompts) -> list[ModelOutputs]:
     """What plain transformers computes from these folders, one after the other, in one process without headtune.
 
     Raises:
@@ -164,28 +170,30 @@ def answers_elsewhere(folders: Sequence[Path], prompts: Prompts) -> list[Answers
         ]
         request = Path(temporary) / "request.json"
         write_json(request, jobs)
-        command = [sys.executable, "-I", "-c", _PROBE, str(request)]
+        command = [sys.executable, "-I", "-c", _RELOAD_SCRIPT, str(request)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode != 0:
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]
             raise CheckError(f"the exported checkpoint does not load in plain transformers: {last}")
-        found = [load_file(answer) for answer in answers]
+        results = [load_file(answer) for answer in answers]
     numbers = range(len(prompts.rows))
-    return [Answers([row[f"logits.{i}"] for i in numbers], [row[f"greedy.{i}"] for i in numbers]) for row in found]
+    return [
+        ModelOutputs([row[f"logits.{i}"] for i in numbers], [row[f"greedy.{i}"] for i in numbers]) for row in results
+    ]
 
 
-def compare(expected: Answers, found: Answers, dtype: str) -> dict[str, Any]:
+def compare(expected: ModelOutputs, reloaded: ModelOutputs, dtype: str) -> dict[str, Any]:
     """Largest and mean logit difference, the logits' scale, generations that agree, and the verdict.
 
     The verdict is a largest difference within `FLOAT32_TOLERANCE` and all generations identical; for weights in half
     precision within `HALF_TOLERANCE` of the scale, and generations are reported and not required: rounded weights may
     flip a near-tie.
     """
-    gaps = [(mine - other).abs() for mine, other in zip(expected.logits, found.logits, strict=True)]
+    gaps = [(mine - other).abs() for mine, other in zip(expected.logits, reloaded.logits, strict=True)]
     # torch's max, unlike Python's, does not lose a NaN on the way.
     scale = torch.stack([logits.abs().max() for logits in expected.logits]).max().item()
     largest = torch.stack([gap.max() for gap in gaps]).max().item()
-    same = sum(torch.equal(mine, other) for mine, other in zip(expected.greedy, found.greedy, strict=True))
+    same = sum(torch.equal(mine, other) for mine, other in zip(expected.greedy, reloaded.greedy, strict=True))
     exact = dtype == "float32"
     tolerance = FLOAT32_TOLERANCE if exact else HALF_TOLERANCE * scale
     return {
@@ -246,9 +254,9 @@ def export(
     _require_size(max_shard_size)
     require_new_folder(target, "choose another folder")
     origin = origin or Origin()
-    prompts = prompts_of(tokenizer, task, n_prompts, new_tokens)
+    prompts = export_prompts(tokenizer, task, n_prompts, new_tokens)
     notify(f"logits and generations of the adapted model on {len(prompts.rows)} prompts")
-    expected = answers_of(model, prompts, progress)
+    expected = model_outputs(model, prompts, progress)
     notify("folding the adapter into stock weights")
     source = copy.deepcopy(model.config)
     folded = fold(model).to(stored)  # type: ignore[arg-type]
@@ -259,7 +267,7 @@ def export(
         notify(f"writing {dtype} weights")
         write_stock(folded, tokenizer, temporary, max_shard_size)
         notify(f"reloading them in a process of its own, and comparing {len(prompts.rows)} prompts")
-        result = compare(expected, answers_elsewhere([temporary], prompts)[0], dtype)
+        result = compare(expected, reload_in_subprocess([temporary], prompts)[0], dtype)
         if not result["passed"]:
             raise CheckError(
                 f"the exported checkpoint differs: largest logit difference {result['max_logit_difference']:.3g} "
@@ -286,9 +294,6 @@ def export_adapter(run: Path, target: Path) -> dict[str, Any]:
             free.
         CheckError: the adapter's weights cannot be read, or hold numbers that are not finite.
     """
-    from headtune.train.config import recipe as recipes
-    from headtune.train.tracking.follow_up import tracked_export
-
     if not (run / "recipe.yaml").is_file():
         raise InputError(f"{str(run)!r} is not a run: it holds no recipe.yaml; give a folder that headtune train wrote")
     if not (run / "adapter" / "adapter_config.json").is_file():
@@ -297,33 +302,31 @@ def export_adapter(run: Path, target: Path) -> dict[str, Any]:
             "without --adapter"
         )
     require_new_folder(target, "choose another folder")
-    recipe = recipes.load_recipe(str(run / "recipe.yaml"))
+    recipe = load_recipe(str(run / "recipe.yaml"))
     origin = origin_of(run, recipe.dump())
     return tracked_export(run, recipe, target, lambda: _write_adapter(run, target, origin))
 
 
 def _write_adapter(run: Path, target: Path, origin: Origin) -> dict[str, Any]:
-    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-
     config = read_state(run / "adapter" / "adapter_config.json")
     config |= {"base_model_name_or_path": origin.base, "revision": origin.revision}
     for name, tensor in read_adapter(run / "adapter").items():
         if not tensor.isfinite().all():
             raise CheckError(f"the adapter's {name} holds numbers that are not finite")
     module = PEFT_TYPE_TO_CONFIG_MAPPING[config["peft_type"]].__module__
-    own = "headtune.train" if module.startswith("headtune.train.") else None
-    result = {"adapter": config["peft_type"], "import_first": own, **origin.summary()}
+    import_first = "headtune.train" if module.startswith("headtune.train.") else None
+    result = {"adapter": config["peft_type"], "import_first": import_first, **origin.summary()}
     if target.is_dir():
         target.rmdir()
     with atomic_folder(target) as temporary:
         (temporary / ADAPTER).write_bytes((run / "adapter" / ADAPTER).read_bytes())
         write_json(temporary / "adapter_config.json", config)
-        write_text(temporary / "README.md", adapter_card(origin, own))
+        write_text(temporary / "README.md", adapter_card(origin, import_first))
         _finish(temporary, result)
     return result
 
 
-@libraries_quiet()
+@silence_libraries()
 def export_run(
     run: Path | str,
     target: Path | str,
@@ -338,9 +341,6 @@ def export_run(
     Raises:
         InputError, CheckError: as `export`, and where the folder is not a finished run.
     """
-    from headtune.train.runs.load_run import load_run
-    from headtune.train.tracking.follow_up import tracked_export
-
     run, target = Path(run), Path(target)
     parse_dtype(dtype)  # what is refused is refused before a model is loaded
     _require_size(max_shard_size)
@@ -368,9 +368,6 @@ def export_run(
 
 def _held_out(block: TaskConfig, n: int) -> Task:
     """The held-out prompts to choose `n` from, however few the run was evaluated on; `n` of a sequence's by turns."""
-    from headtune.train.config.resolve_tasks import tasks_of
-    from headtune.train.continual.sequence import steps_of
-
     block = block.model_copy(update={"max_eval_examples": None})
     if block.sequence is None:
         return tasks_of(block)[1]

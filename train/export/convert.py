@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
@@ -91,8 +92,6 @@ def _require_stock(model: PreTrainedModel) -> None:
 
 def _separate_trained_embeddings(base: PreTrainedModel) -> None:
     """Give a tied embedding weights of its own where an adapter trains it: its twin is not to change with it."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
     for embedding in (base.get_input_embeddings(), base.get_output_embeddings()):
         if isinstance(embedding, BaseTunerLayer):
             layer: Any = embedding.get_base_layer()
@@ -199,8 +198,8 @@ def _as_twin(config: PreTrainedConfig, family: str) -> PreTrainedConfig:
         raise InputError(
             f"this {config.model_type} {reason}; {family}, which could carry an offset, does not: {ALTERNATIVE}"
         )
-    known = AutoConfig.for_model(family).to_dict().keys() - _IDENTITY
-    values = {name: value for name, value in config.to_dict().items() if name in known}
+    config_keys = AutoConfig.for_model(family).to_dict().keys() - _IDENTITY
+    values = {name: value for name, value in config.to_dict().items() if name in config_keys}
     try:
         return AutoConfig.for_model(family, **(values | {"rope_parameters": rope}))
     except StrictDataclassError as error:  # sizes that the other family does not allow

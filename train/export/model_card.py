@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from huggingface_hub import try_to_load_from_cache
 
 from headtune.analysis.models import builtin
 from headtune.analysis.utils.paths import check_links_stay_inside
 from headtune.analysis.utils.secrets import redact
 from headtune.analysis.utils.state_files import read_state
 from headtune.train.runs.load_run import OWN
-from headtune.train.tracking.lineage import made_from
+from headtune.train.tracking.lineage import input_artifacts
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _LICENCE_KEYS = ("license", "license_name", "license_link")
@@ -40,7 +41,7 @@ class Origin:
             none.
         training_data: the run's account of it, with a hash where the run has one.
         evaluation: the content of evaluation.json, or {}.
-        inputs: what the export is made from, kind -> `{"name", "sha256"}` (see `lineage.made_from`).
+        inputs: what the export is made from, kind -> `{"name", "sha256"}` (see `lineage.input_artifacts`).
     """
 
     run: str = ""
@@ -101,7 +102,7 @@ def origin_of(run: Path, recipe: Mapping[str, Any]) -> Origin:
         heads=state.get("heads", []),
         training_data=state.get("training_data", {}),
         evaluation=read("evaluation.json"),
-        inputs=made_from(run, state),
+        inputs=input_artifacts(run, state),
     )
 
 
@@ -118,15 +119,13 @@ def licence_of(base: str, revision: str | None = None) -> dict[str, str]:
         return {"license": "other", "license_name": name.lower().replace(" ", "-"), "license_link": f"https://{link}"}
     path = Path(base) / "README.md"
     if not path.is_file() and is_hub_id(base):
-        from huggingface_hub import try_to_load_from_cache
-
         cached = try_to_load_from_cache(base, "README.md", revision=revision)
         path = Path(cached) if isinstance(cached, str) else path
     if not path.is_file():
         return {}
-    found = re.match(r"---\s*\n(.*?)\n---\s*(\n|$)", path.read_text(encoding="utf-8"), re.DOTALL)
+    match = re.match(r"---\s*\n(.*?)\n---\s*(\n|$)", path.read_text(encoding="utf-8"), re.DOTALL)
     try:
-        matter = yaml.safe_load(found.group(1)) if found else None
+        matter = yaml.safe_load(match.group(1)) if match else None
     except yaml.YAMLError:
         return {}
     if not isinstance(matter, dict):
@@ -230,8 +229,8 @@ def _about(origin: Origin) -> list[str]:
         weights = f" (SHA-256 of its weights as loaded: `{sha}`)" if sha else ""
         lines += [f"Base model: `{origin.base}`{revision}{weights}.", ""]
     licence = licence_of(origin.base, origin.revision)
-    known = f"{licence.get('license_name', licence.get('license'))}, that of the base model"
-    lines += [f"Licence: {known if licence else 'not known here; that of the base model applies'}.", ""]
+    licence_name = f"{licence.get('license_name', licence.get('license'))}, that of the base model"
+    lines += [f"Licence: {licence_name if licence else 'not known here; that of the base model applies'}.", ""]
     if origin.method:
         heads = ", ".join(f"L{layer}H{head}" for layer, head in origin.heads)
         done = "held" if origin.tasks else "changed"

@@ -272,7 +272,7 @@ def dropout_of(module: nn.Module) -> str | None:
     return None
 
 
-def told_of_dropout(model: nn.Module, compared: str, notify: Notify) -> None:
+def warn_of_dropout(model: nn.Module, compared: str, notify: Notify) -> None:
     """Say so where a model drops at random what is compared with the pass of a model that does not."""
     parts = (module for name, module in model.named_modules() if "lora_dropout" not in name)
     if drops := next(filter(None, map(dropout_of, parts)), None):

@@ -38,7 +38,7 @@ def answer_set(logits: Tensor, remaining: Tensor, previous: Tensor, unlikelihood
     }
 
 
-def retention(logits: Tensor, reference: Tensor) -> Tensor:
+def kl_to_base(logits: Tensor, reference: Tensor) -> Tensor:
     """`mean KL(base || adapted)` in nats: what the base model would say next where no answer is due.
 
     Args:

@@ -24,7 +24,7 @@ from torch import Tensor
 from headtune.analysis.models.attention import IMPLEMENTATION, AttentionCall, head_log_rows, look_with
 from headtune.analysis.utils.errors import CheckError, InputError
 
-from .answer_set import retention
+from .answer_set import kl_to_base
 
 Reduction = Literal["mean", "sum"]
 
@@ -225,7 +225,7 @@ def logit_kl(student_logits: Tensor, teacher_logits: Tensor | TopLogits, top: in
             )
         teacher_logits = teacher_logits.to(student_logits.device).detach()
         if top is None:
-            return retention(student_logits, teacher_logits)
+            return kl_to_base(student_logits, teacher_logits)
         teacher_logits = top_logits(teacher_logits, top)
     elif top is not None:
         raise InputError(f"top={top} of a teacher that already keeps its top {teacher_logits.logits.shape[-1]}")
@@ -235,4 +235,4 @@ def logit_kl(student_logits: Tensor, teacher_logits: Tensor | TopLogits, top: in
         raise InputError(f"teacher logits of {len(tokens)} positions for {len(student)} of the student")
     rest = student.scatter(-1, tokens, float("-inf")).logsumexp(-1, keepdim=True)
     buckets = torch.cat([teacher_logits.logits.float(), teacher_logits.rest.float()[:, None]], -1)
-    return retention(torch.cat([student.gather(-1, tokens), rest], -1), buckets)
+    return kl_to_base(torch.cat([student.gather(-1, tokens), rest], -1), buckets)

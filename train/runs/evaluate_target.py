@@ -114,7 +114,7 @@ def evaluate_target(
     # Here, so that what `target_of` refuses is refused before transformers and PEFT are imported.
     from headtune.analysis.models.loading import wrap_model
     from headtune.train.evaluation.evaluate import evaluate
-    from headtune.train.tracking.follow_up import keep_evaluation
+    from headtune.train.tracking.post_run_jobs import keep_evaluation
 
     model, tokenizer = _load(target)
     task, interventions = target.task, last_layer.parse(target.knobs)

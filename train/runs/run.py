@@ -31,6 +31,7 @@ from headtune.analysis.utils.files import leftovers, require_new_folder, write_j
 from headtune.analysis.utils.processes import is_main
 from headtune.analysis.utils.progress import Notify
 from headtune.analysis.utils.state_files import mend_lines, read_state
+from headtune.analysis.utils.verbosity import silence_libraries
 from headtune.train.config import recipe as recipes
 from headtune.train.config.resolve_heads import ResolvedHeads, keep_heads, resolve_heads
 from headtune.train.config.resolve_tasks import tasks_of
@@ -39,7 +40,7 @@ from headtune.train.continual import sequence
 from headtune.train.evaluation.evaluate import check_generation_length
 from headtune.train.evaluation.evaluation_file import (
     evaluation_identity,
-    flat,
+    flatten_metrics,
     measure,
     peak_memory,
     read_before,
@@ -49,8 +50,7 @@ from headtune.train.evaluation.multiple_choice import require_choices
 from headtune.train.methods.base import method_of
 from headtune.train.tracking import lineage, media
 from headtune.train.tracking.tracker import METRICS, Tracker
-from headtune.train.trainer import attach_regularisers, failures, signals, training, trl_trainers
-from headtune.train.trainer.quiet import libraries_quiet
+from headtune.train.trainer import attach_regularisers, failures, signals, training, training_rows
 
 from . import first_stage
 from .load_run import _saved, _warn_of_code
@@ -77,7 +77,7 @@ def _state_file(folder: Path, content: dict[str, Any], main: bool) -> Iterator[d
     write("done")
 
 
-@libraries_quiet()
+@silence_libraries()
 def run_recipe(
     recipe: Recipe,
     resume: bool = False,
@@ -99,7 +99,7 @@ def run_recipe(
         CheckError: training diverged, the disk is full, memory does not suffice, a file of the run is damaged.
         Interrupted: SIGTERM or SIGINT came (see `interruption`).
     """
-    with signals.watched(recipe.folder), failures.in_one_line(recipe.folder):
+    with signals.watched(recipe.folder), failures.explained_failures(recipe.folder):
         return _run(recipe, resume, progress, notify)
 
 
@@ -143,7 +143,7 @@ def _run(recipe: Recipe, resume: bool, progress: pipeline.Progress, notify: Noti
         recipe.name,
         lineage.config_of(recipe),
         resume_id=saved.get("wandb_id"),
-        **lineage.filed(recipe, "train"),
+        **lineage.wandb_run_args(recipe, "train"),
     )
     state["wandb_id"] = tracker.wandb_id or saved.get("wandb_id")
     state.setdefault("inputs", lineage.inputs_of(recipe))
@@ -216,7 +216,7 @@ def _carry_out(
             notify("choosing heads")
             chosen = _choose(recipe, model, train, tracker, main, progress, notify)
     state["heads"] = [list(pair) for pair in chosen.pairs]
-    tracker.config(lineage.pinned(recipe.recipe, chosen.pairs, lineage.role_of(recipe.heads), None))
+    tracker.config(lineage.config_keys(recipe.recipe, chosen.pairs, lineage.role_of(recipe.heads), None))
     if main:
         write_json(folder / "run.json", state | {"state": "running"})
     if chosen.found is not None and main:
@@ -247,7 +247,7 @@ def _carry_out(
             notify(f"evaluating the base model on {len(held_out.examples)} held-out prompts")
             before, rows_before = measured(model.hf)
         write_evaluation(folder, identity, before, None, rows_before, [])
-        tracker.log(flat("before", before), step=0)
+        tracker.log(flatten_metrics("before", before), step=0)
 
     total = sum(p.numel() for p in model.hf.parameters())
     torch.manual_seed(recipe.seed)
@@ -268,8 +268,8 @@ def _carry_out(
     notify(f"evaluating the adapted model ({trained} parameters, {100 * trained / total:.4f}% of the model)")
     after, rows_after = measured(adapted)
     evaluation = write_evaluation(folder, identity, before, after, rows_before, rows_after)
-    tracker.log(flat("after", after))
-    tracker.summary({"parameters": trained, "parameters_share": trained / total} | flat("after", after))
+    tracker.log(flatten_metrics("after", after))
+    tracker.summary({"parameters": trained, "parameters_share": trained / total} | flatten_metrics("after", after))
     _show_products(recipe, state, evaluation, tracker)
     if chosen.found is not None:
         seen = folder / "portraits.json"
@@ -296,7 +296,7 @@ def _require_usable(recipe: Recipe, model: HeadModel, train: Task, held_out: Tas
         encode(train, model.tokenizer, model.positions)
     if objective in ("sft", "dpo"):
         rows = training.text_rows(recipe, model.tokenizer, train)
-        trl_trainers.check_row_length(train.name, rows, model.tokenizer, model.positions)
+        training_rows.check_row_length(train.name, rows, model.tokenizer, model.positions)
     require_choices(held_out)
     check_generation_length(model.hf, model.tokenizer, held_out, recipe.evaluation.n_items)
     if block is not None and block.identify is None and not block.learnt:
@@ -396,7 +396,7 @@ def _resumed_heads(folder: Path, state: Mapping[str, Any]) -> ResolvedHeads | No
 def _show_products(recipe: Recipe, state: Mapping[str, Any], evaluation: Mapping[str, Any], tracker: Tracker) -> None:
     """File what a run ended with: the heads and parameters of its adapter, before against after, its weights."""
     folder, heads, parameters = recipe.folder, state.get("heads"), state.get("parameters")
-    tracker.config(lineage.pinned(recipe.recipe, heads, lineage.role_of(recipe.heads), parameters))
+    tracker.config(lineage.config_keys(recipe.recipe, heads, lineage.role_of(recipe.heads), parameters))
     media.show_chosen(tracker, heads or [])
     media.show_evaluation(tracker, evaluation)
     if (folder / "adapter").is_dir():

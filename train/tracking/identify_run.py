@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .lineage import artifact_name, pinned
+from .lineage import artifact_name, config_keys
 from .media import show_heads
 from .tracker import Tracker
 
@@ -26,7 +26,7 @@ def track_identify(
         folder: where the result was saved; the maps are written there too.
     """
     heads = result.heads
-    config = pinned("identify", result.ranked(), " ".join(heads.roles), None)
+    config = config_keys("identify", result.ranked(), " ".join(heads.roles), None)
     config |= {"model": heads.model, "task": heads.task, "method": heads.method}
     with Tracker(
         folder,

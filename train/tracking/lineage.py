@@ -53,7 +53,7 @@ def artifact_name(text: str) -> str:
 # --- how a run is filed -----------------------------------------------------------------------------------------------
 
 
-def pinned(
+def config_keys(
     recipe: str, heads: Sequence[Sequence[int]] | None, role: str | None, parameters: int | None
 ) -> dict[str, Any]:
     """The configuration keys that every run has: `recipe`, `heads` ("L0H1 L2H0"), `K`, `role`, `parameters`.
@@ -83,7 +83,7 @@ def config_of(recipe: Recipe) -> dict[str, Any]:
     whole = recipe.dump()
     if "heads" in whole:
         whole[HEADS_BLOCK] = whole.pop("heads")
-    return whole | pinned(recipe.recipe, None, role_of(recipe.heads), None)
+    return whole | config_keys(recipe.recipe, None, role_of(recipe.heads), None)
 
 
 def group_of(recipe: Recipe) -> str:
@@ -96,7 +96,7 @@ def group_of(recipe: Recipe) -> str:
     return f"{recipe.recipe}-{hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:6]}"
 
 
-def filed(recipe: Recipe, job_type: str) -> dict[str, Any]:
+def wandb_run_args(recipe: Recipe, job_type: str) -> dict[str, Any]:
     """Where the runs of a recipe are filed: arguments of `tracking.Tracker`."""
     return {
         "project": recipe.tracking.project,
@@ -131,7 +131,7 @@ def inputs_of(recipe: Recipe) -> dict[str, dict[str, str]]:
     return {"heads": {"name": heads_name(path), "sha256": sha256_of(path)}} if path else {}
 
 
-def made_from(run: Path, state: Mapping[str, Any]) -> dict[str, dict[str, str]]:
+def input_artifacts(run: Path, state: Mapping[str, Any]) -> dict[str, dict[str, str]]:
     """What an export or a measurement of a finished run is made from: its heads and its adapter, or its model.
 
     Args:
@@ -141,16 +141,16 @@ def made_from(run: Path, state: Mapping[str, Any]) -> dict[str, dict[str, str]]:
         `{"heads": {"name", "sha256"}, "adapter": {"name", "sha256"}}`. The heads are those that the run was given,
         else those it chose itself.
     """
-    found: dict[str, dict[str, str]] = {}
+    inputs: dict[str, dict[str, str]] = {}
     if (run / "heads.json").is_file():
-        found["heads"] = {"name": heads_name(run / "heads.json"), "sha256": sha256_of(run / "heads.json")}
-    found |= {kind: dict(entry) for kind, entry in state.get("inputs", {}).items()}
+        inputs["heads"] = {"name": heads_name(run / "heads.json"), "sha256": sha256_of(run / "heads.json")}
+    inputs |= {kind: dict(entry) for kind, entry in state.get("inputs", {}).items()}
     for kind in ("adapter", "model"):
         if (run / kind).is_dir():
-            found[kind] = {"name": artifact_name(f"{state.get('name', run.name)}-{kind}")}
-            found[kind]["sha256"] = tree_sha256(run / kind, run)
+            inputs[kind] = {"name": artifact_name(f"{state.get('name', run.name)}-{kind}")}
+            inputs[kind]["sha256"] = tree_sha256(run / kind, run)
             break
-    return found
+    return inputs
 
 
 def digests(inputs: Mapping[str, Mapping[str, str]]) -> dict[str, str]:

@@ -26,7 +26,7 @@ def write_run_page(recipe: Recipe, folder: Path, evaluation: Mapping[str, Any]) 
     head_report.write_run_report(folder / "report.html", evaluation, recipe.to_yaml(), lead, recipe.name)
 
 
-def show_heads(tracker: Tracker, found: HeadSet, means: Mapping[str, Any], folder: Path, artifact: str) -> None:
+def show_heads(tracker: Tracker, head_set: HeadSet, means: Mapping[str, Any], folder: Path, artifact: str) -> None:
     """Images `heads/<score>`, tables `heads/scores` (every head) and `heads/ranked`, and heads.json as an artifact.
 
     Args:
@@ -35,18 +35,18 @@ def show_heads(tracker: Tracker, found: HeadSet, means: Mapping[str, Any], folde
         artifact: its name.
     """
     if means:
-        for name, path in heat_maps.heat_maps(dict(means), found, folder).items():
+        for name, path in heat_maps.heat_maps(dict(means), head_set, folder).items():
             tracker.image(f"heads/{name}", path)
         shape = next(iter(means.values())).shape
         pairs = [(layer, head) for layer in range(shape[0]) for head in range(shape[1])]
         scores = [
-            [f"L{layer}H{head}", layer, head, *(float(of[layer, head]) for of in means.values())]
+            [f"L{layer}H{head}", layer, head, *(float(values[layer, head]) for values in means.values())]
             for layer, head in pairs
         ]
         tracker.table("heads/scores", ["name", "layer", "head", *means], scores)
     rows = [
         [role, entry.name, entry.layer, entry.head, entry.score, *(entry.ci or (None, None))]
-        for role, entries in found.roles.items()
+        for role, entries in head_set.roles.items()
         for entry in entries
     ]
     tracker.table("heads/ranked", ["role", "name", "layer", "head", "score", "low", "high"], rows)

@@ -271,10 +271,10 @@ class Stage:
 
     def log(self, values: Mapping[str, float], step: int | None = None) -> None:
         """As `Tracker.log`; the line's own step is null, for it counts the training proper."""
-        own = {f"{self._name}/{key.removeprefix('train/')}": value for key, value in values.items()}
-        for key in own:
+        numbers = {f"{self._name}/{key.removeprefix('train/')}": value for key, value in values.items()}
+        for key in numbers:
             self._tracker.axis(key, f"{self._name}/step")
-        self._tracker.log(own | ({} if step is None else {f"{self._name}/step": step}))
+        self._tracker.log(numbers | ({} if step is None else {f"{self._name}/step": step}))
 
 
 def trainer_callback(tracker: Logs, done: int = 0) -> TrainerCallback:
@@ -307,17 +307,17 @@ def without_secrets(config: Mapping[str, Any]) -> dict[str, Any]:
     """A copy of `config` that JSON can hold: no entries named like a secret at any depth, no secrets seen in values."""
     dropped: list[str] = []
 
-    def clean(value: Any, where: str) -> Any:
+    def clean(value: Any, prefix: str) -> Any:
         if isinstance(value, Mapping):
-            kept = {}
+            result = {}
             for key, entry in value.items():
                 if is_secret_name(str(key)):
-                    dropped.append(f"{where}{key}")
+                    dropped.append(f"{prefix}{key}")
                 else:
-                    kept[redact(str(key))] = clean(entry, f"{where}{key}.")
-            return kept
+                    result[redact(str(key))] = clean(entry, f"{prefix}{key}.")
+            return result
         if isinstance(value, list | tuple | set | frozenset):
-            return [clean(entry, where) for entry in value]
+            return [clean(entry, prefix) for entry in value]
         return value if value is None or isinstance(value, bool | int | float) else redact(str(value))
 
     result: dict[str, Any] = clean(config, "")

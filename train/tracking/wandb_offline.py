@@ -3,6 +3,10 @@
 A run without a network is a folder `wandb/offline-run-<time>-<id>` with one file `run-<id>.wandb`: a header of 7 bytes
 and records in blocks of 32 KiB, as in LevelDB's log, each a protobuf message of W&B's. `wandb sync` leaves
 `run-<id>.wandb.synced` beside it. wandb is imported when such a file is read.
+
+The file is read here, since W&B's own commands tell less or take longer (0.31): `wandb sync --dry-run` lists names
+alone, `wandb leet inspect` starts a program that takes seconds a file, and whether a file has its end is asked after
+every run.
 """
 
 from __future__ import annotations
@@ -63,15 +67,15 @@ def offline_runs(folder: Path) -> list[OfflineRun]:
 
 def read(file: Path) -> OfflineRun:
     """What an offline run's file says of it. One that was cut off in the middle is read up to there."""
-    folder, told, steps, ended = file.parent, {}, 0, False
+    folder, run_fields, steps, ended = file.parent, {}, 0, False
     size = sum(path.stat().st_size for path in (folder / "files").rglob("*") if path.is_file()) + file.stat().st_size
     missing: list[str] = []
     for record in records(file):
         kind = record.WhichOneof("record_type")
         if kind == "run":
-            of = record.run
-            told = {"name": of.display_name, "project": of.project, "entity": of.entity}
-            told |= {"group": of.run_group, "job_type": of.job_type, "id": of.run_id}
+            run = record.run
+            run_fields = {"name": run.display_name, "project": run.project, "entity": run.entity}
+            run_fields |= {"group": run.run_group, "job_type": run.job_type, "id": run.run_id}
         elif kind == "history":
             steps = max([steps, *(int(step) for step in _steps(record.history))])
         elif kind == "artifact":
@@ -85,12 +89,12 @@ def read(file: Path) -> OfflineRun:
     state = "ready"
     if file.with_suffix(".wandb.synced").exists():
         state = "synced"
-    elif not told:
+    elif not run_fields:
         state = "unreadable"
     elif not ended and time.time() - file.stat().st_mtime < LIVE:
         state = "going on"
-    own = {"id": file.stem.removeprefix("run-")} | told
-    return OfflineRun(folder, steps=steps, upload_bytes=size, missing=tuple(missing), state=state, **own)
+    fields = {"id": file.stem.removeprefix("run-")} | run_fields
+    return OfflineRun(folder, steps=steps, upload_bytes=size, missing=tuple(missing), state=state, **fields)
 
 
 def has_end(file: Path) -> bool:
@@ -161,8 +165,8 @@ def sync(parts: Sequence[OfflineRun]) -> str:
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=parts[0].folder)
     if done.returncode == 0 and all(read_state(part) for part in parts):
         return ""
-    said = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
-    return redact(said[-1].strip()) if said else f"wandb sync ended with exit code {done.returncode}"
+    lines = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
+    return redact(lines[-1].strip()) if lines else f"wandb sync ended with exit code {done.returncode}"
 
 
 def read_state(part: OfflineRun) -> bool:

@@ -18,7 +18,7 @@ from headtune.train.config import methods
 from headtune.train.config.resolve_heads import resolve_heads
 from headtune.train.config.schema import Recipe
 from headtune.train.losses import regularisers
-from headtune.train.losses.activation_capture import told_of_dropout
+from headtune.train.losses.activation_capture import warn_of_dropout
 from headtune.train.losses.weight_penalties import fisher_diagonal
 from headtune.train.tuners import head_pruning
 from headtune.train.tuners.head_weights import held_slices
@@ -30,10 +30,10 @@ Pairs = Sequence[tuple[int, int]]
 
 def combined(*parts: Any) -> Any:
     """One penalty of several; None where there is none."""
-    given = [part for part in parts if part is not None]
-    if len(given) < 2:
-        return given[0] if given else None
-    return _Combined(given)
+    penalties = [part for part in parts if part is not None]
+    if len(penalties) < 2:
+        return penalties[0] if penalties else None
+    return _Combined(penalties)
 
 
 class _Combined:
@@ -70,13 +70,13 @@ def require_usable(recipe: Recipe, model: HeadModel, train: Task) -> None:
     if stiff:
         rows_of(_fisher_task(recipe, train, stiff[0]), model.tokenizer, 0, recipe.seed)
     for term in terms:
-        own = resolve_heads(term.heads, model, train, notify=lambda _line: None).pairs if term.heads else [(0, 0)]
+        pairs = resolve_heads(term.heads, model, train, notify=lambda _line: None).pairs if term.heads else [(0, 0)]
         if not isinstance(term, methods.PruneGates):
-            regularisers.Regularisers(model, [_spec(term, own)], fisher={})
+            regularisers.Regularisers(model, [_spec(term, pairs)], fisher={})
 
 
 @contextlib.contextmanager
-def held(
+def with_regularisers(
     recipe: Recipe, model: HeadModel, pairs: Pairs, train: Task, trainer: Any, notify: Notify
 ) -> Iterator[head_pruning.HeadGates | None]:
     """Inside the block the trainer's loss has the recipe's regularisers.
@@ -98,35 +98,35 @@ def held(
     ]
     gates: head_pruning.HeadGates | None = None
     specs: list[regularisers.Spec] = []
-    for term, of in terms:
+    for term, heads in terms:
         if isinstance(term, methods.PruneGates):
-            gates = head_pruning.attach(trainer.model, of)
+            gates = head_pruning.attach(trainer.model, heads)
             trainer.rates = {**trainer.rates, head_pruning.NAME: term.learning_rate}
             trainer.add_callback(head_pruning.GatesInCheckpoints())
             price = head_pruning.l0_penalty(gates, term.weight, term.warmup, term.sparsity)
             trainer.penalty = combined(trainer.penalty, price)
         else:
-            specs.append(_spec(term, of))
-    with contextlib.ExitStack() as during:
+            specs.append(_spec(term, heads))
+    with contextlib.ExitStack() as exit_stack:
         if specs:
             if any(isinstance(spec, regularisers.AttentionKl | regularisers.NegativeAttention) for spec in specs):
-                during.enter_context(_recorded(model))
+                exit_stack.enter_context(_recorded(model))
             activations = regularisers.AttentionKl | regularisers.OutputDrift
             compared = [
                 spec.kind for spec in specs if isinstance(spec, activations) or getattr(spec, "role", None) == "recall"
             ]
             if compared:
-                told_of_dropout(model.hf, " and ".join(compared), notify)
+                warn_of_dropout(model.hf, " and ".join(compared), notify)
             watching = regularisers.Regularisers(
                 model, specs, fisher=_fisher(recipe, model, train, terms, trainer.model, notify)
             )
-            during.enter_context(watching.installed())
+            exit_stack.enter_context(watching.installed())
             trainer.penalty = combined(trainer.penalty, watching)
-            during.callback(_tell_skipped, watching, notify)
+            exit_stack.callback(_report_skipped, watching, notify)
         yield gates
 
 
-def _tell_skipped(watching: regularisers.Regularisers, notify: Notify) -> None:
+def _report_skipped(watching: regularisers.Regularisers, notify: Notify) -> None:
     for name in watching.specs:
         if skipped := watching.counts[f"{name}.skipped"]:
             notify(
@@ -138,9 +138,9 @@ def _terms(recipe: Recipe) -> Sequence[methods.AnyRegulariser]:
     return getattr(recipe.method, "regularisers", [])
 
 
-def _spec(term: methods.AnyRegulariser, of: Pairs) -> regularisers.Spec:
+def _spec(term: methods.AnyRegulariser, heads: Pairs) -> regularisers.Spec:
     """The penalty that a block of the recipe means, on these heads."""
-    common: dict[str, Any] = {"heads": of, "weight": term.weight, "schedule": term.schedule, "warmup": term.warmup}
+    common: dict[str, Any] = {"heads": heads, "weight": term.weight, "schedule": term.schedule, "warmup": term.warmup}
     match term:
         case methods.AttentionKl():
             return regularisers.AttentionKl(**common, rows=term.rows)
@@ -186,14 +186,14 @@ def _fisher(
     Args:
         trained: what is trained: `model.hf`, or the PeftModel around it.
     """
-    stiff = [(term, of) for term, of in terms if isinstance(term, methods.WeightDrift) and term.fisher]
+    stiff = [(term, heads) for term, heads in terms if isinstance(term, methods.WeightDrift) and term.fisher]
     if not stiff:
         return None
     task = _fisher_task(recipe, train, stiff[0][0])
     notify(f"Fisher information on {len(task.examples)} prompts of {task.name}")
     rows = [row.plain for row in rows_of(task, model.tokenizer, 0, recipe.seed)]
-    wanted = {slices.weight for term, of in stiff for slices in held_slices(model, of, term.parts)}
+    weights = {slices.weight for term, heads in stiff for slices in held_slices(model, heads, term.parts)}
     names = {name: name.replace(".base_layer", "") for name, _ in model.hf.named_parameters()}
     with trained.disable_adapter() if isinstance(trained, PeftModel) else contextlib.nullcontext():
-        found = fisher_diagonal(model.hf, rows, [name for name, plain in names.items() if plain in wanted])
-    return {names[name]: value for name, value in found.items()}
+        fisher = fisher_diagonal(model.hf, rows, [name for name, plain in names.items() if plain in weights])
+    return {names[name]: value for name, value in fisher.items()}

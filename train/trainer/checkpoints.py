@@ -38,15 +38,15 @@ def newest(folder: Path, notify: Notify) -> Path | None:
     Args:
         notify: told which it is, and of each newer one that is passed over, with the reason.
     """
-    found: list[Path | None] = [None]
+    result: list[Path | None] = [None]
     alone = not (distributed.is_available() and distributed.is_initialized())
     if alone or distributed.get_rank() == 0:
-        found = [_newest(folder, notify)]
+        result = [_newest(folder, notify)]
     if not alone:
-        distributed.broadcast_object_list(found)
-    if found[0] is not None:
-        notify(f"going on from {found[0]}")
-    return found[0]
+        distributed.broadcast_object_list(result)
+    if result[0] is not None:
+        notify(f"going on from {result[0]}")
+    return result[0]
 
 
 def _newest(folder: Path, notify: Notify) -> Path | None:
@@ -62,7 +62,7 @@ def _newest(folder: Path, notify: Notify) -> Path | None:
 def by_step(folder: Path) -> dict[int, Path]:
     """The folders called `checkpoint-N`, whole or not, by N."""
     named = ((re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in folder.glob("checkpoint-*"))
-    return {int(found.group(1)): path for found, path in named if found and path.is_dir()}
+    return {int(match.group(1)): path for match, path in named if match and path.is_dir()}
 
 
 def damage(checkpoint: Path, notify: Notify) -> str | None:
@@ -148,14 +148,14 @@ class Mark(TrainerCallback):
         if not self.limit or self.limit < 0:
             return
         older = {step: path for step, path in by_step(folder).items() if step < state.global_step}
-        kept: set[Path] = set()
+        complete: set[Path] = set()
         for step in sorted(older, reverse=True):  # of the newest ones that are whole
             marked = (older[step] / MARK).is_file()
-            if len(kept) < self.limit - 1 and marked and damage(older[step], lambda _line: None) is None:
-                kept.add(older[step])
+            if len(complete) < self.limit - 1 and marked and damage(older[step], lambda _line: None) is None:
+                complete.add(older[step])
         if state.best_model_checkpoint:
-            kept.add(Path(state.best_model_checkpoint))
+            complete.add(Path(state.best_model_checkpoint))
         for path in older.values():
-            if path not in kept:
+            if path not in complete:
                 (path / MARK).unlink(missing_ok=True)  # first: what is half removed is not resumed from
                 shutil.rmtree(path, ignore_errors=True)

@@ -32,7 +32,7 @@ _MEMORY = re.compile(r"out of memory|can't allocate memory|cannot allocate memor
 
 
 @contextlib.contextmanager
-def in_one_line(folder: Path) -> Iterator[None]:
+def explained_failures(folder: Path) -> Iterator[None]:
     """Inside the block, where a run in `folder` goes on, what the machine refuses is told in one line.
 
     Raises:
@@ -70,8 +70,8 @@ def _line(error: BaseException, folder: Path) -> str | None:
     number = _disk_error(error, folder)
     if number is None:
         return None
-    where = getattr(error, "filename", None) or folder
-    return f"cannot write {str(where)!r}: {os.strerror(number)}; {_DISK[number]}, then {again}"
+    path = getattr(error, "filename", None) or folder
+    return f"cannot write {str(path)!r}: {os.strerror(number)}; {_DISK[number]}, then {again}"
 
 
 def _disk_error(error: BaseException | None, folder: Path) -> int | None:
@@ -79,8 +79,8 @@ def _disk_error(error: BaseException | None, folder: Path) -> int | None:
     while error is not None:
         if isinstance(error, OSError) and error.errno in _DISK:
             return error.errno if error.errno not in _ALSO_READING or _inside(error.filename, folder) else None
-        if found := re.search(r"\(os error (\d+)\)", str(error)):  # safetensors
-            return int(found.group(1)) if int(found.group(1)) in _DISK else None
+        if match := re.search(r"\(os error (\d+)\)", str(error)):  # safetensors
+            return int(match.group(1)) if int(match.group(1)) in _DISK else None
         if "PytorchStreamWriter" in str(error) or "unexpected pos" in str(error):  # torch.save tells no reason
             return _reason_to_refuse(folder)
         error = error.__cause__ or error.__context__

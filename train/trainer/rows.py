@@ -16,7 +16,7 @@ from headtune.analysis.utils.errors import InputError
 
 
 @dataclass(frozen=True)
-class Row:
+class TrainingRow:
     """A prompt and its answer.
 
     Attributes:
@@ -38,7 +38,7 @@ class Row:
         return {"input_ids": list(self.input_ids), "labels": list(self.labels)}
 
 
-def rows_of(task: Task, tokenizer: PreTrainedTokenizerBase, index: int, seed: int) -> list[Row]:
+def rows_of(task: Task, tokenizer: PreTrainedTokenizerBase, index: int, seed: int) -> list[TrainingRow]:
     """The training rows of the `index`-th task: `prompt + answer + newline`, the loss on the answer and the newline.
 
     The answer is the best one; of a list, one drawn, seeded, from those not given yet.
@@ -58,11 +58,11 @@ def rows_of(task: Task, tokenizer: PreTrainedTokenizerBase, index: int, seed: in
                 "prompts at the end of a word"
             )
         labels = [-100] * len(prompt) + whole[len(prompt) :]
-        rows.append(Row(f"{index}-{place}", tuple(whole), tuple(labels)))
+        rows.append(TrainingRow(f"{index}-{place}", tuple(whole), tuple(labels)))
     return rows
 
 
-def padded(rows: Sequence[Row], pad: int, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+def padded(rows: Sequence[TrainingRow], pad: int, device: torch.device | str = "cpu") -> dict[str, Tensor]:
     """`input_ids`, `attention_mask` and `labels`, `[batch, longest]`, padded on the right."""
     return {
         "input_ids": filled([row.input_ids for row in rows], pad, device),

@@ -65,8 +65,8 @@ class _Watch:
         else:
             self.signum = signum
 
-    def interrupted(self, signum: int, where: str = "") -> Interrupted:
-        return Interrupted(signum, f"interrupted by {signal.Signals(signum).name}{where}; {advice(self.folder)}")
+    def interrupted(self, signum: int, folder: str = "") -> Interrupted:
+        return Interrupted(signum, f"interrupted by {signal.Signals(signum).name}{folder}; {advice(self.folder)}")
 
     def agree(self, device: torch.device) -> int:
         """The signal that any process has seen; 0 where none has."""

@@ -32,7 +32,15 @@ from headtune.train.tracking.tracker import Logs, Tracker, trainer_callback
 from headtune.train.tuners import head_pruning, weights_io
 from headtune.train.types import Penalty
 
-from . import attach_regularisers, checkpoints, signals, trl_trainers
+from . import (
+    answer_set_trainer,
+    attach_regularisers,
+    checkpoints,
+    on_policy_lists,
+    penalised_trainers,
+    signals,
+    training_rows,
+)
 from .prefix_cache import PrefixCache, lowest_trained, refusal
 
 Pairs = Sequence[tuple[int, int]]
@@ -94,11 +102,11 @@ def text_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, train: Task) -
     method: Any = recipe.method
     part = train.limited(recipe.task.max_train_examples, recipe.seed)
     if method.objective == "dpo":
-        return trl_trainers.dpo_rows(part, method.dpo.pairs)
-    rows = trl_trainers.sft_rows(part, recipe.seed)
+        return training_rows.dpo_rows(part, method.dpo.pairs)
+    rows = training_rows.sft_rows(part, recipe.seed)
     if part.kind != "lists":
         return rows
-    return trl_trainers.open_rows(rows, tokenizer, whole=recipe.training.get("completion_only_loss") is False)
+    return training_rows.open_rows(rows, tokenizer, whole=recipe.training.get("completion_only_loss") is False)
 
 
 def material(recipe: Recipe, model: HeadModel, train: Task, state: dict[str, Any], notify: Notify) -> Material:
@@ -108,7 +116,7 @@ def material(recipe: Recipe, model: HeadModel, train: Task, state: dict[str, Any
     limit = recipe.task.max_train_examples
     if method.objective == "answer_set":
         notify("writing the model's own lists" if method.answer_set.own_lists else "preparing prompts")
-        task = trl_trainers.answer_set_task(
+        task = on_policy_lists.answer_set_task(
             model.hf,
             tokenizer,
             train,
@@ -120,13 +128,13 @@ def material(recipe: Recipe, model: HeadModel, train: Task, state: dict[str, Any
         )
         encoded = encode(task, tokenizer, model.positions)
         state["training_data"] = encoded.summary()
-        rows = trl_trainers.answer_set_rows(encoded)
-        collator = trl_trainers.AnswerSetCollator(tokenizer.pad_token_id)
+        rows = training_rows.answer_set_rows(encoded)
+        collator = answer_set_trainer.AnswerSetCollator(tokenizer.pad_token_id)
         own = {"train_dataset": rows, "data_collator": collator, "block": method.answer_set}
-        return Material(trl_trainers.AnswerSetTrainer, own, len(rows))
+        return Material(answer_set_trainer.AnswerSetTrainer, own, len(rows))
     rows, part = text_rows(recipe, tokenizer, train), train.limited(limit, recipe.seed)
     state["training_data"] = {"name": part.name, "sha256": part.sha256, "n_examples": len(part.examples)}
-    kind = trl_trainers.SFT if method.objective == "sft" else trl_trainers.DPO
+    kind = penalised_trainers.SFT if method.objective == "sft" else penalised_trainers.DPO
     return Material(kind, {"train_dataset": rows}, len(rows))
 
 
@@ -146,7 +154,7 @@ def train_with(
     """Train `model.hf` with an adapter of this configuration (None: the whole model); returns the finished trainer.
 
     Args:
-        held: a block around the training, given the trainer (see `holding.held`).
+        held: a block around the training, given the trainer (see `attach_regularisers`).
         everywhere: every process needs the trained model; otherwise rank 0 (see `engines.consolidated`).
 
     Raises:
@@ -275,7 +283,7 @@ def fit(
     @contextlib.contextmanager
     def held(trainer: Any) -> Iterator[None]:
         nonlocal gates
-        with attach_regularisers.held(recipe, model, pairs, train, trainer, notify) as gates:
+        with attach_regularisers.with_regularisers(recipe, model, pairs, train, trainer, notify) as gates:
             yield
 
     notify(f"training on {data.n_rows} {'pairs' if method.objective == 'dpo' else 'prompts'}")

@@ -10,8 +10,9 @@ import json
 from typing import Any
 
 from headtune.analysis.utils.processes import world_size
+from headtune.analysis.utils.verbosity import silence_model_libraries
 
-from ..arguments import Add, load_model_for, load_task_for, model_and_task_arguments, model_quiet, volume_arguments
+from ..arguments import Add, load_model_for, load_task_for, model_and_task_arguments, volume_arguments
 
 
 def add_parsers(add: Add) -> None:
@@ -65,7 +66,7 @@ def analyse_command(arguments: argparse.Namespace) -> int:
         options.setdefault("seed", arguments.seed)
     base.require_free(arguments.out)
     task = load_task_for(arguments)
-    model_quiet()
+    silence_model_libraries()
     result = base.run(arguments.name, load_model_for(arguments), task, console.progress, **options)
     base.write(result, arguments.out)
     if arguments.json:

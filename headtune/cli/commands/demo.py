@@ -7,7 +7,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ..arguments import Add, model_quiet, print_json, volume_arguments
+from headtune.analysis.utils.verbosity import silence_model_libraries
+
+from ..arguments import Add, print_json, volume_arguments
 
 RECIPE = "lofit/one_to_many"
 
@@ -59,7 +61,7 @@ def demo(out: Path | None = None, quick: bool = False) -> dict[str, Any]:
     console.notify(f"1/3 identify: which heads of {EMBEDDED} recall answers, which suppress those already given")
     task = load_task("one_to_many:train").limited(8 if quick else 96)
     top = 8 if quick else 16
-    model_quiet()
+    silence_model_libraries()
     result = identify(load_model(EMBEDDED), task, top=top, progress=console.progress)
     result.save(folder / "heads")
     track_identify(result, folder / "heads", group=folder.name)

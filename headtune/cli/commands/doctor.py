@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 
-from ..arguments import Add, model_quiet, print_json
+from headtune.analysis.utils.verbosity import silence_model_libraries
+
+from ..arguments import Add, print_json
 
 STYLES = (("ok", "green"), ("lacks", "yellow"), ("wrong", "bold red"))
 
@@ -18,7 +20,7 @@ def doctor_command(arguments: argparse.Namespace) -> int:
     import importlib.util
 
     if all(importlib.util.find_spec(name) for name in ("torch", "transformers")):
-        model_quiet()
+        silence_model_libraries()
     from ..installation import examine
 
     findings = examine()

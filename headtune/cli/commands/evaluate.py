@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ..arguments import Add, completed, model_quiet, positive, print_json, volume_arguments
+from headtune.analysis.utils.verbosity import silence_model_libraries
+
+from ..arguments import Add, completed, positive, print_json, volume_arguments
 
 
 def add_parsers(add: Add) -> None:
@@ -48,7 +50,7 @@ def evaluate_command(arguments: argparse.Namespace) -> int:
     target = target_of(arguments.target, arguments.task, arguments.kind, arguments.max_examples, arguments.knob)
     if arguments.out is not None:
         require_new_folder(arguments.out, "choose another --out")
-    model_quiet()
+    silence_model_libraries()
     from headtune.train.evaluation.multiple_choice import truthfulqa_preamble
 
     from ..console import console, notify, progress

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ..arguments import Add, completed, model_quiet, positive, print_json, volume_arguments
+from headtune.analysis.utils.verbosity import silence_model_libraries
+
+from ..arguments import Add, completed, positive, print_json, volume_arguments
 
 
 def add_parsers(add: Add) -> None:
@@ -26,7 +28,7 @@ def add_parsers(add: Add) -> None:
 
 
 def export_command(arguments: argparse.Namespace) -> int:
-    model_quiet()
+    silence_model_libraries()
     from headtune.train.export import checkpoint
 
     from ..console import console, notify, progress

@@ -13,13 +13,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from headtune.analysis.utils.processes import is_main, world_size
+from headtune.analysis.utils.verbosity import silence_model_libraries
 
 from ..arguments import (
     Add,
     load_model_for,
     load_task_for,
     model_and_task_arguments,
-    model_quiet,
     positive,
     volume_arguments,
 )
@@ -89,7 +89,7 @@ def identify_command(arguments: argparse.Namespace) -> int:
     require_new_folder(arguments.out, "choose another --out")
     controls = _controls(arguments.control)
     task = load_task_for(arguments)
-    model_quiet()
+    silence_model_libraries()
     from headtune.analysis.identify.pipeline import identify, partial_folder
     from headtune.analysis.methods.registry import parse_method_names
     from headtune.analysis.utils.errors import InputError

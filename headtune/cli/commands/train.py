@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from headtune.analysis.utils.processes import is_main, world_size
+from headtune.analysis.utils.verbosity import silence_model_libraries
 
-from ..arguments import Add, completed, model_quiet, print_json, recipe_arguments, volume_arguments
+from ..arguments import Add, completed, print_json, recipe_arguments, volume_arguments
 from .plan import gib
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ def train_command(arguments: argparse.Namespace) -> int:
     from headtune.train.config.recipe import load_recipe
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
-    model_quiet()
+    silence_model_libraries()
     from headtune.train.runs.run import run_recipe
 
     from .. import console, tables
@@ -88,7 +89,7 @@ def dry_run_command(arguments: argparse.Namespace) -> int:
     if arguments.config_file is not None:
         raise InputError("--dry-run is for one process; leave out --config_file (headtune plan estimates several)")
     recipe = load_recipe(arguments.recipe, arguments.overrides)
-    model_quiet()
+    silence_model_libraries()
     from headtune.train.runs.dry_run import dry_run
 
     from .. import console

@@ -28,7 +28,7 @@ from headtune.train.continual.replay import Replay, drawn, sample
 from headtune.train.losses.weight_penalties import WeightAnchor, fisher_diagonal
 from headtune.train.runs.load_run import load_run
 from headtune.train.tracking.tracker import Tracker
-from headtune.train.trainer.rows import Row, padded, rows_of
+from headtune.train.trainer.rows import TrainingRow, padded, rows_of
 from headtune.train.tuners import weights_io
 from helpers.tiny import FACTS, quick_among, tiny_model, tiny_tokenizer
 
@@ -78,8 +78,8 @@ def read(path: Path) -> Any:
 # --- the buffer -------------------------------------------------------------------------------------------------------
 
 
-def rows(n: int, index: int = 0) -> list[Row]:
-    return [Row(f"{index}-{place}", (1, 2, 3), (-100, -100, 3)) for place in range(n)]
+def rows(n: int, index: int = 0) -> list[TrainingRow]:
+    return [TrainingRow(f"{index}-{place}", (1, 2, 3), (-100, -100, 3)) for place in range(n)]
 
 
 def test_a_sample_is_random_and_at_least_one_row() -> None:
@@ -143,7 +143,7 @@ def model() -> HeadModel:
     return wrap_model(tiny_model("llama", num_key_value_heads=2), tiny_tokenizer())
 
 
-def eager(model: Any, row: Row) -> tuple[torch.Tensor, list[torch.Tensor]]:
+def eager(model: Any, row: TrainingRow) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Logits at label positions and every layer's attention, of one row without padding."""
     output = model(torch.tensor([row.input_ids]), output_attentions=True, use_cache=False)
     labelled = [at for at in range(row.length - 1) if row.labels[at + 1] != -100]
@@ -164,7 +164,7 @@ def test_the_loss_and_its_gradient_equal_their_definition(
 
         def compute_loss(self, model: Any, inputs: Any, *rest: Any, **more: Any) -> Any:
             loss = super().compute_loss(model, inputs, *rest, **more)
-            if self.held.teachers is not None and "loss" not in caught:
+            if self.continual.teachers is not None and "loss" not in caught:
                 again = self.last_again
                 if again or strategy == "lwf":
                     caught.update(loss=loss, trainer=self, rows=[self.rows[i] for i in inputs["row"]], again=again)
@@ -178,12 +178,12 @@ def test_the_loss_and_its_gradient_equal_their_definition(
         def _reference(self, model: Any) -> None:
             model.set_attn_implementation("eager")
             model.zero_grad()
-            method, held = self.method, self.held
+            method, continual = self.method, self.continual
             own = [eager(model, row)[0] for row in caught["rows"]]
             wanted = [torch.tensor([t for t in row.labels if t != -100]) for row in caught["rows"]]
             loss = torch.nn.functional.cross_entropy(torch.cat(own), torch.cat(wanted))
             if strategy == "lwf":
-                stored = torch.cat([held.teachers.logits(row.key) for row in caught["rows"]])
+                stored = torch.cat([continual.teachers.logits(row.key) for row in caught["rows"]])
                 p = stored.softmax(-1)
                 kl = (p * (stored.log_softmax(-1) - torch.cat(own).log_softmax(-1))).sum(-1).mean()
                 loss = loss + method.lwf_weight * kl
@@ -193,7 +193,7 @@ def test_the_loss_and_its_gradient_equal_their_definition(
                 logits = torch.cat([logits for logits, _ in passes])
                 wanted = torch.cat([torch.tensor([t for t in row.labels if t != -100]) for row in caught["again"]])
                 again = torch.nn.functional.cross_entropy(logits, wanted)
-                stored = torch.cat([held.teachers.logits(row.key) for row in caught["again"]])
+                stored = torch.cat([continual.teachers.logits(row.key) for row in caught["again"]])
                 l1 = method.distil.replay_weight if strategy == "seekr" else 1.0
                 loss = loss + share * l1 * again
                 if strategy == "der":
@@ -203,7 +203,7 @@ def test_the_loss_and_its_gradient_equal_their_definition(
                     kl = (p * (stored.log_softmax(-1) - logits.log_softmax(-1))).sum(-1).mean()
                     distances = []
                     for row, (_, attention) in zip(caught["again"], passes, strict=True):
-                        teacher = held.teachers.get(row.key, held.heads[row.key])
+                        teacher = continual.teachers.get(row.key, continual.heads[row.key])
                         for layer, chosen in teacher.heads.items():
                             for at, head in enumerate(chosen):
                                 for t, query in enumerate(teacher.positions):
@@ -232,8 +232,8 @@ def test_the_loss_and_its_gradient_equal_their_definition(
 
 
 def test_padding_changes_no_row(model: HeadModel) -> None:
-    long = Row("0-0", (5, 6, 7, 8, 9), (-100, -100, -100, 8, 9))
-    short = Row("0-1", (5, 6), (-100, 6))
+    long = TrainingRow("0-0", (5, 6, 7, 8, 9), (-100, -100, -100, 8, 9))
+    short = TrainingRow("0-1", (5, 6), (-100, 6))
     batch = padded([long, short], pad=0)
     assert batch["attention_mask"].tolist() == [[1] * 5, [1, 1, 0, 0, 0]]
     assert batch["labels"][1].tolist() == [-100, 6, -100, -100, -100]

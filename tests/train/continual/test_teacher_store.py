@@ -9,19 +9,20 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors import safe_open
 from torch import Tensor
 
 from headtune.analysis.models.attention import IMPLEMENTATION
 from headtune.analysis.models.head_model import HeadModel
 from headtune.analysis.models.loading import wrap_model
+from headtune.analysis.utils import tensor_store
 from headtune.analysis.utils.errors import CheckError, InputError
-from headtune.train.continual import teacher_store
 from headtune.train.continual.compute_teacher import compute_teacher
 from headtune.train.continual.teacher_store import TeacherStore
 from headtune.train.continual.teachers import Teacher
 from headtune.train.losses.attention_distillation import RowRecorder, TopLogits, attention_distillation, logit_kl
 from headtune.train.losses.label_logits import label_mask, positions_only
-from headtune.train.trainer.rows import Row
+from headtune.train.trainer.rows import TrainingRow
 from helpers.tiny import HARD_KINDS, KINDS, Kind, tiny_model, tiny_tokenizer
 
 HEADS = {0: [0, 3], 2: [1]}
@@ -47,16 +48,16 @@ def same(found: Teacher, expected: Teacher, tolerance: float = 0) -> None:
     torch.testing.assert_close(found.logits, expected.logits, rtol=tolerance, atol=tolerance)
 
 
-def rows_of(*lengths: int) -> list[Row]:
+def rows_of(*lengths: int) -> list[TrainingRow]:
     generator = torch.Generator().manual_seed(0)
     rows = []
     for index, length in enumerate(lengths):
         tokens = torch.randint(3, 300, (length,), generator=generator).tolist()
-        rows.append(Row(f"task/{index}", tuple(tokens), tuple([-100] * (length - 2) + tokens[-2:])))
+        rows.append(TrainingRow(f"task/{index}", tuple(tokens), tuple([-100] * (length - 2) + tokens[-2:])))
     return rows
 
 
-def positions_of(rows: list[Row]) -> dict[str, list[int]]:
+def positions_of(rows: list[TrainingRow]) -> dict[str, list[int]]:
     return {row.key: [0, row.length // 2, row.length - 1] for row in rows}
 
 
@@ -91,7 +92,7 @@ def test_keys_that_nobody_sees_are_not_kept(tmp_path: Path) -> None:
     store = TeacherStore(tmp_path)
     store.put("a", random_teacher(0, [1, 9], HEADS))
     store.flush()
-    with teacher_store.safe_open(tmp_path / "shard-00000.safetensors", framework="pt") as shard:
+    with safe_open(tmp_path / "shard-00000.safetensors", framework="pt") as shard:
         assert shard.get_tensor("attention/a").shape == (3, 2 + 10)
 
 
@@ -134,7 +135,7 @@ def test_further_heads(tmp_path: Path) -> None:
 
 
 def test_many_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(teacher_store, "_SHARD_BYTES", 2000)
+    monkeypatch.setattr(tensor_store, "SHARD_BYTES", 2000)
     store = TeacherStore(tmp_path)
     teachers = {str(i): random_teacher(i, [1, 6], HEADS) for i in range(9)}
     for key, teacher in teachers.items():
@@ -303,7 +304,7 @@ def test_a_broken_computation_ends_as_the_unbroken_one(
             compute_teacher(first, rows, HEADS, positions_of(rows), TeacherStore(tmp_path / name), 4)
         if name == "broken":
             with monkeypatch.context() as patch:
-                patch.setattr(teacher_store, "_SHARD_BYTES", shard_bytes)
+                patch.setattr(tensor_store, "SHARD_BYTES", shard_bytes)
                 patch.setattr(TeacherStore, adding, breaking)
                 with pytest.raises(Broken):
                     compute_teacher(model, rows, heads, positions_of(rows), TeacherStore(tmp_path / name), 4)

@@ -19,7 +19,7 @@ from headtune.analysis.utils.errors import InputError
 from headtune.cli.main import main
 from headtune.cli.tables import comparison_tables
 from headtune.train.evaluation import compare, compare_report
-from headtune.train.evaluation.run_reader import flat, read_runs
+from headtune.train.evaluation.run_reader import flatten_config, read_runs
 
 SUBJECTS = [f"subject {index // 2}" for index in range(12)]
 BEFORE = [0.0, 1.0, 1.0] * 4  # its mean changes with the subjects drawn
@@ -193,7 +193,7 @@ def test_unfinished_runs_are_left_out_and_named(runs: Path, caplog: pytest.LogCa
 
 def test_a_step_that_was_logged_twice_counts_once(runs: Path) -> None:
     assert read_runs(runs)[0].curve() == [(5, 2.0), (10, 1.0)]
-    assert flat({"a": {"b": 1, "c": [2]}, "d": None}) == {"a.b": 1, "a.c": [2], "d": None}
+    assert flatten_config({"a": {"b": 1, "c": [2]}, "d": None}) == {"a.b": 1, "a.c": [2], "d": None}
     assert compare.jaccard(frozenset({(0, 1), (1, 1)}), frozenset({(1, 1)})) == 0.5
 
 

@@ -16,7 +16,6 @@ from headtune.train.evaluation import evaluate as evaluation
 from headtune.train.evaluation.evaluate import (
     KINDS,
     answer_mass,
-    choose,
     evaluate,
     generate_answers,
     generate_lists,
@@ -24,6 +23,7 @@ from headtune.train.evaluation.evaluate import (
     parse_items,
     perplexity,
     read_answer,
+    score_choices,
     score_items,
     score_task,
 )
@@ -333,7 +333,7 @@ def test_the_kind_of_the_likeliest_choice(likeliest: int, kind: str, monkeypatch
     example = Example("Q: ?\nA:", "?", ("a", "b", "c"), incorrect=("d", "e"))
     row = [-1.0 if index == likeliest else -2.0 for index in range(5)]
     monkeypatch.setattr(evaluation, "choice_log_likelihoods", lambda *_: [row])
-    (one,) = choose(tiny_model("llama"), tiny_tokenizer(), Task("q", (example,), kind="multiple_choice"))
+    (one,) = score_choices(tiny_model("llama"), tiny_tokenizer(), Task("q", (example,), kind="multiple_choice"))
     assert (one.text, one.items, one.kinds) == ("abcde"[likeliest], ("abcde"[likeliest],), (kind,))
 
 

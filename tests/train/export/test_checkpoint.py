@@ -23,7 +23,15 @@ from headtune.analysis.utils.errors import CheckError, InputError
 from headtune.analysis.utils.files import sha256_of, write_json
 from headtune.cli.main import main
 from headtune.train.export import checkpoint
-from headtune.train.export.checkpoint import Answers, Prompts, answers_of, compare, export, export_adapter, export_run
+from headtune.train.export.checkpoint import (
+    ModelOutputs,
+    Prompts,
+    compare,
+    export,
+    export_adapter,
+    export_run,
+    model_outputs,
+)
 from headtune.train.export.convert import fold
 from headtune.train.export.model_card import Origin, adapter_card, checkpoint_card, is_hub_id, licence_of, origin_of
 from headtune.train.runs.load_run import load_run
@@ -189,7 +197,7 @@ def test_prompts_that_go_on_together_go_on_as_each_alone(family: str) -> None:
     """More than a batch, of uneven lengths: what was padded is what generation of one row gives."""
     model: Any = tiny_model(family)
     rows = [torch.arange(10, 10 + 3 + 5 * i % 14).tolist() for i in range(12)]
-    found = answers_of(model, Prompts(rows, None, 6, 0))
+    found = model_outputs(model, Prompts(rows, None, 6, 0))
     assert len(found.greedy) == len(found.logits) == len(rows)
     for row, logits, greedy in zip(rows, found.logits, found.greedy, strict=True):
         tokens = torch.tensor([row])
@@ -208,10 +216,10 @@ def test_the_verdict() -> None:
     """Differences, generations and what is not a number, whatever prompt it is on."""
 
     def verdict(gap: float, dtype: str = "float32", same: bool = True, where: int = 1) -> dict[str, Any]:
-        expected = Answers(
+        expected = ModelOutputs(
             [torch.full((2, 3), 5.0), torch.full((2, 3), -10.0)], [torch.tensor([1, 2]), torch.tensor([3, 4])]
         )
-        found = Answers([row.clone() for row in expected.logits], [row.clone() for row in expected.greedy])
+        found = ModelOutputs([row.clone() for row in expected.logits], [row.clone() for row in expected.greedy])
         found.logits[where][1, 2] += gap
         if not same:
             found.greedy[0][1] = 7

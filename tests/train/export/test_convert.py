@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from headtune.analysis.models.architectures import ARCHITECTURES
 from headtune.analysis.utils.errors import CheckError, InputError
 from headtune.train.export import convert
-from headtune.train.export.checkpoint import Prompts, answers_elsewhere, answers_of, compare, write_stock
+from headtune.train.export.checkpoint import Prompts, compare, model_outputs, reload_in_subprocess, write_stock
 from headtune.train.export.convert import conversion, fold
 from headtune.train.tuners.head_slices import HeadSlicesConfig
 from headtune.train.tuners.head_tuning import HeadTuningConfig
@@ -134,7 +134,7 @@ def folded(kind: str, method: str) -> tuple[Any, PreTrainedModel] | None:
         assert "\n" not in str(caught.value)
         return None
     model = METHODS[method](model)
-    expected = answers_of(model, PROMPTS)
+    expected = model_outputs(model, PROMPTS)
     assert (expected.logits[0] - plain[0]).abs().max() > 0.1, "nothing was changed"
     stock = fold(model)
     found = conversion(source, stock.config)
@@ -159,7 +159,9 @@ def reloaded_elsewhere(pairs: Iterable[tuple[str, str]], folder: Path) -> None:
             expected[name], stock = found
             write_stock(stock, tiny_tokenizer(), folder / name)
             assert "headtune" not in (folder / name / "config.json").read_text()
-    for name, answers in zip(expected, answers_elsewhere([folder / name for name in expected], PROMPTS), strict=True):
+    for name, answers in zip(
+        expected, reload_in_subprocess([folder / name for name in expected], PROMPTS), strict=True
+    ):
         equal(expected[name], answers, name)
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from headtune.train.losses.answer_set import answer_set, retention
+from headtune.train.losses.answer_set import answer_set, kl_to_base
 
 VOCABULARY = 11
 
@@ -123,14 +123,14 @@ def test_retention_is_the_divergence_from_the_base() -> None:
     expected = []
     for q_row, p_row in zip(adapted.double().softmax(-1), base.double().softmax(-1), strict=True):
         expected.append(sum(float(p) * math.log(float(p) / float(q)) for p, q in zip(p_row, q_row, strict=True)))
-    assert retention(adapted, base).item() == pytest.approx(sum(expected) / 3, rel=1e-5)
-    backwards = retention(base, adapted).item()
+    assert kl_to_base(adapted, base).item() == pytest.approx(sum(expected) / 3, rel=1e-5)
+    backwards = kl_to_base(base, adapted).item()
     assert abs(backwards - sum(expected) / 3) > 0.05, "the direction must matter in this test"
 
 
 def test_retention_of_equal_logits_is_zero_without_gradient() -> None:
     logits = random_logits(3).requires_grad_()
-    value = retention(logits, logits.detach() + 5.0)  # a constant shift is the same distribution
+    value = kl_to_base(logits, logits.detach() + 5.0)  # a constant shift is the same distribution
     value.backward()
     assert value.item() == pytest.approx(0.0, abs=1e-6)
     assert logits.grad is not None and logits.grad.abs().max() < 1e-6
@@ -139,11 +139,11 @@ def test_retention_of_equal_logits_is_zero_without_gradient() -> None:
 def test_retention_is_positive_otherwise() -> None:
     for seed in range(5):
         logits = random_logits(3, seed=seed)
-        assert retention(logits + 0.1 * random_logits(3, seed=seed + 50), logits).item() > 1e-4
+        assert kl_to_base(logits + 0.1 * random_logits(3, seed=seed + 50), logits).item() > 1e-4
 
 
 def test_retention_without_positions_is_zero_and_part_of_the_graph() -> None:
     logits = torch.zeros(0, VOCABULARY, requires_grad=True)
-    value = retention(logits, torch.zeros(0, VOCABULARY))
+    value = kl_to_base(logits, torch.zeros(0, VOCABULARY))
     assert value.item() == 0.0
     value.backward()

@@ -38,7 +38,7 @@ from headtune.train.losses.regularisers import (
     Spec,
     WeightDrift,
 )
-from headtune.train.trainer import trl_trainers
+from headtune.train.trainer import answer_set_trainer, penalised_trainers, training_rows
 from headtune.train.trainer.prefix_cache import PrefixCache
 from headtune.train.tuners.head_slices import HeadSlicesConfig
 from headtune.train.tuners.head_tuning import HeadTuningConfig
@@ -683,13 +683,13 @@ class Shown:
         return super().compute_loss(model, inputs, *args, **kwargs)  # type: ignore[misc]
 
 
-class SFT(Shown, trl_trainers.SFT): ...
+class SFT(Shown, penalised_trainers.SFT): ...
 
 
-class DPO(Shown, trl_trainers.DPO): ...
+class DPO(Shown, penalised_trainers.DPO): ...
 
 
-class AnswerSet(Shown, trl_trainers.AnswerSetTrainer): ...
+class AnswerSet(Shown, answer_set_trainer.AnswerSetTrainer): ...
 
 
 def trainer_of(objective: str, model: HeadModel, folder: Path, adapted: bool, **changes: Any) -> Any:
@@ -711,12 +711,12 @@ def trainer_of(objective: str, model: HeadModel, folder: Path, adapted: bool, **
     common: dict[str, Any] = {"processing_class": tokenizer, "peft_config": config}
     names = list(FACTS)
     if objective == "answer_set":
-        rows = trl_trainers.answer_set_rows(encode(tiny_task(), tokenizer))
+        rows = training_rows.answer_set_rows(encode(tiny_task(), tokenizer))
         return AnswerSet(
             model.hf,
             args=config_of(folder, **options),
             train_dataset=rows,
-            data_collator=trl_trainers.AnswerSetCollator(0),
+            data_collator=answer_set_trainer.AnswerSetCollator(0),
             block=AnswerSetConfig(retention=1.0 if adapted else 0.0),
             **common,
         )

@@ -16,7 +16,7 @@ from headtune.cli import tables
 from headtune.train.config.recipe import load_recipe
 from headtune.train.runs import batch_preview
 from headtune.train.runs.run import run_recipe
-from headtune.train.trainer import trl_trainers
+from headtune.train.trainer import penalised_trainers
 from helpers.small_runs import head_set, train, write_recipe, write_sequence_recipe, write_task
 
 
@@ -127,13 +127,13 @@ def test_the_batch_is_the_one_that_is_trained_on_first(
     recipe = write_recipe(tmp_path, tiny_llama, method={"objective": "sft"})
     found = dry(recipe, capsys)
     seen: list[Any] = []
-    right = trl_trainers.SFT.compute_loss
+    right = penalised_trainers.SFT.compute_loss
 
     def spy(self: Any, model: Any, inputs: dict[str, torch.Tensor], *more: Any, **options: Any) -> Any:
         seen.append(batch_preview.rows_of(inputs, self.processing_class))
         return right(self, model, inputs, *more, **options)
 
-    monkeypatch.setattr(trl_trainers.SFT, "compute_loss", spy)
+    monkeypatch.setattr(penalised_trainers.SFT, "compute_loss", spy)
     run_recipe(load_recipe(str(recipe)))
     assert [[list(part) for part in row.parts] for row in seen[0]] == [row["parts"] for row in found["batch_rows"]]
 

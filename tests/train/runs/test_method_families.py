@@ -21,7 +21,7 @@ from headtune.train.methods.jola import l0_penalty
 from headtune.train.methods.ln import norms
 from headtune.train.runs.first_stage import l1_penalty, scale_norms
 from headtune.train.runs.load_run import load_run
-from headtune.train.trainer import trl_trainers
+from headtune.train.trainer import answer_set_trainer, penalised_trainers, training_rows
 from headtune.train.tuners.head_tuning import HeadTuningConfig, HeadTuningLayer
 from helpers.small_runs import train, write_recipe
 from helpers.tiny import FACTS, save_tiny, tiny_model, tiny_task, tiny_tokenizer
@@ -114,7 +114,7 @@ def test_full_fine_tuning_that_keeps_nothing(llama: Path, tmp_path: Path, capsys
 
 def test_pairs_of_right_and_wrong_answers() -> None:
     task = Task("asked", tuple(questions()), kind="multiple_choice")
-    one, every = trl_trainers.dpo_rows(task, "one"), trl_trainers.dpo_rows(task, "all")
+    one, every = training_rows.dpo_rows(task, "one"), training_rows.dpo_rows(task, "all")
     assert one[0] == {"prompt": "Some cities in Italy: 1.", "chosen": " Rome", "rejected": " Tokyo"}
     assert len(one) == len(task.examples) and len(every) == 4 * len(one)
     assert len({tuple(row.values()) for row in every}) == len(every)
@@ -146,7 +146,7 @@ def test_the_reference_of_dpo_is_the_untouched_model(asked: str, tmp_path: Path)
     from trl import DPOConfig
 
     tokenizer, base = tiny_tokenizer(), tiny_model("llama")
-    rows = trl_trainers.dpo_rows(Task("asked", tuple(questions()), kind="multiple_choice"), "one")
+    rows = training_rows.dpo_rows(Task("asked", tuple(questions()), kind="multiple_choice"), "one")
     config = HeadTuningConfig(heads=[[0, 1], [2, 3]], init_std=0.5, task_type="CAUSAL_LM")
     arguments = DPOConfig(
         output_dir=str(tmp_path),
@@ -156,7 +156,7 @@ def test_the_reference_of_dpo_is_the_untouched_model(asked: str, tmp_path: Path)
         gradient_checkpointing=False,
         max_length=None,
     )
-    trainer: Any = trl_trainers.DPO(
+    trainer: Any = penalised_trainers.DPO(
         tiny_model("llama"), args=arguments, train_dataset=rows, processing_class=tokenizer, peft_config=config
     )
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(4)])
@@ -256,15 +256,15 @@ def test_the_l1_term_is_part_of_the_loss_however_batches_are_cut(
         )
         torch.manual_seed(0)
         if objective == "sft":
-            more: dict[str, Any] = {"train_dataset": trl_trainers.sft_rows(task, 0)}
-            kind: Any = trl_trainers.SFT
+            more: dict[str, Any] = {"train_dataset": training_rows.sft_rows(task, 0)}
+            kind: Any = penalised_trainers.SFT
         else:
             more = {
-                "train_dataset": trl_trainers.answer_set_rows(encode(task, tokenizer)),
-                "data_collator": trl_trainers.AnswerSetCollator(tokenizer.pad_token_id),
+                "train_dataset": training_rows.answer_set_rows(encode(task, tokenizer)),
+                "data_collator": answer_set_trainer.AnswerSetCollator(tokenizer.pad_token_id),
                 "block": AnswerSetConfig(retention=0.0),
             }
-            kind = trl_trainers.AnswerSetTrainer
+            kind = answer_set_trainer.AnswerSetTrainer
         trainer = kind(model, args=arguments, processing_class=tokenizer, peft_config=config, **more)
         trainer.penalty = l1_penalty(weight)
         start = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}

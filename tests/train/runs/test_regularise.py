@@ -18,9 +18,9 @@ from headtune.analysis.tasks.task import Example, to_jsonl
 from headtune.analysis.utils.files import write_text
 from headtune.cli.main import main
 from headtune.train.losses import regularisers as penalties
-from headtune.train.losses.activation_capture import told_of_dropout
+from headtune.train.losses.activation_capture import warn_of_dropout
 from headtune.train.runs.load_run import load_run
-from headtune.train.trainer import attach_regularisers, trl_trainers
+from headtune.train.trainer import attach_regularisers, penalised_trainers
 from helpers.small_runs import STEPS, train, write_recipe
 from helpers.tiny import FACTS, N_HEADS, quick_among, save_tiny, tiny_model
 
@@ -371,7 +371,7 @@ def test_a_broken_run_ends_as_the_unbroken_one(
 
     with monkeypatch.context() as patch:
         if where == "train":  # in step 4, after the checkpoint of step 2
-            patch.setattr(trl_trainers.SFT, "training_step", breaking(trl_trainers.SFT.training_step, 4))
+            patch.setattr(penalised_trainers.SFT, "training_step", breaking(penalised_trainers.SFT.training_step, 4))
         else:
             patch.setattr(attach_regularisers.head_pruning, "fold", breaking(attach_regularisers.head_pruning.fold, 1))
         with pytest.raises(Broken):
@@ -477,7 +477,7 @@ def test_a_model_that_drops_at_random_is_told_of(family: str, config: dict[str, 
     said: list[str] = []
     targets = {"llama": ["q_proj"], "opt": ["q_proj"], "gpt2": ["c_attn"]}[family]
     lora = LoraConfig(r=2, lora_dropout=0.5, target_modules=targets, task_type="CAUSAL_LM")
-    told_of_dropout(get_peft_model(tiny_model(family, **config), lora), "output_drift", said.append)
+    warn_of_dropout(get_peft_model(tiny_model(family, **config), lora), "output_drift", said.append)
     assert [told in line and "output_drift would not be 0" in line for line in said] == ([] if told is None else [True])
 
 

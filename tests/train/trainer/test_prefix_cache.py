@@ -18,8 +18,10 @@ from transformers import DynamicCache
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from headtune.analysis.tasks.tokenized import encode
+from headtune.analysis.utils import tensor_store
 from headtune.analysis.utils.errors import CheckError, InputError
 from headtune.train.config.methods import AnswerSetConfig
+from headtune.train.trainer.answer_set_trainer import AnswerSetCollator, AnswerSetTrainer
 from headtune.train.trainer.prefix_cache import (
     CacheStats,
     PrefixCache,
@@ -27,9 +29,8 @@ from headtune.train.trainer.prefix_cache import (
     lowest_trained,
     refusal,
     release_pages,
-    row_store,
 )
-from headtune.train.trainer.trl_trainers import AnswerSetCollator, AnswerSetTrainer, answer_set_rows
+from headtune.train.trainer.training_rows import answer_set_rows
 from headtune.train.tuners.head_tuning import HeadTuningConfig
 from helpers.tiny import HARD_KINDS, KINDS, N_LAYERS, tiny_model, tiny_task, tiny_tokenizer
 
@@ -439,7 +440,7 @@ def test_paged_out_tensors_are_read_as_before(tmp_path: Path) -> None:
 
 @pytest.fixture
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(row_store, "_SHARD_BYTES", 2000)  # two rows or so of 32 float32 each
+    monkeypatch.setattr(tensor_store, "SHARD_BYTES", 2000)  # two rows or so of 32 float32 each
 
 
 def run_epochs(model: Any, stats: CacheStats) -> list[tuple[float, dict[str, Tensor]]]:
@@ -477,7 +478,7 @@ def test_without_a_folder_nothing_stays(tmp_path: Path, monkeypatch: pytest.Monk
     model = adapted()
     with installed(model, memory_gb=0) as stats, counted(model) as seen:
         run_epochs(model, stats)
-        assert list(tmp_path.glob("headtune-prefix-*/shard-*"))
+        assert list(tmp_path.glob("headtune-tensors-*/shard-*"))
         assert sum(seen) == 6 + stats.checked
     assert stats.memory_bytes == 0 and not list(tmp_path.iterdir())
 
@@ -530,7 +531,7 @@ def test_a_full_disk_is_said_and_survived(tmp_path: Path, monkeypatch: pytest.Mo
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(row_store, "save_file", full)
+    monkeypatch.setattr(tensor_store, "save_file", full)
     model = adapted()
     expected = [step(model, inputs) for epoch in epochs("right", False) for inputs in epoch]
     with installed(model, memory_gb=0, folder=tmp_path) as stats:

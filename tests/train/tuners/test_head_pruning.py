@@ -310,7 +310,7 @@ def trainer_of(
 ) -> Any:
     from datasets import Dataset
 
-    from headtune.train.trainer.trl_trainers import SFT
+    from headtune.train.trainer.penalised_trainers import SFT
 
     rows = [
         {"prompt": f"List five cities in {name}.\n1.", "completion": " Rome\n"} for name in ("Italy", "Japan", "Spain")

@@ -67,7 +67,7 @@ class CacheStats:
 
 
 @dataclass(frozen=True)
-class _Row:
+class _CachedRow:
     """One row of a batch: its present tokens are the columns from `start` to `end`."""
 
     key: str
@@ -107,7 +107,9 @@ class PrefixCache:
         self._signature = inspect.signature(self._parts.backbone.forward)
         self.stats = CacheStats(lowest_trained(model))
         self._store: RowStore | None = None
-        self._known = self._since_unknown = 0  # passes made of known rows alone: all, and since there was another one
+        self._known_passes = self._since_unknown = (
+            0  # passes made of known rows alone: all, and since there was another one
+        )
         self._resident = True  # the real layers ran since their weights were last paged out
         self._ready: Tensor | None = None  # of the running pass: what the last skipped layer gives
         self._computing = False
@@ -122,9 +124,9 @@ class PrefixCache:
         if self._store is not None:
             raise InputError("this prefix cache is installed already; leave the first block before entering another")
         backbone, layers = self._parts.backbone, self._parts.layers[: self.stats.layers]
-        own = None if self._top is None else self._top / self._digest() / f"rank-{rank()}"
-        self._store = store = RowStore(self._limit, own)
-        self._known = self._since_unknown = 0
+        folder = None if self._top is None else self._top / self._digest() / f"rank-{rank()}"
+        self._store = store = RowStore(self._limit, folder)
+        self._known_passes = self._since_unknown = 0
         replaced = [layer.__dict__.get("forward") for layer in layers]
         handles = [
             backbone.register_forward_pre_hook(self._before, with_kwargs=True),
@@ -155,9 +157,9 @@ class PrefixCache:
                 return output
             if not last:
                 return hidden_states
-            kept, self._ready = self._ready.to(hidden_states.device), None
+            hidden, self._ready = self._ready.to(hidden_states.device), None
             # Re-entrant checkpointing gives no gradients where no input of a layer asks for one.
-            return kept.requires_grad_() if hidden_states.requires_grad else kept
+            return hidden.requires_grad_() if hidden_states.requires_grad else hidden
 
         return forward
 
@@ -165,34 +167,34 @@ class PrefixCache:
         if self._computing:
             return
         assert self._store is not None
-        given: dict[str, Any] = {}
+        arguments: dict[str, Any] = {}
         for name, value in self._signature.bind_partial(*args, **kwargs).arguments.items():
             rest = self._signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD
-            given |= value if rest else {name: value}
-        rows = self._rows(given)
+            arguments |= value if rest else {name: value}
+        rows = self._rows(arguments)
         if isinstance(rows, str):
             self._leave(rows)
             return
-        found = {row.key: self._store.get(row.key) for row in rows}
-        unknown = {row.key: index for index, row in enumerate(rows) if found[row.key] is None}
+        cached = {row.key: self._store.get(row.key) for row in rows}
+        unknown = {row.key: index for index, row in enumerate(rows) if cached[row.key] is None}
         if unknown:
-            for key, hidden in self._compute(given, rows, list(unknown.values())).items():
-                found[key] = hidden
+            for key, hidden in self._compute(arguments, rows, list(unknown.values())).items():
+                cached[key] = hidden
                 self._store.put(key, hidden)
         stats = self.stats
         stats.served += 1
         stats.misses += len(unknown)
         stats.hits += len(rows) - len(unknown)
         if not unknown:
-            self._known += 1
-            if self._known & (self._known - 1) == 0:
-                self._check(given, rows, self._known % len(rows), found)
+            self._known_passes += 1
+            if self._known_passes & (self._known_passes - 1) == 0:
+                self._check(arguments, rows, self._known_passes % len(rows), cached)
         self._since_unknown = 0 if unknown else self._since_unknown + 1
         if self._resident and self._since_unknown >= _QUIET_PASSES:
             self._resident = False
             release_pages(p for layer in self._parts.layers[: stats.layers] for p in layer.parameters())
         self._count(self._store)
-        self._ready = _assembled(rows, found, given["input_ids"])
+        self._ready = _assembled(rows, cached, arguments["input_ids"])
 
     def _count(self, store: RowStore) -> None:
         for name in ("memory_bytes", "disk_bytes", "lost", "unkept"):
@@ -207,16 +209,16 @@ class PrefixCache:
             log.info("prefix cache: a pass runs every layer: %s", reason)
         self.stats.plain[reason] += 1
 
-    def _rows(self, given: dict[str, Any]) -> list[_Row] | str:
+    def _rows(self, arguments: dict[str, Any]) -> list[_CachedRow] | str:
         """The rows of a pass, or why it cannot be served."""
         config = self._parts.config.get_text_config()
-        use_cache = given.get("use_cache")
-        if given.get("past_key_values") is not None or (config.use_cache if use_cache is None else use_cache):
+        use_cache = arguments.get("use_cache")
+        if arguments.get("past_key_values") is not None or (config.use_cache if use_cache is None else use_cache):
             return "a key-value cache is in use"
-        tokens, mask, positions = (given.get(name) for name in _ROW_ARGUMENTS)
+        tokens, mask, positions = (arguments.get(name) for name in _ROW_ARGUMENTS)
         if tokens is None:
             return "no input_ids"
-        for name, value in given.items():
+        for name, value in arguments.items():
             if name not in (*_ROW_ARGUMENTS, *_UNUSED) and value is not None and value is not False:
                 return f"argument {name} is given"
         for name in ("output_hidden_states", "output_attentions"):
@@ -228,7 +230,7 @@ class PrefixCache:
             return "position_ids that are not [batch, positions]"
         return self._keyed(tokens, mask, positions)
 
-    def _keyed(self, tokens: Tensor, mask: Tensor | None, positions: Tensor | None) -> list[_Row] | str:
+    def _keyed(self, tokens: Tensor, mask: Tensor | None, positions: Tensor | None) -> list[_CachedRow] | str:
         tokens = tokens.cpu()
         columns = torch.arange(tokens.shape[1])
         present = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask.cpu() != 0
@@ -236,9 +238,9 @@ class PrefixCache:
         ends = starts + present.sum(1)
         if not torch.equal(present, (columns >= starts[:, None]) & (columns < ends[:, None])):
             return "rows with padding between tokens"
-        where = columns.expand_as(tokens) if positions is None else positions.cpu().expand_as(tokens)
+        places = columns.expand_as(tokens) if positions is None else positions.cpu().expand_as(tokens)
         # Tokens side by side whose positions are not successive are several documents in one row.
-        if ((where.diff(dim=1) != 1) & present[:, 1:] & present[:, :-1]).any():
+        if ((places.diff(dim=1) != 1) & present[:, 1:] & present[:, :-1]).any():
             return "packed rows"
         device = self._device.type
         kind = [positions is not None, torch.is_autocast_enabled(device), str(torch.get_autocast_dtype(device))]
@@ -246,22 +248,24 @@ class PrefixCache:
         for index, (start, end) in enumerate(zip(starts.tolist(), ends.tolist(), strict=True)):
             if start == end:
                 return "a row without tokens"
-            digest = hashlib.blake2b(json.dumps([*kind, int(where[index, start])]).encode(), digest_size=16)
+            digest = hashlib.blake2b(json.dumps([*kind, int(places[index, start])]).encode(), digest_size=16)
             digest.update(tokens[index, start:end].long().numpy().tobytes())
-            rows.append(_Row(digest.hexdigest(), start, end))
+            rows.append(_CachedRow(digest.hexdigest(), start, end))
         return rows
 
     @property
     def _device(self) -> torch.device:
         return next(self._parts.backbone.parameters()).device
 
-    def _compute(self, given: dict[str, Any], rows: Sequence[_Row], which: Sequence[int]) -> dict[str, Tensor]:
+    def _compute(
+        self, arguments: dict[str, Any], rows: Sequence[_CachedRow], which: Sequence[int]
+    ) -> dict[str, Tensor]:
         """`key -> [tokens, d_model]` on the CPU, of the rows `which`, from the real layers."""
         backbone, batch = self._parts.backbone, len(rows)
         chosen = {
             name: value.expand(batch, -1)[list(which)]
             for name in _ROW_ARGUMENTS
-            if (value := given.get(name)) is not None
+            if (value := arguments.get(name)) is not None
         }
         training = [module for module in backbone.modules() if module.training]
         self._computing = True
@@ -282,11 +286,11 @@ class PrefixCache:
             for index, row in zip(which, hidden, strict=True)
         }
 
-    def _check(self, given: dict[str, Any], rows: Sequence[_Row], index: int, found: dict[str, Any]) -> None:
+    def _check(self, arguments: dict[str, Any], rows: Sequence[_CachedRow], index: int, cached: dict[str, Any]) -> None:
         row = rows[index]
-        again = self._compute(given, rows, [index])[row.key]
-        kept = found[row.key].float()
-        gap = ((again.float() - kept).norm(dim=-1) / kept.norm(dim=-1).clamp(min=1e-6)).max().item()
+        again = self._compute(arguments, rows, [index])[row.key]
+        expected = cached[row.key].float()
+        gap = ((again.float() - expected).norm(dim=-1) / expected.norm(dim=-1).clamp(min=1e-6)).max().item()
         half = again.dtype in (torch.float16, torch.bfloat16) or torch.is_autocast_enabled(self._device.type)
         if not gap <= (_HALF_TOLERANCE if half else _TOLERANCE):
             raise CheckError(
@@ -312,10 +316,10 @@ class PrefixCache:
         return digest.hexdigest()[:24]
 
 
-def _assembled(rows: Sequence[_Row], found: dict[str, Any], like: Tensor) -> Tensor:
+def _assembled(rows: Sequence[_CachedRow], cached: dict[str, Any], like: Tensor) -> Tensor:
     """`[batch, seq, d_model]` on the device of `like`; padding is 0."""
-    first = found[rows[0].key]
+    first = cached[rows[0].key]
     whole = torch.zeros(*like.shape, first.shape[-1], dtype=first.dtype)
     for into, row in zip(whole, rows, strict=True):
-        into[row.start : row.end] = found[row.key]
+        into[row.start : row.end] = cached[row.key]
     return whole.to(like.device)

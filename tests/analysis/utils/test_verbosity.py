@@ -12,15 +12,15 @@ import pytest
 from datasets.utils import are_progress_bars_disabled
 from transformers.utils import logging as transformers_logging
 
-from headtune.train.trainer.quiet import libraries_quiet
+from headtune.analysis.utils.verbosity import silence_libraries
 from helpers.small_runs import write_recipe
 
 FROM_PYTHON = """
 import sys
 from pathlib import Path
-from headtune.train import export, recipe, run
-run.run(recipe.load(sys.argv[1]))
-export.export_run(Path(sys.argv[2]), Path(sys.argv[3]), n_prompts=1)
+import headtune
+headtune.run_recipe(headtune.load_recipe(sys.argv[1]))
+headtune.export_run(Path(sys.argv[2]), Path(sys.argv[3]), n_prompts=1)
 """
 
 
@@ -45,7 +45,7 @@ def test_the_libraries_speak_again_afterwards(monkeypatch: pytest.MonkeyPatch) -
         return transformers_logging.get_verbosity(), *bars, len(warnings.filters)
 
     before = loudness()
-    with libraries_quiet():
+    with silence_libraries():
         assert loudness()[:3] == (transformers_logging.ERROR, False, False)
         with warnings.catch_warnings(record=True) as heard:
             warnings.warn("of their own code", FutureWarning, stacklevel=1)
@@ -58,7 +58,7 @@ def test_what_the_user_asks_to_hear_is_heard(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "info")
     monkeypatch.setattr(sys, "warnoptions", ["default"])
     before = transformers_logging.get_verbosity()
-    with libraries_quiet(), warnings.catch_warnings(record=True) as heard:
+    with silence_libraries(), warnings.catch_warnings(record=True) as heard:
         assert transformers_logging.get_verbosity() == before
         warnings.warn("of their own code", FutureWarning, stacklevel=1)
     assert len(heard) == 1

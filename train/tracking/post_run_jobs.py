@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 from headtune.analysis.utils.errors import CheckError
 from headtune.analysis.utils.files import write_json
 from headtune.analysis.utils.state_files import read_state
-from headtune.train.evaluation.evaluation_file import flat
+from headtune.train.evaluation.evaluation_file import flatten_metrics
 
 from . import media
-from .lineage import config_of, filed, made_from, pinned
+from .lineage import config_keys, config_of, input_artifacts, wandb_run_args
 from .tracker import Tracker
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def _file_export(run: Path, recipe: Recipe, target: Path, result: Mapping[str, A
         return
     config, paths = _config(run, recipe)
     name = f"{recipe.name}-export"
-    with Tracker(run, name, config | {"target": target.name}, **filed(recipe, "export")) as tracker:
+    with Tracker(run, name, config | {"target": target.name}, **wandb_run_args(recipe, "export")) as tracker:
         tracker.uses(_inputs(run), paths)
         tracker.summary({key: value for key, value in result.items() if isinstance(value, bool | int | float | str)})
         written = target / "export.json"
@@ -86,23 +86,23 @@ def keep_evaluation(
     content = {"target": target, "task": dict(task), "knobs": list(knobs), "inputs": inputs}
     write_json(out / "evaluation.json", content | {"metrics": dict(metrics), "generations": list(generations)})
     base = run.resolve().name
-    config: dict[str, Any] = pinned("none", None, None, None) | {"model": {"name": target}}
+    config: dict[str, Any] = config_keys("none", None, None, None) | {"model": {"name": target}}
     paths: dict[str, Path] = {}
-    where: dict[str, Any] = {"job_type": "evaluate", "tags": ["evaluate"]}
+    arguments: dict[str, Any] = {"job_type": "evaluate", "tags": ["evaluate"]}
     if recipe is not None:
-        base, where = recipe.name, filed(recipe, "evaluate")
+        base, arguments = recipe.name, wandb_run_args(recipe, "evaluate")
         config, paths = _config(run, recipe)
     measured = {"evaluated": target, "evaluated_task": dict(task), "knobs": [str(knob) for knob in knobs]}
-    with Tracker(out, f"{base}-{task['name']}", config | measured, **where) as tracker:
+    with Tracker(out, f"{base}-{task['name']}", config | measured, **arguments) as tracker:
         tracker.uses(inputs, paths)
-        tracker.log(flat("evaluate", metrics))
-        tracker.summary(flat("evaluate", metrics))
+        tracker.log(flatten_metrics("evaluate", metrics))
+        tracker.summary(flatten_metrics("evaluate", metrics))
         media.show_metrics(tracker, metrics, generations)
         tracker.artifact(out / "evaluation.json", f"{base}-evaluation", "evaluation", copy=True)
 
 
 def _inputs(run: Path) -> dict[str, dict[str, str]]:
-    return made_from(run, _state(run))
+    return input_artifacts(run, _state(run))
 
 
 def _state(run: Path) -> dict[str, Any]:
@@ -112,7 +112,7 @@ def _state(run: Path) -> dict[str, Any]:
 def _config(run: Path, recipe: Recipe) -> tuple[dict[str, Any], dict[str, Path]]:
     """The run's W&B configuration with its pinned keys, and where its products are, by kind."""
     state = _state(run)
-    own = pinned(recipe.recipe, state.get("heads"), config_of(recipe)["role"], state.get("parameters"))
-    found = {"heads": run / "heads.json", "adapter": run / "adapter"}
-    paths = {kind: path for kind, path in found.items() if path.exists()}
-    return config_of(recipe) | own | {"run": state.get("wandb_id")}, paths
+    keys = config_keys(recipe.recipe, state.get("heads"), config_of(recipe)["role"], state.get("parameters"))
+    products = {"heads": run / "heads.json", "adapter": run / "adapter"}
+    paths = {kind: path for kind, path in products.items() if path.exists()}
+    return config_of(recipe) | keys | {"run": state.get("wandb_id")}, paths

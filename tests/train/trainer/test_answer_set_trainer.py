@@ -17,16 +17,11 @@ from headtune.analysis.utils.errors import InputError
 from headtune.train.config.methods import AnswerSetConfig
 from headtune.train.config.recipe import load_recipe
 from headtune.train.evaluation.evaluate import Scored, parse_items, score_items
-from headtune.train.losses.answer_set import answer_set, retention
-from headtune.train.trainer import training, trl_trainers
-from headtune.train.trainer.trl_trainers import (
-    AnswerSetCollator,
-    AnswerSetTrainer,
-    answer_set_rows,
-    answer_set_task,
-    own_list_examples,
-    sft_rows,
-)
+from headtune.train.losses.answer_set import answer_set, kl_to_base
+from headtune.train.trainer import on_policy_lists, penalised_trainers, training, training_rows
+from headtune.train.trainer.answer_set_trainer import AnswerSetCollator, AnswerSetTrainer
+from headtune.train.trainer.on_policy_lists import answer_set_task, on_policy_examples
+from headtune.train.trainer.training_rows import answer_set_rows, sft_rows
 from headtune.train.tuners.head_tuning import HeadTuningConfig
 from helpers.small_runs import write_recipe
 from helpers.tiny import tiny_model, tiny_tokenizer
@@ -46,13 +41,13 @@ def writes(monkeypatch: pytest.MonkeyPatch, text: str) -> list[dict[str, Any]]:
         items = parse_items(text, n_items)
         return [Scored(e, text, tuple(items), tuple(score_items(e, items, n_items)), {}) for e in task.examples]
 
-    monkeypatch.setattr(trl_trainers, "generate_lists", generate)
+    monkeypatch.setattr(on_policy_lists, "generate_lists", generate)
     return calls
 
 
 def own(monkeypatch: pytest.MonkeyPatch, text: str, example: Example = ITALY, n_items: int = 4) -> list[Example]:
     writes(monkeypatch, text)
-    return own_list_examples(None, None, Task("t", (example,)), n_items)  # type: ignore[arg-type]
+    return on_policy_examples(None, None, Task("t", (example,)), n_items)  # type: ignore[arg-type]
 
 
 # --- the model's own lists --------------------------------------------------------------------------------------------
@@ -174,7 +169,7 @@ def test_a_list_stays_open_and_one_answer_ends(
     heads, task = loading.load_model(str(tiny_llama)), replace(cities, kind=kind)
     recipe = load_recipe(str(write_recipe(tmp_path, tiny_llama, method={"objective": "sft"})))
     rows = training.text_rows(recipe, heads.tokenizer, task)
-    trainer = trl_trainers.SFT(heads.hf, args=training.training_arguments(recipe), train_dataset=rows)
+    trainer = penalised_trainers.SFT(heads.hf, args=training.training_arguments(recipe), train_dataset=rows)
     for row, example in zip(trainer.train_dataset, task.examples, strict=False):
         learnt = [token for token in row["labels"] if token != -100]
         prompt = heads.tokenizer(example.prompt).input_ids
@@ -184,7 +179,7 @@ def test_a_list_stays_open_and_one_answer_ends(
 
 
 def test_a_list_s_prompt_has_a_loss_where_that_is_asked_for(cities: Task) -> None:
-    for row in trl_trainers.open_rows(sft_rows(cities, 0), tiny_tokenizer(), whole=True):
+    for row in training_rows.open_rows(sft_rows(cities, 0), tiny_tokenizer(), whole=True):
         assert row["labels"] == row["input_ids"]
 
 
@@ -192,12 +187,12 @@ def test_rows_that_are_too_long_for_the_model_are_refused(cities: Task) -> None:
     tokenizer, rows = tiny_tokenizer(), sft_rows(cities, 0)
     lengths = [len(tokenizer(row["prompt"] + row["completion"]).input_ids) for row in rows]
     longest = max(lengths)
-    trl_trainers.check_row_length("x", rows, tokenizer, longest + 1)  # with the text's end
-    trl_trainers.check_row_length("x", trl_trainers.open_rows(rows, tokenizer), tokenizer, longest)
-    trl_trainers.check_row_length("x", rows, tokenizer, None)
-    for made, positions in ((rows, longest), (trl_trainers.open_rows(rows, tokenizer), longest - 1)):
+    training_rows.check_row_length("x", rows, tokenizer, longest + 1)  # with the text's end
+    training_rows.check_row_length("x", training_rows.open_rows(rows, tokenizer), tokenizer, longest)
+    training_rows.check_row_length("x", rows, tokenizer, None)
+    for made, positions in ((rows, longest), (training_rows.open_rows(rows, tokenizer), longest - 1)):
         with pytest.raises(InputError, match=f"'x': .* training rows are longer than the {positions} tokens"):
-            trl_trainers.check_row_length("x", made, tokenizer, positions)
+            training_rows.check_row_length("x", made, tokenizer, positions)
 
 
 def test_the_collator_pads_on_the_left() -> None:
@@ -299,7 +294,7 @@ def test_retention_is_measured_where_there_is_text(
     batch = trainer.data_collator(rows)
     padding = longest - len(short["input_ids"])
     kept = [padding - 2, padding - 1, padding + 1, longest - 3]  # two on the padding of the first row, two on its text
-    monkeypatch.setattr(trainer, "_retained_columns", lambda _width: kept)
+    monkeypatch.setattr(trainer, "_columns_for_kl", lambda _width: kept)
     loss = trainer.compute_loss(trainer.model, dict(batch))
     gradients = torch.autograd.grad(loss, trainable(trainer.model))
     assert all(torch.isfinite(gradient).all() for gradient in gradients)
@@ -310,22 +305,22 @@ def test_retention_is_measured_where_there_is_text(
         adapted = model(tokens, use_cache=False).logits[0, positions]
         with model.disable_adapter():
             base = model(tokens, use_cache=False).logits[0, positions]
-        expected = retention(adapted, base)
+        expected = kl_to_base(adapted, base)
     assert expected > 1e-3
     total = slow_loss(model, rows, 2.0) + 3.0 * expected
     assert loss.item() == pytest.approx(total.item(), abs=2e-5)
     assert trainer._metrics["eval"]["retention"][-1] == pytest.approx(expected.item(), rel=1e-4)
 
 
-def test_retained_columns_lie_before_the_end_and_change(tmp_path: Path) -> None:
+def test_columns_for_kl_lie_before_the_end_and_change(tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path, block=AnswerSetConfig(retention=1.0, retention_positions=4))
     torch.manual_seed(0)
-    drawn = [trainer._retained_columns(10) for _ in range(200)]
+    drawn = [trainer._columns_for_kl(10) for _ in range(200)]
     assert all(len(set(columns)) == 4 and columns == sorted(columns) for columns in drawn)
     assert {column for columns in drawn for column in columns} == set(range(1, 9)), "any column but the first and END"
-    assert trainer._retained_columns(2) == []
-    assert trainer._retained_columns(3) == [1]
-    assert trainer_of(tmp_path, block=AnswerSetConfig(retention=0.0))._retained_columns(10) == []
+    assert trainer._columns_for_kl(2) == []
+    assert trainer._columns_for_kl(3) == [1]
+    assert trainer_of(tmp_path, block=AnswerSetConfig(retention=0.0))._columns_for_kl(10) == []
 
 
 @pytest.mark.parametrize(("batch_size", "accumulated"), [(3, 1), (1, 3)])

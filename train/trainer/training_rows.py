@@ -1,0 +1,107 @@
+"""The rows of each objective, as TRL's trainers take them, and their lengths checked."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Sequence
+from typing import Literal
+
+import datasets
+from transformers import PreTrainedTokenizerBase
+
+from headtune.analysis.tasks.task import Task
+from headtune.analysis.tasks.tokenized import EncodedTask, continuation
+from headtune.analysis.utils.errors import InputError
+
+
+def answer_set_rows(encoded: EncodedTask) -> datasets.Dataset:
+    """Columns `input_ids`, `labels`, `remaining`, `previous`: one prompt a row, its END the only place with a loss.
+
+    `labels` mask everything; TRL asks for the column, the objective reads `remaining` and `previous`.
+    """
+    return datasets.Dataset.from_list(
+        [
+            {
+                "input_ids": example.tokens.tolist(),
+                "labels": [-100] * (len(example.tokens) - 1) + [example.target_tokens[0]],
+                "remaining": list(example.target_tokens),
+                "previous": sorted(set(example.previous_tokens)),
+            }
+            for example in encoded.examples
+        ]
+    )
+
+
+def sft_rows(task: Task, seed: int) -> datasets.Dataset:
+    """Columns `prompt`, `completion`: the best answer; of a list, one drawn, seeded, from those not given yet."""
+    generator = random.Random(seed)
+    rows = []
+    for example in task.examples:
+        answer = generator.choice(example.remaining) if task.kind == "lists" else example.remaining[0]
+        rows.append({"prompt": example.prompt, "completion": continuation(example.prompt, answer) + "\n"})
+    return datasets.Dataset.from_list(rows)
+
+
+def dpo_rows(task: Task, pairs: Literal["one", "all"]) -> datasets.Dataset:
+    """Columns `prompt`, `chosen`, `rejected`: right and wrong answers to the same question.
+
+    Args:
+        pairs: `one` a question, its best answer and its first wrong one (Yin et al. 2024), or `all` combinations.
+
+    Raises:
+        InputError: an example without wrong answers.
+    """
+    rows = []
+    for example in task.examples:
+        if not example.incorrect:
+            raise InputError(
+                f"task {task.name!r} has no 'incorrect' answers for {example.prompt[:60]!r}; the dpo objective needs "
+                "them, or choose method.objective=sft"
+            )
+        right, wrong = example.remaining, example.incorrect
+        for chosen, rejected in itertools.product(*((right[:1], wrong[:1]) if pairs == "one" else (right, wrong))):
+            continued = [continuation(example.prompt, answer) for answer in (chosen, rejected)]
+            rows.append({"prompt": example.prompt, "chosen": continued[0], "rejected": continued[1]})
+    return datasets.Dataset.from_list(rows)
+
+
+def open_rows(rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, whole: bool = False) -> datasets.Dataset:
+    """Rows of `sft_rows` as tokens, columns `input_ids` and `labels`, which TRL takes as they are.
+
+    To a text it adds the end-of-text token; trained on that, a model ends its list after one item.
+
+    Args:
+        whole: the loss is on the prompt, too.
+    """
+    result = []
+    for row in rows:
+        before = tokenizer(row["prompt"]).input_ids
+        ids = tokenizer(row["prompt"] + row["completion"]).input_ids
+        same = next((n for n, (a, b) in enumerate(zip(before, ids, strict=False)) if a != b), len(before))
+        n_ignored = 0 if whole else same
+        result.append({"input_ids": ids, "labels": [-100] * n_ignored + ids[n_ignored:]})
+    return datasets.Dataset.from_list(result)
+
+
+def check_row_length(
+    name: str, rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, positions: int | None
+) -> None:
+    """Refuse rows of `sft_rows`, `open_rows` or `dpo_rows` that are too long for the model (InputError)."""
+    if "input_ids" in rows.column_names:
+        check_lengths(name, [len(ids) for ids in rows["input_ids"]], positions)
+        return
+    answers = [column for column in ("completion", "chosen", "rejected") if column in rows.column_names]
+    for column in answers if positions is not None else ():
+        texts = [prompt + answer for prompt, answer in zip(rows["prompt"], rows[column], strict=True)]
+        check_lengths(name, [len(ids) + 1 for ids in tokenizer(texts).input_ids], positions)  # TRL adds the end
+
+
+def check_lengths(name: str, lengths: Sequence[int], positions: int | None) -> None:
+    """Refuse training rows with more tokens than the model takes (InputError)."""
+    if positions is not None and (longest := max(lengths, default=0)) > positions:
+        too_long = sum(length > positions for length in lengths)
+        raise InputError(
+            f"task {name!r}: {too_long} of {len(lengths)} training rows are longer than the {positions} tokens that "
+            f"the model takes, the longest has {longest}; shorten them or leave them out"
+        )
