@@ -50,6 +50,7 @@ def recipe_reference() -> str:
     from headtune.plugins import TUNING_METHODS
     from headtune.train.config import methods
     from headtune.train.config.method_registry import method_rules
+    from headtune.train.config.regularisers import REGULARISERS
     from headtune.train.config.schema import Recipe
 
     parts = [
@@ -76,7 +77,7 @@ def recipe_reference() -> str:
             parts += [f"### {family}{f', kind {kind}' if kind else ''}\n", *_described(each, "method.", without)]
     parts.append("## method.regularisers\n\nA list; each entry has a `kind` and the keys of all of them:\n")
     parts += _described(methods.Regulariser, "")
-    for block in _blocks(methods.AnyRegulariser):
+    for block in REGULARISERS.values():
         (kind,) = typing.get_args(block.model_fields["kind"].annotation)
         parts += [
             f"### {kind}\n",

@@ -14,7 +14,7 @@ from typing import Any
 
 
 def _register() -> None:
-    # Either may be what imports PEFT and be half imported now. So what they import from here must not import PEFT.
+    # headtune.train.tuners imports PEFT before any module of its own, so that none of them is half imported now.
     from headtune.train.tuners import head_slices, head_tuning  # noqa: F401  they register themselves
 
 

@@ -7,9 +7,9 @@
 
 Under the last two, code that reads weights outside the model's own forward pass finds parts or nothing at all:
 
-    with whole(modules):                        # penalties: whole tensors, with gradient to the parts
-    frame = frame_of(trainer.model)             # before training
-    model = consolidated(trainer, frame)        # after it: the same model, whole, without the engine
+    with gathered_parameters(modules):          # penalties: whole tensors, with gradient to the parts
+    empty = meta_copy(trainer.model)            # before training
+    model = gather_full_model(trainer, empty)   # after it: the same model, whole, without the engine
 
 Every process has to call these, in the same order: they communicate.
 """
@@ -32,7 +32,7 @@ from headtune.analysis.utils.processes import world_size
 PARTITIONED = ("ZeRO-3", "FSDP2")
 
 
-def engine(accelerator: Any) -> str:
+def strategy(accelerator: Any) -> str:
     """`single`, `DDP`, `ZeRO-1`, `ZeRO-2`, `ZeRO-3` or `FSDP2`.
 
     Raises:
@@ -50,7 +50,7 @@ def engine(accelerator: Any) -> str:
 
 def partitioned(accelerator: Any) -> bool:
     """Whether each process holds a part of the weights only."""
-    return engine(accelerator) in PARTITIONED
+    return strategy(accelerator) in PARTITIONED
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------
@@ -62,7 +62,7 @@ def require_full_state(accelerator: Any) -> None:
     Raises:
         InputError: FSDP2 with another `fsdp_state_dict_type` than FULL_STATE_DICT.
     """
-    if engine(accelerator) == "FSDP2":
+    if strategy(accelerator) == "FSDP2":
         kind = str(accelerator.state.fsdp_plugin.state_dict_type).rpartition(".")[2]
         if kind != "FULL_STATE_DICT":
             raise InputError(
@@ -77,11 +77,11 @@ def require_launch(accelerator: Any) -> None:
     Raises:
         InputError: what runs is not what was launched.
     """
-    wanted = world_size()
-    if accelerator.num_processes != wanted:
+    launched = world_size()
+    if accelerator.num_processes != launched:
         raise InputError(
-            f"{wanted} processes were launched but the trainer sees {accelerator.num_processes}; on a CPU launch with "
-            "ACCELERATE_USE_CPU=true and accelerate_configs/ddp_cpu_2.yaml"
+            f"{launched} processes were launched but the trainer sees {accelerator.num_processes}; on a CPU launch "
+            "with ACCELERATE_USE_CPU=true and accelerate_configs/ddp_cpu_2.yaml"
         )
     for name in ("DEEPSPEED", "FSDP"):
         if os.environ.get(f"ACCELERATE_USE_{name}") == "true" and accelerator.distributed_type.value != name:
@@ -95,7 +95,7 @@ def require_launch(accelerator: Any) -> None:
 
 
 @contextlib.contextmanager
-def whole(modules: Iterable[nn.Module]) -> Iterator[None]:
+def gathered_parameters(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Inside the block, the modules' own parameters (not their children's) are whole tensors.
 
     Gradients reach the parts: of what the processes computed with them the mean, as of a loss. Not for a forward pass
@@ -121,7 +121,7 @@ def whole(modules: Iterable[nn.Module]) -> Iterator[None]:
 
 
 @torch.no_grad()
-def fill(parameter: Any, values: Tensor) -> None:
+def scatter_into(parameter: Any, values: Tensor) -> None:
     """Give a parameter values that every process knows; one that ZeRO-3 has split has got them from its checkpoint."""
     if _is_dtensor(parameter):
         from torch.distributed.tensor import distribute_tensor
@@ -132,7 +132,7 @@ def fill(parameter: Any, values: Tensor) -> None:
     parameter.copy_(values)
 
 
-def pooled(size: Tensor) -> Tensor:
+def all_reduce_mean(size: Tensor) -> Tensor:
     """The mean over processes of a number without gradient, such as the one that a penalty's sum is divided by.
 
     Processes see rows of other lengths. The mean of their quotients is not that of the whole batch; the mean of sums
@@ -145,7 +145,7 @@ def pooled(size: Tensor) -> Tensor:
     return total / distributed.get_world_size()
 
 
-def trained(model: nn.Module) -> list[nn.Module]:
+def trainable_modules(model: nn.Module) -> list[nn.Module]:
     """The modules that own a parameter that is trained."""
     return [
         module
@@ -170,13 +170,13 @@ def _is_dtensor(tensor: Tensor) -> bool:
 
 def _gathered(parameters: list[Any]) -> dict[int, Tensor]:
     """`id(parameter) -> ` the whole tensor."""
-    found: dict[int, Tensor] = {}
+    tensors: dict[int, Tensor] = {}
     away = []
     for parameter in {id(parameter): parameter for parameter in parameters}.values():
         if _is_dtensor(parameter):
-            found[id(parameter)] = _Gathered.apply(parameter) if parameter.requires_grad else parameter.full_tensor()
+            tensors[id(parameter)] = _Gathered.apply(parameter) if parameter.requires_grad else parameter.full_tensor()
         elif parameter.ds_status.name == "AVAILABLE":
-            found[id(parameter)] = parameter.clone()
+            tensors[id(parameter)] = parameter.clone()
         else:
             away.append(parameter)
     if away:
@@ -184,8 +184,8 @@ def _gathered(parameters: list[Any]) -> dict[int, Tensor]:
 
         with deepspeed.zero.GatheredParameters(away):
             # A copy: the parameter is emptied again, and the copy's gradient needs only its shape as it is now.
-            found |= {id(parameter): parameter.clone() for parameter in away}
-    return found
+            tensors |= {id(parameter): parameter.clone() for parameter in away}
+    return tensors
 
 
 class _Gathered(torch.autograd.Function):
@@ -213,57 +213,59 @@ class _Gathered(torch.autograd.Function):
 # --- after it ---------------------------------------------------------------------------------------------------------
 
 
-def frame_of(model: nn.Module) -> nn.Module:
-    """A copy of a model without its weights (they are on the meta device), to be filled by `consolidated`.
+def meta_copy(model: nn.Module) -> nn.Module:
+    """A copy of a model without its weights (they are on the meta device), to be filled by `gather_full_model`.
 
     The engines change a model for good: classes, hooks, parameters. This copy is what it was.
     """
-    empty: dict[int, Any] = {
+    on_meta: dict[int, Any] = {
         id(parameter): nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=parameter.requires_grad)
         for parameter in model.parameters()
     }
-    frame = copy.deepcopy(model, empty)
-    for module in frame.modules():
+    copied = copy.deepcopy(model, on_meta)
+    for module in copied.modules():
         module.__dict__.pop("forward", None)  # a trainer's own, which calls the model that it was made for
-    return frame
+    return copied
 
 
 @torch.no_grad()
-def consolidated(trainer: Any, frame: nn.Module, everywhere: bool = False) -> nn.Module:
-    """Fill a frame with the weights of a trainer's model, as trained, and let the engine go.
+def gather_full_model(trainer: Any, empty: nn.Module, everywhere: bool = False) -> nn.Module:
+    """Fill a `meta_copy` with the weights of a trainer's model, as trained, and let the engine go.
 
     Args:
         trainer: under ZeRO-3 or FSDP2; it cannot train any more, and its `model` is the result.
-        frame: of its model before the training.
-        everywhere: every process gets the weights; otherwise rank 0, and the others keep an empty frame.
+        empty: the `meta_copy` of its model, made before the training.
+        everywhere: every process gets the weights; otherwise rank 0, and the others keep an empty copy.
 
     Raises:
         CheckError: a weight that is not there, or not whole.
     """
     accelerator = trainer.accelerator
-    kept = everywhere or accelerator.is_main_process
+    holds_weights = everywhere or accelerator.is_main_process
     there = {
         name.replace("_checkpoint_wrapped_module.", ""): parameter
         for name, parameter in accelerator.unwrap_model(trainer.model).named_parameters(remove_duplicate=False)
     }
     filled: dict[int, nn.Parameter] = {}
-    for name, empty in frame.named_parameters():
+    for name, empty_parameter in empty.named_parameters():
         if name not in there:
             raise CheckError(f"the trained model has no weight {name}; nothing was saved")
         part = there[name]
         tensor = _gathered([part])[id(part)] if _is_part(part) else part
-        if kept:
-            filled[id(empty)] = nn.Parameter(tensor.detach().to("cpu", copy=True), requires_grad=empty.requires_grad)
+        if holds_weights:
+            filled[id(empty_parameter)] = nn.Parameter(
+                tensor.detach().to("cpu", copy=True), requires_grad=empty_parameter.requires_grad
+            )
     _let_go(trainer)
-    if kept:
-        for module in frame.modules():
+    if holds_weights:
+        for module in empty.modules():
             for name, placeholder in module._parameters.items():
                 if placeholder is not None:
                     module._parameters[name] = filled[id(placeholder)]
-        frame.to(accelerator.device)
-        require_complete(frame)
-    trainer.model = trainer.model_wrapped = frame
-    return frame
+        empty.to(accelerator.device)
+        require_complete(empty)
+    trainer.model = trainer.model_wrapped = empty
+    return empty
 
 
 def _let_go(trainer: Any) -> None:

@@ -51,8 +51,8 @@ class ProbeResult:
 
     def read(self, task: Task, seed: int, per_prompt: int | None) -> bool:
         """Whether these are the statements that `read_statements` would read."""
-        wanted = {"sha256": task.sha256, "seed": seed, "per_prompt": per_prompt}
-        return all(self.note[key] == value for key, value in wanted.items())
+        expected = {"sha256": task.sha256, "seed": seed, "per_prompt": per_prompt}
+        return all(self.note[key] == value for key, value in expected.items())
 
     def ranked(self, top: int) -> tuple[RankedHead, ...]:
         """The `top` heads by accuracy, best first (ties in order of layer and head), with bootstrap intervals.

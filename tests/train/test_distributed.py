@@ -276,22 +276,22 @@ def accelerator(kind: str, processes: int = 2, **state: Any) -> Any:
 
 
 def test_engines_have_names() -> None:
-    assert engines.engine(accelerator("NO", 1)) == "single"
-    assert engines.engine(accelerator("MULTI_CPU", 1)) == "single"
-    assert engines.engine(accelerator("MULTI_GPU")) == "DDP"
+    assert engines.strategy(accelerator("NO", 1)) == "single"
+    assert engines.strategy(accelerator("MULTI_CPU", 1)) == "single"
+    assert engines.strategy(accelerator("MULTI_GPU")) == "DDP"
     for stage in (1, 2, 3):
         zero = accelerator("DEEPSPEED", deepspeed_plugin=SimpleNamespace(zero_stage=stage))
-        assert engines.engine(zero) == f"ZeRO-{stage}"
+        assert engines.strategy(zero) == f"ZeRO-{stage}"
         assert engines.partitioned(zero) == (stage == 3)
     fsdp = accelerator("FSDP", fsdp_plugin=SimpleNamespace(fsdp_version=2, state_dict_type="FULL_STATE_DICT"))
-    assert engines.engine(fsdp) == "FSDP2" and engines.partitioned(fsdp)
+    assert engines.strategy(fsdp) == "FSDP2" and engines.partitioned(fsdp)
     engines.require_full_state(fsdp)
 
 
 def test_what_cannot_work_is_refused_with_its_fix() -> None:
     first = accelerator("FSDP", fsdp_plugin=SimpleNamespace(fsdp_version=1))
     with pytest.raises(InputError, match=r"fsdp_version is 1.*to 2"):
-        engines.engine(first)
+        engines.strategy(first)
     sharded = SimpleNamespace(fsdp_version=2, state_dict_type="StateDictType.SHARDED_STATE_DICT")
     with pytest.raises(InputError, match=r"SHARDED_STATE_DICT.*FULL_STATE_DICT"):
         engines.require_full_state(accelerator("FSDP", fsdp_plugin=sharded))
@@ -318,7 +318,7 @@ def test_a_frame_is_the_model_without_its_weights() -> None:
 
     base = tiny_model("llama", tie_word_embeddings=True)
     model = get_peft_model(base, HeadTuningConfig(heads=[[1, 0]], task_type="CAUSAL_LM"))
-    frame: Any = engines.frame_of(model)
+    frame: Any = engines.meta_copy(model)
     assert all(parameter.device.type == "meta" for parameter in frame.parameters())
     assert all(buffer.device.type == "cpu" for buffer in frame.buffers())
     assert [name for name, _ in frame.named_parameters()] == [name for name, _ in model.named_parameters()]
@@ -331,7 +331,7 @@ def test_a_frame_is_the_model_without_its_weights() -> None:
 def test_whole_leaves_a_model_that_is_not_split_alone() -> None:
     model = nn.Linear(2, 2)
     weight = model.weight
-    with engines.whole(model.modules()):
+    with engines.gathered_parameters(model.modules()):
         assert model.weight is weight
 
 
@@ -342,12 +342,12 @@ def test_a_split_parameter_is_given_its_values(tmp_path: Path) -> None:
     distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         split: Any = nn.Parameter(distribute_tensor(torch.zeros(3), init_device_mesh("cpu", (1,)), [Shard(0)]))
-        engines.fill(split, values)
+        engines.scatter_into(split, values)
         assert torch.equal(split.full_tensor(), values)
     finally:
         distributed.destroy_process_group()
     plain = nn.Parameter(torch.zeros(3))
-    engines.fill(plain, values)
+    engines.scatter_into(plain, values)
     assert torch.equal(plain, values) and plain.requires_grad
 
 

@@ -17,6 +17,7 @@ from headtune.analysis.utils.errors import nearest
 from . import methods
 from .errors import Keys, Problem
 from .method_registry import MethodRules, method_rules
+from .regularisers import REGULARISERS, Regulariser
 
 if TYPE_CHECKING:
     from .schema import Recipe
@@ -109,6 +110,8 @@ def _kinds(block: type[BaseModel]) -> tuple[Any, ...]:
 
 def _blocks_in(annotation: Any) -> list[type[BaseModel]]:
     """The blocks that a field's type is made of."""
+    if annotation is Regulariser:
+        return list(REGULARISERS.values())
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     return [block for inner in typing.get_args(annotation) for block in _blocks_in(inner)]

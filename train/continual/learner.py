@@ -296,7 +296,7 @@ class Learner:
             raise InputError(f"training: {str(error).splitlines()[0]}") from error
         distributed.require_launch(trainer.accelerator)
         distributed.require_full_state(trainer.accelerator)
-        frame = distributed.frame_of(self.model) if distributed.partitioned(trainer.accelerator) else None
+        empty = distributed.meta_copy(self.model) if distributed.partitioned(trainer.accelerator) else None
         trainer.remove_callback(PrinterCallback)
         if self.anchor.tasks:
             trainer.penalty = self._elastic
@@ -306,8 +306,8 @@ class Learner:
             self.recipe, self.head_model, pairs, self.units[index].task, trainer, self.notify
         ):
             training.carry_out(trainer, checkpoint)
-        if frame is not None:  # every process needs the model whole: to measure it, and to train it again
-            self.model = distributed.consolidated(trainer, frame, everywhere=True)
+        if empty is not None:  # every process needs the model whole: to measure it, and to train it again
+            self.model = distributed.gather_full_model(trainer, empty, everywhere=True)
             self.head_model.hf = distributed.base_of(self.model)
             self.head_model.__dict__.pop("layers", None)  # of the model that was split
         training.unwrapped(trainer)
@@ -315,7 +315,7 @@ class Learner:
         return {"steps": trainer.state.max_steps, "timing": timer.summary()}
 
     def _elastic(self, model: Any, _progress: float) -> dict[str, tuple[Tensor, float]]:
-        with distributed.whole(distributed.trained(model)):
+        with distributed.gathered_parameters(distributed.trainable_modules(model)):
             return {"ewc": (self.anchor.penalty(model), self.method.ewc_weight)}
 
     # --- heads and teachers -------------------------------------------------------------------------------------------

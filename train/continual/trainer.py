@@ -159,7 +159,7 @@ class _Sequence(SFTTrainer):
 def _part(count: int, like: Tensor) -> Tensor:
     """How much a process's mean over so many weighs, beside 1 of an average process."""
     total = torch.tensor(float(count), device=like.device)
-    return total / distributed.pooled(total).clamp(min=1)
+    return total / distributed.all_reduce_mean(total).clamp(min=1)
 
 
 class SequenceTrainer(Penalised, _Sequence):

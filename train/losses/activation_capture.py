@@ -1,6 +1,6 @@
 """What a training pass computed in chosen heads, kept with its gradient until the penalties have been added up.
 
-    watcher = PassWatcher(heads, wanted)
+    watcher = PassWatcher(model, captures)
     with watcher.installed():
         loss = ...                        # a pass in training mode, with gradient
         watcher.last.z[3]                 # [batch, seq, n_heads * head_dim], as the output projection got it
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,7 +37,7 @@ FINAL = -1  # stands for a layer where the final norm is meant
 
 
 @dataclass(frozen=True)
-class Wanted:
+class Captures:
     """What to keep of a pass.
 
     Attributes:
@@ -50,6 +50,15 @@ class Wanted:
     z: frozenset[int] = frozenset()
     attention: frozenset[int] = frozenset()
     norms: frozenset[int] = frozenset()
+
+    @staticmethod
+    def union(parts: Iterable[Captures]) -> Captures:
+        """All that any of several asks for."""
+        several = list(parts)
+        z, attention, norms = (
+            frozenset[int]().union(*(getattr(part, kind) for part in several)) for kind in ("z", "attention", "norms")
+        )
+        return Captures(z, attention, norms)
 
 
 @dataclass(eq=False)
@@ -70,10 +79,10 @@ class HeadPass:
     attention: dict[int, AttentionCall] = field(default_factory=dict)
     norms: dict[int, Tensor] = field(default_factory=dict)
 
-    def require(self, wanted: Wanted) -> None:
+    def require(self, captures: Captures) -> None:
         """Raise CheckError where something did not come with the pass."""
         for kind in ("z", "attention", "norms"):
-            if missing := sorted(getattr(wanted, kind) - getattr(self, kind).keys()):
+            if missing := sorted(getattr(captures, kind) - getattr(self, kind).keys()):
                 raise CheckError(
                     f"layer {missing[0]} did not run in this pass, or without gradient; switch off the prefix cache "
                     "(method.prefix_cache=false) and re-entrant gradient checkpointing "
@@ -106,12 +115,12 @@ class PassWatcher:
 
     Args:
         model: the model; it may carry a PEFT adapter by the time `installed` is entered.
-        wanted: what to keep of training passes.
+        captures: what to keep of training passes.
     """
 
-    def __init__(self, model: HeadModel, wanted: Wanted) -> None:
+    def __init__(self, model: HeadModel, captures: Captures) -> None:
         self.model = model
-        self.wanted = wanted
+        self.captures = captures
         self.last: HeadPass | None = None
         self._running: HeadPass | None = None
         self._with_gradient = True  # what the running pass must have for its tensors to be kept
@@ -122,7 +131,7 @@ class PassWatcher:
         models = [self.model] if reference is None else [self.model, reference]
         implementations = [view.hf.config._attn_implementation for view in models]
         with contextlib.ExitStack() as during:
-            if self.wanted.attention:
+            if self.captures.attention:
                 for view, implementation in zip(models, implementations, strict=True):
                     view.record_attention(True)
                     during.callback(view.hf.set_attn_implementation, implementation)
@@ -142,22 +151,21 @@ class PassWatcher:
         def keep(kind: str, layer: int) -> Any:
             def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
                 if self._running is not None and torch.is_grad_enabled() == self._with_gradient:
-                    given = args[0] if args else kwargs["hidden_states"]
-                    getattr(self._running, kind)[layer] = given
+                    getattr(self._running, kind)[layer] = args[0] if args else kwargs["hidden_states"]
 
             return hook
 
-        for layer in self.wanted.z:
+        for layer in self.captures.z:
             module = bare(model.projection(layer))
             during.callback(module.register_forward_pre_hook(keep("z", layer), with_kwargs=True).remove)
-        for layer in self.wanted.norms:
+        for layer in self.captures.norms:
             norm: Any = model.final_norm if layer == FINAL else model.post_attention_norm(layer)
             during.callback(norm.register_forward_pre_hook(keep("norms", layer), with_kwargs=True).remove)
 
     def _look(self, call: AttentionCall) -> None:
         if (
             self._running is not None
-            and call.layer in self.wanted.attention
+            and call.layer in self.captures.attention
             and torch.is_grad_enabled() == self._with_gradient
         ):
             self._running.attention[call.layer] = call
@@ -177,26 +185,26 @@ class PassWatcher:
             self.last, self._running = self._running, None
 
     @torch.no_grad()
-    def again(self, model: HeadModel, made: HeadPass, wanted: Wanted) -> HeadPass:
+    def again(self, model: HeadModel, training_pass: HeadPass, captures: Captures) -> HeadPass:
         """What the reference computes on a pass's inputs: in eval mode, up to the final norm, without gradient.
 
         Args:
             model: the reference, watched by `installed`: another model, or this one with its adapter switched off.
-            made: the pass.
-            wanted: what has to be there afterwards.
+            training_pass: the pass.
+            captures: what has to be there afterwards.
         """
         backbone = _backbone(model)
         training = [module for module in backbone.modules() if module.training]
-        self._running, self._with_gradient = HeadPass(made.arguments, made.present), False
+        self._running, self._with_gradient = HeadPass(training_pass.arguments, training_pass.present), False
         try:
             backbone.eval()
-            backbone(**{**made.arguments, "use_cache": False})
+            backbone(**{**training_pass.arguments, "use_cache": False})
             base = self._running
         finally:
             self._running, self._with_gradient = None, True
             for module in training:
                 module.training = True
-        base.require(wanted)
+        base.require(captures)
         return base
 
 
@@ -230,37 +238,37 @@ def rows_read(ends: Tensor, tokens: Tensor) -> Tensor:
 
 
 def head_contributions(
-    model: HeadModel, made: HeadPass, by_layer: Mapping[int, Sequence[int]], ends: Tensor, tokens: Tensor
+    model: HeadModel, head_pass: HeadPass, by_layer: Mapping[int, Sequence[int]], ends: Tensor, tokens: Tensor
 ) -> dict[int, Tensor]:
     """Layer -> `[rows with a right token, heads, n]`: each head's part of right tokens' logits at END, in logits.
 
     With gradient through z and W_O; the directions u and the scale of the norms are this pass's, held.
     """
     rows = rows_read(ends, tokens)
-    at, wanted = ends[rows], tokens[rows].clamp(min=0)
+    at, targets = ends[rows], tokens[rows].clamp(min=0)
 
     def at_end(x: Tensor) -> Tensor:
         return x[rows.to(x.device), at.to(x.device)]
 
     with torch.no_grad():
         unembedding: Any = bare(model.hf.get_output_embeddings()).weight
-        norm, residual = bare(model.final_norm), at_end(made.norms[FINAL])
+        norm, residual = bare(model.final_norm), at_end(head_pass.norms[FINAL])
         directions = [
-            model.norm_directions(norm, x, unembedding[of_row.to(unembedding.device)])
-            for x, of_row in zip(residual, wanted, strict=True)
+            model.norm_directions(norm, x, unembedding[target.to(unembedding.device)])
+            for x, target in zip(residual, targets, strict=True)
         ]
-    found = {}
+    by_head = {}
     for layer, heads in by_layer.items():
         post = model.post_attention_norm(layer)
         with torch.no_grad():
             inner = directions
             if post is not None:
-                met = zip(at_end(made.norms[layer]), directions, strict=True)
-                inner = [model.norm_directions(bare(post), x, u) for x, u in met]
-            stacked = torch.stack(inner) if inner else residual.new_zeros(0, wanted.shape[1], model.d_model).float()
-        z = of_heads(model, at_end(made.z[layer]), heads)
-        found[layer] = contributions(z, output_slices(model, layer, heads), stacked)
-    return found
+                seen = zip(at_end(head_pass.norms[layer]), directions, strict=True)
+                inner = [model.norm_directions(bare(post), x, u) for x, u in seen]
+            stacked = torch.stack(inner) if inner else residual.new_zeros(0, targets.shape[1], model.d_model).float()
+        z = of_heads(model, at_end(head_pass.z[layer]), heads)
+        by_head[layer] = contributions(z, output_slices(model, layer, heads), stacked)
+    return by_head
 
 
 def dropout_of(module: nn.Module) -> str | None:
@@ -288,7 +296,7 @@ def option_tokens(model: HeadModel, *options: str) -> list[int]:
     Raises:
         InputError: an option that is not one token, or two that are the same.
     """
-    found: list[int] = []
+    token_ids: list[int] = []
     for option in options:
         tokens = model.tokenizer(option, add_special_tokens=False)["input_ids"]
         if len(tokens) != 1:
@@ -296,7 +304,7 @@ def option_tokens(model: HeadModel, *options: str) -> list[int]:
                 f"negative_attention has option {option!r}, which is {len(tokens)} tokens of this model; give one that "
                 "is a single token (mind the leading space)"
             )
-        if tokens[0] in found:
+        if tokens[0] in token_ids:
             raise InputError(f"negative_attention has options {options} of the same token; give two that differ")
-        found.append(int(tokens[0]))
-    return found
+        token_ids.append(int(tokens[0]))
+    return token_ids

@@ -171,11 +171,6 @@ def attention_distillation(
     return total / (n_rows if reduction == "mean" else has_any.sum()).clamp(min=1)
 
 
-def attention_kl(student_log: Tensor, teacher: Tensor, present: Tensor, reduction: Reduction = "mean") -> Tensor:
-    """`attention_distillation` of one layer: `[batch, heads, T, keys]` twice, present `[batch, (heads,) T]`."""
-    return attention_distillation({0: student_log}, {0: teacher}, {0: present}, reduction)
-
-
 @dataclass(frozen=True, eq=False)
 class TopLogits:
     """The k largest logits of each position, and what the others weigh together.

@@ -11,17 +11,17 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-Pooled = Callable[[Tensor], Tensor]  # the mean over processes (`engines.pooled`)
+ReduceMean = Callable[[Tensor], Tensor]  # the mean over processes (`distributed.all_reduce_mean`)
 
 
-def _own(value: Tensor) -> Tensor:
-    """One process's mean is its own."""
+def _one_process(value: Tensor) -> Tensor:
+    """The mean over processes where there is one."""
     return value
 
 
-def _shared(total: Tensor, count: Tensor, pooled: Pooled) -> Tensor:
-    """`total / count`, the count pooled over processes; 0 where it is 0."""
-    size = pooled(count.to(total))  # of two processes with one row between them half a row: no clamp at 1
+def _shared(total: Tensor, count: Tensor, reduce_mean: ReduceMean) -> Tensor:
+    """`total / count`, the count averaged over processes; 0 where it is 0."""
+    size = reduce_mean(count.to(total))  # of two processes with one row between them half a row: no clamp at 1
     return total / torch.where(size > 0, size, 1)
 
 
@@ -113,27 +113,27 @@ def output_drift(
     base: Sequence[Tensor],
     present: Tensor,
     relative: bool,
-    pooled: Pooled = _own,
+    reduce_mean: ReduceMean = _one_process,
 ) -> Tensor:
     """`mean ||z - z_base||^2` over present tokens and heads; `relative`: divided by `mean ||z_base||^2`.
 
     Args:
         z, base: head outputs of the model and of the reference, one tensor a layer: `[batch, seq, heads, head_dim]`.
         present: `[batch, seq]` bool.
-        pooled: what is divided by, from this process's own (see `engines.pooled`).
+        reduce_mean: what is divided by, from this process's alone (see `distributed.all_reduce_mean`).
     """
     device = z[0].device
     moved, size, count = [], [], 0
-    for own, other in zip(z, base, strict=True):
-        here = present.to(own.device)
-        other = other.to(own.device).float()
-        moved.append((own.float() - other).pow(2).sum((-1, -2))[here].sum().to(device))
-        size.append(other.pow(2).sum((-1, -2))[here].sum().to(device))
-        count += own.shape[2] * int(here.sum())
+    for values, base_values in zip(z, base, strict=True):
+        here = present.to(values.device)
+        base_values = base_values.to(values.device).float()
+        moved.append((values.float() - base_values).pow(2).sum((-1, -2))[here].sum().to(device))
+        size.append(base_values.pow(2).sum((-1, -2))[here].sum().to(device))
+        count += values.shape[2] * int(here.sum())
     drift = torch.stack(moved).sum()
     if relative:
-        return drift / pooled(torch.stack(size).sum()).clamp(min=torch.finfo(torch.float32).tiny)
-    return drift / pooled(drift.new_tensor(float(count))).clamp(min=1)
+        return drift / reduce_mean(torch.stack(size).sum()).clamp(min=torch.finfo(torch.float32).tiny)
+    return drift / reduce_mean(drift.new_tensor(float(count))).clamp(min=1)
 
 
 def contributions(z: Tensor, weight: Tensor, directions: Tensor) -> Tensor:
@@ -148,7 +148,7 @@ def contributions(z: Tensor, weight: Tensor, directions: Tensor) -> Tensor:
     return torch.einsum("bhd,bhdn->bhn", z.float().to(read.device), read)
 
 
-def hinge(c: Tensor, floor: Tensor | float, right: Tensor, pooled: Pooled = _own) -> Tensor:
+def hinge(c: Tensor, floor: Tensor | float, right: Tensor, reduce_mean: ReduceMean = _one_process) -> Tensor:
     """`mean relu(floor - c)`: over the right tokens of a row and over heads, then over rows that have any.
 
     Suppression heads, which may not lower a right answer's logit by more than a margin: `floor = -margin`. Recall
@@ -158,12 +158,12 @@ def hinge(c: Tensor, floor: Tensor | float, right: Tensor, pooled: Pooled = _own
         c: `[batch, heads, n]`.
         floor: a number, or shaped as `c`.
         right: `[batch, n]` bool, tokens that count.
-        pooled: what is divided by, from this process's own (see `engines.pooled`).
+        reduce_mean: what is divided by, from this process's alone (see `distributed.all_reduce_mean`).
     """
     right = right.to(c.device)
     short = (floor - c).relu().mean(1) * right  # [batch, n]
     per_row = short.sum(-1) / right.sum(-1).clamp(min=1)
-    return _shared(per_row.sum(), right.any(-1).sum(), pooled)
+    return _shared(per_row.sum(), right.any(-1).sum(), reduce_mean)
 
 
 def negative_attention_scores(log_rows: Tensor, keys: Tensor, queries: Tensor) -> Tensor:
@@ -183,7 +183,7 @@ def negative_attention_scores(log_rows: Tensor, keys: Tensor, queries: Tensor) -
     return (log_a.exp().sum(-1) * (log_a[..., 1] - log_a[..., 0])).sum(-1)
 
 
-def alignment(scores: Tensor, named: Tensor, pooled: Pooled = _own) -> Tensor:
+def alignment(scores: Tensor, named: Tensor, reduce_mean: ReduceMean = _one_process) -> Tensor:
     """`mean over heads of (mean over rows of NAS)^2`; 0 where no row names the options.
 
     NASA tunes heads until their score is about 0 and stops when it turns over, so being biased the other way is no
@@ -194,9 +194,9 @@ def alignment(scores: Tensor, named: Tensor, pooled: Pooled = _own) -> Tensor:
     Args:
         scores: `[batch, heads]`.
         named: `[batch]` bool, rows that name both options.
-        pooled: as for `hinge`. The mean over rows is that over all processes', and so is the value; the gradient is
-            this process's part of it, which the processes' mean makes whole.
+        reduce_mean: as for `hinge`. The mean over rows is that over all processes', and so is the value; the gradient
+            is this process's part of it, which the processes' mean makes whole.
     """
-    part = _shared((scores * named[:, None]).sum(0), named.sum(), pooled)
-    mean = pooled(part).detach()
+    part = _shared((scores * named[:, None]).sum(0), named.sum(), reduce_mean)
+    mean = reduce_mean(part).detach()
     return (mean * (mean + 2 * (part - part.detach()))).mean()

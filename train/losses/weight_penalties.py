@@ -24,7 +24,7 @@ from headtune.analysis.models.head_model import HeadModel
 from headtune.analysis.utils.errors import CheckError, InputError
 from headtune.analysis.utils.files import atomic_path
 from headtune.train.tuners.head_slices import PARTS
-from headtune.train.tuners.head_weights import Held, added, cut, effective, held_slices, stored
+from headtune.train.tuners.head_weights import HeadWeights, head_weights
 
 Rows = Sequence[Mapping[str, Sequence[int]]]  # input_ids and labels, -100 where nothing is learnt
 
@@ -42,11 +42,12 @@ class SliceAnchor:
 
     Attributes:
         slices: which.
-        start: shaped as `stored`, one a slice; None holds them to the weights under the adapter, which do not move.
+        start: shaped as `HeadWeights.base`, one a slice; None holds them to the weights under the adapter, which do not
+            move.
         fisher: shaped alike, or None for 1.
     """
 
-    slices: list[Held]
+    slices: list[HeadWeights]
     start: list[Tensor] | None
     fisher: list[Tensor] | None
 
@@ -57,16 +58,17 @@ class SliceAnchor:
             InputError: nothing that is trained can move these slices.
         """
         if self.start is None:
-            changes = [added(model, held) for held in self.slices]
+            changes = [weights.delta(model) for weights in self.slices]
             moved = [i for i, change in enumerate(changes) if change is not None]
             drifts = [change for change in changes if change is not None]
         else:
             moved = list(range(len(self.slices)))
             pairs = zip(self.slices, self.start, strict=True)
-            drifts = [effective(model, held) - start for held, start in pairs]
+            drifts = [weights.effective(model) - start for weights, start in pairs]
         if not any(drift.requires_grad for drift in drifts):
+            names = ", ".join(sorted({weights.projection for weights in self.slices}))
             raise InputError(
-                f"weight_drift holds {', '.join(sorted({held.projection for held in self.slices}))}, and nothing that "
+                f"weight_drift holds {names}, and nothing that "
                 "is trained moves the chosen heads' part of them; use output_drift or attention_kl, or other parts"
             )
         return quadratic(drifts, None if self.fisher is None else [self.fisher[i] for i in moved])
@@ -90,25 +92,25 @@ def slice_anchor(
     Raises:
         InputError: a head or part that does not exist, or a Fisher diagonal that lacks one of the weights.
     """
-    slices = held_slices(model, pairs, parts)
-    if fisher is not None and (missing := [held.weight for held in slices if held.weight not in fisher]):
+    slices = head_weights(model, pairs, parts)
+    if fisher is not None and (missing := [weights.weight for weights in slices if weights.weight not in fisher]):
         raise InputError(f"the Fisher diagonal has no {missing[0]}; compute it with these names")
     in_out = model.architecture.in_out_weight
-    stiffness = None if fisher is None else [_fisher_of(model, held, fisher[held.weight], in_out) for held in slices]
+    stiffness = None if fisher is None else [_fisher_of(model, each, fisher[each.weight], in_out) for each in slices]
     start: list[Tensor] | None = None
     with torch.no_grad():
         if reference is not None:
-            start = [effective(reference, held) for held in slices]
+            start = [weights.effective(reference) for weights in slices]
         elif not adapted:
-            start = [stored(model, held) for held in slices]
+            start = [weights.base(model) for weights in slices]
     return SliceAnchor(slices, start, stiffness)
 
 
-def _fisher_of(model: HeadModel, held: Held, fisher: Tensor, in_out: bool) -> Tensor:
-    own = stored(model, held)
-    of_slices = cut(fisher, held, in_out).to(own.device)
-    if of_slices.shape != own.shape:
-        raise InputError(f"the Fisher diagonal of {held.weight} is {list(fisher.shape)}, which is not this model's")
+def _fisher_of(model: HeadModel, weights: HeadWeights, fisher: Tensor, in_out: bool) -> Tensor:
+    base = weights.base(model)
+    of_slices = weights.slice_of(fisher, in_out).to(base.device)
+    if of_slices.shape != base.shape:
+        raise InputError(f"the Fisher diagonal of {weights.weight} is {list(fisher.shape)}, which is not this model's")
     return of_slices
 
 
@@ -210,13 +212,13 @@ class WeightAnchor:
         Raises:
             InputError: a name that the model does not have, or other names than those of earlier tasks.
         """
-        own = _named(model, fisher)
+        parameters = _named(model, fisher)
         if self.tasks and set(fisher) != set(self.fisher):
             odd = sorted(set(fisher) ^ set(self.fisher))[0]
             raise InputError(f"parameter {odd!r} is in one task's Fisher diagonal and not in another's")
         weights, summed, constant = {}, {}, self.constant
         for name, value in sorted(fisher.items()):  # any order, the same sum
-            new, now = value.detach().float(), own[name].detach().float()
+            new, now = value.detach().float(), parameters[name].detach().float()
             if new.shape != now.shape:
                 raise InputError(f"the Fisher diagonal of {name} is {list(new.shape)}, the weight {list(now.shape)}")
             old = self.fisher[name].to(new.device) if self.tasks else torch.zeros_like(new)
@@ -231,8 +233,10 @@ class WeightAnchor:
         """The sum over tasks, with gradient to the model's weights; 0, without a gradient, before the first task."""
         if not self.tasks:
             return torch.zeros(())
-        own = _named(model, self.weights)
-        drifts = [own[name].float() - anchor.to(own[name].device) for name, anchor in self.weights.items()]
+        parameters = _named(model, self.weights)
+        drifts = [
+            parameters[name].float() - anchor.to(parameters[name].device) for name, anchor in self.weights.items()
+        ]
         stiffness = [self.fisher[name].to(drift) for name, drift in zip(self.weights, drifts, strict=True)]
         return quadratic(drifts, stiffness) + self.constant
 
@@ -255,12 +259,12 @@ class WeightAnchor:
             with safetensors.safe_open(path, framework="pt") as file:
                 about = json.loads(file.metadata()["anchor"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
-            found: dict[str, dict[str, Tensor]] = {"weights": {}, "fisher": {}}
+            groups: dict[str, dict[str, Tensor]] = {"weights": {}, "fisher": {}}
             for key, value in tensors.items():
                 kind, _, name = key.partition("/")
-                found[kind][name] = value
+                groups[kind][name] = value
             return WeightAnchor(
-                dict(sorted(found["weights"].items())), found["fisher"], float(about["constant"]), int(about["tasks"])
+                dict(sorted(groups["weights"].items())), groups["fisher"], float(about["constant"]), int(about["tasks"])
             )
         except (OSError, safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -50,7 +50,7 @@ def l0_penalty(config: JolaConfig) -> Penalty:
 
     def penalty(model: Any, progress: float) -> dict[str, tuple[Any, float]]:
         weight = config.l0 * (min(1.0, progress / config.l0_warmup) if config.l0_warmup else 1.0)
-        with distributed.whole(distributed.trained(model)):
+        with distributed.gathered_parameters(distributed.trainable_modules(model)):
             return {"l0": (head_tuning.l0(model), weight)}
 
     return penalty

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from headtune.train.config.base import StrictConfig
 from headtune.train.config.method_registry import register_tuning_method
-from headtune.train.config.methods import STEERING, InterceptConfig, ItiConfig, ScaleConfig, SinkConfig
+from headtune.train.config.methods import STEERING, InterceptConfig, ScaleConfig, SinkConfig
 
 from .base import ComputedModel, TuningMethod
 
@@ -39,21 +39,6 @@ class Steer(TuningMethod):
 
         part = task.limited(getattr(config, "max_examples", None), seed)
         model.record_attention(True)
-        found = steering.steer(model, _settings(config), resolved.pairs or None, part, seed, progress, resolved.probed)
+        steered = steering.steer(model, config, resolved.pairs or None, part, seed, progress, resolved.probed)
         model.record_attention(False)
-        return ComputedModel(steering.apply(model.hf, found), list(found.pairs), found.note)
-
-
-def _settings(config: Any) -> Any:
-    """What `steering.steer` takes, of a recipe's `method`."""
-    from headtune.analysis.interventions.last_layer import Intercept, Sink
-    from headtune.train.tuners import steering
-
-    match config:
-        case ItiConfig():
-            return steering.ITI(config.alpha, per_prompt=config.per_prompt)
-        case SinkConfig():
-            return Sink(config.tau, config.gamma)
-        case InterceptConfig():
-            return Intercept(config.beta, *([config.fit] if config.fit else []))
-    return steering.Scale(config.factor)
+        return ComputedModel(steering.apply(model.hf, steered), list(steered.pairs), steered.note)

@@ -19,7 +19,7 @@ from headtune.train.config.schema import Recipe
 from headtune.train.methods.base import method_of
 from headtune.train.tracking.tracker import Tracker
 from headtune.train.trainer import training
-from headtune.train.tuners import head_tuning, probing
+from headtune.train.tuners import head_tuning, iti_probes
 from headtune.train.types import Penalty
 
 NORM = "lofit.norm"
@@ -75,7 +75,7 @@ def l1_penalty(weight: float) -> Penalty:
     """`sum |A|` over every trained scale."""
 
     def penalty(model: Any, _progress: float) -> dict[str, tuple[Tensor, float]]:
-        with distributed.whole(distributed.trained(model)):
+        with distributed.gathered_parameters(distributed.trainable_modules(model)):
             scales = [p for name, p in model.named_parameters() if "head_tuning_scale" in name and p.requires_grad]
             return {"l1": (torch.stack([scale.abs().sum() for scale in scales]).sum(), weight)}
 
@@ -98,11 +98,11 @@ def probed_heads(recipe: Recipe, model: HeadModel, train: Task, progress: pipeli
     assert recipe.heads is not None and recipe.heads.probe is not None
     block = recipe.heads.probe
     part = _part(recipe, train, block.max_examples)
-    found = probing.probe_heads(model, part, recipe.seed, block.folds, block.per_prompt, progress)
+    found = iti_probes.probe_heads(model, part, recipe.seed, block.folds, block.per_prompt, progress)
     note = {"name": part.name, "sha256": part.sha256, "n_examples": len(part.examples), "n_dropped": 0, "dropped": {}}
     ranked = found.ranked(recipe.heads.top)
     chosen = selected(
-        "probe", {probing.ACCURACY: found.accuracy}, ranked, recipe, model, note, {"parameters": found.note}
+        "probe", {iti_probes.ACCURACY: found.accuracy}, ranked, recipe, model, note, {"parameters": found.note}
     )
     return replace(chosen, probed=found)
 

@@ -19,9 +19,10 @@ from headtune.train.config.resolve_heads import resolve_heads
 from headtune.train.config.schema import Recipe
 from headtune.train.losses import regularisers
 from headtune.train.losses.activation_capture import warn_of_dropout
+from headtune.train.losses.registry import head_penalties_of
 from headtune.train.losses.weight_penalties import fisher_diagonal
 from headtune.train.tuners import head_pruning
-from headtune.train.tuners.head_weights import held_slices
+from headtune.train.tuners.head_weights import head_weights
 
 from .rows import rows_of
 
@@ -72,7 +73,7 @@ def require_usable(recipe: Recipe, model: HeadModel, train: Task) -> None:
     for term in terms:
         pairs = resolve_heads(term.heads, model, train, notify=lambda _line: None).pairs if term.heads else [(0, 0)]
         if not isinstance(term, methods.PruneGates):
-            regularisers.Regularisers(model, [_spec(term, pairs)], fisher={})
+            regularisers.Regularisers(model, [(term, pairs)], fisher={})
 
 
 @contextlib.contextmanager
@@ -97,7 +98,7 @@ def with_regularisers(
         for term in _terms(recipe)
     ]
     gates: head_pruning.HeadGates | None = None
-    specs: list[regularisers.Spec] = []
+    penalised: list[tuple[methods.AnyRegulariser, Pairs]] = []
     for term, heads in terms:
         if isinstance(term, methods.PruneGates):
             gates = head_pruning.attach(trainer.model, heads)
@@ -106,19 +107,17 @@ def with_regularisers(
             price = head_pruning.l0_penalty(gates, term.weight, term.warmup, term.sparsity)
             trainer.penalty = combined(trainer.penalty, price)
         else:
-            specs.append(_spec(term, heads))
+            penalised.append((term, heads))
     with contextlib.ExitStack() as exit_stack:
-        if specs:
-            if any(isinstance(spec, regularisers.AttentionKl | regularisers.NegativeAttention) for spec in specs):
+        if penalised:
+            penalties = head_penalties_of(model, penalised).values()
+            if any(penalty.captures().attention for penalty in penalties):
                 exit_stack.enter_context(_recorded(model))
-            activations = regularisers.AttentionKl | regularisers.OutputDrift
-            compared = [
-                spec.kind for spec in specs if isinstance(spec, activations) or getattr(spec, "role", None) == "recall"
-            ]
-            if compared:
+            if compared := [penalty.config.kind for penalty in penalties if penalty.compares_with_base]:
+                warn_of_dropout(model.hf, " and ".join(compared), notify)
                 warn_of_dropout(model.hf, " and ".join(compared), notify)
             watching = regularisers.Regularisers(
-                model, specs, fisher=_fisher(recipe, model, train, terms, trainer.model, notify)
+                model, penalised, fisher=_fisher(recipe, model, train, terms, trainer.model, notify)
             )
             exit_stack.enter_context(watching.installed())
             trainer.penalty = combined(trainer.penalty, watching)
@@ -127,7 +126,7 @@ def with_regularisers(
 
 
 def _report_skipped(watching: regularisers.Regularisers, notify: Notify) -> None:
-    for name in watching.specs:
+    for name in watching.penalties:
         if skipped := watching.counts[f"{name}.skipped"]:
             notify(
                 f"{name} skipped {skipped} of {watching.counts[f'{name}.rows']} rows, which do not name both options"
@@ -136,23 +135,6 @@ def _report_skipped(watching: regularisers.Regularisers, notify: Notify) -> None
 
 def _terms(recipe: Recipe) -> Sequence[methods.AnyRegulariser]:
     return getattr(recipe.method, "regularisers", [])
-
-
-def _spec(term: methods.AnyRegulariser, heads: Pairs) -> regularisers.Spec:
-    """The penalty that a block of the recipe means, on these heads."""
-    common: dict[str, Any] = {"heads": heads, "weight": term.weight, "schedule": term.schedule, "warmup": term.warmup}
-    match term:
-        case methods.AttentionKl():
-            return regularisers.AttentionKl(**common, rows=term.rows)
-        case methods.OutputDrift():
-            return regularisers.OutputDrift(**common, relative=term.relative)
-        case methods.WeightDrift():
-            return regularisers.WeightDrift(**common, fisher=term.fisher, parts=term.parts)
-        case methods.AttributionHinge():
-            return regularisers.AttributionHinge(**common, role=term.role, margin=term.margin)
-        case methods.NegativeAttention():
-            return regularisers.NegativeAttention(**common, positive=term.positive, negative=term.negative)
-    raise InputError(f"regulariser {term.kind!r} is no penalty on what heads compute")
 
 
 @contextlib.contextmanager
@@ -192,7 +174,7 @@ def _fisher(
     task = _fisher_task(recipe, train, stiff[0][0])
     notify(f"Fisher information on {len(task.examples)} prompts of {task.name}")
     rows = [row.plain for row in rows_of(task, model.tokenizer, 0, recipe.seed)]
-    weights = {slices.weight for term, heads in stiff for slices in held_slices(model, heads, term.parts)}
+    weights = {slices.weight for term, heads in stiff for slices in head_weights(model, heads, term.parts)}
     names = {name: name.replace(".base_layer", "") for name, _ in model.hf.named_parameters()}
     with trained.disable_adapter() if isinstance(trained, PeftModel) else contextlib.nullcontext():
         fisher = fisher_diagonal(model.hf, rows, [name for name, plain in names.items() if plain in weights])

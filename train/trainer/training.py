@@ -155,7 +155,7 @@ def train_with(
 
     Args:
         held: a block around the training, given the trainer (see `attach_regularisers`).
-        everywhere: every process needs the trained model; otherwise rank 0 (see `engines.consolidated`).
+        everywhere: every process needs the trained model; otherwise rank 0 (see `distributed.gather_full_model`).
 
     Raises:
         InputError: keys that contradict each other or the data, or a launch that is not what was asked for.
@@ -194,7 +194,7 @@ def train_with(
     cache = _prefix_cache(recipe, model, trainer, notify)
     prunes = any(isinstance(term, PruneGates) for term in method.regularisers)
     split = distributed.partitioned(trainer.accelerator)
-    frame = distributed.frame_of(trainer.model) if split else None
+    empty = distributed.meta_copy(trainer.model) if split else None
     with contextlib.ExitStack() as during:
         if held is not None:
             during.enter_context(held(trainer))
@@ -203,9 +203,9 @@ def train_with(
         if method.objective == "sft":
             during.enter_context(labelled_positions(trainer.model))
         carry_out(trainer, checkpoint)
-    if frame is not None:
-        gated = head_pruning.whole_state(trainer.model) if prunes else None  # the frame is of the model without gates
-        model.hf = distributed.base_of(distributed.consolidated(trainer, frame, everywhere or prunes))
+    if empty is not None:
+        gated = head_pruning.whole_state(trainer.model) if prunes else None  # `empty` is of the model without gates
+        model.hf = distributed.base_of(distributed.gather_full_model(trainer, empty, everywhere or prunes))
         if gated is not None:
             head_pruning.attach_state(trainer.model, gated)
         model.__dict__.pop("layers", None)  # of the model that was split

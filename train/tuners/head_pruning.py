@@ -39,10 +39,10 @@ from transformers.trainer_callback import ExportableState
 
 from headtune.analysis.models.architectures import architecture_of
 from headtune.analysis.utils.errors import CheckError, InputError
-from headtune.analysis.utils.files import write_json
 from headtune.train import distributed
 
 from . import hard_concrete
+from .base import require_heads_in_range
 
 if TYPE_CHECKING:
     from headtune.train.types import Penalty
@@ -125,12 +125,7 @@ def attach(model: Any, heads: Pairs) -> HeadGates:
         raise InputError("no heads to gate; name at least one (layer, head)")
     if len({(int(layer), int(head)) for layer, head in heads}) < len(heads):
         raise InputError(f"heads {list(heads)} name a head twice; remove the repeats")
-    for layer, head in heads:
-        if not (0 <= layer < len(projections) and 0 <= head < n_heads):
-            raise InputError(
-                f"head L{layer}H{head} is out of range: the model has layers 0-{len(projections) - 1} and heads "
-                f"0-{n_heads - 1}"
-            )
+    require_heads_in_range(heads, len(projections), n_heads)
     if any(isinstance(module, HeadGates) for module in model.modules()):
         raise InputError("the model has gates on its heads already; fold them before attaching others")
     in_features = _in_out(projections[0]).shape[0]
@@ -249,7 +244,7 @@ def l0_penalty(gates: HeadGates, weight: float, warmup: float = 0.0, sparsity: f
 
     def penalty(_model: Any, progress: float) -> dict[str, tuple[Tensor, float]]:
         grown = min(1.0, progress / warmup) if warmup else 1.0
-        with distributed.whole([gates]):
+        with distributed.gathered_parameters([gates]):
             share_open = l0(gates)
         if sparsity is None:
             return {"l0": (share_open, weight * grown)}
@@ -293,7 +288,9 @@ def summary(gates: HeadGates) -> dict[str, Any]:
         "open": len(values) - len(closed),
         "closed": len(closed),
         "between": [[*head, value] for head, value in values.items() if 0 < value < 1],
-        "by_layer": [[one, *(sum(at == one for at, _ in of) for of in (values, closed))] for one in gates.layers],
+        "by_layer": [
+            [layer, *(sum(at == layer for at, _ in heads) for heads in (values, closed))] for layer in gates.layers
+        ],
         "closed_heads": [list(head) for head in sorted(closed)],
         "dead_share": {"q": by_head, "k": by_group, "v": by_group, "o": by_head},
     }
@@ -310,7 +307,7 @@ def state_of(gates: HeadGates) -> dict[str, Any]:
 def whole_state(model: nn.Module) -> dict[str, Any]:
     """`state_of` a model's gates under any engine; every process has to call it."""
     gates = gates_of(model)
-    with torch.no_grad(), distributed.whole([gates]):
+    with torch.no_grad(), distributed.gathered_parameters([gates]):
         return state_of(gates)
 
 
@@ -331,29 +328,7 @@ def restore(gates: HeadGates, state: Mapping[str, Any]) -> None:
     heads, log_alpha = state.get("heads"), state.get("log_alpha")
     if heads != [list(head) for head in gates.heads] or not log_alpha or len(log_alpha) != len(heads):
         raise CheckError(f"the saved gates are of heads {heads}, and the model's of {[list(h) for h in gates.heads]}")
-    distributed.fill(gates.log_alpha, torch.tensor(log_alpha))
-
-
-def save(gates: HeadGates, path: Path) -> None:
-    """Write the gates beside an adapter, as JSON."""
-    write_json(path, state_of(gates))
-
-
-def attach_saved(model: Any, path: Path) -> HeadGates:
-    """`attach` the gates that `save` wrote.
-
-    Raises:
-        InputError: no such file, or heads that the model does not have.
-        CheckError: the file is damaged.
-    """
-    try:
-        state = json.loads(path.read_text(encoding="utf-8"))
-        [(int(layer), int(head)) for layer, head in state["heads"]]
-    except FileNotFoundError:
-        raise InputError(f"gates file {str(path)!r} does not exist; check the path") from None
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckError(f"gates file {str(path)!r} is damaged ({type(error).__name__}: {error})") from None
-    return attach_state(model, state)
+    distributed.scatter_into(gates.log_alpha, torch.tensor(log_alpha))
 
 
 def restore_checkpoint(gates: HeadGates, checkpoint: Path) -> None:
@@ -383,17 +358,17 @@ class GatesInCheckpoints(TrainerCallback, ExportableState):
         if args.load_best_model_at_end:
             raise InputError("load_best_model_at_end would not bring the gates of that step back; set it to false")
         if state.global_step:
-            where = f"the checkpoint of step {state.global_step}"
-            restore(gates_of(model), _saved_in(state.stateful_callbacks, where))
+            source = f"the checkpoint of step {state.global_step}"
+            restore(gates_of(model), _saved_in(state.stateful_callbacks, source))
         self._noted = whole_state(model)
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         self._noted = whole_state(model)
 
 
-def _saved_in(callbacks: Mapping[str, Any], where: str) -> dict[str, Any]:
+def _saved_in(callbacks: Mapping[str, Any], source: str) -> dict[str, Any]:
     saved = callbacks.get(GatesInCheckpoints.__name__, {}).get("attributes", {}).get("saved")
     if saved is None:
-        raise CheckError(f"{where} holds no gates; it is not from a training with gates on heads, start anew")
+        raise CheckError(f"{source} holds no gates; it is not from a training with gates on heads, start anew")
     state: dict[str, Any] = saved
     return state

@@ -1,6 +1,6 @@
 """Steering without training: factors and directions computed from a model and a task, as values of the head adapter.
 
-    steered = steer(heads, ITI(alpha=15, top=48), None, task, seed=0)
+    steered = steer(model, ItiConfig(kind="iti", alpha=15), heads, task, seed=0)
     model = apply(model.hf, steered)       # a PeftModel that evaluates, saves, merges and exports like a trained one
 
     scale       z[l, h] <- factor * z[l, h]                      the heads given
@@ -11,26 +11,23 @@
 The last two are knobs of `headtune.analysis.interventions.last_layer` in a form that does not depend on the input, so
 that it can be folded into weights.
 
-`probing` says what theta and sigma are. An offset on z lies before W_O, so the residual stream moves by
+`iti_probes` says what theta and sigma are. An offset on z lies before W_O, so the residual stream moves by
 alpha * sigma * W_O theta (through the norm after attention, in families that have one). The adapter adds it at every
 position, the paper at the last one of each step of decoding.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor
 
-from headtune.analysis.heads.head_set import RankedHead
-from headtune.analysis.interventions.last_layer import Intercept, Sink
+from headtune.analysis.interventions.last_layer import FIT, Intercept
 from headtune.analysis.interventions.mlp_regression import decompose
-from headtune.analysis.methods.scores import Scores
 from headtune.analysis.models import hooks
 from headtune.analysis.models.attention import record_rows
 from headtune.analysis.models.head_model import HeadModel
@@ -38,61 +35,19 @@ from headtune.analysis.tasks.task import Task
 from headtune.analysis.tasks.tokenized import as_chat, encode
 from headtune.analysis.utils.errors import CheckError, InputError
 from headtune.analysis.utils.progress import Progress, silent
-from headtune.train.types import ProbeResult, require_enough
+from headtune.train.config.methods import InterceptConfig, ItiConfig, ScaleConfig, SinkConfig
+from headtune.train.types import ProbeResult
 
 from .head_tuning import HeadTuningConfig
-from .probing import (
-    ACCURACY,
-    FOLDS,
+from .iti_probes import (
     end_batches,
     mass_mean,
-    probe_heads,
     read_statements,
     tokenised,
 )
 
 Pairs = Sequence[tuple[int, int]]  # (layer, head)
-
-
-# --- settings ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Scale:
-    """Multiply the heads given by one factor."""
-
-    factor: float = 1.25
-
-    def __post_init__(self) -> None:
-        if not math.isfinite(self.factor):
-            raise InputError(f"scale: factor={self.factor} is not a finite number; 1 changes nothing, 0 silences")
-
-
-@dataclass(frozen=True)
-class ITI:
-    """Inference-time intervention.
-
-    Attributes:
-        alpha: how many standard deviations to move; 0 changes nothing.
-        top: how many heads, the best by probe accuracy; None: the heads are given and only directions are computed.
-        per_prompt: at most so many true and so many false statements a prompt, drawn; None: all of them.
-        folds: of the cross-validation of the probes.
-    """
-
-    alpha: float = 15.0
-    top: int | None = None
-    per_prompt: int | None = None
-    folds: int = FOLDS
-
-    def __post_init__(self) -> None:
-        if not math.isfinite(self.alpha):
-            raise InputError(f"iti: alpha={self.alpha} is not a finite number; the paper's is 15, 0 changes nothing")
-        for name, value, least in (("top", self.top, 1), ("per_prompt", self.per_prompt, 1), ("folds", self.folds, 2)):
-            if value is not None and value < least:
-                raise InputError(f"iti: {name}={value} is too few; give {least} or more")
-
-
-Settings = Scale | ITI | Sink | Intercept
+Settings = ScaleConfig | ItiConfig | SinkConfig | InterceptConfig
 
 
 # --- reading attention ------------------------------------------------------------------------------------------------
@@ -121,15 +76,11 @@ class Steered:
         config: which heads and MLPs, and what is set on them.
         values: the content of the adapter's file: name -> value, float32.
         note: JSON-able: what was set, and what it was found on.
-        ranked: the heads that were chosen, best first; empty where they were given or there are none.
-        scores: what they were chosen by, if they were.
     """
 
     config: HeadTuningConfig
     values: dict[str, Tensor]
     note: dict[str, Any]
-    ranked: tuple[RankedHead, ...] = ()
-    scores: Scores | None = None
 
     @property
     def pairs(self) -> list[tuple[int, int]]:
@@ -150,23 +101,26 @@ def steer(
 
     Args:
         model: the plain model, before any adapter and with the attention that `view` gave it.
-        pairs: the heads, for `Scale`, and for `ITI` without `top`; the others find theirs themselves: None.
+        pairs: the heads to scale, or to move along probes' directions; the others find theirs themselves: None.
         task: whose answers, or prompts, are looked at; an intercept is fitted on its own `fit` instead.
         seed: of what is drawn (see `probe_heads`).
-        probed: what probes have read already: `ITI` takes its directions over where they are of the same statements.
+        probed: what probes have read already: ITI takes its directions over where they are of the same statements.
 
     Raises:
         InputError: heads missing, given needlessly, twice, or not in the model; no heads that attend to the first
             position enough; a family whose MLP output has no projection to carry an offset; see also `statements`.
     """
-    if isinstance(settings, Scale):
-        return _scaled(model, _given(model, pairs), settings.factor, {"kind": "scale", **asdict(settings)})
-    if isinstance(settings, ITI):
-        return _iti(model, settings, pairs, task, seed, progress, probed)
+    match settings:
+        case ScaleConfig():
+            note = {"kind": "scale", "factor": settings.factor}
+            return _scaled(model, _chosen_heads(model, pairs), settings.factor, note)
+        case ItiConfig():
+            return _iti(model, settings, _chosen_heads(model, pairs), task, seed, progress, probed)
     if pairs:
-        kind = type(settings).__name__.lower()
-        raise InputError(f"steering {kind!r} finds what it changes itself; leave out the {len(pairs)} heads given")
-    if isinstance(settings, Sink):
+        raise InputError(
+            f"steering {settings.kind!r} finds what it changes itself; leave out the {len(pairs)} heads given"
+        )
+    if isinstance(settings, SinkConfig):
         return _sink(model, settings, task, progress)
     return _intercept(model, settings, progress)
 
@@ -185,9 +139,9 @@ def apply(model: Any, steered: Steered) -> PeftModel:
     return adapted.eval()
 
 
-def _given(model: HeadModel, pairs: Pairs | None) -> list[tuple[int, int]]:
+def _chosen_heads(model: HeadModel, pairs: Pairs | None) -> list[tuple[int, int]]:
     if not pairs:
-        raise InputError("no heads are given to steer; name them, or use iti with top to have them chosen")
+        raise InputError("no heads are given to steer; name them")
     hooks.require_heads(model, pairs)
     if len(set(pairs)) < len(pairs):
         raise InputError(f"heads {[list(pair) for pair in pairs]} name a head twice; remove the repeats")
@@ -216,45 +170,35 @@ def _scaled(model: HeadModel, pairs: Pairs, factor: float, note: dict[str, Any])
 
 def _iti(
     model: HeadModel,
-    settings: ITI,
-    pairs: Pairs | None,
+    settings: ItiConfig,
+    pairs: Pairs,
     task: Task,
     seed: int,
     progress: Progress,
     probed: ProbeResult | None,
 ) -> Steered:
-    note: dict[str, Any] = {"kind": "iti", **asdict(settings)}
-    ranked: tuple[RankedHead, ...] = ()
-    scores = None
-    if settings.top is not None:
-        if pairs:
-            raise InputError(f"iti chooses its top {settings.top} heads; leave out top or the {len(pairs)} heads given")
-        require_enough(settings.top, model.n_layers * model.n_heads)  # before the model runs
-        probed = probe_heads(model, task, seed, settings.folds, settings.per_prompt, progress)
-        ranked, scores = probed.ranked(settings.top), probed.scores
-        chosen = sorted((entry.layer, entry.head) for entry in ranked)
-    else:
-        chosen = _given(model, pairs)
     if probed is not None and probed.read(task, seed, settings.per_prompt):
-        how = probed.note
-        moves = {pair: probed.sigma[pair] * probed.directions[pair] for pair in chosen}
+        statements = probed.note
+        moves = {pair: probed.sigma[pair] * probed.directions[pair] for pair in pairs}
     else:
-        layers = sorted({layer for layer, _ in chosen})
-        z, true, _, how = read_statements(model, task, layers, seed, settings.per_prompt, progress)
+        layers = sorted({layer for layer, _ in pairs})
+        z, true, _, statements = read_statements(model, task, layers, seed, settings.per_prompt, progress)
         of_layer = {layer: mass_mean(z[layer].to(model.device).float(), true) for layer in layers}
-        moves = {(layer, head): of_layer[layer][0][head] * of_layer[layer][1][head] for layer, head in chosen}
+        moves = {(layer, head): of_layer[layer][0][head] * of_layer[layer][1][head] for layer, head in pairs}
     offsets = {pair: settings.alpha * move for pair, move in moves.items()}
-    note |= {"statements": how, "heads": [_described(pair, moves[pair], ranked) for pair in chosen]}
-    config = HeadTuningConfig(heads=[list(pair) for pair in chosen], scale="none", offset=True, task_type="CAUSAL_LM")
-    return Steered(config, _of_heads(model, "head_tuning_offset", offsets), note, ranked, scores)
+    heads = [{"layer": layer, "head": head, "sigma": float(moves[layer, head].norm())} for layer, head in pairs]
+    note = {
+        "kind": "iti",
+        "alpha": settings.alpha,
+        "per_prompt": settings.per_prompt,
+        "statements": statements,
+        "heads": heads,
+    }
+    config = HeadTuningConfig(heads=[list(pair) for pair in pairs], scale="none", offset=True, task_type="CAUSAL_LM")
+    return Steered(config, _of_heads(model, "head_tuning_offset", offsets), note)
 
 
-def _described(pair: tuple[int, int], move: Tensor, ranked: Sequence[RankedHead]) -> dict[str, Any]:
-    accuracy = {(entry.layer, entry.head): {ACCURACY: entry.score} for entry in ranked}
-    return {"layer": pair[0], "head": pair[1], "sigma": float(move.norm()), **accuracy.get(pair, {})}
-
-
-def _sink(model: HeadModel, settings: Sink, task: Task, progress: Progress) -> Steered:
+def _sink(model: HeadModel, settings: SinkConfig, task: Task, progress: Progress) -> Steered:
     """The static form of `knobs.scale_sink_heads`: heads are chosen once, by their mean over the task's prompts.
 
     The knob scales a head at those positions where it looks at the first position with more than tau; this scales the
@@ -269,7 +213,8 @@ def _sink(model: HeadModel, settings: Sink, task: Task, progress: Progress) -> S
         )
     note = {
         "kind": "sink",
-        **asdict(settings),
+        "tau": settings.tau,
+        "gamma": settings.gamma,
         "layer": last,
         "task": task.name,
         "sha256": task.sha256,
@@ -279,7 +224,7 @@ def _sink(model: HeadModel, settings: Sink, task: Task, progress: Progress) -> S
     return _scaled(model, pairs, settings.gamma, note)
 
 
-def _intercept(model: HeadModel, settings: Intercept, progress: Progress) -> Steered:
+def _intercept(model: HeadModel, settings: InterceptConfig, progress: Progress) -> Steered:
     """`knobs.subtract_mlp_intercept` as an offset on the last layer's MLP output: the same at every position."""
     last, path = model.n_layers - 1, model.architecture.mlp_projection
     if path is None:
@@ -287,16 +232,18 @@ def _intercept(model: HeadModel, settings: Intercept, progress: Progress) -> Ste
             f"family {model.hf.config.get_text_config().model_type!r} has a norm after its MLP, so no projection "
             "carries an offset on its output; use the intercept knob of headtune.analysis.interventions.last_layer"
         )
-    encoded = encode(settings.task(), model.tokenizer, model.positions)
-    found, r2 = decompose(model, encoded.examples, progress=progress)
+    fit = settings.fit or FIT
+    encoded = encode(Intercept(settings.beta, fit).task(), model.tokenizer, model.positions)
+    regression, r2 = decompose(model, encoded.examples, progress=progress)
     config = HeadTuningConfig(heads=[], mlp_layers=[last], scale="none", offset=True, task_type="CAUSAL_LM")
-    offset = -settings.beta * found.intercept[-1]
+    offset = -settings.beta * regression.intercept[-1]
     values = {_parameter(model, last, path, "head_tuning_mlp_offset"): offset.float().cpu()}
     note = {
         "kind": "intercept",
-        **asdict(settings),
+        "beta": settings.beta,
+        "fit": fit,
         "layer": last,
-        "fit_examples": found.n,
+        "fit_examples": regression.n,
         "held_out_r2": r2[-1],
         "fit_data": encoded.summary(),
     }

@@ -76,15 +76,15 @@ def with_adapter(model: Any, folder: Path) -> PeftModel:
 
 def _require_all(model: PeftModel, weights: Mapping[str, Tensor], folder: Path) -> None:
     """Refuse weights that are not, by name and shape, all those of the model's adapter."""
-    own = get_peft_model_state_dict(model, save_embedding_layers=False)
-    missing, other = own.keys() - weights.keys(), weights.keys() - own.keys()
-    shaped = {name for name in own.keys() & weights.keys() if own[name].shape != weights[name].shape}
-    found = [
-        (f"lacks {len(missing)} weights of {len(own)}", missing),
+    expected = get_peft_model_state_dict(model, save_embedding_layers=False)
+    missing, other = expected.keys() - weights.keys(), weights.keys() - expected.keys()
+    shaped = {name for name in expected.keys() & weights.keys() if expected[name].shape != weights[name].shape}
+    differences = [
+        (f"lacks {len(missing)} weights of {len(expected)}", missing),
         (f"holds {len(other)} that are none of this adapter's", other),
         (f"holds {len(shaped)} of another shape", shaped),
     ]
-    if reasons := [f"{what}, such as {min(names)}" for what, names in found if names]:
+    if reasons := [f"{what}, such as {min(names)}" for what, names in differences if names]:
         raise CheckError(f"{folder / ADAPTER} {', and '.join(reasons)}; put back a whole copy of it")
 
 
@@ -100,19 +100,19 @@ def restore(model: Any, folder: Path) -> None:
         _require_all(model, weights, folder)
         set_peft_model_state_dict(model, weights)
         return
-    own = model.state_dict()
-    missing = set(own)
+    state = model.state_dict()
+    missing = set(state)
     for path in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118  a file of safetensors is no mapping
-                    if name not in own or list(own[name].shape) != list(file.get_slice(name).get_shape()):
+                    if name not in state or list(state[name].shape) != list(file.get_slice(name).get_shape()):
                         raise CheckError(f"{path}: {name} is no weight of this model")
-                    own[name].copy_(file.get_tensor(name))
+                    state[name].copy_(file.get_tensor(name))
                     missing.discard(name)
         except (OSError, SafetensorError) as error:
             raise CheckError(f"{path} cannot be read: {error}") from error
-    tied = {own[name].data_ptr() for name in own.keys() - missing}
-    left = sorted(name for name in missing if own[name].data_ptr() not in tied)
+    tied = {state[name].data_ptr() for name in state.keys() - missing}
+    left = sorted(name for name in missing if state[name].data_ptr() not in tied)
     if left:
         raise CheckError(f"{folder} lacks {len(left)} weights, such as {left[0]}")

@@ -15,7 +15,6 @@ from headtune.train.losses.attention_distillation import (
     RowRecorder,
     TopLogits,
     attention_distillation,
-    attention_kl,
     logit_kl,
     query_positions,
     row_kl,
@@ -215,6 +214,11 @@ def test_what_the_recorder_refuses() -> None:
 
 
 # --- the losses themselves --------------------------------------------------------------------------------------------
+
+
+def attention_kl(student_log: Tensor, teacher: Tensor, present: Tensor, reduction: Any = "mean") -> Tensor:
+    """`attention_distillation` of one layer: `[batch, heads, T, keys]` twice, present `[batch, (heads,) T]`."""
+    return attention_distillation({0: student_log}, {0: teacher}, {0: present}, reduction)
 
 
 def log_rows(seed: int, *shape: int) -> Tensor:

@@ -27,17 +27,18 @@ from headtune.analysis.models.loading import wrap_model
 from headtune.analysis.tasks.tokenized import encode
 from headtune.analysis.utils.errors import CheckError, InputError
 from headtune.train.config.methods import AnswerSetConfig
-from headtune.train.losses import head_penalties
-from headtune.train.losses.label_logits import labelled_positions
-from headtune.train.losses.regularisers import (
+from headtune.train.config.regularisers import (
     AttentionKl,
     AttributionHinge,
     NegativeAttention,
     OutputDrift,
-    Regularisers,
-    Spec,
+    PruneGates,
+    Regulariser,
     WeightDrift,
 )
+from headtune.train.losses import head_penalties
+from headtune.train.losses.label_logits import labelled_positions
+from headtune.train.losses.regularisers import Regularisers
 from headtune.train.trainer import answer_set_trainer, penalised_trainers, training_rows
 from headtune.train.trainer.prefix_cache import PrefixCache
 from headtune.train.tuners.head_slices import HeadSlicesConfig
@@ -47,6 +48,7 @@ from helpers.trainers import config_of
 
 FAMILIES = ["llama", "qwen2", "gpt2", "phi3", "gemma2", "gemma2-caps", "opt", "gpt_neox", "qwen2-sliding"]
 PAIRS = [(0, 1), (2, 0), (2, 3)]
+Term = tuple[Regulariser, Sequence[tuple[int, int]]]
 YES, NO = 50, 60  # stand for the two options
 ALL_ROWS = 64  # more than any row has, so that nothing is left to chance
 
@@ -208,25 +210,27 @@ def slow_terms(slow: Slow, off: Any, rows: Sequence[tuple[list[int], int]] = ROW
     }
 
 
-SPECS: list[Spec] = [
-    AttentionKl(PAIRS, rows=ALL_ROWS),
-    OutputDrift(PAIRS),
-    OutputDrift(PAIRS, relative=False),
-    AttributionHinge(PAIRS, role="suppression", margin=0.02),
-    AttributionHinge(PAIRS, role="recall", margin=0.01),
-    NegativeAttention(PAIRS),
+SPECS: list[Term] = [
+    (AttentionKl(rows=ALL_ROWS), PAIRS),
+    (OutputDrift(), PAIRS),
+    (OutputDrift(relative=False), PAIRS),
+    (AttributionHinge(role="suppression", margin=0.02), PAIRS),
+    (AttributionHinge(role="recall", margin=0.01), PAIRS),
+    (NegativeAttention(), PAIRS),
 ]
 
 
 @pytest.fixture(autouse=True)
 def options(monkeypatch: pytest.MonkeyPatch) -> None:
     """The tiny tokenizer knows neither ' Yes' nor ' No' as one token."""
-    from headtune.train.losses import regularisers
+    from headtune.train.losses import builtin_regularisers
 
-    real = regularisers.option_tokens
-    default = (NegativeAttention.positive, NegativeAttention.negative)
+    real = builtin_regularisers.option_tokens
+    default = (NegativeAttention().positive, NegativeAttention().negative)
     monkeypatch.setattr(
-        regularisers, "option_tokens", lambda heads, *named: [YES, NO] if named == default else real(heads, *named)
+        builtin_regularisers,
+        "option_tokens",
+        lambda heads, *named: [YES, NO] if named == default else real(heads, *named),
     )
 
 
@@ -344,7 +348,9 @@ def test_head_tuning_moves_z() -> None:
     shake(model)
     layer: Any = heads.projection(2)
     tuned = (1 + layer.head_tuning_scale["default"]) * z + layer.head_tuning_offset["default"]
-    penalties = Regularisers(heads, [OutputDrift([(2, 3)]), AttributionHinge([(2, 3)], margin=-3.0)])
+    penalties = Regularisers(
+        heads, [(OutputDrift(), [(2, 3)]), (AttributionHinge.model_construct(margin=-3.0), [(2, 3)])]
+    )
     with penalties.installed():
         model.train()
         batch = batch_of([(tokens, first)], False)
@@ -363,7 +369,7 @@ def test_head_tuning_moves_z() -> None:
 # --- how it is used ---------------------------------------------------------------------------------------------------
 
 
-def passes(model: HeadModel, trained: Any, specs: Sequence[Spec] = SPECS) -> dict[str, float]:
+def passes(model: HeadModel, trained: Any, specs: Sequence[Term] = SPECS) -> dict[str, float]:
     penalties = Regularisers(model, specs)
     with penalties.installed():
         trained.train()
@@ -445,7 +451,7 @@ def test_a_prefix_cache_below_the_heads_changes_nothing() -> None:
         model = get_peft_model(heads.hf, HeadSlicesConfig(heads=[[2, 0]], task_type="CAUSAL_LM"))
         shake(model)
         model.train()
-        specs = [AttentionKl([(2, 0)], rows=ALL_ROWS), OutputDrift([(2, 0)])]
+        specs = [(AttentionKl(rows=ALL_ROWS), [(2, 0)]), (OutputDrift(), [(2, 0)])]
         with PrefixCache(model).installed() if cached else nullcontext() as stats:
             found = [value for _ in range(3) for value in passes(heads, model, specs).values()]
         assert not cached or (stats.served and stats.plain == {}), stats
@@ -455,7 +461,7 @@ def test_a_prefix_cache_below_the_heads_changes_nothing() -> None:
     heads = heads_of(KINDS["llama"])
     model = get_peft_model(heads.hf, HeadSlicesConfig(heads=[[2, 0]], task_type="CAUSAL_LM")).train()
     with PrefixCache(model).installed(), pytest.raises(CheckError, match="prefix_cache=false"):
-        passes(heads, model, [OutputDrift([(0, 0)])])
+        passes(heads, model, [(OutputDrift(), [(0, 0)])])
 
 
 def test_the_pass_within_a_pass_of_a_prefix_cache_is_not_the_pass() -> None:
@@ -463,7 +469,7 @@ def test_the_pass_within_a_pass_of_a_prefix_cache_is_not_the_pass() -> None:
     heads = heads_of(KINDS["llama"])
     model = get_peft_model(heads.hf, HeadSlicesConfig(heads=[[2, 0]], task_type="CAUSAL_LM"))
     shake(model)
-    penalties = Regularisers(heads, [OutputDrift([(2, 0)])])
+    penalties = Regularisers(heads, [(OutputDrift(), [(2, 0)])])
     with penalties.installed(), PrefixCache(model.train()).installed() as stats:
         model(**batch_of(ROWS, False), use_cache=False)
         assert stats.misses == 3 and penalties(model, 0.0)["output_drift"][0] > 0
@@ -473,7 +479,7 @@ def test_the_base_has_no_dropout() -> None:
     heads = heads_of(KINDS["gpt2"], attn_pdrop=0.5, resid_pdrop=0.5, embd_pdrop=0.5)
     model = lora(heads).train()
     batch, seen = batch_of(ROWS, False), []
-    penalties = Regularisers(heads, [OutputDrift(PAIRS, relative=False)])
+    penalties = Regularisers(heads, [(OutputDrift(relative=False), PAIRS)])
     with penalties.installed():
         again = penalties._watcher.again
         penalties._watcher.again = lambda *given: seen.append(again(*given)) or seen[-1]  # type: ignore[func-returns-value, method-assign]
@@ -488,7 +494,7 @@ def test_a_given_reference_is_the_base() -> None:
     """Another frozen model; its own heads and weights are what is compared with."""
     heads, base = heads_of(KINDS["llama"]), heads_of(KINDS["llama"])
     shake(base.hf, 0.05)
-    specs = [*SPECS, WeightDrift(PAIRS)]
+    specs = [*SPECS, (WeightDrift(), PAIRS)]
     penalties = Regularisers(heads, specs, reference=base.hf)
     batch = batch_of(ROWS, False)
     with penalties.installed():
@@ -515,7 +521,7 @@ def test_a_batch_with_nothing_to_look_at_gives_0() -> None:
     heads = heads_of(KINDS["gemma2"])
     model = lora(heads)
     batch = batch_of([([5, 6, 7], 3), ([8, 9, 10], 3)], False)
-    specs = [AttributionHinge(PAIRS), AttributionHinge(PAIRS, role="recall"), NegativeAttention(PAIRS)]
+    specs = [(AttributionHinge(), PAIRS), (AttributionHinge(role="recall"), PAIRS), (NegativeAttention(), PAIRS)]
     penalties = Regularisers(heads, specs)
     with penalties.installed():
         model.train()
@@ -529,9 +535,9 @@ def test_a_batch_with_nothing_to_look_at_gives_0() -> None:
 
 
 def test_schedules() -> None:
-    grows = OutputDrift(PAIRS, weight=4.0, schedule="linear", warmup=0.5)
+    grows = OutputDrift(weight=4.0, schedule="linear", warmup=0.5)
     assert [grows.weight_at(progress) for progress in (0.0, 0.25, 0.5, 0.9)] == [0.0, 2.0, 4.0, 4.0]
-    assert OutputDrift(PAIRS, weight=4.0).weight_at(0.0) == 4.0
+    assert OutputDrift(weight=4.0).weight_at(0.0) == 4.0
 
 
 def test_bad_input() -> None:
@@ -542,27 +548,23 @@ def test_bad_input() -> None:
             make()
         assert "\n" not in str(caught.value)
 
-    refused("L3H0 is out of range", lambda: Regularisers(model, [OutputDrift([(3, 0)])]))
-    refused("no heads", lambda: OutputDrift([]))
-    refused("twice", lambda: OutputDrift([(0, 1), (0, 1)]))
-    refused("rows 0", lambda: AttentionKl(PAIRS, rows=0))
-    refused("weight -1", lambda: OutputDrift(PAIRS, weight=-1))
-    refused("warmup", lambda: OutputDrift(PAIRS, schedule="linear"))
-    refused("warmup", lambda: OutputDrift(PAIRS, warmup=0.5))
-    refused("role 'x'", lambda: AttributionHinge(PAIRS, role="x"))  # type: ignore[arg-type]
-    refused("Fisher", lambda: Regularisers(model, [WeightDrift(PAIRS, fisher=True)]))
+    refused("L3H0 is out of range", lambda: Regularisers(model, [(OutputDrift(), [(3, 0)])]))
+    refused("no heads", lambda: Regularisers(model, [(OutputDrift(), [])]))
+    refused("twice", lambda: Regularisers(model, [(OutputDrift(), [(0, 1), (0, 1)])]))
+    refused("'prune' is no penalty", lambda: Regularisers(model, [(PruneGates(), PAIRS)]))
+    refused("Fisher", lambda: Regularisers(model, [(WeightDrift(fisher=True), PAIRS)]))
     refused(
         "' Zebra crossing', which is",
-        lambda: Regularisers(model, [NegativeAttention(PAIRS, positive=" Zebra crossing")]),
+        lambda: Regularisers(model, [(NegativeAttention(positive=" Zebra crossing"), PAIRS)]),
     )
-    refused("same token", lambda: Regularisers(model, [NegativeAttention(PAIRS, positive=" Rome", negative=" Rome")]))
+    refused("same token", lambda: Regularisers(model, [(NegativeAttention(positive=" Rome", negative=" Rome"), PAIRS)]))
 
 
 def test_what_was_not_shown_or_not_run_is_an_error() -> None:
     heads = heads_of(KINDS["llama"])
     model = lora(heads)
     batch = batch_of(ROWS, False)
-    for spec in (AttributionHinge(PAIRS), AttributionHinge(PAIRS, role="recall"), NegativeAttention(PAIRS)):
+    for spec in ((AttributionHinge(), PAIRS), (AttributionHinge(role="recall"), PAIRS), (NegativeAttention(), PAIRS)):
         penalties = Regularisers(heads, [spec])
         with penalties.installed():
             model.train()
@@ -737,7 +739,7 @@ def trainer_of(objective: str, model: HeadModel, folder: Path, adapted: bool, **
 
 
 def train(
-    objective: str, adapted: bool, specs: Sequence[Spec], folder: Path, **changes: Any
+    objective: str, adapted: bool, specs: Sequence[Term], folder: Path, **changes: Any
 ) -> tuple[Any, HeadModel, list[dict[str, float]]]:
     model = heads_of(KINDS["llama-gqa"])
     model.record_attention(False)
@@ -755,17 +757,17 @@ OBJECTIVES = ["sft", "dpo", "answer_set"]
 @pytest.mark.parametrize("adapted", [True, False], ids=["lora", "full"])
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_weight_0_changes_no_loss_and_every_term_is_logged(objective: str, adapted: bool, tmp_path: Path) -> None:
-    specs: list[Spec] = [
-        AttentionKl(PAIRS, weight=0.0, rows=4),
-        OutputDrift(PAIRS, weight=0.0),
-        WeightDrift(PAIRS, weight=0.0),
-        AttributionHinge(PAIRS, weight=0.0),
-        AttributionHinge(PAIRS, weight=0.0, role="recall"),
-        NegativeAttention(PAIRS, weight=0.0),
+    specs: list[Term] = [
+        (AttentionKl(weight=0.0, rows=4), PAIRS),
+        (OutputDrift(weight=0.0), PAIRS),
+        (WeightDrift(weight=0.0), PAIRS),
+        (AttributionHinge(weight=0.0), PAIRS),
+        (AttributionHinge(weight=0.0, role="recall"), PAIRS),
+        (NegativeAttention(weight=0.0), PAIRS),
     ]
     _, _, plain = train(objective, adapted, [], tmp_path)
     _, _, found = train(objective, adapted, specs, tmp_path)
-    names = {*(spec.kind for spec in specs), "attribution_hinge_2"}
+    names = {*(config.kind for config, _ in specs), "attribution_hinge_2"}
     for without, entry in zip(plain, found, strict=True):
         assert entry["loss"] == pytest.approx(without["loss"], rel=1e-6) and names <= entry.keys()
     assert found[0]["attention_kl"] == found[0]["weight_drift"] == 0, "both batches of the first step are the base's"
@@ -784,8 +786,8 @@ def test_a_great_weight_keeps_heads_in_place(objective: str, adapted: bool, tmp_
         "learning_rate": 0.003,
         "gradient_accumulation_steps": 1,
     }
-    quiet: list[Spec] = [OutputDrift(PAIRS, weight=0.0), WeightDrift(PAIRS, weight=0.0)]
-    loud: list[Spec] = [OutputDrift(PAIRS, weight=1e3), WeightDrift(PAIRS, weight=1e3)]
+    quiet: list[Term] = [(OutputDrift(weight=0.0), PAIRS), (WeightDrift(weight=0.0), PAIRS)]
+    loud: list[Term] = [(OutputDrift(weight=1e3), PAIRS), (WeightDrift(weight=1e3), PAIRS)]
     _, free_heads, free = train(objective, adapted, quiet, tmp_path, **own)
     _, held_heads, held = train(objective, adapted, loud, tmp_path, **own)
     for name in ("output_drift", "weight_drift"):

@@ -20,7 +20,7 @@ from headtune.analysis.utils.errors import CheckError, InputError
 from headtune.train.losses.weight_penalties import WeightAnchor, fisher_diagonal, slice_anchor
 from headtune.train.tuners.head_slices import PARTS, HeadSlicesConfig
 from headtune.train.tuners.head_tuning import HeadTuningConfig
-from headtune.train.tuners.head_weights import added, effective, held_slices, output_slices, stored
+from headtune.train.tuners.head_weights import head_weights, output_slices
 from helpers.close import close
 from helpers.slices import masks_of
 from helpers.tiny import KINDS, Kind, tiny_model, tiny_tokenizer
@@ -89,7 +89,7 @@ def test_full_fine_tuning(kind: Kind, parts: tuple[str, ...]) -> None:
 def test_fisher_weighs_entry_by_entry(kind: Kind) -> None:
     model = heads_of(kind)
     before = {name: parameter.detach().clone() for name, parameter in model.hf.named_parameters()}
-    names = {held.weight for held in held_slices(model, HEADS)}
+    names = {held.weight for held in head_weights(model, HEADS)}
     fisher = fisher_diagonal(model.hf, ROWS, names)
     assert fisher.keys() == names
     anchor = slice_anchor(model, HEADS, PARTS, fisher)
@@ -125,7 +125,7 @@ def test_lora_counts_as_its_product(kind: Kind) -> None:
         if gradient is not None:
             close(gradient, reference)
     with model.disable_adapter():
-        assert all(added(heads, held) is None for held in anchor.slices)
+        assert all(held.delta(heads) is None for held in anchor.slices)
 
 
 def merged_change(model: PeftModel, kind: Kind) -> Tensor:
@@ -168,15 +168,15 @@ def test_another_models_weights_can_be_the_anchor() -> None:
     theirs, own = dict(other.hf.named_parameters()), dict(heads.hf.named_parameters())
     expected = half_square(masked(kind, lambda name: own[name] - theirs[name]))
     close(slice_anchor(heads, HEADS, reference=other).term(heads), expected)
-    assert all(torch.equal(effective(heads, held), stored(heads, held)) for held in held_slices(heads, HEADS))
+    assert all(torch.equal(held.effective(heads), held.base(heads)) for held in head_weights(heads, HEADS))
 
 
 def test_what_cannot_be_held_is_refused() -> None:
     heads = heads_of(KINDS["llama"])
     with pytest.raises(InputError, match="L3H0 is out of range"):
-        held_slices(heads, [(3, 0)])
+        head_weights(heads, [(3, 0)])
     with pytest.raises(InputError, match="parts"):
-        held_slices(heads, HEADS, ["x"])
+        head_weights(heads, HEADS, ["x"])
     model = get_peft_model(heads.hf, HeadTuningConfig(heads=[[0, 1]], scale="none"))
     with pytest.raises(InputError, match="output_drift"):
         slice_anchor(heads, [(0, 1)], adapted=True).term(heads)

@@ -135,8 +135,8 @@ def test_several_terms_with_heads_and_weights_of_their_own(
         def __call__(self, model: Any, progress: float) -> Any:
             terms = super().__call__(model, progress)
             seen.append({name: weight for name, (_, weight) in terms.items()})
-            assert self.specs["attention_kl"].heads == [(0, 2)]
-            assert self.specs["output_drift"].heads == [(1, 1), (2, 0), (2, 3)], "the recipe's own"
+            assert self.penalties["attention_kl"].pairs == [(0, 2)]
+            assert self.penalties["output_drift"].pairs == [(1, 1), (2, 0), (2, 3)], "the recipe's own"
             return terms
 
     monkeypatch.setattr(penalties, "Regularisers", Seen)

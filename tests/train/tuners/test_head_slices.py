@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from headtune.analysis.models.loading import EMBEDDED, cache_folder, load_model
 from headtune.analysis.utils.errors import InputError
-from headtune.train.tuners.head_slices import PARTS, HeadSlicesConfig, HeadSlicesLayer, touched_heads
+from headtune.train.tuners.head_slices import PARTS, HeadSlicesConfig, HeadSlicesLayer
 from helpers.close import close
 from helpers.slices import masks_of, slice_of
 from helpers.tiny import D_MODEL, HARD_KINDS, KINDS, N_HEADS, N_LAYERS, Kind, tiny_model
@@ -227,22 +227,15 @@ def test_a_part_reaches_what_it_says(family: Kind) -> None:
     for part, head in itertools.product(PARTS, range(N_HEADS)):
         model = adapted(family, [[1, head]], parts=[part]).get_base_model()
         z, keys, values, scores = run(model, family)
-        group = head // (N_HEADS // family.n_kv_heads)
-        touched = [h for _, h in touched_heads([[1, head]], [part], N_HEADS, family.n_kv_heads)]
+        size = N_HEADS // family.n_kv_heads
+        group = head // size
+        touched = [group * size + i for i in range(size)] if part in "kv" else [head]  # keys and values change a group
         assert differ(z, base[0], 2) == ([] if part == "o" else touched), (part, head)
         assert differ(keys, base[1], 1) == ([group] if part == "k" else []), (part, head)
         assert differ(values, base[2], 1) == ([group] if part == "v" else []), (part, head)
         assert (scores - base[3]).abs().max() > 1e-4, (part, head)
         if part == "o":  # nothing of it is left without the head
             close(run(model, family, without=head)[3], run(plain, family, without=head)[3])
-
-
-def test_touched_heads() -> None:
-    assert touched_heads([[2, 3], [0, 1]], ["q", "o"], 4, 2) == [[0, 1], [2, 3]]
-    assert touched_heads([[2, 3], [0, 1]], ["v"], 4, 2) == [[0, 0], [0, 1], [2, 2], [2, 3]]
-    assert touched_heads([[0, 0], [0, 1]], ["k"], 4, 2) == [[0, 0], [0, 1]]
-    assert touched_heads([[1, 5]], ["k", "o"], 6, 1) == [[1, head] for head in range(6)]
-    assert touched_heads([[1, 5]], ["k", "v"], 6, 6) == [[1, 5]]
 
 
 @pytest.mark.parametrize(

@@ -84,7 +84,7 @@ def refusal(model: Any, trainer: Any = None, rows_change: bool = False) -> str |
 def _trainer_refusal(trainer: Any) -> str | None:
     arguments, accelerator = trainer.args, trainer.accelerator
     if distributed.partitioned(accelerator):
-        return f"{distributed.engine(accelerator)} keeps only a part of each layer in a process"
+        return f"{distributed.strategy(accelerator)} keeps only a part of each layer in a process"
     if getattr(arguments, "packing", False):
         return "packing puts several examples into one row"
     if getattr(arguments, "padding_free", False) or getattr(trainer, "padding_free", False):

@@ -1,6 +1,6 @@
 """What heads know about true and false: directions from false to true, and how well a probe tells the two apart.
 
-    result = probe_heads(model.load("smollm2-135m"), tasks.load_task("truthfulqa:questions.csv"))
+    result = probe_heads(load_model("smollm2-135m"), load_task("truthfulqa:questions.csv"))
     result.ranked(48)                 # heads by probe accuracy, with intervals: the probe-based choice of ITI and LoFiT
 
 z is taken at the last token of statements, prompt + answer, labelled true or false (Li et al. 2023, sections 3 and 4).
@@ -80,7 +80,7 @@ def statements(task: Task, seed: int = 0, per_prompt: int | None = None) -> tupl
     """
     listed = any(example.incorrect for example in task.examples)
     others = {} if listed else _answers_by_wording(task)
-    found: list[Statement] = []
+    labelled: list[Statement] = []
     left_out = any_wording = 0
     for example in task.examples:
         generator = random.Random(f"{seed}/{example.prompt}")
@@ -96,27 +96,27 @@ def statements(task: Task, seed: int = 0, per_prompt: int | None = None) -> tupl
         for answers, label in ((true, True), (false, False)):
             if per_prompt is not None and len(answers) > per_prompt:
                 answers = generator.sample(answers, per_prompt)
-            found += [
+            labelled += [
                 Statement(example.prompt + continuation(example.prompt, answer), label, example.subject)
                 for answer in answers
             ]
-    if not found:
+    if not labelled:
         raise InputError(
             f"task {task.name!r} has no false answers to tell from true ones: it lists no incorrect answers, and no "
             "other subject has answers to draw from; add 'incorrect' to its examples, or more subjects"
         )
     if left_out:
         log.warning("%s: %d examples lack a true or a false answer and are left out", task.name, left_out)
-    n_true = sum(statement.true for statement in found)
+    n_true = sum(statement.true for statement in labelled)
     note = {
         "true": n_true,
-        "false": len(found) - n_true,
+        "false": len(labelled) - n_true,
         "false_answers": "listed" if listed else "given already and drawn from other subjects",
         "prompts_drawn_from_any_wording": any_wording,
         "prompts_left_out": left_out,
         "per_prompt": per_prompt,
     }
-    return found, note
+    return labelled, note
 
 
 def _wording(example: Example) -> str:
@@ -194,13 +194,13 @@ def read_ends(
         layer -> `[n_rows, n_heads, head_dim]` in the model's dtype, in main memory.
     """
     shape = (len(rows), model.n_heads, model.head_dim)
-    found = {layer: torch.empty(shape, dtype=model.dtype) for layer in layers}
+    by_layer = {layer: torch.empty(shape, dtype=model.dtype) for layer in layers}
     for indices, ids, mask, ends in progress(end_batches(model, rows), "reading heads"):
         with hooks.capture(model, layers, ends) as z:
             model.hf(ids, attention_mask=mask, use_cache=False, logits_to_keep=1)
         for layer in layers:
-            found[layer][indices] = z[layer].cpu()
-    return found
+            by_layer[layer][indices] = z[layer].cpu()
+    return by_layer
 
 
 # --- directions and probes --------------------------------------------------------------------------------------------
@@ -310,11 +310,11 @@ def read_statements(
     model: HeadModel, task: Task, layers: Sequence[int], seed: int, per_prompt: int | None, progress: Progress
 ) -> tuple[dict[int, Tensor], Tensor, list[str], dict[str, Any]]:
     """z by layer, labels `[n]` on the model's device, subjects, and the note of `statements`."""
-    found, note = statements(as_chat(task, model.tokenizer), seed, per_prompt)
-    rows = tokenised(model, [statement.text for statement in found], task)
+    labelled, note = statements(as_chat(task, model.tokenizer), seed, per_prompt)
+    rows = tokenised(model, [statement.text for statement in labelled], task)
     z = read_ends(model, rows, layers, progress)
-    true = torch.tensor([statement.true for statement in found], device=model.device)
-    return z, true, [statement.subject for statement in found], {"task": task.name, "sha256": task.sha256, **note}
+    true = torch.tensor([statement.true for statement in labelled], device=model.device)
+    return z, true, [statement.subject for statement in labelled], {"task": task.name, "sha256": task.sha256, **note}
 
 
 def probe_heads(

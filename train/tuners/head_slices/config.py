@@ -1,0 +1,63 @@
+"""Which weight slices a head-slices adapter trains, and where they lie in the projections of each family."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from headtune.analysis.models.architectures import Architecture
+from headtune.analysis.utils.errors import InputError
+
+from ..base import HeadPeftType, HeadTunerConfig
+
+PARTS = ("q", "k", "v", "o")
+SHARED = ("k", "v")  # one per KV group, not per head
+
+HeadSlice = tuple[str, int]  # a part and its index: that of a head for q and o, that of a KV group for k and v
+
+
+@dataclass
+class HeadSlicesConfig(HeadTunerConfig):
+    """Which slices to train.
+
+    Attributes:
+        heads: `[[layer, head], ...]`.
+        parts: any of `q`, `k`, `v`, `o`: the slices of W_Q, W_K, W_V, W_O.
+        n_kv_heads: KV groups per layer; read from the model when left out.
+        target_modules: the projections that hold the slices; read from the family's row when left out.
+    """
+
+    parts: list[str] = field(default_factory=lambda: list(PARTS))
+    n_kv_heads: int | None = None
+    target_modules: list[str] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = HeadPeftType.HEAD_SLICES
+        if not self.parts or len(set(self.parts)) < len(self.parts) or not set(self.parts) <= set(PARTS):
+            raise InputError(f"parts {self.parts} are not understood; give some of {', '.join(PARTS)}, each once")
+        self.parts = [part for part in PARTS if part in self.parts]
+
+    def slices_of(self, layer: int) -> set[HeadSlice]:
+        """The trained slices of a layer, each `head_dim` rows or columns wide."""
+        assert self.n_heads is not None and self.n_kv_heads is not None
+        group = self.n_heads // self.n_kv_heads
+        heads = [head for of_layer, head in self.heads if of_layer == layer]
+        return {(part, head // group if part in SHARED else head) for part in self.parts for head in heads}
+
+
+def projection_slices(architecture: Architecture, projection: str, n_heads: int, n_kv_heads: int) -> list[HeadSlice]:
+    """What each `head_dim` outputs of a projection are (for the output projection: inputs), in order."""
+    if projection == architecture.output_projection:
+        return [("o", head) for head in range(n_heads)]
+    if architecture.qkv_layout == "per_head":
+        return [(part, head) for head in range(n_heads) for part in "qkv"]
+    parts = "qkv" if architecture.qkv_layout == "blocks" else "qkv"[architecture.qkv.index(projection)]
+    return [(part, index) for part in parts for index in range(n_kv_heads if part in SHARED else n_heads)]
+
+
+def target_projections(architecture: Architecture, parts: Sequence[str]) -> list[str]:
+    """Paths, within a layer, of the projections that hold any of the parts."""
+    names = [*architecture.qkv, architecture.output_projection]
+    parts_in = {name: {part for part, _ in projection_slices(architecture, name, 1, 1)} for name in names}
+    return [f"{architecture.attention}.{name}" for name in names if parts_in[name] & set(parts)]
