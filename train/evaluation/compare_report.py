@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from html import escape
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from headtune.analysis.reports.html import html_table, number, picture, png_of, signed, with_interval, write_page
+from headtune.analysis.reports.html import number, png_of, render_page
 
 from .compare import LOWER_IS_BETTER, Comparison, Group, Metric, group_title, jaccard
 from .metric_names import METRIC_NAMES
@@ -19,38 +19,52 @@ from .metric_names import METRIC_NAMES
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+TEMPLATES = Path(__file__).parent / "templates"
 SHOWN_EXAMPLES = 20
 MOST_GROUPS = 24  # in a picture or beside a generation; tables show all
 
 
+@dataclass(frozen=True)
+class Drawing:
+    """A picture of the page: PNG bytes, what stands in for them, what stands below, the width in CSS pixels."""
+
+    png: bytes
+    alt: str
+    caption: str
+    width: int | None = None
+
+
 def write(comparison: Comparison, path: Path, title: str = "Runs side by side") -> None:
     """Write the page."""
-    parts = [f"<h1>{escape(title)}</h1>", _lead(comparison)]
-    for measured in dict.fromkeys(group.measured for group in comparison.groups):
-        groups = [group for group in comparison.groups if group.measured == measured]
-        parts += [
-            f"<h2>{escape(_measured(groups))}</h2>",
-            _metrics(comparison, groups),
-            _against_parameters(comparison, groups),
-        ]
     trained = [group for group in comparison.groups if group.runs]
-    parts += [_changed(trained), _curves(trained), _heads(trained), _generations(trained), _runs(trained)]
-    write_page(path, title, "\n".join(part for part in parts if part))
-
-
-def _lead(comparison: Comparison) -> str:
-    n = sum(len(group.runs) for group in comparison.groups)
-    n_groups = sum(bool(group.runs) for group in comparison.groups)
-    better = ", ".join(METRIC_NAMES[key] for key in comparison.metrics if key in LOWER_IS_BETTER)
-    return (
-        f"<p class='lead'>{n} runs in {n_groups} groups, which differ in more "
-        "than their seed. Means over seeds; 95% intervals by bootstrap over subjects; differences from "
-        f"<b>{escape(comparison.against)}</b>, paired over examples; an asterisk where the interval of the difference "
-        f"does not hold 0. Best in bold{f' (lower is better: {escape(better)})' if better else ''}.</p>"
+    render_page(
+        path,
+        "comparison.html.j2",
+        TEMPLATES,
+        title=title,
+        comparison=comparison,
+        names=METRIC_NAMES,
+        trained=trained,
+        n_runs=sum(len(group.runs) for group in trained),
+        lower_is_better=[METRIC_NAMES[key] for key in comparison.metrics if key in LOWER_IS_BETTER],
+        measured=[_measured(comparison, groups) for groups in _by_prompts(comparison.groups)],
+        changed=_changed(trained),
+        curves=_curves(trained),
+        heads=_heads(trained),
+        generations=_generations(trained),
+        runs=_runs(trained),
     )
 
 
-def _measured(groups: Sequence[Group]) -> str:
+def _by_prompts(groups: Sequence[Group]) -> list[list[Group]]:
+    """Groups that were measured on the same prompts, together."""
+    return [
+        [group for group in groups if group.measured == measured]
+        for measured in dict.fromkeys(group.measured for group in groups)
+    ]
+
+
+def _title(groups: Sequence[Group]) -> str:
     """The task and how many prompts of it, and the model that was trained from."""
     models = {str(run.recipe.get("model.name")) for group in groups for run in group.runs}
     return f"{group_title(groups)}, {', '.join(sorted(models))}"
@@ -59,41 +73,16 @@ def _measured(groups: Sequence[Group]) -> str:
 # --- numbers ----------------------------------------------------------------------------------------------------------
 
 
-def _metrics(comparison: Comparison, groups: Sequence[Group]) -> str:
+def _measured(comparison: Comparison, groups: Sequence[Group]) -> dict[str, Any]:
     keys = [key for key in comparison.metrics if any(key in group.metrics for group in groups)]
-    header = ["run", "seeds", "parameters", *(escape(METRIC_NAMES[key]) for key in keys)]
-    rows = []
-    for group in groups:
-        cells = [escape(group.name), str(len(group.runs) or ""), f"{group.parameters:,}"]
-        rows.append([*cells, *(_cell(comparison, group, key) for key in keys)])
-    return html_table(header, rows)
+    figure = _against_parameters(comparison, groups)
+    return {"title": _title(groups), "groups": groups, "metrics": keys, "figure": figure}
 
 
-def _cell(comparison: Comparison, group: Group, key: str) -> str:
-    metric = group.metrics.get(key)
-    if metric is None:
-        return "–"
-    text = f"<span class='unbroken'>{with_interval(metric.mean, metric.interval)}</span>"
-    if group.name in comparison.best[group.measured, key]:
-        text = f"<b>{text}</b>"
-    if metric.minus is not None:
-        gap, interval, _ = metric.minus
-        inside = f" [{signed(interval[0])}, {signed(interval[1])}]" if interval else ""
-        text += f"<br><small class='note unbroken'>{signed(gap)}{inside}{'*' if metric.differs else ''}</small>"
-    if len(metric.by_seed) > 1:
-        text += f"<br><small class='note'>by seed {', '.join(number(value) for value in metric.by_seed)}</small>"
-    return text
-
-
-def _changed(groups: Sequence[Group]) -> str:
+def _changed(groups: Sequence[Group]) -> list[tuple[str, list[str]]]:
+    """Keys of the recipe in which groups differ, each with every group's value."""
     keys = list(dict.fromkeys(key for group in groups for key in group.changed))
-    if len(groups) < 2 or not keys:
-        return ""
-    rows = [
-        [f"<code>{escape(key)}</code>", *(f"<code>{escape(_short(group.changed.get(key)))}</code>" for group in groups)]
-        for key in keys
-    ]
-    return "<h2>What differs in the recipes</h2>" + html_table(["key", *(escape(g.name) for g in groups)], rows)
+    return [(key, [_short(group.changed.get(key)) for group in groups]) for key in keys] if len(groups) > 1 else []
 
 
 def _short(value: Any) -> str:
@@ -101,33 +90,33 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _runs(groups: Sequence[Group]) -> str:
+def _runs(groups: Sequence[Group]) -> list[list[str]]:
     rows = []
     for group in groups:
         for run in group.runs:
             seconds = (run.state.get("training") or {}).get("seconds_per_step")
             memory = run.state.get("peak_memory_gib")
-            cells = [run.name, group.name, str(run.seed), number(seconds), number(memory), run.state.get("created", "")]
-            rows.append([escape(str(cell)) for cell in cells])
-    return "<h2>Runs</h2>" + html_table(["run", "group", "seed", "s/step", "GiB", "created"], rows)
+            cells = [run.name, group.name, run.seed, number(seconds), number(memory), run.state.get("created", "")]
+            rows.append([str(cell) for cell in cells])
+    return rows
 
 
 # --- pictures ---------------------------------------------------------------------------------------------------------
 
 
 def _figure(width: float, height: float) -> tuple[Figure, Any]:
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure  # for speed: tables need no pictures
 
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots()
 
 
-def _against_parameters(comparison: Comparison, groups: Sequence[Group]) -> str:
+def _against_parameters(comparison: Comparison, groups: Sequence[Group]) -> Drawing | None:
     """The first metric that has intervals, over the number of trained parameters."""
     keys = [key for key in comparison.metrics if any(_has_interval(group.metrics.get(key)) for group in groups)]
     trained = [group for group in groups if group.parameters > 0][:MOST_GROUPS]
     if len(trained) < 2 or not keys:
-        return ""
+        return None
     figure, axes = _figure(7, 4)
     key = keys[0]
     for index, group in enumerate(trained):
@@ -151,29 +140,21 @@ def _against_parameters(comparison: Comparison, groups: Sequence[Group]) -> str:
     axes.set_xlabel("trained parameters")
     axes.set_ylabel(METRIC_NAMES[key])
     axes.legend(fontsize=7, ncols=2)
-    name = METRIC_NAMES[key]
-    return picture(
-        png_of(figure),
-        f"{name} over trained parameters",
-        f"{escape(name)} over trained parameters; groups with as many stand side by side.{_left(groups, trained)}",
-        700,
-    )
-
-
-def _left(groups: Sequence[Group], drawn: Sequence[Group]) -> str:
-    left = sum(group.parameters > 0 for group in groups) - len(drawn)
-    return f" {left} more groups are not drawn." if left else ""
+    alt = f"{METRIC_NAMES[key]} over trained parameters"
+    left = sum(group.parameters > 0 for group in groups) - len(trained)
+    note = f" {left} more groups are not drawn." if left else ""
+    return Drawing(png_of(figure), alt, f"{alt}; groups with as many stand side by side.{note}", 700)
 
 
 def _has_interval(metric: Metric | None) -> bool:
     return metric is not None and metric.interval is not None
 
 
-def _curves(groups: Sequence[Group]) -> str:
+def _curves(groups: Sequence[Group]) -> Drawing | None:
     curves = [(group, [curve for run in group.runs if (curve := run.curve())]) for group in groups[:MOST_GROUPS]]
     curves = [(group, group_curves) for group, group_curves in curves if group_curves]
     if not curves:
-        return ""
+        return None
     figure, axes = _figure(7, 4)
     for index, (group, group_curves) in enumerate(curves):
         for place, curve in enumerate(group_curves):
@@ -186,31 +167,24 @@ def _curves(groups: Sequence[Group]) -> str:
     axes.legend(fontsize=7, ncols=2)
     left = len(groups) - len(curves)
     note = f" {left} groups have no curve or are not drawn." if left else ""
-    return "<h2>Training loss</h2>" + picture(
-        png_of(figure), "training loss by step", f"One line a run, one colour a group.{note}", 700
-    )
+    return Drawing(png_of(figure), "training loss by step", f"One line a run, one colour a group.{note}", 700)
 
 
-def _heads(groups: Sequence[Group]) -> str:
+def _heads(groups: Sequence[Group]) -> dict[str, Any] | None:
     """Overlap of the chosen heads, and where they are."""
     chosen = [(group.name, frozenset().union(*(run.heads for run in group.runs))) for group in groups]
     chosen = [(name, heads) for name, heads in chosen if heads][:MOST_GROUPS]
     if not chosen:
-        return ""
-    header = ["Jaccard", *(escape(name) for name, _ in chosen)]
-    rows = [
-        [escape(name), *(f"{jaccard(chosen_heads, other):.2f}" for _, other in chosen)] for name, chosen_heads in chosen
-    ]
-    several = any(len({run.heads for run in group.runs}) > 1 for group in groups)
-    note = (
-        "<p class='note'>Groups whose heads differ by seed count with the heads of all their seeds.</p>"
-        if several
-        else ""
-    )
-    return "<h2>Chosen heads</h2>" + html_table(header, rows) + note + _map(chosen)
+        return None
+    return {
+        "header": ["Jaccard", *(name for name, _ in chosen)],
+        "rows": [[name, *(f"{jaccard(heads, other):.2f}" for _, other in chosen)] for name, heads in chosen],
+        "differ_by_seed": any(len({run.heads for run in group.runs}) > 1 for group in groups),
+        "figure": _map(chosen),
+    }
 
 
-def _map(chosen: Sequence[tuple[str, frozenset[tuple[int, int]]]]) -> str:
+def _map(chosen: Sequence[tuple[str, frozenset[tuple[int, int]]]]) -> Drawing:
     n_layers = 1 + max(layer for _, heads in chosen for layer, _ in heads)
     n_heads = 1 + max(head for _, heads in chosen for _, head in heads)
     counts = np.zeros((n_layers, n_heads))
@@ -222,41 +196,32 @@ def _map(chosen: Sequence[tuple[str, frozenset[tuple[int, int]]]]) -> str:
     axes.set_xlabel("head")
     axes.set_ylabel("layer")
     figure.colorbar(drawn, label="groups", ticks=range(math.ceil(counts.max()) + 1))
-    return picture(png_of(figure), "how many groups chose each head", "How many groups chose each head.")
+    return Drawing(png_of(figure), "how many groups chose each head", "How many groups chose each head.")
 
 
 # --- words ------------------------------------------------------------------------------------------------------------
 
 
-def _generations(groups: Sequence[Group]) -> str:
+def _generations(groups: Sequence[Group]) -> list[dict[str, Any]]:
     """The first held-out prompts, the base model's words beside those of each group's first run."""
-    parts = []
-    for measured in dict.fromkeys(group.measured for group in groups):
-        same_prompts = [group for group in groups if group.measured == measured][:MOST_GROUPS]
-        written = [(group.name, group.runs[0].generations(SHOWN_EXAMPLES)) for group in same_prompts]
+    sections = []
+    for same_prompts in _by_prompts(groups):
+        shown = same_prompts[:MOST_GROUPS]
+        written = [(group.name, group.runs[0].generations(SHOWN_EXAMPLES)) for group in shown]
         written = [(name, rows) for name, rows in written if rows]
-        if not written:
-            continue
-        parts.append(f"<h3>{escape(_measured(same_prompts))}</h3>")
-        for index, first in enumerate(written[0][1]):
+        examples = []
+        for index, first in enumerate(written[0][1] if written else ()):
             sides = [_side("base", first, "before")]
             sides += [
                 _side(name, rows[index], "after")
                 for name, rows in written
                 if index < len(rows) and rows[index]["prompt"] == first["prompt"]
             ]
-            parts.append(
-                f"<article><pre class='prompt'>{escape(first['prompt'])}</pre>"
-                f"<div class='sides'>{''.join(sides)}</div></article>"
-            )
-    if not parts:
-        return ""
-    return "<h2>What they write</h2><details><summary>Held-out prompts, first seed of each group</summary>" + (
-        "".join(parts) + "</details>"
-    )
+            examples.append({"prompt": first["prompt"], "sides": sides})
+        if examples:
+            sections.append({"title": _title(shown), "examples": examples})
+    return sections
 
 
-def _side(name: str, row: dict[str, Any], when: str) -> str:
-    kinds = "".join(f"<li class='{escape(k)}'>{escape(k.replace('_', ' '))}</li>" for k in row[f"{when}_kinds"])
-    text = row[when].strip()
-    return f"<div><h5>{escape(name)}</h5><pre>{escape(text)}</pre><ul class='kinds'>{kinds}</ul></div>"
+def _side(name: str, row: dict[str, Any], when: str) -> dict[str, Any]:
+    return {"name": name, "text": row[when].strip(), "kinds": row[f"{when}_kinds"]}
