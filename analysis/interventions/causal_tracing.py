@@ -1,15 +1,15 @@
 """Where information passes: attention knocked out, and runs with noisy words restored layer by layer.
 
-Attention knockout asks what the last token would be without looking at some positions S: A[last, S] := 0 after the
-softmax, in all heads and layers. Its effect on an MLP is decode(full run's output) - decode(knocked-out run's output),
-each with its own run's final-norm scale (see `decoding`).
+Attention knockout asks what a run would come to if the last token did not look at some positions S: A[last, S] := 0
+after the softmax, in all heads and layers. Its effect on an MLP is decode(full run's output) - decode(knocked-out run's
+output), each with its own run's final-norm scale (see `logit_lens`).
 
 Causal tracing (Meng et al. 2022; Yan & Jia 2025) adds noise to the embeddings of some words, and then puts the clean
 run's attention or MLP outputs back, in a window of layers and at one group of positions at a time. Where that brings
 the answer back, the information passes.
 
 Tracing is many runs of one prompt, so a restored run is computed only where it can differ from the noisy run it starts
-from: in the layers from its window on, and at the positions from its group on. All else is shared. See `interventions`.
+from: in the layers from its window on, and at the positions from its group on. All else is shared. See `batches`.
 """
 
 from __future__ import annotations
@@ -36,8 +36,9 @@ from .logit_lens import PARTS, decode
 
 @dataclass(frozen=True)
 class Knockout:
-    """What the last token owes to its looking at each source: full run less knocked-out run, in logits, positive =
-    raised by it.
+    """The effect of the last token's attention to each source: full run less knocked-out run, in logits.
+
+    Positive = the attention raises the logits.
 
     Attributes:
         attention, mlp: `[sources, n_layers, n_tokens]` of the decoded outputs of each layer's attention and MLP.

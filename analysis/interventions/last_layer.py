@@ -4,9 +4,9 @@
         model.hf.generate(...)
 
 Many last-layer heads attend to the first position and bring frequent tokens from there, and the last MLP adds them
-whatever the input (its intercept b, see `mlp`). Both knobs act at every position, in any forward pass inside the block:
-whole prompts, decoding with a cache, padded batches. They change probabilities and, sometimes, which token comes first:
-look at p(answer) *and* at accuracy.
+whatever the input (its intercept b, see `mlp_regression`). Both knobs act at every position, in any forward pass inside
+the block: whole prompts, decoding with a cache, padded batches. They change probabilities and, sometimes, which token
+comes first: look at p(answer) *and* at accuracy.
 
     sink:       z[L, h, q] <- gamma * z[L, h, q]      where A[L, h, q, first position] > tau
     intercept:  M_L <- M_L - beta * b_L               b fitted at the last token, subtracted everywhere
@@ -35,7 +35,7 @@ from headtune.analysis.utils.progress import Progress, silent
 
 from .mlp_regression import decompose
 
-FIT = "one_to_many:train"  # what an intercept is fitted on unless told otherwise: several wordings, training subjects
+FIT = "one_to_many:train"  # what an intercept is fitted on by default: several wordings, training subjects
 _FIT_EXAMPLES = 200
 _QUERIES = 64  # attention rows at a time
 

@@ -1,4 +1,4 @@
-"""What parts of a run say: attention and MLP outputs decoded early, the Token Lens of heads, answers as whole strings.
+"""Decoding parts of a run: attention and MLP outputs, the Token Lens of heads, and answers as whole strings.
 
     decoded[part](token) = u(token) . part            u: the unembedding through the final norm, at the run's own scale
     lens[S, l, h](token) = sum_{t in S} A[l, h, last, t] v[l, h, t] . (W_O[l, h]^T u(token))

@@ -2,8 +2,8 @@
 
     effect[l, h](quantity) = quantity(clean run) - quantity(run with z[l, h] := reference)
 
-so positive = the head, as it is, raises the quantity. References are zeros (ablation) or what `references` offers: the
-mean over other examples, another example, the corrupted counterpart. See `interventions` for why this is fast.
+so positive = the head, as it is, raises the quantity. References are zeros (ablation) or those of `counterfactuals`:
+the mean over other examples, another example, the corrupted counterpart. See `last_token` for why this is fast.
 """
 
 from __future__ import annotations

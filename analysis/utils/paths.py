@@ -1,7 +1,7 @@
-"""Names and links that must not lead out of the folder they are found in.
+"""Paths from files, checked: a name or a link must stay inside its folder.
 
-What a user says on the command line may be any path. What a file names (an index, a manifest) or a folder holds (links)
-came from wherever the file came from, and stays inside its folder or is refused.
+A path that a user gives on the command line may be any path. Names in a file (an index, a manifest) and links in a
+folder come from elsewhere: they stay inside the folder, or are refused.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def check_file_name(name: str, what: str) -> None:
 
 
 def safe_join(folder: Path, name: str, what: str) -> Path:
-    """The path of `name` in `folder`, where `name` is what a file says.
+    """The path of `name` in `folder`, where `name` was read from a file.
 
     Raises:
         InputError: an absolute name, or one with `..`, a backslash or a control character.

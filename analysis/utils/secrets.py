@@ -1,4 +1,4 @@
-"""Secrets in text: found in what a user gives, and struck out of what is written down."""
+"""Secrets in text: refused in a user's input, and replaced in what is written to files."""
 
 from __future__ import annotations
 
