@@ -1,4 +1,4 @@
-"""Two processes, of which one is told to stop, or dies."""
+"""Two processes, of which one dies, or is told to stop; that numbers stay the same: tests/train/test_distributed.py."""
 
 from __future__ import annotations
 
@@ -12,8 +12,6 @@ from pathlib import Path
 
 import psutil
 import pytest
-import torch
-from safetensors.torch import load_file
 
 from headtune.train.trainer import checkpoints
 from helpers import machine as machines
@@ -49,7 +47,7 @@ def wait_for(folder: Path, words: str, launcher: subprocess.Popen[bytes]) -> Non
 
 
 @pytest.mark.slow
-def test_all_stop_with_one_and_go_on_when_one_has_died(tiny_llama: Path, tmp_path: Path) -> None:
+def test_all_end_when_one_has_died_and_stop_with_one_that_is_told_to(tiny_llama: Path, tmp_path: Path) -> None:
     folder = machines.write("lofit", tmp_path / "here", tiny_llama, max_steps=STEPS, save_steps=50)
     launcher = launch(folder, by=HEADTUNE)
     wait_for(folder, "step 60/", launcher)
@@ -74,10 +72,3 @@ def test_all_stop_with_one_and_go_on_when_one_has_died(tiny_llama: Path, tmp_pat
     step = int(line.partition("after step ")[2].split()[0])
     assert machines.checkpoints_in(folder)[-1].name == f"checkpoint-{step}"
     assert machines.state(folder) == "interrupted"
-
-    assert launch(folder, "--resume").wait() == 0, (folder / "log").read_text()
-    whole = machines.write("lofit", tmp_path / "whole", tiny_llama, max_steps=STEPS, save_steps=50)
-    assert launch(whole).wait() == 0
-    assert machines.losses(folder / "run") == machines.losses(whole / "run")
-    first, second = (load_file(run / "run" / "adapter" / "adapter_model.safetensors") for run in (folder, whole))
-    assert all(torch.equal(value, second[name]) for name, value in first.items())

@@ -103,7 +103,7 @@ SOME = {
     "zero2_cpu_2": ("lora", "answers", "pruned_full", "seekr_full"),
 }
 WITH_RESUMING = ("ddp_cpu_2", "zero3_cpu_2", "fsdp2_cpu_2")
-WITH_BREAKING = ("zero3_cpu_2", "fsdp2_cpu_2")
+WITH_BREAKING = WITH_RESUMING
 LATE = ("lofit", "full")
 BUILT_IN = ("lofit", "lora")
 # Of a sequence after the buffer and the teacher's rows of its first task were written.
