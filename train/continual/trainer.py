@@ -108,6 +108,7 @@ class _Sequence(SFTTrainer):
     ) -> dict[str, tuple[Tensor, float]]:
         method, continual = self.method, self.continual
         distil = method.distil
+        # One pass over the task's rows and those that are seen again, with their teachers' heads recorded.
         everything = [*rows, *again]
         batch = padded(everything, self.pad_token_id, self.accelerator.device)
         look = getattr(self.penalty, "see", None)
@@ -126,12 +127,14 @@ class _Sequence(SFTTrainer):
                 recorder = RowRecorder(teacher.heads)
                 seen = stack.enter_context(recorder.record(teacher.positions, first=len(rows)))
             logits = model(**batch, use_cache=False).logits[0].float()
+        # How much each part weighs.
         counts = mask.sum(1)
         n_task = int(counts[: len(rows)].sum())  # label positions of the task's rows, which come first
         # A row that is seen again weighs as much as one of the task in a batch that is full.
         processes = self.accelerator.num_processes
         share = len(again) * processes / min(self.args.per_device_train_batch_size * processes, len(self.rows))
         of_task, of_again = (_part(tokens, logits) for tokens in (n_task, len(logits) - n_task))
+        # The terms: the task, its old answers (LwF), replay, and what teachers said of replayed rows.
         cross_entropy = functional.cross_entropy(logits, labels[:, 1:][mask[:, :-1]], reduction="none")
         terms: dict[str, tuple[Tensor, float]] = {"task": (of_task * cross_entropy[:n_task].mean(), 1.0)}
         if method.strategy == "lwf" and teacher is not None:

@@ -132,6 +132,7 @@ def compare(runs: Sequence[RunRecord], against: str | None = None) -> Comparison
     Raises:
         InputError: no such group or run.
     """
+    # Runs whose recipes differ in their seed alone are a group.
     together: dict[str, list[RunRecord]] = {}
     for run in runs:
         identity = {key: value for key, value in run.recipe.items() if not _OWN.match(key)}
@@ -139,6 +140,7 @@ def compare(runs: Sequence[RunRecord], against: str | None = None) -> Comparison
         together.setdefault(key, []).append(run)
     members = [tuple(sorted(group_runs, key=lambda run: (run.seed, run.name))) for group_runs in together.values()]
     names = _unique([_label(group_runs) for group_runs in members])
+    # What differences are taken from.
     reference = None
     if against is not None and against != BASE:
         matches = [
@@ -149,6 +151,7 @@ def compare(runs: Sequence[RunRecord], against: str | None = None) -> Comparison
         if not matches:
             raise InputError(f"no run or group is named {against!r}; there are {', '.join([BASE, *sorted(names)])}")
         reference = matches[0]
+    # Numbers of every group, and of the base model once for each set of prompts.
     varied = _varied(members)
     groups = []
     bases: set[str] = set()

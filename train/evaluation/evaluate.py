@@ -110,6 +110,7 @@ def _generate(
     sample_seed: int | None = None,
 ) -> list[str]:
     """Continue every prompt, in the task's order, until `lines` line breaks after some text."""
+    # Padding on the left, so that every row of a batch goes on at its end; the tokenizer is left as it was.
     side, pad = tokenizer.padding_side, tokenizer.pad_token
     tokenizer.padding_side = "left"
     if pad is None:
@@ -118,6 +119,7 @@ def _generate(
         torch.manual_seed(sample_seed)
     model.eval()
     prompts = [example.prompt for example in as_chat(task, tokenizer).examples]
+    # Prompts of about one length share a batch.
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     texts: dict[int, str] = {}
     try:
@@ -328,12 +330,14 @@ def score_task(
         raise InputError(f"task {task.name!r} is no multiple choice but {task.kind}; leave the preamble out")
     check_generation_length(model, tokenizer, task, n_items)
     model.eval()
+    # What the model does with each example, by the kind of the task.
     if task.kind == "lists":
         scored = generate_lists(model, tokenizer, task, n_items, batch_size)
     elif task.kind == "exact_match":
         scored = generate_answers(model, tokenizer, task, batch_size)
     else:
         scored = score_choices(model, tokenizer, task, batch_size, preamble)
+    # Means over examples, intervals over subjects, and the counts behind them.
     subjects = [one.example.subject for one in scored]
     metrics: dict[str, Any] = {
         name: mean_interval([one.values[name] for one in scored], subjects) for name in scored[0].values

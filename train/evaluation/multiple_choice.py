@@ -97,6 +97,7 @@ def choice_log_likelihoods(
     model.eval()
     before = f"{preamble.strip()}\n\n" if preamble.strip() else ""
     limit = positions_of(model) or math.inf
+    # Tokens of every context and of its choices.
     contexts: list[list[int]] = []
     options: list[list[list[int]]] = []
     for plain, example in zip(task.examples, as_chat(task, tokenizer).examples, strict=True):
@@ -116,6 +117,7 @@ def choice_log_likelihoods(
                 )
             options[-1].append(option)
         contexts.append(context)
+    # What all contexts begin with runs once; its keys and values serve them all.
     alike = itertools.takewhile(lambda tokens: len(set(tokens)) == 1, zip(*contexts, strict=False))
     shared = [tokens[0] for tokens in alike][: min(map(len, contexts)) - 1]
     cache: Any = None

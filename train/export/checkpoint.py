@@ -250,13 +250,16 @@ def export(
             form (see `fold`).
         CheckError: the reloaded model differs by more than the tolerance; nothing is left at `target`.
     """
+    # Refuse before anything is computed.
     stored = parse_dtype(dtype)
     _require_size(max_shard_size)
     require_new_folder(target, "choose another folder")
     origin = origin or Origin()
+    # What the adapted model computes, before it is used up.
     prompts = export_prompts(tokenizer, task, n_prompts, new_tokens)
     notify(f"logits and generations of the adapted model on {len(prompts.rows)} prompts")
     expected = model_outputs(model, prompts, progress)
+    # Fold, write beside the target, reload and compare; the folder gets its name at the end.
     notify("folding the adapter into stock weights")
     source = copy.deepcopy(model.config)
     folded = fold(model).to(stored)  # type: ignore[arg-type]

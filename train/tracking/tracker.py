@@ -75,6 +75,7 @@ class Tracker:
         """
         if resume_id is not None and not re.fullmatch(r"[\w-]{1,128}", resume_id):
             raise InputError(f"wandb_id {resume_id!r} of the run to continue is no id; remove it from run.json")
+        # All processes have a tracker; the first one alone writes.
         self.is_main = is_main()
         self._dir = run_dir
         self._file: IO[str] | None = None

@@ -93,6 +93,7 @@ def with_regularisers(
     Raises:
         InputError: heads that do not exist, options that are no single tokens.
     """
+    # Each term with its heads; gates go on the model, what is left becomes penalties.
     terms = [
         (term, list(pairs) if term.heads is None else resolve_heads(term.heads, model, train, notify=notify).pairs)
         for term in _terms(recipe)
@@ -108,13 +109,13 @@ def with_regularisers(
             trainer.penalty = combined(trainer.penalty, price)
         else:
             penalised.append((term, heads))
+    # Penalties watch the passes of the training, for as long as the block lasts.
     with contextlib.ExitStack() as exit_stack:
         if penalised:
             penalties = head_penalties_of(model, penalised).values()
             if any(penalty.captures().attention for penalty in penalties):
                 exit_stack.enter_context(_recorded(model))
             if compared := [penalty.config.kind for penalty in penalties if penalty.compares_with_base]:
-                warn_of_dropout(model.hf, " and ".join(compared), notify)
                 warn_of_dropout(model.hf, " and ".join(compared), notify)
             watching = regularisers.Regularisers(
                 model, penalised, fisher=_fisher(recipe, model, train, terms, trainer.model, notify)

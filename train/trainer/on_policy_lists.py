@@ -80,10 +80,12 @@ def answer_set_task(
     Raises:
         InputError: the model's own lists give no usable prompt though some were asked for.
     """
+    # The share that comes from the task as it is.
     n_own = round(block.own_lists * n_rows)
     parts = list(task.limited(n_rows - n_own, seed).examples) if n_rows > n_own else []
     rows: list[Example] = []
     if n_own:
+        # The rest ends inside lists of the model's own: written now, or read from the cache.
         # About `own_items` examples come from one list; the seed is moved on so that other prompts are continued.
         prompts = task.limited(-(-n_own // block.own_items) * 5 // 4, seed + 1)
 
