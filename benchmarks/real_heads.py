@@ -28,7 +28,7 @@ from speed_analysis import code_sha256
 
 from headtune.analysis.heads import ranking
 from headtune.analysis.heads.head_set import ROLES, provenance
-from headtune.analysis.identify import pipeline
+from headtune.analysis.identify import pipeline, verification
 from headtune.analysis.models.head_model import HeadModel
 from headtune.analysis.models.loading import load_model
 from headtune.analysis.tasks.build import Template, build, invert
@@ -91,7 +91,7 @@ def measure(model: HeadModel, task: Task, seed: int) -> dict[str, Any]:
         scores = identified.scores.subset(inside)
         roles = {role: tuple(ranking.rank(scores, role, TOP, seed=seed)) for role in ROLES}
         heads = replace(identified.heads, roles=roles)
-        verified = pipeline.verify(model, heads, outside, VERIFY_TOP, 10, seed, progress, scores)
+        verified = verification.verify(model, heads, outside, VERIFY_TOP, 10, seed, progress, scores)
         result[name] = verified.verification | {"chosen_on": len(inside), "tested_on": len(outside)}
     return result
 

@@ -111,22 +111,6 @@ def png_of(figure: Figure, dpi: int = 110) -> bytes:
 # --- HTML put together in Python --------------------------------------------------------------------------------------
 
 
-def unbroken(text: str) -> str:
-    """Plain text as HTML that stays on one line."""
-    return f"<span class='unbroken'>{escape(text)}</span>"
-
-
-def track(share: float) -> str:
-    """A horizontal bar, filled to a share of its width."""
-    return f"<span class='track'><span style='width:{100 * share:.1f}%'></span></span>"
-
-
-def bars(rows: Sequence[tuple[str, float]]) -> str:
-    """Shares of a whole as horizontal bars: label (plain text), share, percentage."""
-    lines = "".join(f"<span>{escape(label)}</span>{track(share)}<span>{percent(share)}</span>" for label, share in rows)
-    return f"<div class='bars'>{lines}</div>"
-
-
 def html_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Cells are HTML already; the first column heads its row."""
     head = "".join(f"<th>{cell}</th>" for cell in header)

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from headtune.analysis.heads.head_set import HeadSet
-from headtune.analysis.reports import head_report
+from headtune.analysis.reports import dissociation
 from headtune.train.evaluation.compare import Comparison, Group, group_title
 from headtune.train.evaluation.metric_names import METRIC_NAMES, show
 from headtune.train.runs.batch_preview import Row
@@ -107,12 +107,12 @@ def print_evaluation(folder: Path, evaluation: dict[str, Any]) -> None:
 
 def dissociation_table(heads: HeadSet) -> Table:
     """What silencing heads does to each probability, a row for each condition."""
-    rows = head_report.dissociation_table(heads)
-    quantities = head_report.quantities_of(rows)
+    rows = dissociation.dissociation_table(heads)
+    quantities = dissociation.quantities_of(rows)
     table = Table(title="Silencing heads at END, mean [95% interval] ×ratio to nothing silenced")
     table.add_column("condition")
     for quantity in quantities:
-        table.add_column(head_report.QUANTITIES[quantity])
+        table.add_column(dissociation.QUANTITIES[quantity])
     for row in rows:
         # Text, not markup: rich would take an interval's brackets for a style.
         table.add_row(row.name, *(Text(str(row.cells[quantity])) for quantity in quantities))

@@ -21,7 +21,7 @@ import headtune  # noqa: F401  makes the adapters' types known to PEFT
 from headtune.analysis.heads.head_set import HeadSet
 from headtune.analysis.methods.scores import load_means
 from headtune.analysis.models.loading import load_model, load_plain
-from headtune.analysis.reports import head_cards
+from headtune.analysis.reports.head_profiles import read_profiles
 from headtune.analysis.tasks.tokenized import encode
 from headtune.analysis.utils.files import sha256_of
 from headtune.cli.main import main
@@ -106,7 +106,7 @@ def test_a_head_set_is_read() -> None:
     for name, row in expected["scores"].items():
         assert means[name][1].tolist() == pytest.approx(row, abs=TOLERANCE), name
 
-    portraits = head_cards.read(Path("heads/portraits.json"))
+    portraits = read_profiles(Path("heads/portraits.json"))
     profiled = {(entry.layer, entry.head) for entry in portraits}
     assert profiled == {(layer, head) for pairs in expected["roles"].values() for layer, head in pairs}
 

@@ -17,7 +17,7 @@ from headtune.analysis.heads.head_set import HeadSet, RankedHead, provenance
 from headtune.analysis.identify import pipeline
 from headtune.analysis.methods.scores import Scores, load_means
 from headtune.analysis.models.head_model import HeadModel
-from headtune.analysis.reports import head_cards
+from headtune.analysis.reports.head_profiles import read_profiles, write_profiles
 from headtune.analysis.tasks.task import Task
 from headtune.analysis.utils.errors import CheckError, InputError
 from headtune.analysis.utils.progress import Notify
@@ -98,7 +98,7 @@ def resolve_heads(
     if folder is not None:
         heads.save(folder)
         if (seen := scores.with_name("portraits.json")).is_file():
-            head_cards.write(head_cards.read(seen), folder / "portraits.json")
+            write_profiles(read_profiles(seen), folder / "portraits.json")
     return ResolvedHeads(pairs, heads, load_means(scores, heads.shape) if scores.is_file() else None)
 
 

@@ -18,7 +18,7 @@ from transformers import set_seed
 
 from headtune.analysis.heads.head_set import ROLES, HeadSet
 from headtune.analysis.models.head_model import HeadModel
-from headtune.analysis.reports.head_report import next_step
+from headtune.analysis.reports.dissociation import next_step
 from headtune.analysis.tasks.task import scored
 from headtune.analysis.utils.errors import InputError
 from headtune.analysis.utils.files import require_new_folder

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from headtune.analysis.heads.head_set import HeadSet
 from headtune.analysis.methods.scores import load_means
-from headtune.analysis.reports import head_cards, head_report
+from headtune.analysis.reports import head_report
+from headtune.analysis.reports.head_profiles import read_profiles
 from headtune.analysis.utils.errors import InputError
 from headtune.analysis.utils.state_files import read_state
 from headtune.train.config.recipe import load_recipe
@@ -26,10 +27,10 @@ def rebuild_report(folder: Path) -> Path:
     report = folder / "report.html"
     if (folder / "heads.json").is_file():
         heads = HeadSet.load(folder)
-        scores, profiles = folder / "scores.safetensors", folder / "portraits.json"
+        scores, portraits = folder / "scores.safetensors", folder / "portraits.json"
         means = load_means(scores, heads.shape) if scores.is_file() else {}
-        portraits = head_cards.read(profiles) if profiles.is_file() else []
-        head_report.write_report(report, heads, means, evaluation, portraits=portraits)
+        profiles = read_profiles(portraits) if portraits.is_file() else []
+        head_report.write_report(report, heads, means, evaluation, profiles=profiles)
     elif not (folder / "recipe.yaml").is_file():
         raise InputError(
             f"{str(folder)!r} is neither a run (recipe.yaml) nor a head set (heads.json); give a folder that headtune "

@@ -23,7 +23,9 @@ from headtune.analysis.identify import pipeline
 from headtune.analysis.methods.scores import load_means
 from headtune.analysis.models.head_model import HeadModel
 from headtune.analysis.models.loading import load_model
-from headtune.analysis.reports import head_cards, head_report
+from headtune.analysis.reports import head_report
+from headtune.analysis.reports.dissociation import next_step, verdict
+from headtune.analysis.reports.head_profiles import read_profiles
 from headtune.analysis.tasks.task import Task, scored
 from headtune.analysis.tasks.tokenized import encode
 from headtune.analysis.utils.errors import InputError
@@ -221,8 +223,8 @@ def _carry_out(
         write_json(folder / "run.json", state | {"state": "running"})
     if chosen.found is not None and main:
         if set(ROLES) & set(chosen.found.roles):
-            notify(head_report.verdict(chosen.found))
-            if advice := head_report.next_step(chosen.found):
+            notify(verdict(chosen.found))
+            if advice := next_step(chosen.found):
                 notify(advice)
         media.show_heads(tracker, chosen.found, chosen.means or {}, folder, f"{folder.name}-heads")
     family = method_of(recipe)
@@ -273,9 +275,9 @@ def _carry_out(
     _show_products(recipe, state, evaluation, tracker)
     if chosen.found is not None:
         seen = folder / "portraits.json"
-        portraits = head_cards.read(seen) if seen.is_file() else []
+        profiles = read_profiles(seen) if seen.is_file() else []
         head_report.write_report(
-            folder / "report.html", chosen.found, chosen.means or {}, evaluation, portraits, title=recipe.name
+            folder / "report.html", chosen.found, chosen.means or {}, evaluation, profiles, title=recipe.name
         )
     else:
         media.write_run_page(recipe, folder, evaluation)

@@ -153,7 +153,7 @@ def print_heads(result: IdentifyResult) -> None:
     """The dissociation table, what it says, and the ranked heads."""
     from rich.table import Table
 
-    from headtune.analysis.reports import head_report
+    from headtune.analysis.reports.dissociation import next_step, verdict
     from headtune.analysis.tasks.tokenized import reasons
 
     from ..console import console, print_titled
@@ -188,6 +188,6 @@ def print_heads(result: IdentifyResult) -> None:
                 markup=False,
             )
     console.print(dissociation_table(heads))
-    console.print(head_report.verdict(heads), markup=False)
-    if advice := head_report.next_step(heads):
+    console.print(verdict(heads), markup=False)
+    if advice := next_step(heads):
         console.print(advice, markup=False)

@@ -13,13 +13,17 @@ import pytest
 import torch
 
 from headtune.analysis.heads.head_set import ROLES, HeadSet, RankedHead
-from headtune.analysis.identify import pipeline
-from headtune.analysis.identify.pipeline import IdentifyResult, dissociation
+from headtune.analysis.identify import pipeline, verification
+from headtune.analysis.identify.pipeline import IdentifyResult
+from headtune.analysis.identify.verification import dissociation
 from headtune.analysis.methods.scores import load_means
 from headtune.analysis.models import hooks
 from headtune.analysis.models.head_model import HeadModel
 from headtune.analysis.models.loading import load_model, wrap_model
-from headtune.analysis.reports import head_cards, head_report
+from headtune.analysis.reports import head_report
+from headtune.analysis.reports.dissociation import dissociation_table
+from headtune.analysis.reports.dissociation import verdict as verdict_of
+from headtune.analysis.reports.head_profiles import read_profiles
 from headtune.analysis.tasks.task import Task
 from headtune.analysis.tasks.tokenized import Encoded, encode
 from headtune.analysis.utils.errors import InputError
@@ -45,7 +49,7 @@ def found(model: HeadModel) -> IdentifyResult:
 def by_hand(model: HeadModel, chosen: dict[str, Any], examples: Sequence[Encoded], n_random: int = 4) -> dict[str, Any]:
     """The verification block of heads chosen by hand."""
     heads = HeadSet(model=model.identity(), task={}, method={}, roles=chosen)
-    return pipeline.verify(model, heads, examples, top=2, n_random=n_random, seed=0).verification
+    return verification.verify(model, heads, examples, top=2, n_random=n_random, seed=0).verification
 
 
 def test_the_head_set_describes_model_task_and_method(model: HeadModel, found: IdentifyResult) -> None:
@@ -78,8 +82,8 @@ def test_files(found: IdentifyResult, tmp_path: Path) -> None:
     found.save(folder)
     files = {file.name for file in folder.iterdir()}
     assert files == {"heads.json", "portraits.json", "report.html", "scores.safetensors"}
-    portraits = head_cards.read(folder / "portraits.json")
-    assert [(portrait.layer, portrait.head) for portrait in portraits] == found.ranked()
+    profiles = read_profiles(folder / "portraits.json")
+    assert [(profile.layer, profile.head) for profile in profiles] == found.ranked()
     assert HeadSet.load(folder) == found.heads
     means = load_means(folder / "scores.safetensors")
     assert set(means) == set(found.scores.by_example)
@@ -205,13 +209,13 @@ def test_random_sets_match_layers_and_avoid_the_heads_of_both_roles(
     model: HeadModel, found: IdentifyResult, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given: dict[str, Any] = {}
-    right = pipeline._probabilities
+    right = verification.probabilities
 
     def spy(model: HeadModel, examples: Iterable[Encoded], sets: dict[str, Any], *rest: Any) -> Any:
         given.update(sets)
         return right(model, examples, sets, *rest)
 
-    monkeypatch.setattr(pipeline, "_probabilities", spy)
+    monkeypatch.setattr(verification, "probabilities", spy)
     by_hand(model, {"recall": SOME, "suppression": OTHER}, found.examples[:2], n_random=8)
     drawn = [given[f"random_recall_{i}"] for i in range(8)]
     assert all([layer for layer, _ in pairs] == [1, 2] for pairs in drawn)
@@ -240,13 +244,13 @@ def test_a_layer_with_too_few_other_heads_does_not_cost_the_scores(tiny_llama: P
     examples = encode(tiny_task(subjects=2), model.tokenizer).examples
     crowd = tuple(RankedHead(1, head, 1.0, (0.5, 1.5)) for head in range(N_HEADS - 1))
     heads = HeadSet(model=model.identity(), task={}, method={}, roles={"recall": crowd, "suppression": OTHER})
-    block = pipeline.verify(model, heads, examples, top=3, n_random=2, seed=0).verification
+    block = verification.verify(model, heads, examples, top=3, n_random=2, seed=0).verification
     verdict = block["dissociation"]["recall"]
     assert not verdict["held"] and "layer 1 has 3 of its 4 heads chosen" in verdict["reason"]
     assert block["ablate_random_like_recall"] == {"sets": 0, "reason": verdict["reason"]}
     page = replace(heads, verification=block)
-    assert "the recall heads cannot be compared with random ones: layer 1 has 3" in head_report.verdict(page)
-    assert [row.name.split()[0] for row in head_report.dissociation_table(page)] == ["nothing", "top", "1", "top"]
+    assert "the recall heads cannot be compared with random ones: layer 1 has 3" in verdict_of(page)
+    assert [row.name.split()[0] for row in dissociation_table(page)] == ["nothing", "top", "1", "top"]
     assert 0 < block["ablate_recall"]["p_remaining"]["mean"] < 1
     assert block["dissociation"]["suppression"]["most_extreme_random_set"] > 0
 
@@ -340,7 +344,7 @@ def shown(found: IdentifyResult, folder: Path) -> str:
         print_heads(replace(found, heads=heads))
     for ranked in heads.roles.values():
         assert all(entry.name in printed.get() for entry in ranked)
-    assert head_report.verdict(heads)
+    assert verdict_of(heads)
     head_report.write_report(folder / "report.html", heads, found.scores.means())
     return (folder / "report.html").read_text()
 
@@ -410,7 +414,7 @@ def test_threshold(chance: HeadModel, tmp_path: Path) -> None:
     assert nothing == {"recall": [], "suppression": []}
     found = kept[str({"top": 24, "threshold": 1000.0})]
     assert found.heads.method["parameters"]["threshold"] == 1000.0
-    assert "no confirmed heads" in head_report.verdict(found.heads)
+    assert "no confirmed heads" in verdict_of(found.heads)
     shown(found, tmp_path / "out")
 
 
@@ -511,7 +515,7 @@ def test_another_tasks_heads_are_a_control(chance: HeadModel, tmp_path: Path, ca
             assert numbers[quantity]["mean"] == pytest.approx(expected[quantity]["mean"], rel=1e-5)
             assert numbers[quantity]["ci"] == pytest.approx(expected[quantity]["ci"], rel=1e-5)
     assert found.heads.method["parameters"]["controls"] == {"capitals": "capitals", "x_recall": "capitals"}
-    rows = [condition.name for condition in head_report.dissociation_table(found.heads)]
+    rows = [condition.name for condition in dissociation_table(found.heads)]
     assert "top 2 recall heads of capitals silenced" in rows and "top 1 suppression heads of x_recall silenced" in rows
     page = shown(found, tmp_path / "out")
     assert "recall heads of capitals" in page
@@ -564,5 +568,5 @@ def test_no_random_sets_were_asked_for(chance: HeadModel, tmp_path: Path) -> Non
         reason = {"sets": 0, "reason": "no random sets were asked for"}
         assert found.heads.verification[f"ablate_random_like_{role}"] == reason
         assert found.heads.verification["dissociation"][role] == {"held": False, "reason": reason["reason"]}
-    assert "cannot be compared with random ones: no random sets were asked for" in head_report.verdict(found.heads)
+    assert "cannot be compared with random ones: no random sets were asked for" in verdict_of(found.heads)
     shown(found, tmp_path / "out")

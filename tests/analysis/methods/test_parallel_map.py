@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from headtune.analysis.identify import pipeline
+from headtune.analysis.identify import pipeline, verification
 from headtune.analysis.identify.pipeline import IdentifyResult, partial_folder
 from headtune.analysis.methods import logit_attribution, parallel_map, patching, registry
 from headtune.analysis.methods.parallel_map import ParallelMap
@@ -311,7 +311,7 @@ def test_the_elbow_and_controls_are_kept_too(model: HeadModel, tmp_path: Path, m
         asked.append(len(sets))
         return right(model, encoded, sets)
 
-    monkeypatch.setattr(pipeline, "set_probabilities", spy)
+    monkeypatch.setattr(verification, "set_probabilities", spy)
     same(pipeline.identify(model, TASK, **options, partial=tmp_path / "kept"), expected)
     assert len(asked) == len(TASK.examples) - 4, "nothing but the verification of the other examples"
 

@@ -1,4 +1,4 @@
-"""The report shows what the head set and the portraits hold, says where the proof fails, and needs nothing outside."""
+"""The report shows what the head set and the profiles hold, says where the proof fails, and needs nothing outside."""
 
 import base64
 import io
@@ -16,8 +16,17 @@ from PIL import Image
 from rich.console import Console
 
 from headtune.analysis.heads.head_set import HeadSet, RankedHead
-from headtune.analysis.identify.pipeline import dissociation
-from headtune.analysis.reports import head_cards, head_report, heat_maps
+from headtune.analysis.identify import verification as proof
+from headtune.analysis.reports import (
+    dissociation,
+    evaluation_view,
+    head_dashboard,
+    head_profiles,
+    head_report,
+    heat_maps,
+)
+from headtune.analysis.reports.head_profiles import HeadProfile, read_profiles, write_profiles
+from headtune.analysis.reports.html import number, with_interval
 from headtune.analysis.utils.errors import InputError
 from headtune.cli.tables import dissociation_table
 
@@ -53,7 +62,7 @@ def verification(
     if "recall" in roles:
         block["ablate_recall"] = {"heads": [[2, 0]]} | numbers(recalled, 0.03)
         block["ablate_random_like_recall"] = {"sets": 10} | numbers(0.2, 0.04, sets=True)
-    return block | {"dissociation": dissociation(block)}
+    return block | {"dissociation": proof.dissociation(block)}
 
 
 def head_set(block: dict[str, Any] | None = None, **changes: Any) -> HeadSet:
@@ -114,7 +123,7 @@ def evaluation() -> dict[str, Any]:
     }
 
 
-def portrait(layer: int = 2, head: int = 0, previous: bool = True, **changes: Any) -> head_cards.HeadPortrait:
+def profile(layer: int = 2, head: int = 0, previous: bool = True, **changes: Any) -> HeadProfile:
     tokens = ("List", " cities", " in", " <Italy>", ".", "\n", "1", ".", " Rome", "\n", "2", ".")
     attention = np.full(len(tokens), 0.01)
     attention[8] = 1 - 0.01 * (len(tokens) - 1)
@@ -122,14 +131,14 @@ def portrait(layer: int = 2, head: int = 0, previous: bool = True, **changes: An
     values: dict[str, Any] = {
         "examples": 7,
         "attention": {"subject": 0.1, "previous": 0.6, "first": 0.2, "end": 0.04, "rest": 0.06},
-        "reads": (head_cards.Read(" Rome", 0.8, 3), head_cards.Read("\n", 0.3, 7)),
-        "raises": (head_cards.Written(" <b>up", 1.25),),
-        "lowers": (head_cards.Written("\u202edown", -2.5),),
+        "reads": (head_profiles.Read(" Rome", 0.8, 3), head_profiles.Read("\n", 0.3, 7)),
+        "raises": (head_profiles.Written(" <b>up", 1.25),),
+        "lowers": (head_profiles.Written("\u202edown", -2.5),),
         "copying": {
-            "subject": head_cards.Copying(14, 0.25, None, 0.4),
-            "previous": head_cards.Copying(21, -3.25, -0.125, 0.9995),
+            "subject": head_profiles.Copying(14, 0.25, None, 0.4),
+            "previous": head_profiles.Copying(21, -3.25, -0.125, 0.9995),
         },
-        "prompt": head_cards.Prompt(
+        "prompt": head_profiles.Prompt(
             tokens,
             tuple(sources),
             tuple(attention.tolist()),
@@ -137,7 +146,7 @@ def portrait(layer: int = 2, head: int = 0, previous: bool = True, **changes: An
             tuple(np.linspace(-2, 0, len(tokens)).tolist()),
             tuple(f" T{index}" for index in range(9)),
             (" Rome",),
-            (head_cards.Written(" Milan", 0.5),),
+            (head_profiles.Written(" Milan", 0.5),),
             (),
         ),
     }
@@ -145,7 +154,7 @@ def portrait(layer: int = 2, head: int = 0, previous: bool = True, **changes: An
         values["attention"] = {"subject": 0.7, "first": 0.2, "end": 0.04, "rest": 0.06}
         del values["copying"]["previous"]
         values["prompt"] = replace(values["prompt"], previous=None, given=())
-    return head_cards.HeadPortrait(layer, head, **(values | changes))
+    return HeadProfile(layer, head, **(values | changes))
 
 
 class Page(HTMLParser):
@@ -204,11 +213,11 @@ def written(tmp_path: Path, heads: HeadSet, **options: Any) -> tuple[str, Page]:
     ],
 )
 def test_numbers_have_three_significant_digits(value: float | None, text: str) -> None:
-    assert head_report.number(value) == text
+    assert number(value) == text
 
 
 def test_a_probability_comes_with_its_interval() -> None:
-    assert head_report.with_interval(0.041, (0.031, 0.052)) == "0.041 [0.031, 0.052]"
+    assert with_interval(0.041, (0.031, 0.052)) == "0.041 [0.031, 0.052]"
 
 
 # --- heat maps --------------------------------------------------------------------------------------------------------
@@ -283,7 +292,7 @@ def test_drawing_leaves_matplotlib_s_global_state_alone_and_importing_does_not_l
 
 
 def test_the_table_has_every_condition_with_ratios_and_the_most_extreme_sets() -> None:
-    rows = head_report.dissociation_table(head_set())
+    rows = dissociation.dissociation_table(head_set())
     assert [row.name for row in rows] == [
         "nothing silenced",
         "top 2 suppression heads silenced",
@@ -304,18 +313,18 @@ def test_the_terminal_table_shows_the_same() -> None:
     console = Console(width=200, record=True, file=io.StringIO())
     console.print(dissociation_table(head_set()))
     text = console.export_text()
-    for row in head_report.dissociation_table(head_set()):
+    for row in dissociation.dissociation_table(head_set()):
         assert row.name in text
         assert all(str(cell) in text for cell in row.cells.values())
     assert "0.04 [0.036, 0.044]" in text and "p(previous)" in text
 
 
 def test_the_verdict_when_it_holds() -> None:
-    text = head_report.verdict(head_set())
+    text = dissociation.verdict(head_set())
     assert text.startswith("The dissociation holds")
     assert "raises p(previous) from 0.04 to 0.09 (×2.25), above the highest of 10 random sets (0.044)" in text
     assert "lowers p(remaining) from 0.2 to 0.1 (×0.5), below the lowest of 10 random sets (0.18)" in text
-    assert "FAILS" not in text and not head_report.next_step(head_set())
+    assert "FAILS" not in text and not dissociation.next_step(head_set())
 
 
 @pytest.mark.parametrize(
@@ -331,10 +340,10 @@ def test_the_verdict_when_it_holds() -> None:
 def test_the_verdict_names_the_role_that_failed_and_why(
     suppressed: float, recalled: float, failed: list[str], held: list[str], why: list[str]
 ) -> None:
-    text = head_report.verdict(head_set(verification(suppressed, recalled)))
+    text = dissociation.verdict(head_set(verification(suppressed, recalled)))
     assert text.startswith(f"The dissociation FAILS for {' and '.join(failed)}:")
     assert re.findall(r"It holds for (\w+):", text) == held
-    advice = head_report.next_step(head_set(verification(suppressed, recalled)))
+    advice = dissociation.next_step(head_set(verification(suppressed, recalled)))
     assert advice.startswith(f"For {' and '.join(failed)}: give more subjects or prompts; see how far the random heads")
     assert re.findall(r"heads\.role: (\w+)", advice) == held
     assert all(reason in text for reason in why)
@@ -344,27 +353,27 @@ def test_the_verdict_names_the_role_that_failed_and_why(
 
 def test_a_role_without_heads_fails_and_has_no_rows() -> None:
     heads = head_set(verification(roles=("recall",)))
-    text = head_report.verdict(heads)
+    text = dissociation.verdict(heads)
     assert text.startswith("The dissociation FAILS for suppression: there are no confirmed heads for suppression")
     assert "It holds for recall" in text
-    assert head_report.next_step(heads) == (
+    assert dissociation.next_step(heads) == (
         "For suppression: give more subjects or prompts; train the recall heads alone (heads.role: recall)."
     )
-    assert not [row for row in head_report.dissociation_table(heads) if "suppression" in row.name]
+    assert not [row for row in dissociation.dissociation_table(heads) if "suppression" in row.name]
 
 
 def test_single_facts_have_no_previous_answers() -> None:
     heads = head_set(verification(0.3, previous=False))
-    assert all(set(row.cells) == {"p_remaining"} for row in head_report.dissociation_table(heads))
-    assert "raises p(remaining) from 0.2 to 0.3" in head_report.verdict(heads)
-    failing = head_report.verdict(head_set(verification(0.1, previous=False)))
+    assert all(set(row.cells) == {"p_remaining"} for row in dissociation.dissociation_table(heads))
+    assert "raises p(remaining) from 0.2 to 0.3" in dissociation.verdict(heads)
+    failing = dissociation.verdict(head_set(verification(0.1, previous=False)))
     assert failing.startswith("The dissociation FAILS for suppression") and "p(previous)" not in failing
 
 
 def test_a_head_set_that_was_not_verified_says_so() -> None:
     heads = head_set({})
-    assert "was not tested" in head_report.verdict(heads)
-    assert head_report.dissociation_table(heads) == []
+    assert "was not tested" in dissociation.verdict(heads)
+    assert dissociation.dissociation_table(heads) == []
 
 
 # --- the page ---------------------------------------------------------------------------------------------------------
@@ -376,7 +385,7 @@ def test_the_page_holds_everything_the_head_set_says(tmp_path: Path) -> None:
     assert "A <title>" in page.text
     for ranked in heads.roles.values():
         for head in ranked:
-            assert f"{head.name} {head_report.with_interval(head.score, head.ci)} +0.0123 -0.568" in page.text
+            assert f"{head.name} {with_interval(head.score, head.ci)} +0.0123 -0.568" in page.text
     for expected in (
         "tiny & small (llama, 5 layers × 4 heads, float32)",
         "120 used, 7 left out: 7 target shares a first token",
@@ -385,10 +394,10 @@ def test_the_page_holds_everything_the_head_set_says(tmp_path: Path) -> None:
         "torch 2.13.0",
         "headtune identify tiny --task cities",
         "recall 0.875, suppression 0.654",
-        head_report.verdict(heads),
+        dissociation.verdict(heads),
     ):
         assert expected in page.text, expected
-    assert all(str(cell) in page.text for row in head_report.dissociation_table(heads) for cell in row.cells.values())
+    assert all(str(cell) in page.text for row in dissociation.dissociation_table(heads) for cell in row.cells.values())
     assert "verdict good" in source
 
 
@@ -399,7 +408,7 @@ def test_a_failed_dissociation_is_not_shown_as_a_good_one(tmp_path: Path) -> Non
 
 
 def test_the_page_needs_nothing_outside_itself(tmp_path: Path) -> None:
-    source, page = written(tmp_path, head_set(), evaluation=evaluation(), portraits=[portrait()])
+    source, page = written(tmp_path, head_set(), evaluation=evaluation(), profiles=[profile()])
     names = {name for name, _ in page.tags}
     assert not names & {"script", "link", "iframe", "object", "base"}
     links = [
@@ -433,10 +442,10 @@ def test_before_and_after_stand_side_by_side_with_the_kind_of_every_item(tmp_pat
 
 def test_examples_that_are_left_out_are_counted(tmp_path: Path) -> None:
     many = evaluation()
-    many["examples"] *= head_report.SHOWN_EXAMPLES + 3
+    many["examples"] *= evaluation_view.SHOWN_EXAMPLES + 3
     _, page = written(tmp_path, head_set(), evaluation=many)
     shown = sum(name == "article" for name, _ in page.tags)
-    assert shown == head_report.SHOWN_EXAMPLES and f"{shown} of {shown + 3} examples" in page.text
+    assert shown == evaluation_view.SHOWN_EXAMPLES and f"{shown} of {shown + 3} examples" in page.text
 
 
 def test_a_run_without_ranked_heads_has_a_page(tmp_path: Path) -> None:
@@ -506,7 +515,7 @@ def test_every_method_s_maps_are_drawn_on_one_scale_for_each_unit() -> None:
     beyond = sum(int((np.abs(matrix) > limit).sum()) for matrix in logits)
     for quantity in ("target", "previous"):
         note = heat_maps.scale_note(sheets[quantity, "logits"])
-        assert f"±{head_report.number(limit)}" in note and "maps in logits" in note
+        assert f"±{number(limit)}" in note and "maps in logits" in note
         assert f"{beyond} numbers lie beyond, the farthest 50 (L1H2, resample.target)" in note
 
 
@@ -573,7 +582,7 @@ def test_the_page_shows_the_sheets_their_scale_and_the_agreement(tmp_path: Path)
         assert attributes["width"] == str(width) and ", ".join(sheet.maps) in (attributes["alt"] or "")
         assert heat_maps.scale_note(sheet) in page.text
     correlation = heat_maps.agreement(many_means(), "previous")[1][0, 1]
-    assert f"dla 1 {head_report.number(correlation)}" in page.text
+    assert f"dla 1 {number(correlation)}" in page.text
     assert "Maps" not in written_without_means(tmp_path)
 
 
@@ -586,7 +595,7 @@ def written_without_means(tmp_path: Path) -> str:
 
 
 def test_a_card_says_what_the_head_reads_and_writes(tmp_path: Path) -> None:
-    _, page = written(tmp_path, head_set(), portraits=[portrait(3, 1)])
+    _, page = written(tmp_path, head_set(), profiles=[profile(3, 1)])
     assert (
         "60% given answers, 20% first token, 10% subject, 6% everything else; suppresses the given answers" in page.text
     )
@@ -596,16 +605,16 @@ def test_a_card_says_what_the_head_reads_and_writes(tmp_path: Path) -> None:
     assert "given answer suppresses -3.25 bottom 0.05% -0.125" in page.text
     assert "start with ␣T0 , ␣T1 , ␣T2 , ␣T3 , ␣T4 , ␣T5 and 3 more; the given ones with ␣Rome" in page.text
     moved = np.linspace(-2, 0, 12).sum()
-    assert f"moves the given answers by {head_report.number(moved)}" in page.text
+    assert f"moves the given answers by {number(moved)}" in page.text
     assert "␣Milan +0.5" in page.text
     assert [attributes.get("id") for name, attributes in page.tags if name == "details"] == ["suppression-L3H1"]
 
 
 def test_every_token_of_the_prompt_is_shaded_by_its_share(tmp_path: Path) -> None:
-    source, page = written(tmp_path, head_set(), portraits=[portrait()])
+    source, page = written(tmp_path, head_set(), profiles=[profile()])
     spans = [attributes for name, attributes in page.tags if name == "span" and "title" in attributes]
     tokens = [attributes for attributes in spans if (attributes["class"] or "").startswith("tk")]
-    n = len(portrait().prompt.tokens)
+    n = len(profile().prompt.tokens)
     assert len(tokens) == 3 * n
     attention, target, previous = tokens[:n], tokens[n : 2 * n], tokens[2 * n :]
     assert attention[8]["style"] == "--w:1.00" and attention[8]["title"] == "89%"
@@ -619,10 +628,10 @@ def test_every_token_of_the_prompt_is_shaded_by_its_share(tmp_path: Path) -> Non
     assert "␣&lt;Italy&gt;" in source and "<Italy>" not in source and "\u202e" not in source
 
 
-def test_a_head_of_two_roles_and_heads_without_portraits(tmp_path: Path) -> None:
+def test_a_head_of_two_roles_and_heads_without_profiles(tmp_path: Path) -> None:
     twice = RankedHead(3, 1, 0.5, None, {})
     heads = head_set(roles=head_set().roles | {"recall": (RankedHead(1, 3, 0.7, (0.1, 0.9)), twice)})
-    _, page = written(tmp_path, heads, portraits=[portrait(3, 1), portrait(0, 0)])
+    _, page = written(tmp_path, heads, profiles=[profile(3, 1), profile(0, 0)])
     assert [attributes["id"] for name, attributes in page.tags if name == "details"] == [
         "recall-L3H1",
         "suppression-L3H1",
@@ -635,21 +644,21 @@ def test_a_head_of_two_roles_and_heads_without_portraits(tmp_path: Path) -> None
 def test_only_the_first_cards_are_open(tmp_path: Path) -> None:
     ranked = tuple(RankedHead(layer, 0, 1.0, (0.5, 1.5)) for layer in range(5))
     heads = head_set(roles={"recall": ranked, "suppression": ()})
-    _, page = written(tmp_path, heads, portraits=[portrait(layer) for layer in range(5)])
+    _, page = written(tmp_path, heads, profiles=[profile(layer) for layer in range(5)])
     opened = ["open" in attributes for name, attributes in page.tags if name == "details"]
-    assert opened == [True] * head_cards.OPEN_CARDS + [False] * (5 - head_cards.OPEN_CARDS)
+    assert opened == [True] * head_dashboard.OPEN_CARDS + [False] * (5 - head_dashboard.OPEN_CARDS)
 
 
 def test_a_card_without_previous_answers(tmp_path: Path) -> None:
-    _, page = written(tmp_path, head_set(verification(0.3, previous=False)), portraits=[portrait(previous=False)])
+    _, page = written(tmp_path, head_set(verification(0.3, previous=False)), profiles=[profile(previous=False)])
     assert "70% subject" in page.text and "moves the remaining answers" in page.text
     assert "moves the given answers" not in page.text and "given ones" not in page.text
 
 
 def test_a_head_that_writes_nothing_makes_a_card(tmp_path: Path) -> None:
-    n = len(portrait().prompt.tokens)
-    silent = replace(portrait().prompt, target=(0.0,) * n, previous=(0.0,) * n, raises=(), lowers=())
-    _, page = written(tmp_path, head_set(), portraits=[portrait(raises=(), lowers=(), prompt=silent)])
+    n = len(profile().prompt.tokens)
+    silent = replace(profile().prompt, target=(0.0,) * n, previous=(0.0,) * n, raises=(), lowers=())
+    _, page = written(tmp_path, head_set(), profiles=[profile(raises=(), lowers=(), prompt=silent)])
     assert "its output is zero" in page.text and "Writes here" not in page.text
 
 
@@ -657,7 +666,7 @@ def test_the_quiet_middle_of_a_long_prompt_is_counted_not_drawn(tmp_path: Path) 
     n = 500
     attention, parts = np.full(n, 1e-4), np.zeros(n)
     attention[[0, 100]], parts[300] = [0.4, 0.55], 2.0
-    prompt = head_cards.Prompt(
+    prompt = head_profiles.Prompt(
         tuple(f"w{t}" for t in range(n)),
         ("first", *["rest"] * (n - 2), "end"),
         tuple(attention.tolist()),
@@ -668,8 +677,8 @@ def test_the_quiet_middle_of_a_long_prompt_is_counted_not_drawn(tmp_path: Path) 
         (),
         (),
     )
-    _, page = written(tmp_path, head_set(), portraits=[portrait(prompt=prompt, previous=False)])
-    near = head_cards.CONTEXT
+    _, page = written(tmp_path, head_set(), profiles=[profile(prompt=prompt, previous=False)])
+    near = head_dashboard.CONTEXT
     assert f"w{near} ⋯ {95 - 2 * near + 4} tokens, " in page.text.replace("  ", " ")
     for kept in ("w0", "w100", "w300", "w499"):
         assert page.text.count(f"{kept} ") >= 2
@@ -685,13 +694,13 @@ def test_the_quiet_middle_of_a_long_prompt_is_counted_not_drawn(tmp_path: Path) 
     [(0.0, "copies"), (0.05, "copies"), (0.3, "neither"), (0.95, "suppresses"), (1.0, "suppresses")],
 )
 def test_copying_is_judged_by_the_rank_of_the_own_token(above: float, verdict: str) -> None:
-    assert head_cards.Copying(3, 1.0, None, above).verdict == verdict
+    assert head_profiles.Copying(3, 1.0, None, above).verdict == verdict
 
 
 def test_portraits_come_back_from_their_file(tmp_path: Path) -> None:
-    drawn = [portrait(), portrait(1, 1, previous=False)]
-    head_cards.write(drawn, tmp_path / "portraits.json")
-    assert head_cards.read(tmp_path / "portraits.json") == drawn
+    drawn = [profile(), profile(1, 1, previous=False)]
+    write_profiles(drawn, tmp_path / "portraits.json")
+    assert read_profiles(tmp_path / "portraits.json") == drawn
 
 
 @pytest.mark.parametrize(
@@ -710,7 +719,7 @@ def test_a_damaged_portraits_file_is_one_line(tmp_path: Path, content: str | Non
     if content is not None:
         (tmp_path / "portraits.json").write_text(content, encoding="utf-8")
     with pytest.raises(InputError, match=message) as raised:
-        head_cards.read(tmp_path / "portraits.json")
+        read_profiles(tmp_path / "portraits.json")
     assert "\n" not in str(raised.value)
 
 
@@ -719,9 +728,10 @@ def test_a_damaged_portraits_file_is_one_line(tmp_path: Path, content: str | Non
 
 def test_the_controls_have_rows_too() -> None:
     block = verification()
-    block["ablate_lowest_like_recall"] = {"heads": [[2, 1]]} | {k: block["baseline"][k] for k in head_report.QUANTITIES}
+    baseline = {quantity: block["baseline"][quantity] for quantity in dissociation.QUANTITIES}
+    block["ablate_lowest_like_recall"] = {"heads": [[2, 1]]} | baseline
     block["ablate_control_books_suppression"] = block["ablate_suppression"]
-    names = [row.name for row in head_report.dissociation_table(head_set(block))]
+    names = [row.name for row in dissociation.dissociation_table(head_set(block))]
     assert "1 heads of the same layers with scores nearest to zero silenced" in names
     assert names[3] == "top 2 suppression heads of books silenced"
 

@@ -16,8 +16,8 @@ from headtune.analysis.models.architectures import ARCHITECTURES
 from headtune.analysis.models.attention import record_rows
 from headtune.analysis.models.head_model import HeadModel
 from headtune.analysis.models.loading import wrap_model
-from headtune.analysis.reports.head_cards import HeadPortrait
-from headtune.analysis.reports.head_profiles import READ_TOKENS, portrait
+from headtune.analysis.reports.head_profiles import HeadProfile
+from headtune.analysis.reports.profile_heads import READ_TOKENS, profile_heads
 from headtune.analysis.tasks.task import Task
 from headtune.analysis.tasks.tokenized import Encoded, encode
 from headtune.analysis.utils.errors import InputError
@@ -99,7 +99,7 @@ def test_one_prompt_is_the_attention_row_and_sums_to_direct_attribution(
     encoded = examples[1]
     found = attribute(model, encoded)
     rows, _ = rows_of(model, encoded)
-    for card in portrait(model, [encoded], HEADS):
+    for card in profile_heads(model, [encoded], HEADS):
         at = card.layer, card.head
         prompt = card.prompt
         assert prompt.attention == pytest.approx(rows.pattern[card.layer][0, card.head].tolist(), abs=1e-6)
@@ -119,7 +119,7 @@ def test_one_prompt_is_the_attention_row_and_sums_to_direct_attribution(
 
 def test_masses_are_the_mean_attention_by_source(model: HeadModel, examples: list[Encoded]) -> None:
     found = [attribute(model, encoded) for encoded in examples]
-    for card in portrait(model, examples, HEADS):
+    for card in profile_heads(model, examples, HEADS):
         assert sum(card.attention.values()) == pytest.approx(1, abs=1e-5)
         assert list(card.attention) == ["subject", "previous", "first", "end", "rest"]
         for source, mass in card.attention.items():
@@ -131,7 +131,7 @@ def test_what_it_writes_is_the_mean_of_its_decoded_outputs(
     model: HeadModel, kind: Kind, examples: list[Encoded]
 ) -> None:
     size = len(model.tokenizer)
-    for card in portrait(model, examples, HEADS, top_tokens=size):
+    for card in profile_heads(model, examples, HEADS, top_tokens=size):
         decoded = []
         for encoded in examples:
             _, z = rows_of(model, encoded)
@@ -157,7 +157,7 @@ def strings(model: HeadModel, encoded: Encoded) -> tuple[str, ...]:
 def test_copying_is_the_own_token_s_logit_under_full_attention(
     model: HeadModel, kind: Kind, examples: list[Encoded]
 ) -> None:
-    for card in portrait(model, examples, HEADS):
+    for card in profile_heads(model, examples, HEADS):
         assert list(card.copying) == ["subject", "previous"]
         for source, test in card.copying.items():
             own, above, others = [], [], []
@@ -209,7 +209,7 @@ def planted(sign: float) -> HeadModel:
 @pytest.mark.parametrize(("sign", "verdict"), [(1.0, "copies"), (-1.0, "suppresses")])
 def test_a_planted_head_is_seen_to_copy_or_to_suppress(sign: float, verdict: str) -> None:
     model = planted(sign)
-    copier, other = portrait(model, listing(model), [(1, 1), (2, 0)])
+    copier, other = profile_heads(model, listing(model), [(1, 1), (2, 0)])
     for test in copier.copying.values():
         assert test.verdict == verdict and test.own * sign > 0.1
         assert test.others is not None and abs(test.others) < abs(test.own) / 5
@@ -218,7 +218,7 @@ def test_a_planted_head_is_seen_to_copy_or_to_suppress(sign: float, verdict: str
 
 def test_the_tokens_most_attended_where_they_occur(llama: HeadModel) -> None:
     examples = listing(llama)
-    (card,) = portrait(llama, examples, [(1, 2)])
+    (card,) = profile_heads(llama, examples, [(1, 2)])
     by_string: dict[str, list[float]] = {}
     for encoded in examples:
         rows, _ = rows_of(llama, encoded)
@@ -236,11 +236,11 @@ def test_the_prompt_shown_is_the_most_typical_one(llama: HeadModel) -> None:
     """Of three copies of one example, and others, the median is among the copies."""
     examples = listing(llama)
     many = [examples[2]] * 3 + [examples[0], examples[5]]
-    for card in portrait(llama, many, HEADS):
+    for card in profile_heads(llama, many, HEADS):
         assert card.prompt.tokens == strings(llama, examples[2])
     # Several prompts, by the definition.
     found = [attribute(llama, encoded) for encoded in examples]
-    for card in portrait(llama, examples, HEADS):
+    for card in profile_heads(llama, examples, HEADS):
         at = card.layer, card.head
         distance = torch.zeros(len(examples))
         for name in ("dla.target", "dla.previous"):
@@ -252,7 +252,7 @@ def test_the_prompt_shown_is_the_most_typical_one(llama: HeadModel) -> None:
 
 def test_sources_and_answers_of_the_prompt(llama: HeadModel) -> None:
     encoded = listing(llama)[0]
-    (card,) = portrait(llama, [encoded], [(0, 0)])
+    (card,) = profile_heads(llama, [encoded], [(0, 0)])
     assert "".join(card.prompt.tokens) == encoded.example.prompt
     read = {name: [t for t, of in enumerate(card.prompt.sources) if of == name] for name in encoded.sources()}
     assert read == encoded.sources()
@@ -263,7 +263,7 @@ def test_sources_and_answers_of_the_prompt(llama: HeadModel) -> None:
 
 
 def test_single_facts_have_no_previous_answers(llama: HeadModel) -> None:
-    (card,) = portrait(llama, listing(llama, previous=(0,)), [(1, 1)])
+    (card,) = profile_heads(llama, listing(llama, previous=(0,)), [(1, 1)])
     assert card.prompt.previous is None and card.prompt.given == ()
     assert "previous" not in card.attention and list(card.copying) == ["subject"]
     assert sum(card.attention.values()) == pytest.approx(1, abs=1e-5)
@@ -271,10 +271,10 @@ def test_single_facts_have_no_previous_answers(llama: HeadModel) -> None:
 
 def test_among_both_kinds_a_prompt_with_previous_answers_is_shown(llama: HeadModel) -> None:
     single, several = listing(llama, (0,)), listing(llama)
-    (card,) = portrait(llama, single + several[:1], [(1, 1)])
+    (card,) = profile_heads(llama, single + several[:1], [(1, 1)])
     assert card.prompt.tokens == strings(llama, several[0])
     assert sum(card.attention.values()) == pytest.approx(1, abs=1e-5)
-    (alone,) = portrait(llama, several[:1], [(1, 1)])
+    (alone,) = profile_heads(llama, several[:1], [(1, 1)])
     n = len(single) + 1
     assert card.attention["previous"] == pytest.approx(alone.attention["previous"] / n, abs=1e-6)
     assert card.copying["previous"].own == pytest.approx(alone.copying["previous"].own, abs=1e-5)
@@ -282,31 +282,31 @@ def test_among_both_kinds_a_prompt_with_previous_answers_is_shown(llama: HeadMod
 
 def test_examples_are_limited_evenly_and_heads_drawn_once(llama: HeadModel) -> None:
     examples = listing(llama)
-    cards = portrait(llama, examples, [(1, 1), (0, 0), (1, 1)], max_examples=3)
+    cards = profile_heads(llama, examples, [(1, 1), (0, 0), (1, 1)], max_examples=3)
     assert [(card.layer, card.head) for card in cards] == [(1, 1), (0, 0)]
     assert all(card.examples == 3 for card in cards)
     picked = [examples[0], examples[round((len(examples) - 1) / 2)], examples[-1]]
-    assert cards == portrait(llama, picked, [(1, 1), (0, 0)])
-    assert portrait(llama, examples, []) == []
+    assert cards == profile_heads(llama, picked, [(1, 1), (0, 0)])
+    assert profile_heads(llama, examples, []) == []
 
 
-def test_a_portrait_survives_json(llama: HeadModel) -> None:
-    for card in portrait(llama, listing(llama), HEADS):
+def test_a_profile_survives_json(llama: HeadModel) -> None:
+    for card in profile_heads(llama, listing(llama), HEADS):
         text = json.dumps(card.to_json(), allow_nan=False)
-        assert HeadPortrait.from_json(json.loads(text)) == card
+        assert HeadProfile.from_json(json.loads(text)) == card
 
 
 def test_bad_requests_are_refused(llama: HeadModel) -> None:
     with pytest.raises(InputError, match="L9H0 is out of range"):
-        portrait(llama, listing(llama), [(9, 0)])
+        profile_heads(llama, listing(llama), [(9, 0)])
     with pytest.raises(InputError, match="at least one example"):
-        portrait(llama, [], [(0, 0)])
+        profile_heads(llama, [], [(0, 0)])
 
 
-def test_half_precision_gives_the_same_portrait(llama: HeadModel) -> None:
+def test_half_precision_gives_the_same_profile(llama: HeadModel) -> None:
     examples = listing(llama)
     half = wrap_model(tiny_model("llama", num_key_value_heads=2).to(torch.bfloat16), tiny_tokenizer())
-    for exact, rounded in zip(portrait(llama, examples, HEADS), portrait(half, examples, HEADS), strict=True):
+    for exact, rounded in zip(profile_heads(llama, examples, HEADS), profile_heads(half, examples, HEADS), strict=True):
         assert rounded.attention == pytest.approx(exact.attention, abs=0.02)
         assert values(rounded.raises) == pytest.approx(values(exact.raises), rel=0.1, abs=0.05)
 
@@ -323,9 +323,8 @@ def test_padding_rows_of_the_unembedding_are_no_tokens(llama: HeadModel) -> None
         padded.lm_head.weight[:size] = plain.lm_head.weight
         padded.lm_head.weight[size:] = 1e3
     examples = listing(llama)
-    for with_padding, without in zip(
-        portrait(wrap_model(padded, tiny_tokenizer()), examples, HEADS), portrait(llama, examples, HEADS), strict=True
-    ):
+    padded_profiles = profile_heads(wrap_model(padded, tiny_tokenizer()), examples, HEADS)
+    for with_padding, without in zip(padded_profiles, profile_heads(llama, examples, HEADS), strict=True):
         assert values(with_padding.raises) == pytest.approx(values(without.raises), abs=1e-5)
         assert with_padding.copying["subject"].above == without.copying["subject"].above
 
@@ -334,5 +333,5 @@ def test_a_task_of_one_prompt_has_no_others() -> None:
     model = wrap_model(tiny_model("gpt2"), tiny_tokenizer())
     task = tiny_task(subjects=1)
     examples = encode(Task("one", task.examples[:1]), model.tokenizer).examples
-    (card,) = portrait(model, examples, [(0, 0)])
+    (card,) = profile_heads(model, examples, [(0, 0)])
     assert card.copying["subject"].others is None
