@@ -38,11 +38,13 @@ from speed_analysis import code_sha256
 from headtune.analysis.heads import ranking
 from headtune.analysis.heads.head_set import provenance
 from headtune.analysis.interventions.counterfactuals import Counterfactuals
+from headtune.analysis.methods.patching import every_head
 from headtune.analysis.methods.registry import METHODS, score_examples
 from headtune.analysis.methods.scores import Scores
 from headtune.analysis.models import loading
 from headtune.analysis.models.head_model import HeadModel
-from headtune.analysis.studies import head_sets
+from headtune.analysis.studies import faithfulness
+from headtune.analysis.studies.ranked_heads import order
 from headtune.analysis.synthetic import planted
 from headtune.analysis.tasks.loading import load_task
 from headtune.analysis.tasks.tokenized import Encoded, encode
@@ -167,7 +169,7 @@ def real(results: dict[str, Any], out: Path, prompts: int, seed: int) -> None:
     block |= {"model": heads.identity(), "task": encoded.summary(), "scored_on": len(scored), "judged_on": len(judged)}
     block.setdefault("methods", {})
     references = Counterfactuals(heads, judged, seed)
-    pairs = head_sets.every_head(heads)
+    pairs = every_head(heads)
     for name in ROWS:
         if name in block["methods"]:
             continue
@@ -178,18 +180,18 @@ def real(results: dict[str, Any], out: Path, prompts: int, seed: int) -> None:
             rankings = {f"draw {i}": [pairs[j] for j in generator.permutation(len(pairs))] for i in range(5)}
         else:
             values = estimate(name, heads, scored, seed)
-            rankings = {"signed": head_sets.order(values), "absolute": head_sets.order(np.abs(values))}
+            rankings = {"signed": order(values), "absolute": order(np.abs(values))}
         seconds = time.monotonic() - start
-        curves = head_sets.faithfulness_curves(heads, references, rankings, progress)
-        f = {key: head_sets.faithfulness_of(value) for key, value in curves.items()}
+        curves = faithfulness.faithfulness_curves(heads, references, rankings, progress)
+        f = {key: faithfulness.faithfulness_of(value) for key, value in curves.items()}
         if name == "random":
-            cmd = [head_sets.area(head_sets.PROPORTIONS, np.abs(1 - value)) for value in f.values()]
-            cpr = [head_sets.area(head_sets.PROPORTIONS, value) for value in f.values()]
+            cmd = [faithfulness.area(faithfulness.PROPORTIONS, np.abs(1 - value)) for value in f.values()]
+            cpr = [faithfulness.area(faithfulness.PROPORTIONS, value) for value in f.values()]
             entry = {"CMD": float(np.mean(cmd)), "CPR": float(np.mean(cpr)), "CMD_draws": cmd, "CPR_draws": cpr}
         else:
             entry = {
-                "CMD": head_sets.area(head_sets.PROPORTIONS, np.abs(1 - f["absolute"])),
-                "CPR": head_sets.area(head_sets.PROPORTIONS, f["signed"]),
+                "CMD": faithfulness.area(faithfulness.PROPORTIONS, np.abs(1 - f["absolute"])),
+                "CPR": faithfulness.area(faithfulness.PROPORTIONS, f["signed"]),
                 "seconds_per_example": seconds / len(scored),
                 "f_absolute": f["absolute"].tolist(),
                 "f_signed": f["signed"].tolist(),

@@ -123,7 +123,7 @@ def identify(
         InputError: an unknown method, a `top` beyond the model's heads, a control of another model, a task that
             cannot be scored on this model, or one of a single subject.
     """
-    names = [found.name for found in parse_method_names(method)]
+    names = [each.name for each in parse_method_names(method)]
     if top != "elbow" and (isinstance(top, str) or top < 1):
         raise InputError(f"top {top!r} must be at least 1, or 'elbow'")
     if top != "elbow" and top > (total := model.n_layers * model.n_heads):
@@ -156,7 +156,7 @@ def identify(
     }
     if top == "elbow":
         ranked = {
-            role: _to_elbow(model, encoded.examples, found, role, parallel, progress) for role, found in ranked.items()
+            role: _to_elbow(model, encoded.examples, heads, role, parallel, progress) for role, heads in ranked.items()
         }
     heads = HeadSet(
         model=model.identity(),
@@ -176,7 +176,7 @@ def identify(
             },
             "seed": seed,
         },
-        roles={role: tuple(found) for role, found in ranked.items()},
+        roles={role: tuple(entries) for role, entries in ranked.items()},
         stability={
             role: stability(scores, role, max(1, len(ranked[role])) if top == "elbow" else top, seed=seed)
             for role in ROLES
@@ -204,16 +204,16 @@ def _key(model: HeadModel, task: EncodedTask, *options: Any) -> dict[str, Any]:
 def _to_elbow(
     model: HeadModel,
     examples: Sequence[Encoded],
-    found: list[RankedHead],
+    ranked: list[RankedHead],
     role: str,
     parallel: ParallelMap,
     progress: Progress,
 ) -> list[RankedHead]:
     """The best heads up to the bend of their cumulative effect on the role's quantity."""
-    if not found:
-        return found
-    sets = {str(k): [(entry.layer, entry.head) for entry in found[:k]] for k in range(len(found) + 1)}
+    if not ranked:
+        return ranked
+    sets = {str(k): [(entry.layer, entry.head) for entry in ranked[:k]] for k in range(len(ranked) + 1)}
     values = probabilities(model, examples, sets, parallel, progress, f"elbow {role}")
     listing = [index for index, encoded in enumerate(examples) if encoded.previous_tokens]
     curve = values[:, 1, listing] if role == "suppression" and listing else values[:, 0]
-    return found[: elbow(curve.mean(-1).tolist())]
+    return ranked[: elbow(curve.mean(-1).tolist())]

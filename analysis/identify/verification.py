@@ -75,8 +75,8 @@ def verify(
         if scores is not None and (control := lowest(scores, role, pairs)):
             named[f"ablate_lowest_like_{role}"] = control
         for name, other in (controls or {}).items():
-            if found := [(entry.layer, entry.head) for entry in other.roles.get(role, ())[:top]]:
-                named[f"ablate_control_{name}_{role}"] = found
+            if theirs := [(entry.layer, entry.head) for entry in other.roles.get(role, ())[:top]]:
+                named[f"ablate_control_{name}_{role}"] = theirs
             else:
                 log.warning("control %s has no %s heads: there is nothing of it to silence", name, role)
         try:

@@ -147,12 +147,12 @@ class Sheet:
 
 def methods_of(means: Mapping[str, ArrayLike], quantity: str) -> dict[str, NDArray[np.float64]]:
     """Method -> its map of a quantity, for every `<method>.<quantity>` in `means`."""
-    found = {}
+    maps = {}
     for name, matrix in means.items():
         method, _, rest = name.partition(".")
         if rest == quantity and method != "attention":  # attention.previous is a mass, not an effect
-            found[method] = np.asarray(matrix, dtype=np.float64)
-    return dict(sorted(found.items(), key=lambda item: _place(item[0])))
+            maps[method] = np.asarray(matrix, dtype=np.float64)
+    return dict(sorted(maps.items(), key=lambda item: _place(item[0])))
 
 
 def sheets(means: Mapping[str, ArrayLike]) -> list[Sheet]:
@@ -164,13 +164,14 @@ def sheets(means: Mapping[str, ArrayLike]) -> list[Sheet]:
     for quantity in ("target", "previous"):
         for method, matrix in methods_of(means, quantity).items():
             groups.setdefault((quantity, UNITS.get(method, LOGITS)), {})[f"{method}.{quantity}"] = matrix
-        for name, of in LENSES.items():
-            if of == quantity and name in means:
+        for name, lens_quantity in LENSES.items():
+            if lens_quantity == quantity and name in means:
                 groups.setdefault((quantity, LOGITS), {})[name] = np.asarray(means[name], dtype=np.float64)
     result = []
     for (quantity, unit), unordered in groups.items():
         maps = dict(sorted(unordered.items(), key=lambda item: _place(item[0])))
-        everything = {name: matrix for (_, of), group in groups.items() if of == unit for name, matrix in group.items()}
+        same_unit = [group for (_, group_unit), group in groups.items() if group_unit == unit]
+        everything = {name: matrix for group in same_unit for name, matrix in group.items()}
         limit = _limit(np.concatenate([matrix.ravel() for matrix in everything.values()]), QUANTILE)
         outside = [
             (name, int(layer), int(head), float(matrix[layer, head]))

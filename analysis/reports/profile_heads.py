@@ -96,8 +96,8 @@ def _read(model: HeadModel, encoded: Encoded, heads: Sequence[tuple[int, int]]) 
         """`J^T directions`: from the unembedding to what the layer's heads write."""
         for norm in (model.final_norm, post_norms[layer]):
             if norm is not None:
-                given = seen[norm][0]
-                directions = model.norm_directions(norm, given[0, encoded.end], directions)
+                inputs = seen[norm][0]
+                directions = model.norm_directions(norm, inputs[0, encoded.end], directions)
         return directions
 
     answers = _rows(model, torch.tensor([*encoded.target_tokens, *encoded.previous_tokens]))
@@ -200,8 +200,8 @@ def _most_read(model: HeadModel, readings: Sequence[_Reading]) -> tuple[Read, ..
             here[token] += mass
         for token, mass in here.items():
             masses[token].append(mass)
-    found = [Read(token, float(np.mean(each)), len(each)) for token, each in masses.items()]
-    return tuple(sorted(found, key=lambda read: -read.mass)[:READ_TOKENS])
+    reads = [Read(token, float(np.mean(each)), len(each)) for token, each in masses.items()]
+    return tuple(sorted(reads, key=lambda read: -read.mass)[:READ_TOKENS])
 
 
 def _written(model: HeadModel, vectors: Tensor, top: int) -> list[tuple[tuple[Written, ...], tuple[Written, ...]]]:
@@ -232,18 +232,18 @@ def _copying(model: HeadModel, readings: Sequence[_Reading], source: str) -> Cop
     vectors = torch.cat([reading.by_source[source][1] for reading in having])  # [n, d_model]
     weight = _unembedding(model)
     mean = vectors @ weight.mean(0, dtype=torch.float32).to(vectors)
-    own = (_rows(model, tokens).to(vectors) * vectors).sum(-1)
+    logits = (_rows(model, tokens).to(vectors) * vectors).sum(-1)
     sample = torch.arange(0, len(weight), -(-len(weight) // VOCABULARY_SAMPLE))
     # Not the token itself: the same product, summed in another order, may come out a little larger.
     rivals = (sample[None] != tokens[:, None]).to(vectors.device)
-    above = ((vectors @ _rows(model, sample).to(vectors).T > own[:, None]) & rivals).sum(-1) / rivals.sum(-1)
+    above = ((vectors @ _rows(model, sample).to(vectors).T > logits[:, None]) & rivals).sum(-1) / rivals.sum(-1)
     distinct = tokens.unique()
     prompts = [set(reading.encoded.tokens.tolist()) for reading in having for _ in reading.by_source[source][0]]
     elsewhere = torch.tensor([[int(token) not in prompt for token in distinct] for prompt in prompts])  # [n, distinct]
     others = (vectors @ _rows(model, distinct).to(vectors).T - mean[:, None])[elsewhere.to(vectors.device)]
     return Copying(
         tokens=len(tokens),
-        own=float((own - mean).mean()),
+        own=float((logits - mean).mean()),
         others=float(others.mean()) if len(others) else None,
         above=float(above.median()),
     )

@@ -1,9 +1,11 @@
 """`headtune analyse NAME`: studies of a model on a task that tell more than one number per head.
 
-    from headtune.analysis import analyses, model, tasks
-    heads, task = model.load("smollm2-135m"), tasks.load_task("country_cities").limited(20)
-    result = analyses.run("promote_then_suppress", heads, task, trace_examples=3)
-    analyses.write(result, Path("runs/study"))  # result.data holds every number
+    from headtune import load_model, load_task
+    from headtune.analysis.studies import base
+
+    model, task = load_model("smollm2-135m"), load_task("country_cities").limited(20)
+    result = base.run("promote_then_suppress", model, task, trace_examples=3)
+    base.write(result, Path("runs/study"))  # result.data holds every number
 
 Each study is a function `(model, examples, progress, **options) -> Analysis`; its options are its keyword arguments.
 """
@@ -86,12 +88,14 @@ STUDIES = {
     "factual_recall": Study(
         "factual_recall", "factual_recall", "Lv et al.: argument-passing heads, MLP decomposition, anti-overconfidence"
     ),
-    "path_patching": Study("head_sets", "path_patching", "heads -> logits and heads -> one head's query, key or value"),
+    "path_patching": Study(
+        "path_patching", "path_patching", "heads -> logits and heads -> one head's query, key or value"
+    ),
     "faithfulness": Study(
-        "head_sets", "faithfulness", "how much of the behaviour the best k heads carry alone (CMD, CPR)"
+        "faithfulness", "faithfulness", "how much of the behaviour the best k heads carry alone (CMD, CPR)"
     ),
     "elbow": Study(
-        "head_sets", "elbow_study", "cumulative effect of silencing the best 1, 2, 3, ... heads, and where it bends"
+        "elbow", "elbow_study", "cumulative effect of silencing the best 1, 2, 3, ... heads, and where it bends"
     ),
 }
 
@@ -114,13 +118,12 @@ def check_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         InputError: an unknown option, or a value of another type than the study's.
     """
-    known = options_of(name)
+    accepted_options = options_of(name)
     hints = typing.get_type_hints(_study(name).load())
     for key, value in options.items():
-        if key not in known:
-            raise InputError(
-                f"analysis {name!r} has no option {key!r}; {nearest(key, known) if known else 'it has none'}"
-            )
+        if key not in accepted_options:
+            meant = nearest(key, accepted_options) if accepted_options else "it has none"
+            raise InputError(f"analysis {name!r} has no option {key!r}; {meant}")
         kinds = typing.get_args(hints[key]) or (hints[key],)
         accepted = tuple({float: (int, float)}.get(kind, kind) for kind in kinds)
         flat = tuple(k for kind in accepted for k in (kind if isinstance(kind, tuple) else (kind,)))
@@ -139,10 +142,10 @@ def run(name: str, model: HeadModel, task: Task | EncodedTask, progress: Progres
     """
     options = check_options(name, options)
     encoded = task if isinstance(task, EncodedTask) else encode(task, model.tokenizer, model.positions)
-    found: Analysis = _study(name).load()(model, encoded.examples, progress, **options)
+    analysis: Analysis = _study(name).load()(model, encoded.examples, progress, **options)
     defaults = {key: parameter.default for key, parameter in options_of(name).items()}
     about = {"model": model.identity(), "task": encoded.summary(), "options": defaults | options}
-    return Analysis(name, found.data, found.parts, about)
+    return Analysis(name, analysis.data, analysis.parts, about)
 
 
 def require_free(folder: Path) -> None:

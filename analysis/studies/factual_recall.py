@@ -86,8 +86,8 @@ def argument_scores(
         InputError: LD is 0, so that no share of it can be given.
     """
     encoded = examples[index]
-    found = answer_difference(path_logits(model, encoded, references.mean(index)), encoded)
-    clean, patched = found[0], found[1:]
+    differences = answer_difference(path_logits(model, encoded, references.mean(index)), encoded)
+    clean, patched = differences[0], differences[1:]
     if clean == 0:
         raise InputError(
             f"{encoded.example.prompt!r}: the answers' logit is the vocabulary's mean; leave the example out"
@@ -130,8 +130,8 @@ def fall(p: NDArray[np.float64], subjects: Sequence[str]) -> Means:
     names = np.asarray(subjects)
     drops = np.empty(len(names))
     for subject in set(subjects):
-        own = names == subject
-        drops[own] = p[own, p[~own].mean(0).argmax()] - p[own, -1]
+        same = names == subject
+        drops[same] = p[same, p[~same].mean(0).argmax()] - p[same, -1]
     return mean_interval(drops.tolist(), subjects)
 
 
@@ -182,7 +182,7 @@ class Survey:
 
 
 def frequency_rows(
-    model: HeadModel, survey: Survey, found: Decomposition, table: Frequencies
+    model: HeadModel, survey: Survey, mlp: Decomposition, table: Frequencies
 ) -> tuple[list[dict[str, Any]], Array]:
     """How far what the last layer writes, decoded, follows token frequency; and, to compare with, what else does.
 
@@ -203,7 +203,7 @@ def frequency_rows(
         [
             (survey.last / survey.n).float(),
             (survey.brought / survey.n).float(),
-            found.intercept[[last, middle]],
+            mlp.intercept[[last, middle]],
             final[None],
         ]
     )
@@ -225,24 +225,24 @@ def knob_effects(
         (against both knobs off, paired), each `{"mean", "ci"}`.
     """
     subjects = [encoded.example.subject for encoded in examples]
-    found: dict[str, NDArray[np.float64]] = {}  # [n_examples, 2]
+    results: dict[str, NDArray[np.float64]] = {}  # [n_examples, 2]
     for name, (gamma, beta) in progress(list(SETTINGS.items()), "turning knobs"):
         with contextlib.ExitStack() as stack:
             if gamma != 1:
                 stack.enter_context(scale_sink_heads(model, TAU, gamma))
             if beta != 0:
                 stack.enter_context(subtract_mlp_intercept(model, intercept, beta))
-            found[name] = np.array([_answer_and_hit(model, encoded) for encoded in examples])
-    off = next(iter(found.values()))
+            results[name] = np.array([_answer_and_hit(model, encoded) for encoded in examples])
+    off = next(iter(results.values()))
     return [
         {
             "setting": name,
             "gamma": gamma,
             "beta": beta,
-            "p": mean_interval(found[name][:, 0].tolist(), subjects),
-            "accuracy": mean_interval(found[name][:, 1].tolist(), subjects),
-            "p_change": mean_interval((found[name] - off)[:, 0].tolist(), subjects),
-            "accuracy_change": mean_interval((found[name] - off)[:, 1].tolist(), subjects),
+            "p": mean_interval(results[name][:, 0].tolist(), subjects),
+            "accuracy": mean_interval(results[name][:, 1].tolist(), subjects),
+            "p_change": mean_interval((results[name] - off)[:, 0].tolist(), subjects),
+            "accuracy_change": mean_interval((results[name] - off)[:, 1].tolist(), subjects),
         }
         for name, (gamma, beta) in SETTINGS.items()
     ]
@@ -288,13 +288,13 @@ def factual_recall(
     survey = Survey.empty(model)
     for encoded in progress(examples, "taking runs apart"):
         survey.add(model, encoded, last_token_parts(model, encoded.tokens), encoded.example.subject in apart)
-    found = regress(survey.fitted)
+    mlp = regress(survey.fitted)
     indices = range(len(examples))
     rows = [argument_scores(model, examples, i, references) for i in progress(indices, "patching paths")]
     scores = stack(rows, subjects)
-    correlations, intercept_logits = frequency_rows(model, survey, found, table)
+    correlations, intercept_logits = frequency_rows(model, survey, mlp, table)
     judged = [encoded for encoded in examples if encoded.example.subject in apart]
-    knobs = knob_effects(model, judged, found.intercept[-1], progress)
+    knobs = knob_effects(model, judged, mlp.intercept[-1], progress)
 
     p = np.stack(survey.p)
     first = np.stack(survey.first)
@@ -302,14 +302,14 @@ def factual_recall(
         "n": {"examples": len(examples), "subjects": len(set(subjects)), "held_out_subjects": sorted(apart)},
         "argument": {
             "ld": scores.mean("argument.ld").tolist(),
-            "top": _ranked(scores, np.mean(survey.to_subject, axis=0), found, top),
+            "top": _ranked(scores, np.mean(survey.to_subject, axis=0), mlp, top),
         },
         "mlp": {
-            "heads": found.heads.tolist(),
-            "residual": found.residual.tolist(),
-            "r2": found.r2(survey.fitted),
-            "held_out_r2": found.r2(survey.others),
-            "tokens": _top_tokens(model, (survey.final / survey.n).float(), found),
+            "heads": mlp.heads.tolist(),
+            "residual": mlp.residual.tolist(),
+            "r2": mlp.r2(survey.fitted),
+            "held_out_r2": mlp.r2(survey.others),
+            "tokens": _top_tokens(model, (survey.final / survey.n).float(), mlp),
         },
         "overconfidence": {
             "p_by_layer": [mean_interval(p[:, layer].tolist(), subjects) for layer in range(model.n_layers)],
@@ -327,7 +327,7 @@ def factual_recall(
     return Analysis("factual_recall", data, page(data, table, intercept_logits))
 
 
-def _ranked(scores: Scores, to_subject: Array, found: Decomposition, top: int) -> list[dict[str, Any]]:
+def _ranked(scores: Scores, to_subject: Array, mlp: Decomposition, top: int) -> list[dict[str, Any]]:
     mean = scores.mean("argument.ld")
     low, high = scores.interval("argument.ld")
     order = np.argsort(-mean, axis=None, kind="stable")[:top]
@@ -339,14 +339,14 @@ def _ranked(scores: Scores, to_subject: Array, found: Decomposition, top: int) -
             "ld": float(mean[layer, head]),
             "ci": [float(low[layer, head]), float(high[layer, head])],
             "attention_to_subject": float(to_subject[layer, head]),
-            "mlp_coefficient": float(found.heads[layer, head]),
+            "mlp_coefficient": float(mlp.heads[layer, head]),
         }
         for layer, head in pairs
     ]
 
 
-def _top_tokens(model: HeadModel, final: Tensor, found: Decomposition) -> list[list[str]]:
+def _top_tokens(model: HeadModel, final: Tensor, mlp: Decomposition) -> list[list[str]]:
     """By layer, the tokens that the MLP's intercept raises most."""
-    chosen = decoded(model, final, found.intercept).topk(_TOP_TOKENS).indices.tolist()
+    chosen = decoded(model, final, mlp.intercept).topk(_TOP_TOKENS).indices.tolist()
     decode: Any = model.tokenizer.decode
     return [[decode([token]) for token in row] for row in chosen]

@@ -90,7 +90,7 @@ def _heat(name: str, values: ArrayLike, title: str, limit: float, caption: str) 
 # --- argument-passing heads -------------------------------------------------------------------------------------------
 
 
-def _arguments(found: dict[str, Any]) -> Table:
+def _arguments(block: dict[str, Any]) -> Table:
     rows = [
         [
             f"L{row['layer']}H{row['head']}",
@@ -98,7 +98,7 @@ def _arguments(found: dict[str, Any]) -> Table:
             row["attention_to_subject"],
             row["mlp_coefficient"],
         ]
-        for row in found["top"]
+        for row in block["top"]
     ]
     return Table(
         "Argument-passing heads",
@@ -111,11 +111,11 @@ def _arguments(found: dict[str, Any]) -> Table:
     )
 
 
-def _argument_map(found: dict[str, Any]) -> Figure:
-    limit = float(np.abs(found["ld"]).max()) or 1.0
+def _argument_map(block: dict[str, Any]) -> Figure:
+    limit = float(np.abs(block["ld"]).max()) or 1.0
     return _heat(
         "argument_heads",
-        found["ld"],
+        block["ld"],
         "argument.ld, % of LD",
         limit,
         "Red: the answer rests on what this head knows of the subject. Blue: the head's knowledge of the subject "
@@ -126,18 +126,18 @@ def _argument_map(found: dict[str, Any]) -> Figure:
 # --- MLPs -------------------------------------------------------------------------------------------------------------
 
 
-def _mlp_table(found: dict[str, Any]) -> Table:
+def _mlp_table(block: dict[str, Any]) -> Table:
     rows: list[list[str | float | None]] = []
-    for layer, c in enumerate(np.asarray(found["heads"])):
+    for layer, c in enumerate(np.asarray(block["heads"])):
         up, down = int(c.argmax()), int(c.argmin())
-        tokens = ", ".join(repr(token) for token in found["tokens"][layer])
+        tokens = ", ".join(repr(token) for token in block["tokens"][layer])
         rows.append(
             [
                 str(layer),
-                found["held_out_r2"][layer],
+                block["held_out_r2"][layer],
                 f"H{up} {number(c[up])}",
                 f"H{down} {number(c[down])}",
-                found["residual"][layer],
+                block["residual"][layer],
                 tokens,
             ]
         )
@@ -159,14 +159,14 @@ def _mlp_table(found: dict[str, Any]) -> Table:
     )
 
 
-def _r2(found: dict[str, Any]) -> Figure:
+def _r2(block: dict[str, Any]) -> Figure:
     canvas, axes = _canvas(7, 3.5)
-    layers = np.arange(len(found["r2"]))
+    layers = np.arange(len(block["r2"]))
     for key, colour, style, label in (
         ("r2", _GREY, "--", "fitted subjects"),
         ("held_out_r2", _BLUE, "-", "held-out subjects"),
     ):
-        values = np.array([np.nan if value is None else value for value in found[key]])
+        values = np.array([np.nan if value is None else value for value in block[key]])
         axes.plot(layers, values, style, color=colour, marker=".", label=label)
     axes.axhline(0, color="black", linewidth=0.6)
     axes.set(title="MLP decomposition", xlabel="layer", ylabel="R²", ylim=(max(-1.0, axes.get_ylim()[0]), 1.02))
@@ -180,8 +180,8 @@ def _r2(found: dict[str, Any]) -> Figure:
     )
 
 
-def _coefficients(found: dict[str, Any]) -> Figure:
-    values = np.asarray(found["heads"])
+def _coefficients(block: dict[str, Any]) -> Figure:
+    values = np.asarray(block["heads"])
     limit = max(1.0, float(np.quantile(np.abs(values), 0.95)))
     return _heat(
         "mlp_coefficients",
@@ -197,13 +197,13 @@ def _coefficients(found: dict[str, Any]) -> Figure:
 # --- the last layers --------------------------------------------------------------------------------------------------
 
 
-def _by_layer(found: dict[str, Any]) -> Figure:
+def _by_layer(block: dict[str, Any]) -> Figure:
     canvas, axes = _canvas(7, 3.5)
-    mean = np.array([entry["mean"] for entry in found["p_by_layer"]])
-    band = np.array([entry["ci"] for entry in found["p_by_layer"]])
+    mean = np.array([entry["mean"] for entry in block["p_by_layer"]])
+    band = np.array([entry["ci"] for entry in block["p_by_layer"]])
     axes.plot(mean, color=_BLUE, marker=".")
     axes.fill_between(np.arange(len(mean)), band[:, 0], band[:, 1], color=_BLUE, alpha=0.2, linewidth=0)
-    axes.axvline(found["peak_layer"], color=_GREY, linewidth=0.8, linestyle=":")
+    axes.axvline(block["peak_layer"], color=_GREY, linewidth=0.8, linestyle=":")
     axes.set(title="p(answer) by layer", xlabel="decoded after layer", ylabel="p(answer)", ylim=(0, None))
     return Figure(
         "p_by_layer",
@@ -214,10 +214,10 @@ def _by_layer(found: dict[str, Any]) -> Figure:
     )
 
 
-def _to_first(found: dict[str, Any]) -> Figure:
-    canvas, axes = _canvas(max(4.5, 0.25 * len(found["attention_to_first"])), 3.2)
-    mean = np.array([entry["mean"] for entry in found["attention_to_first"]])
-    band = np.array([entry["ci"] for entry in found["attention_to_first"]])
+def _to_first(block: dict[str, Any]) -> Figure:
+    canvas, axes = _canvas(max(4.5, 0.25 * len(block["attention_to_first"])), 3.2)
+    mean = np.array([entry["mean"] for entry in block["attention_to_first"]])
+    band = np.array([entry["ci"] for entry in block["attention_to_first"]])
     error = np.maximum(0, [mean - band[:, 0], band[:, 1] - mean])
     axes.bar(np.arange(len(mean)), mean, color=_BLUE, yerr=error, ecolor=_GREY, capsize=2)
     axes.set(title="Last-layer heads: attention to the first position", xlabel="head", ylabel="A[END, 0]", ylim=(0, 1))
@@ -229,14 +229,14 @@ def _to_first(found: dict[str, Any]) -> Figure:
     )
 
 
-def _correlations(found: dict[str, Any]) -> Table:
+def _correlations(block: dict[str, Any]) -> Table:
     keys = ("pearson_seen", "spearman_seen", "pearson_all", "spearman_all")
     return Table(
         "Who follows token frequency",
         ["decoded", "Pearson, tokens seen", "Spearman, tokens seen", "Pearson, all tokens", "Spearman, all tokens"],
-        [[row["what"], *(row[key] for key in keys)] for row in found["correlations"]],
+        [[row["what"], *(row[key] for key in keys)] for row in block["correlations"]],
         "Correlation over the vocabulary between the logits that a vector writes (means over the prompts) and log "
-        f"token frequency, add-one smoothed, counted in {found['source']}; {found['tokens_seen']} tokens were seen at "
+        f"token frequency, add-one smoothed, counted in {block['source']}; {block['tokens_seen']} tokens were seen at "
         "all. Above 0: it raises frequent tokens. Compare with the last two rows: any logits of a language model "
         "follow frequency to some degree, so only a larger correlation than theirs says something about the last "
         "layer.",
@@ -256,17 +256,17 @@ def _scatter(table: Frequencies, intercept_logits: ArrayLike) -> Figure:
     )
 
 
-def _knobs(found: dict[str, Any]) -> Table:
+def _knobs(block: dict[str, Any]) -> Table:
     rows: Sequence[Sequence[str | float | None]] = [
         [row["setting"], *(_interval(row[key]) for key in ("p", "p_change", "accuracy", "accuracy_change"))]
-        for row in found["settings"]
+        for row in block["settings"]
     ]
     return Table(
         "Two knobs on the last layer",
         ["setting", "p(answer) [95%]", "change", "top-1 accuracy [95%]", "change"],
         rows,
-        f"On the {found['examples']} prompts of held-out subjects. sink: last-layer heads that give the first "
-        f"position more than {number(found['tau'])} of their attention are multiplied by gamma; intercept: beta times "
+        f"On the {block['examples']} prompts of held-out subjects. sink: last-layer heads that give the first "
+        f"position more than {number(block['tau'])} of their attention are multiplied by gamma; intercept: beta times "
         "the last MLP's intercept, fitted on the other subjects, is taken away. Changes are against both off, prompt "
         "by prompt. p(answer) and accuracy can part ways: a knob that raises p(answer) is an improvement only where "
         "accuracy does not fall.",

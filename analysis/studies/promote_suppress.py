@@ -1,7 +1,7 @@
 """The study `promote_then_suppress`: how a model recalls all answers, then suppresses those already given.
 
-    result = analyses.run("promote_then_suppress", model.load("smollm2-135m"), tasks.load_task("country_cities:test"))
-    analyses.write(result, Path("runs/promote"))
+    result = base.run("promote_then_suppress", load_model("smollm2-135m"), load_task("country_cities:test"))
+    base.write(result, Path("runs/promote"))
 
 After Yan & Jia 2025: attention carries the subject to END and MLPs promote all its answers; later attention reads the
 previous answers and suppresses them, and MLPs amplify that. Everything is measured at END, toward the subject, the
@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from headtune.analysis.interventions.causal_tracing import KINDS
 from headtune.analysis.models.head_model import HeadModel
@@ -30,6 +29,7 @@ from headtune.analysis.utils.progress import Progress
 from headtune.analysis.utils.stats import subject_shares
 
 from .base import Analysis, Figure, Table
+from .head_roles import head_roles
 from .promote_suppress_example import Values, measured, traced
 from .promote_suppress_figures import lines, maps, shown, traces
 
@@ -50,51 +50,6 @@ COUNTS = {
     "alike": "previous answers that share their first token with the subject or an earlier answer, kept",
     "merged": "answers whose tokens merge with the prompt's, not scored",
 }
-
-
-# --- head roles -------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class HeadRoles:
-    """Yan & Jia's rule: in a layer, a head promotes (suppresses) where it writes more than m + s (less than m - s).
-
-    Attributes:
-        mean, std: `[n_layers]` m and s, over examples, heads and names.
-        promotes, suppresses: `[n_layers, n_heads, n_names]` share of the examples that have the name; NaN if none has.
-    """
-
-    mean: Values
-    std: Values
-    promotes: Values
-    suppresses: Values
-
-
-def head_roles(logits: NDArray[Any]) -> HeadRoles:
-    """Apply the rule.
-
-    Args:
-        logits: `[n_examples, n_layers, n_heads, n_names]` what heads write at END toward the subject and the answers;
-            NaN where an example has no such name.
-
-    Raises:
-        InputError: a layer without any number.
-    """
-    values = np.asarray(logits, dtype=np.float64)
-    present = ~np.isnan(values)
-    if not present.any((0, 2, 3)).all():
-        raise InputError("head roles need at least one number in each layer; give logits of at least one example")
-    mean, std = np.nanmean(values, (0, 2, 3)), np.nanstd(values, (0, 2, 3))
-    low, high = (mean - std)[None, :, None, None], (mean + std)[None, :, None, None]
-    count = present.sum(0)
-
-    def share(found: NDArray[np.bool_]) -> Values:
-        return np.where(count > 0, found.sum(0) / np.maximum(count, 1), np.nan)
-
-    return HeadRoles(mean, std, share(values > high), share(values < low))
-
-
-# --- the study --------------------------------------------------------------------------------------------------------
 
 
 def _spread(examples: Sequence[Encoded], n: int, seed: int) -> list[Encoded]:
@@ -142,13 +97,13 @@ class _Study:
         return {name: self._band(values[..., i]) for i, name in enumerate(names or self.names)}
 
     def _band(self, values: Values) -> Band:
-        kept = [i for i, row in enumerate(values) if not np.isnan(row).any()]
-        if not kept:
+        present = [i for i, row in enumerate(values) if not np.isnan(row).any()]
+        if not present:
             return {"n": 0, "mean": None, "low": None, "high": None}
-        shares = subject_shares([self.subjects[i] for i in kept], N_RESAMPLINGS, self.seed)
-        means = np.tensordot(shares, values[kept], 1)
+        shares = subject_shares([self.subjects[i] for i in present], N_RESAMPLINGS, self.seed)
+        means = np.tensordot(shares, values[present], 1)
         low, high = np.percentile(means, [2.5, 97.5], axis=0)
-        return {"n": len(kept), "mean": values[kept].mean(0).tolist(), "low": low.tolist(), "high": high.tolist()}
+        return {"n": len(present), "mean": values[present].mean(0).tolist(), "low": low.tolist(), "high": high.tolist()}
 
 
 def promote_then_suppress(
@@ -196,8 +151,8 @@ def promote_then_suppress(
     }
     parts = [_introduction(data)]
     for section in (_early_decoding, _lenses, _knockouts, _whole_answers, _roles):
-        found, page = section(study)
-        data |= found
+        numbers, page = section(study)
+        data |= numbers
         parts += page
     if trace_examples == 0:
         data["tracing"] = None
@@ -205,8 +160,8 @@ def promote_then_suppress(
     else:
         centres = range(0, model.n_layers, stride or max(1, model.n_layers // 10))
         chosen = _spread(examples, trace_examples, seed)
-        found, page = _tracing(model, chosen, names, progress, n_noise, window, centres, seed)
-        data |= found
+        numbers, page = _tracing(model, chosen, names, progress, n_noise, window, centres, seed)
+        data |= numbers
         parts += page
     return Analysis("promote_then_suppress", _plain(data), parts)
 
@@ -225,33 +180,33 @@ def _introduction(data: Mapping[str, Any]) -> Part:
 
 
 def _early_decoding(study: _Study) -> Section:
-    found = {part: study.bands(part) for part in ("attention", "mlp")}
+    bands = {part: study.bands(part) for part in ("attention", "mlp")}
     caption = (
         "What each layer's attention and MLP write at END, decoded as logits of the subject and of the answers. Above "
         "zero they promote, below zero they suppress: previous answers that rise, and fall in later layers, are "
         "recalled first and suppressed then."
     )
-    panels = {"attention outputs": found["attention"], "MLP outputs": found["mlp"]}
-    return {"early_decoding": found}, [Figure("early_decoding", caption, lines(panels, "logit"))]
+    panels = {"attention outputs": bands["attention"], "MLP outputs": bands["mlp"]}
+    return {"early_decoding": bands}, [Figure("early_decoding", caption, lines(panels, "logit"))]
 
 
 def _lenses(study: _Study) -> Section:
     drawn = ["subject", *(f"previous_{i}" for i in range(1, study.n_previous + 1)), "end"]
-    found = {source: study.bands(f"lens.{source}") for source in (*drawn, "first", "rest")}
-    heads = {source: _by_name(study.names, _nanmean(study.stacked(f"heads.{source}"))) for source in found}
+    bands = {source: study.bands(f"lens.{source}") for source in (*drawn, "first", "rest")}
+    heads = {source: _by_name(study.names, _nanmean(study.stacked(f"heads.{source}"))) for source in bands}
     caption = (
         "Token Lens: what each layer's attention writes at END out of what it reads at one place, decoded. What is "
         "read at the subject should promote; where the line of a previous answer falls below zero in the panel of that "
         "very answer, attention suppresses it."
     )
-    panels = {f"from {shown(source)}": found[source] for source in drawn}
-    return {"token_lens": found, "token_lens_heads": heads}, [Figure("token_lens", caption, lines(panels, "logit"))]
+    panels = {f"from {shown(source)}": bands[source] for source in drawn}
+    return {"token_lens": bands, "token_lens_heads": heads}, [Figure("token_lens", caption, lines(panels, "logit"))]
 
 
 def _knockouts(study: _Study) -> Section:
     spans = ["subject", "previous", *(f"previous_{i}" for i in range(1, study.n_previous + 1))]
     parts = ("attention", "mlp", "logits")
-    found = {
+    bands = {
         span: {part: study.bands(f"knockout.{span}.{part}") for part in parts}
         for span in spans
         if study.has(f"knockout.{span}.mlp")
@@ -261,12 +216,12 @@ def _knockouts(study: _Study) -> Section:
         "attention knocked out in all layers. Above zero the MLP promotes because of what was read there, below zero "
         "it suppresses."
     )
-    panels = {f"looking at {shown(span)}": found[span]["mlp"] for span in found if span != "previous"}
-    rows = [[shown(span), *(_cell(of_span["logits"][name]) for name in study.names)] for span, of_span in found.items()]
+    panels = {f"looking at {shown(span)}": bands[span]["mlp"] for span in bands if span != "previous"}
+    rows = [[shown(span), *(_cell(of_span["logits"][name]) for name in study.names)] for span, of_span in bands.items()]
     note = (
         "Final logits of the full run less those of the run in which END cannot look there: positive = it raises them."
     )
-    return {"knockout": found}, [
+    return {"knockout": bands}, [
         Figure("knockout", caption, lines(panels, "effect on MLP output, logit")),
         Table("What END owes to looking at each place", ["looking at", *study.names], rows, note),
     ]
@@ -274,9 +229,9 @@ def _knockouts(study: _Study) -> Section:
 
 def _whole_answers(study: _Study) -> Section:
     names = [*study.names[1:-2], "best remaining"]
-    found = {name: study.bands(f"strings.{name}", names) for name in CONDITIONS if study.has(f"strings.{name}")}
+    bands = {name: study.bands(f"strings.{name}", names) for name in CONDITIONS if study.has(f"strings.{name}")}
     rows: list[list[str | float | None]] = [
-        [name, found["baseline"][name]["n"], *(_cell(of_condition[name]) for of_condition in found.values())]
+        [name, bands["baseline"][name]["n"], *(_cell(of_condition[name]) for of_condition in bands.values())]
         for name in names
     ]
     note = (
@@ -284,14 +239,14 @@ def _whole_answers(study: _Study) -> Section:
         "remaining answer is the likeliest one with nothing knocked out; knockouts hold at END and all along the "
         "answer."
     )
-    header = ["answer", "prompts", *(CONDITIONS[name] for name in found)]
-    return {"strings": found}, [Table("Whole answers", header, rows, note)]
+    header = ["answer", "prompts", *(CONDITIONS[name] for name in bands)]
+    return {"strings": bands}, [Table("Whole answers", header, rows, note)]
 
 
 def _roles(study: _Study) -> Section:
     logits, names = study.stacked("heads"), study.names[:-1]  # the rule is about single tokens: not the mean over many
     roles, mean = head_roles(logits[..., :-1]), _nanmean(logits)
-    found: dict[str, Any] = {
+    block: dict[str, Any] = {
         "mean": roles.mean,
         "std": roles.std,
         "promotes": _by_name(names, roles.promotes),
@@ -304,12 +259,12 @@ def _roles(study: _Study) -> Section:
         "suppresses where it writes less than the mean minus one; what that is in logits differs between layers."
     )
     parts: list[Part] = [Figure("head_roles", caption, maps(_by_name(names, roles.promotes - roles.suppresses)))]
-    said = slice(1, 1 + study.n_previous)
+    previous = slice(1, 1 + study.n_previous)
     # All previous answers together: each prompt counts once for each that it has.
-    present = (~np.isnan(logits[..., said])).sum(0)
+    present = (~np.isnan(logits[..., previous])).sum(0)
 
     def pooled(values: Values) -> Values:
-        total: Values = (np.nan_to_num(values[..., said]) * present).sum(-1) / np.maximum(present.sum(-1), 1)
+        total: Values = (np.nan_to_num(values[..., previous]) * present).sum(-1) / np.maximum(present.sum(-1), 1)
         return total
 
     candidates = {"promotes_next": (roles.promotes[..., -1], mean[..., -2], -1)}
@@ -319,13 +274,13 @@ def _roles(study: _Study) -> Section:
     for role, (share, logit, sign) in candidates.items():
         order = [divmod(int(i), logit.shape[1]) for i in np.argsort(sign * logit, axis=None, kind="stable")]
         heads = [head for head in order if share[head] >= OFTEN][:SHOWN_HEADS]
-        found[f"top_{role}"] = [[*head, float(share[head]), float(logit[head])] for head in heads]
+        block[f"top_{role}"] = [[*head, float(share[head]), float(logit[head])] for head in heads]
         rows: list[list[str | float | None]] = [
-            [f"L{layer}H{head}", *values] for layer, head, *values in found[f"top_{role}"]
+            [f"L{layer}H{head}", *values] for layer, head, *values in block[f"top_{role}"]
         ]
         note = f"Heads that do so in at least {OFTEN:.0%} of the prompts, strongest first, {SHOWN_HEADS} at most."
         parts.append(Table(f"Heads that {titles[role]}", ["head", "share of prompts", "mean logit"], rows, note))
-    return {"head_roles": found}, parts
+    return {"head_roles": block}, parts
 
 
 def _tracing(
@@ -340,7 +295,7 @@ def _tracing(
 ) -> Section:
     depth = len(names) - 3
     groups = ["subject", *(f"previous_{i}" for i in range(1, depth + 1)), "rest", "end"]
-    found: dict[str, Any] = {"n_examples": len(chosen), "centres": list(centres), "groups": groups, "noise": {}}
+    block: dict[str, Any] = {"n_examples": len(chosen), "centres": list(centres), "groups": groups, "noise": {}}
     parts: list[Part] = []
     for noisy in ("subject", "previous_1")[: 1 + bool(depth)]:
         usable = [encoded for encoded in chosen if encoded.sources().get(noisy)]
@@ -359,7 +314,7 @@ def _tracing(
             }
             for kind in KINDS
         }
-        found["noise"][noisy] = {
+        block["noise"][noisy] = {
             "n_examples": len(usable),
             "clean": _p_and_logit(names, clean),
             "noisy": _p_and_logit(names, with_noise),
@@ -376,7 +331,7 @@ def _tracing(
         )
         png = traces(effect, clean, with_noise, names, centres)
         parts.append(Figure(f"tracing_noise_on_{noisy}", caption, png))
-    return {"tracing": found}, parts
+    return {"tracing": block}, parts
 
 
 # --- numbers ----------------------------------------------------------------------------------------------------------

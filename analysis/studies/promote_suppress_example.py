@@ -45,15 +45,15 @@ class Names:
     alike: int
 
     @classmethod
-    def of(cls, model: HeadModel, encoded: Encoded, depth: int, logits: Tensor) -> Names:
+    def for_example(cls, model: HeadModel, encoded: Encoded, depth: int, logits: Tensor) -> Names:
         """The names of an example; `logits`, `[vocabulary]`, are those of its clean run at END."""
         strings = [answer_tokens(model.tokenizer, encoded, answer) for answer in encoded.example.previous]
         firsts = [None if ids is None else ids[0] for ids in strings]
-        own = [[] if first is None or first in encoded.ambiguous else [first] for first in firsts]
-        absent: list[list[int]] = [[]] * (depth - len(own))
+        of_previous = [[] if first is None or first in encoded.ambiguous else [first] for first in firsts]
+        absent: list[list[int]] = [[]] * (depth - len(of_previous))
         subject = [int(encoded.tokens[encoded.subject[0]])]
         following = max(encoded.target_tokens, key=lambda token: float(logits[token]))
-        groups = [subject, *own, *absent, [following], list(encoded.target_tokens)]
+        groups = [subject, *of_previous, *absent, [following], list(encoded.target_tokens)]
         tokens = sorted({token for group in groups for token in group})
         mean = torch.zeros(len(groups), len(tokens))
         for row, group in enumerate(groups):
@@ -64,7 +64,7 @@ class Names:
             torch.tensor(tokens, device=model.device),
             mean.to(model.device),
             sum(first in encoded.ambiguous for first in firsts),
-            sum(bool(group) and group in [subject, *own[:index]] for index, group in enumerate(own)),
+            sum(bool(group) and group in [subject, *of_previous[:index]] for index, group in enumerate(of_previous)),
         )
 
     def means(self, logits: Tensor) -> Values:
@@ -92,14 +92,14 @@ def measured(model: HeadModel, encoded: Encoded, depth: int, renormalise: bool) 
     """
     runner = LastTokenRunner(model, encoded.tokens)
     clean = runner.run([CLEAN], record=PARTS)
-    names = Names.of(model, encoded, depth, clean.logits[0])
+    names = Names.for_example(model, encoded, depth, clean.logits[0])
     decoded = decode(model, clean, names.tokens)
-    found = {"attention": names.means(decoded.attention[0]), "mlp": names.means(decoded.mlp[0])}
+    result = {"attention": names.means(decoded.attention[0]), "mlp": names.means(decoded.mlp[0])}
     sources = encoded.sources()
     by_source = names.means(token_lens(runner, sources, names.tokens))  # [sources, n_layers, n_heads, n_names]
-    found["heads"] = by_source.sum(0)  # the sources partition the positions
+    result["heads"] = by_source.sum(0)  # the sources partition the positions
     for source, lens in zip(sources, by_source, strict=True):
-        found |= {f"heads.{source}": lens, f"lens.{source}": lens.sum(1)}
+        result |= {f"heads.{source}": lens, f"lens.{source}": lens.sum(1)}
     previous = tuple(position for span in encoded.previous for position in span)
     spans: dict[str, Sequence[int]] = {"subject": encoded.subject}
     spans |= {f"previous_{i}": span for i, span in enumerate(encoded.previous, start=1)}
@@ -108,9 +108,9 @@ def measured(model: HeadModel, encoded: Encoded, depth: int, renormalise: bool) 
     effect = knockout(runner, spans, names.tokens, renormalise)
     for index, name in enumerate(spans):
         for part in ("attention", "mlp", "logits"):
-            found[f"knockout.{name}.{part}"] = names.means(getattr(effect, part)[index])
-    found |= {"count.left_out": np.array(names.left_out), "count.alike": np.array(names.alike)}
-    return found | strings(model, encoded, clean.logits[0], depth, renormalise)
+            result[f"knockout.{name}.{part}"] = names.means(getattr(effect, part)[index])
+    result |= {"count.left_out": np.array(names.left_out), "count.alike": np.array(names.alike)}
+    return result | strings(model, encoded, clean.logits[0], depth, renormalise)
 
 
 def strings(model: HeadModel, encoded: Encoded, logits: Tensor, depth: int, renormalise: bool) -> dict[str, Values]:
@@ -126,13 +126,13 @@ def strings(model: HeadModel, encoded: Encoded, logits: Tensor, depth: int, reno
     answers = [*encoded.example.previous, *encoded.example.remaining]
     ids = [answer_tokens(model.tokenizer, encoded, answer) for answer in answers]
     n = len(encoded.previous)
-    given = [tokens for tokens in ids[:n] if tokens is not None]
+    of_previous = [tokens for tokens in ids[:n] if tokens is not None]
     best = likeliest(model, encoded, [tokens for tokens in ids[n:] if tokens is not None], logits)
     columns = [*(index for index, tokens in enumerate(ids[:n]) if tokens is not None), depth]
     previous = [position for span in encoded.previous for position in span]
     knocked = {"without_subject": list(encoded.subject)} | ({"without_previous": previous} if previous else {})
     rows = [CLEAN, *(Intervention(knocked_out=positions, renormalise=renormalise) for positions in knocked.values())]
-    scored = string_logprobs(model, encoded.tokens, [*given, best], rows).cpu().numpy()
+    scored = string_logprobs(model, encoded.tokens, [*of_previous, best], rows).cpu().numpy()
     result = {"count.merged": np.array(ids.count(None))}
     for condition, values in zip(("baseline", *knocked), scored, strict=True):
         result[f"strings.{condition}"] = np.full(depth + 1, np.nan)
@@ -169,10 +169,10 @@ def traced(
         Means over the noise: `clean` and `noisy`, `[2, n_names]` (probability, logit), and `effect.<kind>.<group>`,
         restored less noisy, `[centres, 2, n_names]`.
     """
-    names = Names.of(model, encoded, depth, LastTokenRunner(model, encoded.tokens).run([CLEAN]).logits[0])
+    names = Names.for_example(model, encoded, depth, LastTokenRunner(model, encoded.tokens).run([CLEAN]).logits[0])
     groups = encoded.sources()
     groups["rest"] = groups.pop("first") + groups.pop("rest")
-    found = causal_trace(
+    trace = causal_trace(
         model,
         encoded.tokens,
         groups[noisy],
@@ -188,8 +188,8 @@ def traced(
         result: Values = values.unflatten(-1, (2, -1)).double().cpu().numpy()
         return result
 
-    result = {"clean": arrays(found.clean), "noisy": arrays(found.noisy.mean(0))}
-    effect = arrays((found.restored - found.noisy[:, None, None, None]).mean(0))  # [kinds, groups, centres, 2, n_names]
+    result = {"clean": arrays(trace.clean), "noisy": arrays(trace.noisy.mean(0))}
+    effect = arrays((trace.restored - trace.noisy[:, None, None, None]).mean(0))  # [kinds, groups, centres, 2, n_names]
     for kind, of_kind in zip(KINDS, effect, strict=True):
         result |= {f"effect.{kind}.{group}": values for group, values in zip(groups, of_kind, strict=True)}
     return result

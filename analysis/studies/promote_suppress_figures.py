@@ -1,4 +1,7 @@
-"""The pictures of `promote`: lines by layer, maps of heads and of causal traces. Not by pyplot: it keeps them all."""
+"""The pictures of `promote_then_suppress`: lines by layer, maps of heads and of causal traces.
+
+Not by pyplot: it keeps them all.
+"""
 
 from __future__ import annotations
 
@@ -26,10 +29,10 @@ def _colours(names: Sequence[str]) -> dict[str, Any]:
     """The subject grey, next and remaining answers dark and light green, the previous ones from dark red to orange."""
     from matplotlib.colors import LinearSegmentedColormap
 
-    said = [name for name in names if name not in ("subject", "next", "remaining")]
-    warm = LinearSegmentedColormap.from_list("said", ["#8e1b14", "#e8543a", "#f5a623"])
-    of_said = {name: warm(i / max(1, len(said) - 1)) for i, name in enumerate(said)}
-    return {"subject": "#6b6b6b", **of_said, "next": "#1b7a3d", "remaining": "#86c99b"}
+    previous = [name for name in names if name not in ("subject", "next", "remaining")]
+    warm = LinearSegmentedColormap.from_list("previous", ["#8e1b14", "#e8543a", "#f5a623"])
+    of_previous = {name: warm(i / max(1, len(previous) - 1)) for i, name in enumerate(previous)}
+    return {"subject": "#6b6b6b", **of_previous, "next": "#1b7a3d", "remaining": "#86c99b"}
 
 
 def lines(panels: Mapping[str, Mapping[str, dict[str, Any]]], ylabel: str) -> bytes:

@@ -128,10 +128,10 @@ def frequencies(tokenizer: PreTrainedTokenizerBase, text: str | None = None) -> 
     special = frozenset(tokenizer.all_special_ids)
     if text is None:
         return Frequencies(_BUILT_IN, _built_in(tokenizer), special)
-    found = counts(tokenizer, read_texts(Path(text)))
-    if not found.any():
+    total = counts(tokenizer, read_texts(Path(text)))
+    if not total.any():
         raise InputError(f"text {text!r} is empty; name one with words in it")
-    return Frequencies(f"{text} ({int(found.sum())} tokens)", found, special)
+    return Frequencies(f"{text} ({int(total.sum())} tokens)", total, special)
 
 
 _BUILT_IN = (

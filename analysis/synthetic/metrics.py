@@ -1,5 +1,7 @@
 """How well a score finds the heads that are known to play a role: the numbers a benchmark of methods reports.
 
+`PlantedModel.grade` takes them all for a model whose heads are known; they judge scores of any other truth as well.
+
 All take scores `[n_layers, n_heads]` in which higher means "more likely to play the role", the heads that do
 (`positives`) and those that do not (`negatives`). Heads in neither are not judged.
 """

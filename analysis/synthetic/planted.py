@@ -1,5 +1,9 @@
 """Small llama models whose heads are known because they were put there: ground truth for the methods that find heads.
 
+    planted = plant(Planting("gqa", seed=1))
+    scores = score(planted.view(), planted.task, "ablation")
+    planted.grade("recall", scores.mean("ablation.target"))  # AUROC, average precision, precision at k, signs
+
 A planted model answers list prompts ("List Land03: 1. town07 2. town01 3.") by promoting all of a subject's answers and
 then suppressing those already given (Yan & Jia 2025). Its weights are written down, not trained, and it is an ordinary
 `LlamaForCausalLM` that saves, loads and is viewed like any other. The roles:
@@ -15,7 +19,7 @@ then suppressing those already given (Yan & Jia 2025). Its weights are written d
                    strong, and uses it wherever no answer comes next; at END it looks at <bos>, whose value it ignores
     background     everything else: random queries, small random outputs
 
-How the weights make them do so is in `planting`. A `Planting` with more `background` and `noise` is harder.
+How the weights make them do so is in `weights`. A `Planting` with more `background` and `noise` is harder.
 """
 
 from __future__ import annotations
@@ -38,7 +42,8 @@ from headtune.analysis.tasks.task import Example, Task
 from headtune.analysis.utils.errors import InputError
 
 from .metrics import Head, auroc, average_precision, precision_at_k, sign_accuracy
-from .weights import MARKERS, PREVIOUS, ROPE_THETA, Matrix, Planting, assign_roles, check_planting, state_dict
+from .planting import MARKERS, PREVIOUS, ROPE_THETA, Planting, check_planting
+from .weights import Matrix, assign_roles, state_dict
 
 TEMPLATES = (Template("List {subject}:"), Template("Some {subject}:", "\n- {answer}"))
 SIGNS = {"recall": 1.0, "suppression": -1.0}  # of the effect on the remaining, and on the previous answers

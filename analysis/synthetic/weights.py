@@ -1,6 +1,6 @@
 """The weights of a planted model, written down: which head gets which role, and the circuits that make it play it.
 
-Everything is written in feature coordinates, one dimension of the residual stream a feature (see `_Space`), and rotated
+Everything is written in feature coordinates, one dimension of the residual stream a feature (see `Space`), and rotated
 by a random orthogonal matrix at the end. A constant `c = 2 sqrt(d_model)` dominates the residual stream and RMSNorm's
 gain is 2, so that `norm(x)` is x to a few percent. Keys are token types, in the slowest rotary dimensions, which a
 prompt does not turn; values are identities, in a random basis. Keys and values are the same for all heads of a
@@ -21,12 +21,10 @@ from numpy.typing import NDArray
 from headtune.analysis.utils.errors import InputError
 
 from .metrics import Head
+from .planting import ANSWER, BOS, MARKERS, PREVIOUS, SUBJECT, Planting, Space, slow_dimensions
 
 Matrix = NDArray[np.float64]
 
-MARKERS = (".", "-")  # the tokens after which an answer comes: END is one of them
-PREVIOUS = (1, 2, 3)  # how many answers a prompt has already given
-ROPE_THETA = 1e10
 _NORM_GAIN = 2.0
 _LOGITS = 6.0  # norm of an answer's row of W_U: the recall heads together write about 1, so 6 logits
 _LARGE = 3.0  # how many times as strong a decoy's OV circuit is
@@ -34,152 +32,6 @@ _LARGE = 3.0  # how many times as strong a decoy's OV circuit is
 _MARKER, _HELPED = 2.5, 3.5  # query at a marker: about half the attention without the helper, nearly all with it
 _SURE = 8.0
 _INHIBITED = 4.0  # what a primary's word takes from its backup's logit: about a third of the attention is left
-
-
-@dataclass(frozen=True)
-class Planting:
-    """What to plant. The same planting gives the same weights.
-
-    Attributes:
-        name: the kind of model, for tables.
-        n_layers, n_heads, n_kv_heads, head_dim, d_model: sizes.
-        seed: of everything random: places, strengths, facts, bases, noise.
-        n_recall, n_suppression: heads of each role.
-        n_pairs: redundant pairs, which recall together with the recall heads.
-        n_subjects, n_answers, answers_per_subject: facts; answers are shared between subjects.
-        noise: standard deviation of the activation that random weights add to every query, key and value feature (of
-            size 1), and to MLP outputs.
-        background: standard deviation, per feature, of what a background head writes; recall heads write about
-            `1 / n_recall`.
-        amplification: the last MLP adds this many times what the heads have written toward answers, so that the total
-            effect of a head is `1 + amplification` times its direct one.
-    """
-
-    name: str = "gqa"
-    n_layers: int = 4
-    n_heads: int = 8
-    n_kv_heads: int = 2
-    head_dim: int = 24
-    d_model: int = 192
-    seed: int = 0
-    n_recall: int = 3
-    n_suppression: int = 3
-    n_pairs: int = 0
-    n_subjects: int = 8
-    n_answers: int = 12
-    answers_per_subject: int = 6
-    noise: float = 0.005
-    background: float = 0.03
-    amplification: float = 0.0
-
-    @property
-    def subjects(self) -> list[str]:
-        return [f"Land{index:02d}" for index in range(self.n_subjects)]
-
-    @property
-    def answers(self) -> list[str]:
-        return [f"town{index:02d}" for index in range(self.n_answers)]
-
-
-# --- the residual stream ----------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Space:
-    """Which dimension of the residual stream, in feature coordinates, means what.
-
-    Attributes:
-        constant: `2 sqrt(d_model)` at every position.
-        types: is the token a subject, an answer, `<bos>`? In the order of the key features.
-        marker: does an answer come next?
-        helped: written by the helpers of recall and of suppression.
-        said: written by the primary of each redundant pair.
-        subject, answer: which one is this token?
-        output: answers promoted here; what W_U reads.
-        free: without meaning.
-    """
-
-    constant: int
-    types: range
-    marker: int
-    helped: range
-    said: range
-    subject: range
-    answer: range
-    output: range
-    free: range
-
-    @classmethod
-    def of(cls, planting: Planting) -> _Space:
-        taken = 0
-
-        def take(n: int) -> range:
-            nonlocal taken
-            taken += n
-            return range(taken - n, taken)
-
-        return cls(
-            constant=take(1)[0],
-            types=take(3),
-            marker=take(1)[0],
-            helped=take(2),
-            said=take(planting.n_pairs),
-            subject=take(planting.n_subjects),
-            answer=take(planting.n_answers),
-            output=take(planting.n_answers),
-            free=take(max(0, planting.d_model - taken)),
-        )
-
-    @property
-    def n_meant(self) -> int:
-        return self.free.start
-
-    @property
-    def values(self) -> list[int]:
-        """What every key-value group reads: identities, and whether the token is `<bos>`."""
-        return [*self.subject, *self.answer, self.types[_BOS]]
-
-
-_SUBJECT, _ANSWER, _BOS = range(3)  # key features
-
-
-def _slow_dimensions(head_dim: int) -> list[int]:
-    """Rotary dimensions that turn by less than 0.01 over 32 positions (i and i + head_dim/2 turn together)."""
-    half = head_dim // 2
-    slow = [i for i in range(half) if 32 * ROPE_THETA ** (-i / half) < 0.01]
-    return [*slow, *(i + half for i in slow)]
-
-
-def check_planting(planting: Planting) -> None:
-    """Refuse sizes that cannot hold what is to be planted (InputError)."""
-    space = _Space.of(planting)
-    p, least = planting, max(PREVIOUS) + 1
-    slow, n_keys, n_values = len(_slow_dimensions(p.head_dim)), len(space.types), len(space.values)
-    needs = (
-        (p.n_layers >= 3, f"n_layers={p.n_layers}", "at least 3: helpers, recall, suppression"),
-        (p.n_heads % p.n_kv_heads == 0, f"n_kv_heads={p.n_kv_heads}", f"a divisor of n_heads={p.n_heads}"),
-        (p.d_model % p.n_heads == 0, f"d_model={p.d_model}", f"a multiple of n_heads={p.n_heads}"),
-        (p.d_model >= space.n_meant, f"d_model={p.d_model}", f"at least {space.n_meant}, the number of features"),
-        (p.head_dim % 2 == 0, f"head_dim={p.head_dim}", "an even number"),
-        (p.head_dim >= n_values, f"head_dim={p.head_dim}", f"at least {n_values}, the number of values"),
-        (slow >= n_keys, f"head_dim={p.head_dim}", f"wide enough for {n_keys} slow rotary dimensions"),
-        (p.n_recall >= 1, f"n_recall={p.n_recall}", "at least 1"),
-        (p.n_suppression >= 1, f"n_suppression={p.n_suppression}", "at least 1"),
-        (p.n_pairs >= 0, f"n_pairs={p.n_pairs}", "at least 0"),
-        (2 <= p.n_subjects <= 100, f"n_subjects={p.n_subjects}", "2 to 100"),
-        (least <= p.n_answers <= 100, f"n_answers={p.n_answers}", f"{least} to 100"),
-        (
-            least <= p.answers_per_subject <= p.n_answers,
-            f"answers_per_subject={p.answers_per_subject}",
-            f"{least} to n_answers={p.n_answers}",
-        ),
-    )
-    for met, value, expected in needs:
-        if not met:
-            raise InputError(f"planting {p.name!r} has {value}; expected {expected}")
-
-
-# --- the heads --------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -234,7 +86,7 @@ def assign_roles(planting: Planting, generator: np.random.Generator) -> dict[str
 
 def _planted_heads(
     planting: Planting,
-    space: _Space,
+    space: Space,
     roles: Mapping[str, tuple[Head, ...]],
     facts: Mapping[str, list[str]],
     generator: np.random.Generator,
@@ -258,7 +110,7 @@ def _planted_heads(
     def looking(kind: int, helper: int) -> dict[tuple[int, int], float]:
         return {(kind, space.marker): _MARKER, (kind, space.helped[helper]): _HELPED}
 
-    look_at_subject, look_at_previous = looking(_SUBJECT, 0), looking(_ANSWER, 1)
+    look_at_subject, look_at_previous = looking(SUBJECT, 0), looking(ANSWER, 1)
     n_promoters = planting.n_recall + planting.n_pairs
 
     heads: dict[Head, _PlantedHead] = {}
@@ -271,23 +123,23 @@ def _planted_heads(
     of_recall, of_suppression = empty(), empty()
     of_recall[space.helped[0], -1] = 1.0  # <bos> has been read
     of_suppression[space.helped[1], n_subjects:-1] = 1.0  # some answer has been read
-    for place, kind, output in zip(roles["helper"], (_BOS, _ANSWER), (of_recall, of_suppression), strict=True):
+    for place, kind, output in zip(roles["helper"], (BOS, ANSWER), (of_recall, of_suppression), strict=True):
         heads[place] = _PlantedHead({(kind, space.marker): _SURE}, output)
 
-    pairs = zip(space.said, roles["redundant"][::2], roles["redundant"][1::2], strict=True)
-    for said, primary, backup in pairs:
+    pairs = zip(space.announced, roles["redundant"][::2], roles["redundant"][1::2], strict=True)
+    for announced, primary, backup in pairs:
         output = recall_circuit / n_promoters
         announcing = output.copy()
-        announcing[said, :n_subjects] = 1.0
+        announcing[announced, :n_subjects] = 1.0
         heads[primary] = _PlantedHead(look_at_subject, announcing)
-        heads[backup] = _PlantedHead(look_at_subject | {(_SUBJECT, said): -_INHIBITED}, output)
+        heads[backup] = _PlantedHead(look_at_subject | {(SUBJECT, announced): -_INHIBITED}, output)
 
     for place, look in zip(roles["decoy_attends"], (look_at_subject, look_at_previous), strict=True):
         heads[place] = _PlantedHead(look, empty())
     circuits = (recall_circuit / n_promoters, suppression_circuit * max(PREVIOUS) / planting.n_suppression)
-    for place, kind, output in zip(roles["decoy_writes"], (_SUBJECT, _ANSWER), circuits, strict=True):
+    for place, kind, output in zip(roles["decoy_writes"], (SUBJECT, ANSWER), circuits, strict=True):
         everywhere = _SURE / _constant(planting)
-        away = {(kind, space.constant): everywhere, (_BOS, space.marker): 2 * _SURE}
+        away = {(kind, space.constant): everywhere, (BOS, space.marker): 2 * _SURE}
         heads[place] = _PlantedHead(away, _LARGE * output)
     return heads
 
@@ -312,7 +164,7 @@ def state_dict(
         facts: subject -> answers.
         vocabulary: token -> id; holds `<bos>`, the markers, all subjects and all answers.
     """
-    space = _Space.of(planting)
+    space = Space.for_planting(planting)
     heads = _planted_heads(planting, space, roles, facts, generator)
     d_model, noise, constant = planting.d_model, planting.noise, _constant(planting)
 
@@ -334,7 +186,7 @@ def state_dict(
         "model.norm.weight": np.full(d_model, _NORM_GAIN),
     }
     width, group = planting.head_dim, planting.n_heads // planting.n_kv_heads
-    slow = _slow_dimensions(width)
+    slow = slow_dimensions(width)
     fast = sorted(set(range(width)) - set(slow))
     for layer in range(planting.n_layers):
         queries, keys, values, outputs = [], [], [], []
@@ -376,7 +228,7 @@ def state_dict(
 
 
 def _vocabulary_weights(
-    planting: Planting, space: _Space, vocabulary: Mapping[str, int], generator: np.random.Generator
+    planting: Planting, space: Space, vocabulary: Mapping[str, int], generator: np.random.Generator
 ) -> tuple[Matrix, Matrix]:
     """Embedding and unembedding, `[vocabulary, d_model]`."""
     size, d_model = len(vocabulary), planting.d_model
@@ -384,15 +236,15 @@ def _vocabulary_weights(
     scale = 1 / math.sqrt(max(1, len(space.free)))  # as much as one feature, all together
     embedding[:, space.free] = scale * generator.standard_normal((size, len(space.free)))
     embedding[:, space.constant] = _constant(planting)
-    embedding[vocabulary["<bos>"], space.types[_BOS]] = 1
+    embedding[vocabulary["<bos>"], space.types[BOS]] = 1
     embedding[[vocabulary[word] for word in MARKERS], space.marker] = 1
     unembedding = 0.1 * generator.standard_normal((size, d_model))
     unembedding[:, space.constant] = 0
     subjects = [vocabulary[word] for word in planting.subjects]
     answers = [vocabulary[word] for word in planting.answers]
-    embedding[subjects, space.types[_SUBJECT]] = 1
+    embedding[subjects, space.types[SUBJECT]] = 1
     embedding[subjects, space.subject] = 1
-    embedding[answers, space.types[_ANSWER]] = 1
+    embedding[answers, space.types[ANSWER]] = 1
     embedding[answers, space.answer] = 1
     unembedding[answers, space.output] += _LOGITS
     return embedding, unembedding
@@ -400,7 +252,7 @@ def _vocabulary_weights(
 
 def _mlp_weights(
     planting: Planting,
-    space: _Space,
+    space: Space,
     layer: int,
     reading: Callable[[int, float], Matrix],
     generator: np.random.Generator,

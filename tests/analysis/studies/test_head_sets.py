@@ -16,8 +16,10 @@ from headtune.analysis.methods.scores import Scores
 from headtune.analysis.models import hooks
 from headtune.analysis.models.head_model import HeadModel
 from headtune.analysis.models.loading import wrap_model
-from headtune.analysis.studies import base, head_sets
+from headtune.analysis.studies import base, faithfulness
+from headtune.analysis.studies import elbow as elbow_module
 from headtune.analysis.studies.base import Analysis, Figure, Table
+from headtune.analysis.studies.path_patching import parse_receivers
 from headtune.analysis.synthetic.metrics import Head
 from headtune.analysis.synthetic.planted import KINDS, PlantedModel, plant
 from headtune.analysis.tasks.task import Task
@@ -108,7 +110,7 @@ def test_a_role_without_heads_is_said(model: HeadModel, monkeypatch: pytest.Monk
     def only_recall(scores: Scores, role: str, *rest: Any, **options: Any) -> Any:
         return [] if role == "suppression" else right(scores, role, *rest, **options)
 
-    monkeypatch.setattr(head_sets, "rank", only_recall)
+    monkeypatch.setattr(elbow_module, "rank", only_recall)
     found = base.run("elbow", model, TASK, methods="dla", top=2)
     assert found.data["suppression"] == {"heads": [], "reason": "no confirmed heads"}
     assert "No suppression heads were confirmed." in found.parts
@@ -129,14 +131,14 @@ def test_faithfulness_curves_against_forward_passes(model: HeadModel) -> None:
     references = Counterfactuals(model, examples, 0)
     ranking = [(2, 1), (0, 3), (1, 0), *(head for head in every_head(model) if head not in [(2, 1), (0, 3), (1, 0)])]
     proportions = (0.0, 0.25, 1.0)  # 0, 3 and all 12 heads
-    found = head_sets.faithfulness_curves(model, references, {"mine": ranking}, lambda items, _: items, proportions)
+    found = faithfulness.faithfulness_curves(model, references, {"mine": ranking}, lambda items, _: items, proportions)
     assert found["mine"].shape == (len(examples), 3)
     for index, encoded in enumerate(examples):
         mean = references.mean(index)
         for column, kept in enumerate(([], ranking[:3], ranking)):
             logits = end_logits(model, encoded, {head: mean[head] for head in ranking if head not in kept})
             assert found["mine"][index, column] == pytest.approx(
-                float(head_sets.behaviour(logits[None], encoded)), abs=1e-4
+                float(faithfulness.behaviour(logits[None], encoded)), abs=1e-4
             )
 
 
@@ -144,21 +146,23 @@ def test_behaviour_is_the_mean_logit_of_the_remaining_answers_above_the_vocabula
     encoded = encode(TASK, model.tokenizer).examples[0]
     logits = torch.randn(2, len(model.tokenizer), generator=torch.Generator().manual_seed(0))
     expected = logits[:, list(encoded.target_tokens)].mean(-1) - logits.mean(-1)
-    torch.testing.assert_close(head_sets.behaviour(logits, encoded), expected)
-    torch.testing.assert_close(head_sets.behaviour(logits + 3, encoded), expected)  # what moves all logits is taken out
+    torch.testing.assert_close(faithfulness.behaviour(logits, encoded), expected)
+    torch.testing.assert_close(
+        faithfulness.behaviour(logits + 3, encoded), expected
+    )  # what moves all logits is taken out
 
 
 def test_faithfulness_of_by_hand() -> None:
     values = np.array([[0.0, 1.0, 4.0], [2.0, 3.0, 2.0]])
-    assert head_sets.faithfulness_of(values) == pytest.approx([0.0, 0.5, 1.0])  # of means 1, 2, 3
-    assert head_sets.faithfulness_of(-values) == pytest.approx([0.0, 0.5, 1.0])
+    assert faithfulness.faithfulness_of(values) == pytest.approx([0.0, 0.5, 1.0])  # of means 1, 2, 3
+    assert faithfulness.faithfulness_of(-values) == pytest.approx([0.0, 0.5, 1.0])
     with pytest.raises(InputError, match="changes nothing here, so faithfulness is undefined"):
-        head_sets.faithfulness_of(np.array([[1.0, 5.0, 1.0]]))
+        faithfulness.faithfulness_of(np.array([[1.0, 5.0, 1.0]]))
 
 
 def test_area_by_hand() -> None:
-    assert head_sets.area([0.0, 0.5, 1.0], np.array([0.0, 1.0, 1.0])) == pytest.approx(0.75)
-    assert head_sets.area([0.0, 0.1, 1.0], np.array([2.0, 0.0, 0.0])) == pytest.approx(0.1)
+    assert faithfulness.area([0.0, 0.5, 1.0], np.array([0.0, 1.0, 1.0])) == pytest.approx(0.75)
+    assert faithfulness.area([0.0, 0.1, 1.0], np.array([2.0, 0.0, 0.0])) == pytest.approx(0.1)
 
 
 @functools.cache
@@ -227,7 +231,7 @@ def test_receivers_that_the_model_does_not_have(model: HeadModel, text: str) -> 
 
 
 def test_parse_receivers(model: HeadModel) -> None:
-    assert head_sets.parse_receivers("L2H3:query, L0H1:value", model) == [((2, 3), "query"), ((0, 1), "value")]
+    assert parse_receivers("L2H3:query, L0H1:value", model) == [((2, 3), "query"), ((0, 1), "value")]
 
 
 def test_paths_to_chosen_receivers(model: HeadModel) -> None:

@@ -19,7 +19,7 @@ from headtune.analysis.models.head_model import HeadModel
 from headtune.analysis.models.loading import EMBEDDED, cache_folder, load_model, wrap_model
 from headtune.analysis.studies import base
 from headtune.analysis.studies.base import Analysis, Figure, Table
-from headtune.analysis.studies.promote_suppress import head_roles
+from headtune.analysis.studies.head_roles import head_roles
 from headtune.analysis.studies.promote_suppress_example import Names, likeliest
 from headtune.analysis.synthetic.planted import PlantedModel, Planting, plant
 from headtune.analysis.tasks.task import Example, Task
@@ -138,7 +138,7 @@ def test_first_tokens_and_collisions(model: HeadModel) -> None:
     )
     encoded = encode(Task("collisions", (example,)), model.tokenizer).examples[0]
     logits = LastTokenRunner(model, encoded.tokens).run([CLEAN]).logits[0]
-    names = Names.of(model, encoded, 4, logits)
+    names = Names.for_example(model, encoded, 4, logits)
     assert (names.left_out, names.alike) == (2, 1)  # New and Rome are begun by remaining answers; York is the subject
     means = names.means(logits[names.tokens])
     assert np.isnan(means).tolist() == [False, True, False, True, True, False, False]

@@ -22,7 +22,7 @@ from headtune.analysis.models.loading import load_model
 from headtune.analysis.synthetic import metrics
 from headtune.analysis.synthetic.metrics import Head
 from headtune.analysis.synthetic.planted import KINDS, PlantedModel, plant
-from headtune.analysis.synthetic.weights import Planting
+from headtune.analysis.synthetic.planting import Planting
 from headtune.analysis.tasks.task import Task
 from headtune.analysis.tasks.tokenized import Encoded, encode
 from headtune.analysis.utils.errors import InputError
