@@ -10,10 +10,10 @@ bootstrap Jaccard of the best k. Besides the methods: `composite` (direct attrib
 sign: what identify ranks by), `attention` (mass on the subject, on the previous answers: where a head looks, not what
 it does) and `random`.
 
-SmolLM2: the best k heads by each method are kept at END and all others set to their means over other subjects; f is the
-share of the behaviour left (mean logit of the remaining answers less that of the vocabulary). CMD = area of |1 - f|
-over the proportion of heads kept, ranked by absolute score (0 is best); CPR = area under f, ranked by signed score.
-Heads are scored on one half of the subjects and judged on the other.
+SmolLM2: the best k heads by each method are kept at the last token and all others set to their means over other
+subjects; f is the share of the behaviour left (mean logit of the remaining answers less that of the vocabulary). CMD =
+area of |1 - f| over the proportion of heads kept, ranked by absolute score (0 is best); CPR = area under f, ranked by
+signed score. Heads are scored on one half of the subjects and judged on the other.
 
 Resumable: writes benchmarks/results/identification.json after every model and method; a part starts anew when its
 settings or the code have changed.

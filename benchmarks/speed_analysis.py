@@ -7,17 +7,17 @@
 
 TransformerLens is an optional extra: pip install -e ".[benchmarks]". Without it the rest is measured.
 
-Measured: exact ablation of every head at END (`z[l, h, END] := 0`), direct logit attribution of every head at END, the
-memory that each takes, and how cost grows with heads, prompt length and examples. The routes:
+Measured: exact ablation of every head at the last token (`z[l, h, -1] := 0`), direct logit attribution of every head
+there, the memory that each takes, and how cost grows with heads, prompt length and examples. The routes:
 
     headtune                ablation_effects, silenced_logits (some heads), attribute (with its split by source tokens,
                             which the others do not calculate)
     one batch               transformers: one row a head, full prompts, `BATCH_TOKENS` a pass, last position's logits
     head by head            transformers: one full forward pass a head, last position's logits
-    TransformerLens loop    its own patching.generic_activation_patch on hook_z, one (layer, END, head) at a time, zeros
-                            in the place of the clean cache
+    TransformerLens loop    its own patching.generic_activation_patch on hook_z, one (layer, last token, head) at a
+                            time, zeros in the place of the clean cache
     TransformerLens cache   run_with_cache, stack_head_results, logit_attrs: the idiom of its documentation
-    TransformerLens, lean   the same, with only hook_z and the final norm's scale kept, and of those only END
+    TransformerLens, lean   the same, with only hook_z and the final norm's scale kept, and of those only the last token
 
 TransformerLens gets what it can use: no gradients, no progress bar, and a hook that makes its model calculate the last
 position's logits only, which its own loop has no argument for.

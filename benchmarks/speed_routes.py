@@ -69,7 +69,7 @@ def transformers_side(folder: str) -> dict[str, Route]:
     n_heads = model.config.num_attention_heads
 
     def silenced(tokens: Tensor, rows: Sequence[tuple[int, int] | None]) -> Tensor:
-        """Last logits of `rows` copies of the prompt, each with its head (None: no head) silenced at END."""
+        """Last logits of `rows` copies of the prompt, each with its head (None: no head) silenced there."""
 
         def silence(layer: int) -> Any:
             index = [row for row, head in enumerate(rows) if head is not None and head[0] == layer]
@@ -143,7 +143,7 @@ def transformer_lens_side(folder: str) -> dict[str, Route]:
 
     def cached(prompt: Prompt, **options: Any) -> Values:
         _, cache = model.run_with_cache(torch.tensor([prompt["tokens"]]), **options)
-        slices = {} if "pos_slice" in options else {"pos_slice": -1}  # of what is cached; END alone may be already
+        slices = {} if "pos_slice" in options else {"pos_slice": -1}  # of what is cached; the last token alone may be
         answers = torch.tensor([*prompt["target_tokens"], *prompt["previous_tokens"]])
         by_token = cache.logit_attrs(cache.stack_head_results(**slices), tokens=answers, **slices).flatten(1)
         n = len(prompt["target_tokens"])
