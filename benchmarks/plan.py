@@ -207,30 +207,34 @@ def _identify(heads: Any, peaks: list[int]) -> int:
 
 def _train(parsed: Any, heads: Any, peaks: list[int]) -> dict[str, int]:
     """Train by a recipe, without the evaluations around it; the sizes of its rows."""
-    from headtune.analysis.utils.progress import silent
     from headtune.train.config.resolve_tasks import tasks_of
     from headtune.train.continual import sequence
-    from headtune.train.continual.learner import Learner, Unit
+    from headtune.train.continual.learner import Learner, Stage
     from headtune.train.tracking.tracker import Tracker
     from headtune.train.trainer import training
+    from headtune.train.trainer.objectives import objective_of
+    from headtune.train.trainer.run_context import RunContext
 
     sizes: dict[str, int] = {}
     watch_training(peaks, sizes)
     heads.tokenizer.pad_token = heads.tokenizer.pad_token or heads.tokenizer.eos_token
     notify = functools.partial(print, file=sys.stderr)
     with Tracker(parsed.folder, parsed.name, {}, wandb_mode="disabled") as tracker:
+        context = RunContext(parsed, heads, tracker, notify=notify)
         if parsed.recipe == "seekr":
             steps = sequence.steps_of(parsed.task)
             rows_of = sequence.rows_of(parsed, heads, steps)
-            units = [Unit(step.name, step.train, rows) for step, rows in zip(steps, rows_of, strict=True)]
-            learner = Learner(parsed, heads, units, tracker, silent, notify)
+            stages = [Stage(step.name, step.train, rows) for step, rows in zip(steps, rows_of, strict=True)]
+            learner = Learner(context, stages)
             learner.start()
-            for index in range(len(units)):
-                learner.learn(index, resume=False)
+            for index in range(len(stages)):
+                learner.learn(index)
         else:
             heads.record_attention(False)
             pairs = parsed.heads.pairs if parsed.heads else []
-            training.fit(parsed, heads, pairs, tasks_of(parsed.task)[0], tracker, {}, False, notify)
+            task = tasks_of(parsed.task)[0]
+            rows = objective_of(parsed.method).prepare(parsed, heads, task)
+            training.train(context, pairs, task, rows, training.training_arguments(parsed))
     return sizes
 
 

@@ -157,6 +157,10 @@ def _type(field: Any) -> str:
     for limit in (*field.metadata, *_metadata(field.annotation)):
         said += [words.format(getattr(limit, name)) for name, words in limits.items() if hasattr(limit, name)]
     name = _type_name(field.annotation)
+    if callable(field.json_schema_extra):  # names that are registered
+        schema: dict[str, Any] = {}
+        field.json_schema_extra(schema)
+        name = ", ".join(f"`{value}`" for value in schema["enum"])
     return f"{name}, {', '.join(dict.fromkeys(said))}" if said else name
 
 
@@ -183,7 +187,7 @@ def _type_name(annotation: Any) -> str:
         return "[layer, head]"
     if hasattr(annotation, "model_fields"):
         return "a block"
-    names = {str: "text", int: "whole number", float: "number", bool: "true or false"}
+    names = {Any: "a block", str: "text", int: "whole number", float: "number", bool: "true or false"}
     return names.get(annotation, str(annotation))
 
 

@@ -20,18 +20,23 @@ from headtune.peft_types import register as _register
 if TYPE_CHECKING:
     from headtune.analysis.heads.head_set import HeadSet as HeadSet
     from headtune.analysis.identify.pipeline import identify as identify
+    from headtune.analysis.methods.registry import register_scoring_method as register_scoring_method
     from headtune.analysis.methods.registry import score as score
     from headtune.analysis.models.head_model import HeadModel as HeadModel
     from headtune.analysis.models.loading import load_model as load_model
     from headtune.analysis.tasks.loading import load_task as load_task
     from headtune.analysis.utils.errors import CheckError as CheckError
     from headtune.analysis.utils.errors import InputError as InputError
+    from headtune.train.config.method_registry import register_tuning_method as register_tuning_method
+    from headtune.train.config.objective_registry import register_objective as register_objective
     from headtune.train.config.recipe import load_recipe as load_recipe
     from headtune.train.evaluation.compare import compare_runs as compare_runs
     from headtune.train.evaluation.evaluate import evaluate as evaluate
     from headtune.train.export.checkpoint import export_run as export_run
+    from headtune.train.methods.base import TuningMethod as TuningMethod
     from headtune.train.runs.load_run import load_run as load_run
     from headtune.train.runs.run import run_recipe as run_recipe
+    from headtune.train.trainer.objectives import TrainingObjective as TrainingObjective
     from headtune.train.tuners.head_slices import HeadSlicesConfig as HeadSlicesConfig
     from headtune.train.tuners.head_tuning import HeadTuningConfig as HeadTuningConfig
 
@@ -51,6 +56,11 @@ _ROOMS = {
     "load_run": "train.runs.load_run",
     "export_run": "train.export.checkpoint",
     "compare_runs": "train.evaluation.compare",
+    "register_scoring_method": "analysis.methods.registry",
+    "register_tuning_method": "train.config.method_registry",
+    "TuningMethod": "train.methods.base",
+    "register_objective": "train.config.objective_registry",
+    "TrainingObjective": "train.trainer.objectives",
     "InputError": "analysis.utils.errors",
     "CheckError": "analysis.utils.errors",
 }

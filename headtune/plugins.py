@@ -21,8 +21,10 @@ TUNING_METHODS = {
     name: f"headtune.train.methods.{name}"
     for name in ("lofit", "jola", "masked", "steer", "lora", "full", "ln", "regularise", "seekr")
 }
+OBJECTIVES = dict.fromkeys(("answer_set", "sft", "dpo"), "headtune.train.trainer.objectives")
 
 log = logging.getLogger(__name__)
+_named: list[str] = []  # by --plugin
 
 
 def load_plugin(name: str) -> None:
@@ -44,6 +46,13 @@ def load_plugin(name: str) -> None:
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"plugin {name!r} cannot be imported: {reason}") from error
+    if name not in _named:
+        _named.append(name)
+
+
+def arguments_for(recipe_plugins: Iterable[str] = ()) -> list[str]:
+    """`--plugin MODULE ...` for a process that carries out a recipe with the plugins of this one."""
+    return [word for name in dict.fromkeys([*_named, *recipe_plugins]) for word in ("--plugin", name)]
 
 
 @functools.cache

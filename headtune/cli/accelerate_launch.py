@@ -19,6 +19,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from headtune import plugins
 from headtune.analysis.utils.errors import InputError
 from headtune.analysis.utils.files import require_new_folder
 from headtune.analysis.utils.processes import world_size
@@ -41,7 +42,7 @@ def launch(path: Path, name: str, overrides: Sequence[str], flags: Sequence[str]
     recipe = load_recipe(name, overrides)
     require_machine(file)
     check_recipe(recipe, file, "--resume" in flags)
-    return start(file, [name, *overrides, *flags])
+    return start(file, [name, *overrides, *flags, *plugins.arguments_for(recipe.plugins)])
 
 
 def require_machine(file: LaunchFile) -> None:

@@ -127,6 +127,18 @@ def load_task_for(arguments: argparse.Namespace) -> Task:
     return replace(task, chat_template=True) if arguments.chat_template else task
 
 
+def plugin_arguments(p: argparse.ArgumentParser) -> None:
+    """`--plugin MODULE`, once or more; `main` imports them before the command runs."""
+    p.add_argument(
+        "--plugin",
+        dest="plugins",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="import a module that registers a method, an objective, a regulariser; may be given again",
+    )
+
+
 def completed(argument: argparse.Action, what: str) -> None:
     """Say what a shell completes an argument with: `recipe`, `task`, `model`, `file` or `folder`; see `completion`."""
     argument.complete_with = what  # type: ignore[attr-defined]

@@ -19,6 +19,7 @@ import traceback
 from collections.abc import Sequence
 from typing import Any
 
+from headtune import plugins
 from headtune.analysis.utils.processes import is_lost_peer, is_main
 from headtune.analysis.utils.verbosity import set_verbosity
 
@@ -99,6 +100,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from headtune.analysis.utils.secrets import redact
 
     try:
+        for name in getattr(arguments, "plugins", []):
+            plugins.load_plugin(name)
         code = int(arguments.do(arguments) or 0)
         sys.stdout.flush()  # here, where a reader that has gone is noticed, and not when Python ends
         return code

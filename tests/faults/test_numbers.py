@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from headtune.analysis.utils.errors import CheckError
-from headtune.train.trainer import answer_set_trainer, failures, training
+from headtune.train.trainer import answer_set_trainer, failures
+from headtune.train.trainer.callbacks import progress_logger
 from helpers import machine as machines
 from helpers.machine import Machine
 from helpers.small_runs import train, write_recipe
@@ -78,7 +79,7 @@ def test_gradients_beyond_fp16_are_the_scalers_business() -> None:
         fp16 = True
 
     said: list[str] = []
-    callback: Any = training.told(said.append)
+    callback: Any = progress_logger(said.append)
     callback.on_log(Arguments, State, None, logs={"loss": 1.0, "grad_norm": float("inf")})
     assert said
     Arguments.fp16 = False

@@ -324,7 +324,7 @@ def test_a_task_is_not_named_out_of_the_run(name: str, tmp_path: Path) -> None:
     block = {"replay": {"count": 2}, "distil": dict(DISTIL)}
     content = {"recipe": "seekr", "task": {"sequence": steps}, "method": block, "output_dir": str(tmp_path / "run")}
     learner.recipe = recipe.parse(content)
-    learner.units = [continual.Unit(name, None, [])]  # type: ignore[arg-type]
+    learner.stages = [continual.Stage(name, None, [])]  # type: ignore[arg-type]
     place = learner.place(0)
     assert place.parent == tmp_path / "run" / "tasks" and place.resolve().parent == place.parent.resolve()
     assert place.name.isprintable()

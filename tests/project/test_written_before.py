@@ -170,7 +170,7 @@ def test_runs_are_compared() -> None:
 def test_a_measurement_of_the_base_model_is_taken_over() -> None:
     """`evaluation.before` of a recipe."""
     recipe = load_recipe("recipes/scaled.yaml")
-    identity = evaluation_identity(recipe, load_model("model"), tasks_of(recipe.task)[1])
+    identity = evaluation_identity(recipe.evaluation, load_model("model"), tasks_of(recipe.task)[1])
     before, lists = read_before(Path("lofit/evaluation.json"), identity)
     assert before is not None and len(lists) == 4
     assert flatten_metrics("before", before) == pytest.approx(EXPECTED["runs"]["lofit"]["before"], abs=TOLERANCE)

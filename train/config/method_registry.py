@@ -61,8 +61,13 @@ class MethodRules:
         """What is wrong with a recipe of this method besides what the config's types and every recipe's rules say."""
         yield from ()
 
-    def dump(self, recipe: Any, data: dict[str, Any]) -> None:
-        """Take out of a recipe's data, in place, what this method does not read."""
+    def drop_unread(self, config: Any, names_heads: bool, data: dict[str, Any]) -> None:
+        """Take out of a recipe's `method`, as it is written to the run, what this method does not read.
+
+        Args:
+            names_heads: the recipe has `heads`.
+            data: the config as JSON; changed in place.
+        """
 
 
 Rules = TypeVar("Rules", bound=MethodRules)

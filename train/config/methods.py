@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 from .base import LoraSizes, StrictConfig
 from .continual import DistilConfig, ReplayConfig, SeekrConfig
 from .heads import FirstStageConfig, HeadsConfig, IdentifyConfig, ProbeConfig, RandomConfig
+from .objective_registry import ObjectiveName
 from .regularisers import (
     AnyRegulariser,
     AttentionKl,
@@ -138,7 +139,7 @@ class ObjectiveConfig(StrictConfig):
         regularisers: penalties on heads that are added to the objective (see `headtune.train.losses.regularisers`).
     """
 
-    objective: Literal["answer_set", "sft", "dpo"] = "answer_set"
+    objective: ObjectiveName = "answer_set"
     answer_set: AnswerSetConfig = AnswerSetConfig()
     dpo: DpoConfig = DpoConfig()
     prefix_cache: bool = True

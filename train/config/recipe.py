@@ -22,6 +22,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from headtune import plugins
 from headtune.analysis.utils.errors import InputError, nearest
 from headtune.analysis.utils.paths import check_file_name
 from headtune.analysis.utils.secrets import require_no_secrets
@@ -30,6 +31,7 @@ from . import validation
 from .errors import Problem, Source, given_twice
 from .method_registry import MethodRules, method_rules, tuning_method_names
 from .methods import FullConfig, HeadsConfig
+from .objective_registry import objective_rules, trl_config_of
 from .schema import Recipe
 
 
@@ -51,6 +53,7 @@ def _parsed(data: Any, source: Source) -> Recipe:
     recipe, problems = _check(data)
     if recipe is None or problems or any(given_twice(source.root)):
         raise source.refuse([*problems, *given_twice(source.root)])
+    recipe = recipe.model_copy(update={"plugins": _plugins_of(recipe)})
     digest = hashlib.sha256(json.dumps(recipe.dump(), sort_keys=True).encode()).hexdigest()[:6]
     name = recipe.name or f"{recipe.recipe}-{_heads_label(recipe.heads)}-s{recipe.seed}-{digest}"
     check_file_name(name, f"{source.name}: name")
@@ -61,7 +64,11 @@ def _check(data: dict[Any, Any]) -> tuple[Recipe | None, list[Problem]]:
     """The recipe, and all that is wrong with it. What depends on a part that is wrong itself is left out."""
     family, problems = data.get("recipe"), []
     rules: MethodRules | None = None
-    if isinstance(family, str) and family in tuning_method_names():
+    if missing := _not_loaded(data.get("plugins")):
+        fix = f"if you trust it, give --plugin {missing[0]} (in Python: import it before the recipe is read)"
+        message = f"plugins names {missing[0]!r}, and a recipe does not load code by itself; {fix}"
+        problems.append(Problem(("plugins",), message))
+    elif isinstance(family, str) and family in tuning_method_names():
         rules = method_rules(family)
     else:
         names = tuning_method_names()
@@ -92,11 +99,25 @@ def _check(data: dict[Any, Any]) -> tuple[Recipe | None, list[Problem]]:
         message = f"training.{next(iter(training))}: recipe {family} trains nothing; remove training"
         problems.append(Problem(("training",), message))
     elif isinstance(training, dict) and rules is not None:
-        dpo = isinstance(settings, dict) and settings.get("objective") == "dpo"
-        problems += validation.of_training(training, "DPOConfig" if dpo else "SFTConfig")
+        objective = settings.get("objective") if isinstance(settings, dict) else None
+        problems += validation.of_training(training, trl_config_of(objective))
     if recipe is not None and method is not None:
         problems += validation.contradictions(recipe)
     return recipe, problems
+
+
+def _not_loaded(names: Any) -> list[str]:
+    listed = [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
+    return plugins.not_loaded(listed)
+
+
+def _plugins_of(recipe: Recipe) -> list[str]:
+    """The modules outside of headtune that a recipe needs: those it names, and those of what it uses."""
+    method: Any = recipe.method
+    used: list[Any] = [method_rules(recipe.recipe), *(type(term) for term in getattr(method, "regularisers", []))]
+    if getattr(method, "objective", None) not in (None, *plugins.OBJECTIVES):
+        used.append(objective_rules(method.objective))
+    return list(dict.fromkeys([*recipe.plugins, *filter(None, map(plugins.module_of, used))]))
 
 
 def _heads_label(heads: HeadsConfig | None) -> str:

@@ -24,7 +24,6 @@ from headtune.analysis.utils.progress import Notify
 from headtune.train.types import ProbeResult
 
 from .methods import HeadsConfig
-from .schema import Recipe
 
 log = logging.getLogger(__name__)
 
@@ -35,29 +34,29 @@ class ResolvedHeads:
 
     Attributes:
         pairs: (layer, head), sorted.
-        found: the head set they come from, if any.
+        head_set: the one they come from, if any.
         means: its scores, if any, `name -> [n_layers, n_heads]`.
         probed: what probes read from the heads to choose them, of use to steering along the same directions.
+        scores: of every example, where the heads were identified now.
+        portraits: the file of the head set's profiles, if any.
     """
 
     pairs: list[tuple[int, int]]
-    found: HeadSet | None = None
+    head_set: HeadSet | None = None
     means: Mapping[str, Any] | None = None
     probed: ProbeResult | None = None
+    scores: Scores | None = None
+    portraits: Path | None = None
 
 
 def resolve_heads(
     block: HeadsConfig,
     model: HeadModel,
     task: Task,
-    folder: Path | None = None,
     progress: pipeline.Progress = pipeline.silent,
     notify: Notify = log.info,
 ) -> ResolvedHeads:
-    """Resolve a recipe's `heads` block on a model.
-
-    Args:
-        folder: where `identify` may write heads.json and scores.safetensors; None writes nothing.
+    """Resolve a recipe's `heads` block on a model; nothing is written.
 
     Raises:
         InputError: heads that do not exist on this model, a head set of another model, more heads than it could hold.
@@ -75,13 +74,9 @@ def resolve_heads(
         return ResolvedHeads(sorted(block.pairs))
     if block.identify is not None:
         part = task.limited(block.identify.max_examples)
-        found = pipeline.identify(model, part, block.identify.method, top=block.top, progress=progress)
-        if folder is not None:
-            found.scores.save(folder / "scores.safetensors")
-            found.heads.save(folder)
-        return ResolvedHeads(
-            found.heads.top_heads(block.role, block.top, notify=notify), found.heads, found.scores.means()
-        )
+        result = pipeline.identify(model, part, block.identify.method, top=block.top, progress=progress)
+        pairs = result.heads.top_heads(block.role, block.top, notify=notify)
+        return ResolvedHeads(pairs, result.heads, result.scores.means(), scores=result.scores)
     path = Path(block.source or (block.random.like if block.random else ""))
     heads = HeadSet.load(path)
     for warning in heads.check_model(model.identity()):
@@ -95,32 +90,44 @@ def resolve_heads(
                 f"{len(shared)} of {len(pairs)} random heads are chosen ones, for want of others: {', '.join(shared)}"
             )
     scores = path.parent / "scores.safetensors" if path.is_file() else path / "scores.safetensors"
-    if folder is not None:
-        heads.save(folder)
-        if (seen := scores.with_name("portraits.json")).is_file():
-            write_profiles(read_profiles(seen), folder / "portraits.json")
-    return ResolvedHeads(pairs, heads, load_means(scores, heads.shape) if scores.is_file() else None)
+    portraits = scores.with_name("portraits.json")
+    return ResolvedHeads(
+        pairs,
+        heads,
+        load_means(scores, heads.shape) if scores.is_file() else None,
+        portraits=portraits if portraits.is_file() else None,
+    )
+
+
+def write_head_set(resolved: ResolvedHeads, folder: Path) -> None:
+    """Write the head set that the heads come from, where there is one, to a run's folder."""
+    if resolved.scores is not None:
+        resolved.scores.save(folder / "scores.safetensors")
+    if resolved.head_set is not None:
+        resolved.head_set.save(folder)
+    if resolved.portraits is not None:
+        write_profiles(read_profiles(resolved.portraits), folder / "portraits.json")
 
 
 def selected(
     name: str,
     scores: dict[str, Tensor],
     ranked: tuple[RankedHead, ...],
-    recipe: Recipe,
+    seed: int,
     model: HeadModel,
     data: dict[str, Any],
     method: dict[str, Any],
 ) -> ResolvedHeads:
     """Ranked heads as a head set with the one role `selected`."""
-    found = HeadSet(
+    ranking = HeadSet(
         model=model.identity(),
         task=data,
-        method={"name": name, "seed": recipe.seed, **method},
+        method={"name": name, "seed": seed, **method},
         roles={"selected": ranked},
         **provenance(),
     )
     means = {quantity: np.ascontiguousarray(values.float().numpy()) for quantity, values in scores.items()}
-    return ResolvedHeads(sorted((entry.layer, entry.head) for entry in ranked), found, means)
+    return ResolvedHeads(sorted((entry.layer, entry.head) for entry in ranked), ranking, means)
 
 
 def ranked_heads(scores: Tensor, top: int, rate: str) -> tuple[RankedHead, ...]:
@@ -132,8 +139,8 @@ def ranked_heads(scores: Tensor, top: int, rate: str) -> tuple[RankedHead, ...]:
     return tuple(RankedHead(layer, head, float(scores[layer, head]), None) for layer, head in pairs)
 
 
-def keep_heads(chosen: ResolvedHeads, folder: Path) -> None:
+def keep_heads(resolved: ResolvedHeads, folder: Path) -> None:
     """Write a run's own head set and its scores."""
-    assert chosen.found is not None and chosen.means is not None
-    Scores({}, [], dict(chosen.means)).save(folder / "scores.safetensors")
-    chosen.found.save(folder)
+    assert resolved.head_set is not None and resolved.means is not None
+    Scores({}, [], dict(resolved.means)).save(folder / "scores.safetensors")
+    resolved.head_set.save(folder)

@@ -30,24 +30,22 @@ from torch import Tensor
 from transformers import PrinterCallback, set_seed
 
 from headtune.analysis.heads.controls import random_like
-from headtune.analysis.identify import pipeline
-from headtune.analysis.models.head_model import HeadModel
 from headtune.analysis.tasks.task import Task
 from headtune.analysis.utils.errors import InputError
 from headtune.analysis.utils.files import write_json
-from headtune.analysis.utils.progress import Notify
 from headtune.analysis.utils.state_files import read_state
 from headtune.train import distributed
 from headtune.train.config.methods import SeekrConfig
-from headtune.train.config.resolve_heads import resolve_heads
-from headtune.train.config.schema import Recipe
+from headtune.train.config.resolve_heads import ResolvedHeads, resolve_heads, write_head_set
 from headtune.train.losses.activation_capture import warn_of_dropout
 from headtune.train.losses.attention_distillation import query_positions
 from headtune.train.losses.weight_penalties import WeightAnchor, fisher_diagonal
-from headtune.train.methods.base import method_of
-from headtune.train.tracking.tracker import Tracker, trainer_callback
+from headtune.train.methods.base import method_named
+from headtune.train.tracking.tracker import trainer_callback
 from headtune.train.trainer import attach_regularisers, checkpoints, training
+from headtune.train.trainer.callbacks import Timer, progress_logger
 from headtune.train.trainer.rows import TrainingRow
+from headtune.train.trainer.run_context import RunContext
 from headtune.train.tuners import weights_io
 
 from . import replay
@@ -63,7 +61,7 @@ Pairs = list[tuple[int, int]]
 
 
 @dataclass(frozen=True)
-class Unit:
+class Stage:
     """What is learnt at once: a task's name, the task, its training rows."""
 
     name: str
@@ -75,44 +73,32 @@ class Learner:
     """A model on its way through a sequence of tasks.
 
     Attributes:
-        recipe: the run's; its method is a SeekrConfig.
-        model: the model's heads. Its `model` carries the LoRA, where there is one, in place.
-        model: what is trained: `model.hf`, or the PeftModel around it.
-        units: what is learnt, one after the other; one of all tasks' rows for `multitask`.
+        context: the run; its recipe's method is a SeekrConfig.
+        model: what is trained: the head view's `hf`, or the PeftModel around it.
+        stages: what is learnt, one after the other; one of all tasks' rows for `multitask`.
         buffer: each one's share of rows that is seen again later.
-        informing: each one's rows that Fisher information is taken from.
+        fisher: each one's rows that Fisher information is taken from.
         chosen: after each task, the heads that are distilled from then on.
+        resolved: the heads that the recipe names; None where it names none, or they are identified at the start.
     """
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        model: HeadModel,
-        units: Sequence[Unit],
-        tracker: Tracker,
-        progress: pipeline.Progress,
-        notify: Notify,
-    ) -> None:
-        assert isinstance(recipe.method, SeekrConfig)
-        self.recipe, self.head_model, self.tracker, self.progress, self.notify = (
-            recipe,
-            model,
-            tracker,
-            progress,
-            notify,
-        )
-        self.method: SeekrConfig = recipe.method
-        self.units = list(units)
+    def __init__(self, context: RunContext, stages: Sequence[Stage], resolved: ResolvedHeads | None = None) -> None:
+        self.context, self.recipe, self.head_model = context, context.recipe, context.model
+        self.tracker, self.progress, self.notify = context.tracker, context.progress, context.notify
+        self.method: SeekrConfig = context.recipe.method
+        recipe, model = self.recipe, self.head_model
+        self.resolved = resolved
+        self.stages = list(stages)
         self.model: Any = model.hf
         self.buffer = [
-            replay.sample(unit.rows, self.method.replay, f"{recipe.seed}/{index}") if self.method.replays else []
-            for index, unit in enumerate(units)
+            replay.sample(stage.rows, self.method.replay, f"{recipe.seed}/{index}") if self.method.replays else []
+            for index, stage in enumerate(stages)
         ]
-        self.informing = [
-            replay.drawn(unit.rows, self.method.ewc_rows, f"{recipe.seed}/{index}")
+        self.fisher = [
+            replay.drawn(stage.rows, self.method.ewc_rows, f"{recipe.seed}/{index}")
             if self.method.strategy == "ewc"
             else []
-            for index, unit in enumerate(units)
+            for index, stage in enumerate(stages)
         ]
         self.importance = Importance.none(model.n_layers, model.n_heads)
         self.chosen: list[Pairs] = []
@@ -125,7 +111,7 @@ class Learner:
 
     def place(self, index: int) -> Path:
         """The folder of a task."""
-        return self.recipe.folder / "tasks" / f"{index + 1:02d}-{safe(self.units[index].name)}"
+        return self.recipe.folder / "tasks" / f"{index + 1:02d}-{safe(self.stages[index].name)}"
 
     def weights(self, index: int) -> Path:
         return self.place(index) / ("adapter" if isinstance(self.model, PeftModel) else "model")
@@ -141,30 +127,31 @@ class Learner:
         """Make the model trainable."""
         set_seed(self.recipe.seed)
         self.head_model.record_attention(True)
-        config = method_of(self.recipe).peft_config(self.method, [], self.head_model.hf)
+        config = method_named(self.recipe.recipe).peft_config(self.method, [], self.head_model.hf)
         if config is None:
             self.model.requires_grad_(True)
         else:
             self.model = get_peft_model(self.head_model.hf, config)
         if self.recipe.heads is not None:
             self.notify("choosing heads")
-            folder = self.recipe.folder if self.tracker.is_main else None
-            first = self.units[0].task
-            self.fixed = resolve_heads(
-                self.recipe.heads, self.head_model, first, folder, self.progress, self.notify
-            ).pairs
+            if self.resolved is None:
+                first = self.stages[0].task
+                self.resolved = resolve_heads(self.recipe.heads, self.head_model, first, self.progress, self.notify)
+            if self.tracker.is_main:
+                write_head_set(self.resolved, self.recipe.folder)
+            self.fixed = self.resolved.pairs
 
-    def learn(self, index: int, resume: bool) -> None:
-        """Learn unit `index`; the model is the one after the unit before. Rank 0 writes, all read what it wrote."""
+    def learn(self, index: int) -> None:
+        """Learn stage `index`; the model is the one after the stage before. Rank 0 writes, all read what it wrote."""
         self.model.eval()
-        place, last = self.place(index), index + 1 == len(self.units)
+        place, last = self.place(index), index + 1 == len(self.stages)
         scored = self.method.strategy == "seekr" and self.fixed is None
         if scored:
-            self._on_main(lambda: self._remember(index))
-        continual = self._continual_inputs(index)
+            self._on_main(lambda: self._snapshot_attention(index))
+        held = self._continual_inputs(index)
         note = place / "training.json"
         if not self.weights(index).is_dir():
-            trained = self._train(index, continual, resume)
+            trained = self._train(index, held)
             self._on_main(lambda: self._keep(index, trained))
         else:  # broken off after the training
             weights_io.restore(self.model, self.weights(index))
@@ -180,11 +167,11 @@ class Learner:
         if self.method.strategy in ("seekr", "der") and not last:
             self._on_main(lambda: self._teach(index))
         if self.method.strategy == "ewc" and not last:
-            self._on_main(lambda: self._inform(index))
+            self._on_main(lambda: self._measure_fisher(index))
             self.anchor = WeightAnchor.load(place / "anchor.safetensors")
 
-    def forget(self, index: int) -> None:
-        """Remove what nothing needs any more once unit `index` has been measured."""
+    def cleanup(self, index: int) -> None:
+        """Remove what nothing needs any more once stage `index` has been measured."""
         self._on_main(lambda: self._remove(index))
 
     def _remove(self, index: int) -> None:
@@ -201,7 +188,7 @@ class Learner:
             work()
         PartialState().wait_for_everyone()
 
-    def _remember(self, index: int) -> None:
+    def _snapshot_attention(self, index: int) -> None:
         """The attention of the model as it is now, unless a broken run has kept it already."""
         folder = self.place(index) / "remembered"
         if not folder.is_dir():
@@ -214,22 +201,22 @@ class Learner:
         shutil.rmtree(self.place(index) / "checkpoints", ignore_errors=True)
 
     def _score(self, index: int) -> None:
-        """Importance of heads with unit `index`."""
+        """Importance of heads with stage `index`."""
         rows = [row.plain for row in self.buffer[index]]
-        self.notify(f"importance of heads on {len(rows)} rows of {self.units[index].name}")
+        self.notify(f"importance of heads on {len(rows)} rows of {self.stages[index].name}")
         before = AttentionSnapshot(folder=self.place(index) / "remembered")
         sensitivity = measure_sensitivity(self.head_model, rows, progress=self.progress)
         moved = measure_forgetting(self.head_model, rows, before, progress=self.progress)
         self.importance.add(sensitivity, moved).save(self.place(index) / "importance.safetensors")
 
-    def _inform(self, index: int) -> None:
-        """Fisher information of unit `index`."""
-        rows = self.informing[index]
-        self.notify(f"Fisher information of {self.units[index].name} on {len(rows)} rows")
+    def _measure_fisher(self, index: int) -> None:
+        """Fisher information of stage `index`."""
+        rows = self.fisher[index]
+        self.notify(f"Fisher information of {self.stages[index].name} on {len(rows)} rows")
         fisher = fisher_diagonal(self.model, [row.plain for row in rows])
         self.anchor.with_task(self.model, fisher).save(self.place(index) / "anchor.safetensors")
 
-    def recall(self, done: int, chosen: Sequence[Pairs], timing: Sequence[dict[str, float]], n_steps: int) -> None:
+    def resume_from(self, done: int, chosen: Sequence[Pairs], timing: Sequence[dict[str, float]], n_steps: int) -> None:
         """Take up a broken run whose first `done` tasks are learnt."""
         self.chosen, self.timing, self.n_steps = list(chosen), list(timing), n_steps
         last = self.place(done - 1)
@@ -246,7 +233,7 @@ class Learner:
             return ContinualInputs()
         if method.strategy == "lwf":
             folder = self.place(index) / "teachers"
-            self._on_main(lambda: self._note(self._store(folder), self.units[index].rows, []))
+            self._on_main(lambda: self._note(self._store(folder), self.stages[index].rows, []))
             return ContinualInputs(teachers=self._store(folder))
         if not method.replays:
             return ContinualInputs()
@@ -272,20 +259,20 @@ class Learner:
             changes["max_steps"] = steps * len(self.recipe.task.sequence or [])
         return training.training_arguments(self.recipe, **changes)
 
-    def _train(self, index: int, continual: ContinualInputs, resume: bool) -> dict[str, Any]:
-        rows, name = self.units[index].rows, self.units[index].name
-        self.notify(f"task {index + 1} of {len(self.units)}, {name}: {len(rows)} rows")
+    def _train(self, index: int, continual: ContinualInputs) -> dict[str, Any]:
+        rows, name = self.stages[index].rows, self.stages[index].name
+        self.notify(f"task {index + 1} of {len(self.stages)}, {name}: {len(rows)} rows")
         if continual.teachers is not None:
             warn_of_dropout(self.head_model.hf, "distillation", self.notify)
         arguments = self.arguments(index)
-        timer, marking = training.Timer(), checkpoints.Mark(arguments)
+        timer, marking = Timer(), checkpoints.Mark(arguments)
         table = [{"row": at, **row.plain} for at, row in enumerate(rows)]
         try:
             trainer = SequenceTrainer(
                 self.model,
                 args=arguments,
                 processing_class=self.head_model.tokenizer,
-                callbacks=[trainer_callback(self.tracker, self.n_steps), training.told(self.notify), timer, marking],
+                callbacks=[trainer_callback(self.tracker, self.n_steps), progress_logger(self.notify), timer, marking],
                 train_dataset=datasets.Dataset.from_list(table),
                 data_collator=collate,
                 rows=rows,
@@ -300,12 +287,12 @@ class Learner:
         trainer.remove_callback(PrinterCallback)
         if self.anchor.tasks:
             trainer.penalty = self._elastic
-        checkpoint = checkpoints.newest(Path(arguments.output_dir), self.notify) if resume else None
+        checkpoint = checkpoints.newest(Path(arguments.output_dir), self.notify) if self.context.resume else None
         pairs = self.fixed or (self.chosen[-1] if self.chosen else [])
         with attach_regularisers.with_regularisers(
-            self.recipe, self.head_model, pairs, self.units[index].task, trainer, self.notify
+            self.recipe, self.head_model, pairs, self.stages[index].task, trainer, self.notify
         ):
-            training.carry_out(trainer, checkpoint)
+            training.run_trainer(trainer, checkpoint)
         if empty is not None:  # every process needs the model whole: to measure it, and to train it again
             self.model = distributed.gather_full_model(trainer, empty, everywhere=True)
             self.head_model.hf = distributed.base_of(self.model)

@@ -9,54 +9,41 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import PartialState
 from peft import PeftModel
 from transformers.trainer_utils import align_special_tokens
 
 from headtune.analysis.heads.head_set import HeadSet, RankedHead
-from headtune.analysis.identify import pipeline
 from headtune.analysis.methods.scores import load_means
 from headtune.analysis.models.head_model import HeadModel
-from headtune.analysis.reports import head_report
 from headtune.analysis.tasks.loading import load_task
 from headtune.analysis.tasks.task import Task
 from headtune.analysis.tasks.tokenized import encode
 from headtune.analysis.utils.errors import InputError
 from headtune.analysis.utils.files import write_json
-from headtune.analysis.utils.progress import Notify
 from headtune.analysis.utils.state_files import read_state
-from headtune.analysis.utils.stats import mean_interval
 from headtune.train.config.methods import EvaluationConfig, SeekrConfig, TaskConfig
-from headtune.train.config.resolve_heads import keep_heads, resolve_heads, selected
+from headtune.train.config.resolve_heads import ResolvedHeads, keep_heads, resolve_heads, selected
 from headtune.train.config.resolve_tasks import tasks_of
 from headtune.train.config.schema import Recipe
-from headtune.train.evaluation.evaluate import check_generation_length, perplexity, score_task
-from headtune.train.evaluation.evaluation_file import (
-    flatten_metrics,
-    new_folder,
-    peak_memory,
-    read_before,
-    to_row,
-    write_evaluation,
-)
-from headtune.train.evaluation.multiple_choice import require_choices, truthfulqa_preamble
-from headtune.train.tracking import media
-from headtune.train.tracking.tracker import Tracker
+from headtune.train.evaluation.evaluate import check_generation_length, perplexity
+from headtune.train.evaluation.evaluation_file import peak_memory
+from headtune.train.evaluation.multiple_choice import require_choices
+from headtune.train.methods.base import method_named
+from headtune.train.tracking import results
 from headtune.train.trainer import rows as rows_module
 from headtune.train.trainer import training, training_rows
-from headtune.train.tuners import weights_io
+from headtune.train.trainer.run_context import RunContext
 
-from .learner import Learner, Unit
-from .metrics import sequence_metrics
+from .learner import Learner, Stage
+from .measurements import PROGRESS, base_of, evaluation_of, identity_of, mean, scores_of
 
 
 @dataclass(frozen=True)
@@ -85,12 +72,9 @@ def steps_of(block: TaskConfig) -> list[Step]:
     return steps
 
 
-def general_tasks(recipe: Recipe) -> list[Task]:
+def general_tasks(settings: EvaluationConfig, task: TaskConfig) -> list[Task]:
     """The tasks that are measured before and after, with the sequence's limit on examples."""
-    return [
-        load_task(name, recipe.task.split.seed).limited(recipe.task.max_eval_examples, seed=0)
-        for name in recipe.evaluation.general
-    ]
+    return [load_task(name, task.split.seed).limited(task.max_eval_examples, seed=0) for name in settings.general]
 
 
 def rows_of(recipe: Recipe, model: HeadModel, steps: Sequence[Step]) -> list[list[rows_module.TrainingRow]]:
@@ -102,11 +86,35 @@ def rows_of(recipe: Recipe, model: HeadModel, steps: Sequence[Step]) -> list[lis
     ]
 
 
-def require_usable(recipe: Recipe, model: HeadModel, steps: Sequence[Step]) -> None:
-    """Refuse, before anything is written, what does not fit the tokenizer, the tasks, the model or transformers."""
-    method = recipe.method
-    assert isinstance(method, SeekrConfig)
-    general = general_tasks(recipe)
+@dataclass(frozen=True)
+class PreparedSequence:
+    """The tasks of a sequence, checked against the model.
+
+    Attributes:
+        general: tasks measured besides, before and after.
+        rows: of each step, what is trained on.
+        identity: what the measurement before training is of.
+        heads: those that the recipe names; None where it names none, or they are identified in the run.
+        notes: what was to be told about the heads.
+    """
+
+    steps: list[Step]
+    general: list[Task]
+    rows: list[list[rows_module.TrainingRow]]
+    identity: dict[str, Any]
+    heads: ResolvedHeads | None
+    notes: list[str]
+
+
+def prepare(recipe: Recipe, model: HeadModel, steps: list[Step]) -> PreparedSequence:
+    """Refuse, before anything is written, what does not fit the tokenizer, the tasks, the model or transformers.
+
+    Raises:
+        InputError: what does not fit.
+    """
+    method: SeekrConfig = recipe.method
+    general = general_tasks(recipe.evaluation, recipe.task)
+    heads, notes = None, []  # type: ResolvedHeads | None, list[str]
     names = [step.name for step in steps] + [task.name for task in general]
     if twice := [name for name in names if names.count(name) > 1]:
         raise InputError(f"two of the tasks measured are called {twice[0]!r}; rename a file, or name the step")
@@ -114,7 +122,7 @@ def require_usable(recipe: Recipe, model: HeadModel, steps: Sequence[Step]) -> N
         require_choices(task)
         check_generation_length(model.hf, model.tokenizer, task, recipe.evaluation.n_items)
     if recipe.heads is not None and recipe.heads.identify is None:
-        resolve_heads(recipe.heads, model, steps[0].train, notify=lambda _line: None)
+        heads = resolve_heads(recipe.heads, model, steps[0].train, notify=notes.append)
     elif recipe.heads is not None:
         if steps[0].train.kind == "multiple_choice":
             raise InputError(
@@ -135,263 +143,177 @@ def require_usable(recipe: Recipe, model: HeadModel, steps: Sequence[Step]) -> N
     vocabulary = model.hf.get_output_embeddings().weight.shape[0]
     if distil.logits_top is not None and distil.logits_top >= vocabulary:
         raise InputError(f"method.distil.logits_top is {distil.logits_top} of {vocabulary} logits; lower or remove it")
-    for step, rows in zip(steps, rows_of(recipe, model, steps), strict=True):
-        training_rows.check_lengths(step.name, [row.length for row in rows], model.positions)
+    rows = rows_of(recipe, model, steps)
+    for step, step_rows in zip(steps, rows, strict=True):
+        training_rows.check_lengths(step.name, [row.length for row in step_rows], model.positions)
     for key in ("packing", "loss_type", "label_smoothing_factor", "completion_only_loss", "assistant_only_loss"):
         if recipe.training.get(key):
             raise InputError(f"training.{key} is not read by recipe seekr, whose loss is its own; remove it")
     training.training_arguments(recipe)
+    identity = identity_of(recipe.evaluation, model, [*(step.held_out for step in steps), *general])
     if recipe.evaluation.before is not None:
-        base_of(Path(recipe.evaluation.before), identity_of(recipe, model, steps, general))
-
-
-PRIMARY = {"exact_match": "exact_match", "lists": "correct_new_rate", "multiple_choice": "mc1"}
+        base_of(Path(recipe.evaluation.before), identity)
+    return PreparedSequence(steps, general, rows, identity, heads, notes)
 
 
 # --- the whole run ----------------------------------------------------------------------------------------------------
 
-PROGRESS = "sequence.json"
-
 
 def learn_sequence(
-    recipe: Recipe,
-    model: HeadModel,
-    steps: Sequence[Step],
-    tracker: Tracker,
-    state: dict[str, Any],
-    resume: bool,
-    progress: pipeline.Progress,
-    notify: Notify,
-) -> dict[str, Any]:
-    """Learn all tasks of a recipe; returns the content of evaluation.json (empty but on rank 0).
+    context: RunContext, prepared: PreparedSequence
+) -> tuple[dict[str, Any], ResolvedHeads, dict[str, Any]]:
+    """Learn all tasks of a recipe.
 
-    Writes into `state` what run.json says.
+    Returns:
+        The content of evaluation.json (empty but on rank 0), the heads, and what run.json says of the sequence.
 
     Raises:
         InputError: a run that is taken up with other data or another model than it was started with.
     """
-    folder, method = recipe.folder, recipe.method
-    assert isinstance(method, SeekrConfig)
-    main, path, general = tracker.is_main, folder / PROGRESS, general_tasks(recipe)
-    identity = identity_of(recipe, model, steps, general)
+    recipe, model, tracker, folder = context.recipe, context.model, context.tracker, context.folder
+    method: SeekrConfig = recipe.method
+    steps, general, path = prepared.steps, prepared.general, folder / PROGRESS
     # What a trainer does to a model's special tokens would change what it writes: before anything is measured.
-    if model.tokenizer.pad_token is None:
-        model.tokenizer.pad_token = model.tokenizer.eos_token
+    training.set_pad_token(model)
     align_special_tokens(model.hf, model.tokenizer)
     measured = functools.partial(scores_of, model.tokenizer, recipe.evaluation)
-    saved = read_state(path) if resume and path.is_file() else {}
-    rows = rows_of(recipe, model, steps)
-    learnt = {"train_sha256": hashlib.sha256(repr(rows).encode()).hexdigest()}
-    if saved and (odd := sorted(key for key, value in (identity | learnt).items() if saved["identity"][key] != value)):
-        raise InputError(f"{path}: the run was started with another {odd[0]}; start it anew in another output_dir")
+    # What a broken run has measured, or the base model's measurement.
+    saved = _saved_progress(context, prepared)
     if not saved:
-        saved = {"identity": identity | learnt, "after": [], "heads": [], "timing": [], "n_steps": 0}
-        if recipe.evaluation.before is not None:
-            saved |= base_of(Path(recipe.evaluation.before), identity)
-        elif main:
-            notify(f"measuring the base model on {len(steps)} tasks")
-            saved |= {
-                "before": [measured(model.hf, step.held_out) for step in steps],
-                "general_before": {task.name: measured(model.hf, task) for task in general},
-                "perplexity_before": perplexity(model.hf, model.tokenizer),
-            }
-        if main:
-            write_json(path, saved)
-        PartialState().wait_for_everyone()
+        saved = _start(context, prepared, measured)
+    # One task after the other: learn it, measure all so far.
     together = method.strategy == "multitask"
-    units = [Unit(step.name, step.train, own) for step, own in zip(steps, rows, strict=True)]
+    stages = [Stage(step.name, step.train, rows) for step, rows in zip(steps, prepared.rows, strict=True)]
     if together:
-        units = [Unit("all", steps[0].train, [row for own in rows for row in own])]
-    learner = Learner(recipe, model, units, tracker, progress, notify)
+        stages = [Stage("all", steps[0].train, [row for rows in prepared.rows for row in rows])]
+    learner = Learner(context, stages, prepared.heads)
+    for line in prepared.notes:
+        context.notify(line)
     learner.start()
     done = len(saved["after"])
     if done:
         chosen = [[(layer, head) for layer, head in pairs] for pairs in saved["heads"]]
-        learner.recall(done, chosen, saved["timing"], saved["n_steps"])
-    for index in range(done, len(units)):
-        learner.learn(index, resume)
-        if main:
+        learner.resume_from(done, chosen, saved["timing"], saved["n_steps"])
+    for index in range(done, len(stages)):
+        learner.learn(index)
+        if context.is_main:
             so_far = steps if together else steps[: index + 1]
-            notify(f"measuring {len(so_far)} tasks")
-            found = [measured(learner.model, step.held_out) for step in so_far]
-            saved["after"].append(found)
+            context.notify(f"measuring {len(so_far)} tasks")
+            scores = [measured(learner.model, step.held_out) for step in so_far]
+            saved["after"].append(scores)
             saved |= {"heads": learner.chosen, "timing": learner.timing, "n_steps": learner.n_steps}
             tracker.log(
-                {f"sequence/{step.name}": mean(of) for step, of in zip(so_far, found, strict=True)}
+                {f"sequence/{step.name}": mean(task) for step, task in zip(so_far, scores, strict=True)}
                 | {"sequence/task": index + 1},
                 step=learner.n_steps,
             )
             write_json(path, saved)
         PartialState().wait_for_everyone()
-        learner.forget(index)
-    _note_run(recipe, learner, steps, state)
-    if not main:
-        PartialState().wait_for_everyone()
-        return {}
+        learner.cleanup(index)
+    record = _record(recipe, learner, steps)
+    if not context.is_main:
+        return {}, ResolvedHeads([]), record
+    # The end: general tasks, evaluation.json, heads.json, the model.
     if "general_after" not in saved:
         saved["general_after"] = {task.name: measured(learner.model, task) for task in general}
         saved["perplexity_after"] = perplexity(learner.model, model.tokenizer)
         write_json(path, saved)
-    evaluation = evaluation_of(identity, folder, steps, general, saved, together)
+    evaluation = evaluation_of(prepared.identity, folder, [step.name for step in steps], general, saved, together)
     if learner.chosen and learner.fixed is None:
         _keep_heads(recipe, model, learner)
-    if (folder / "heads.json").is_file():
-        heads, scores = HeadSet.load(folder), folder / "scores.safetensors"
-        means = load_means(scores) if scores.is_file() else {}
-        head_report.write_report(folder / "report.html", heads, means, evaluation, title=recipe.name)
-    else:
-        media.write_run_page(recipe, folder, evaluation)
-    tracker.log(flatten_metrics("after", evaluation["after"]))
-    tracker.summary(flatten_metrics("after", evaluation["after"]) | {"parameters": state["parameters"]})
-    tracker.table("sequence", ["learnt", *(step.name for step in steps)], _matrix_rows(units, saved["after"]))
+    tracker.table("sequence", ["learnt", *(step.name for step in steps)], _matrix_rows(stages, saved["after"]))
     if method.keep != "none":
-        lora = isinstance(learner.model, PeftModel)
-        with new_folder(folder / ("adapter" if lora else "model")) as temporary:
-            weights_io.write(learner.model, temporary)
-            if not lora:
-                model.tokenizer.save_pretrained(str(temporary))
+        method_named(recipe.recipe).save(method, learner.model, model.tokenizer, folder)
+    return evaluation, _heads_of_folder(folder), record
+
+
+def _saved_progress(context: RunContext, prepared: PreparedSequence) -> dict[str, Any]:
+    """sequence.json of the run that is taken up; empty where there is none."""
+    path = context.folder / PROGRESS
+    saved = read_state(path) if context.resume and path.is_file() else {}
+    now = _what_is_learnt(prepared)
+    if saved and (odd := sorted(key for key, value in now.items() if saved["identity"][key] != value)):
+        raise InputError(f"{path}: the run was started with another {odd[0]}; start it anew in another output_dir")
+    return saved
+
+
+def _what_is_learnt(prepared: PreparedSequence) -> dict[str, Any]:
+    digest = hashlib.sha256(repr(prepared.rows).encode()).hexdigest()
+    return prepared.identity | {"train_sha256": digest}
+
+
+def _start(
+    context: RunContext, prepared: PreparedSequence, measured: Callable[[Any, Task], dict[str, Any]]
+) -> dict[str, Any]:
+    """sequence.json before anything is learnt: the base model's measurement, this run's or another's."""
+    model, before = context.model, context.recipe.evaluation.before
+    saved: dict[str, Any] = {"identity": _what_is_learnt(prepared)}
+    saved |= {"after": [], "heads": [], "timing": [], "n_steps": 0}
+    if before is not None:
+        saved |= base_of(Path(before), prepared.identity)
+    elif context.is_main:
+        context.notify(f"measuring the base model on {len(prepared.steps)} tasks")
+        saved |= {
+            "before": [measured(model.hf, step.held_out) for step in prepared.steps],
+            "general_before": {task.name: measured(model.hf, task) for task in prepared.general},
+            "perplexity_before": perplexity(model.hf, model.tokenizer),
+        }
+    if context.is_main:
+        write_json(context.folder / PROGRESS, saved)
     PartialState().wait_for_everyone()
-    return evaluation
+    return saved
 
 
-def _note_run(recipe: Recipe, learner: Learner, steps: Sequence[Step], state: dict[str, Any]) -> None:
+def _heads_of_folder(folder: Path) -> ResolvedHeads:
+    """The head set in a run's folder, for its report."""
+    if not (folder / "heads.json").is_file():
+        return ResolvedHeads([])
+    heads, scores = HeadSet.load(folder), folder / "scores.safetensors"
+    return ResolvedHeads([], heads, load_means(scores) if scores.is_file() else {})
+
+
+def _record(recipe: Recipe, learner: Learner, steps: Sequence[Step]) -> dict[str, Any]:
     """What run.json says of a sequence."""
     everything = sum(parameter.numel() for parameter in learner.model.parameters())
     trained = sum(parameter.numel() for parameter in learner.model.parameters() if parameter.requires_grad)
     total = everything - (trained if isinstance(learner.model, PeftModel) else 0)
-    state |= {"parameters": trained, "model_parameters": total, "parameters_share": trained / total}
-    state |= {"peak_memory_gib": peak_memory(), "heads": learner.chosen[-1] if learner.chosen else []}
+    record = results.parameter_counts(trained, total)
+    record |= {"peak_memory_gib": peak_memory(), "heads": learner.chosen[-1] if learner.chosen else []}
     # A task that was taken up again has timed the steps since then only.
     timed = [part for part in learner.timing if part]
-    state["training"] = {"steps": learner.n_steps, "seconds": sum(part["seconds"] for part in timed)}
+    record["training"] = {"steps": learner.n_steps, "seconds": sum(part["seconds"] for part in timed)}
     if timed:
-        state["training"]["seconds_per_step"] = sum(part["seconds_per_step"] for part in timed) / len(timed)
+        record["training"]["seconds_per_step"] = sum(part["seconds_per_step"] for part in timed) / len(timed)
     if recipe.method.strategy == "ewc":
-        of = zip(learner.units, learner.informing, strict=True)
-        state["fisher_rows"] = {unit.name: len(rows) for unit, rows in list(of)[:-1]}  # nothing comes after the last
-    state["buffer"] = {unit.name: len(share) for unit, share in zip(learner.units, learner.buffer, strict=True)}
+        rows_of_stage = zip(learner.stages, learner.fisher, strict=True)
+        record["fisher_rows"] = {stage.name: len(rows) for stage, rows in list(rows_of_stage)[:-1]}  # no task follows
+    record["buffer"] = {stage.name: len(share) for stage, share in zip(learner.stages, learner.buffer, strict=True)}
     limited = [(step.name, step.train.limited(recipe.task.max_train_examples, recipe.seed)) for step in steps]
-    state["training_data"] = {
+    record["training_data"] = {
         "tasks": [{"name": name, "sha256": part.sha256, "n_examples": len(part.examples)} for name, part in limited]
     }
+    return record
 
 
-def clear(recipe: Recipe) -> None:
+def clear(folder: Path, keep: str) -> None:
     """Remove what only a run that is not done needs: teachers, checkpoints, anchors, models that `keep` does not name.
 
     And what a killed process left half written (see `atomic_folder`).
     """
-    assert isinstance(recipe.method, SeekrConfig)
     names = [
         "teachers",
         "checkpoints",
         "remembered",
         "anchor.safetensors",
         ".*",
-        *([] if recipe.method.keep == "all" else ["model", "adapter"]),
+        *([] if keep == "all" else ["model", "adapter"]),
     ]
     for pattern in ["teachers", ".model.*", ".adapter.*", *(f"tasks/*/{name}" for name in names)]:
-        for path in recipe.folder.glob(pattern):
+        for path in folder.glob(pattern):
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
             else:
                 path.unlink(missing_ok=True)
-
-
-def scores_of(tokenizer: Any, settings: EvaluationConfig, model: Any, task: Task) -> dict[str, Any]:
-    """A task's main metric by example, with what the model wrote."""
-    model.eval()
-    preamble = truthfulqa_preamble() if settings.preamble == "truthfulqa" and task.kind == "multiple_choice" else ""
-    metrics, scored = score_task(model, tokenizer, task, settings.n_items, settings.batch_size, preamble)
-    main = PRIMARY[task.kind]
-    return {
-        "metric": main,
-        "metrics": {name: value["mean"] for name, value in metrics.items() if name != "n"},
-        "values": [one.values[main] for one in scored],
-        "rows": [to_row(one) for one in scored],
-    }
-
-
-def mean(of: Mapping[str, Any]) -> float:
-    return float(np.mean(of["values"]))
-
-
-def identity_of(recipe: Recipe, model: HeadModel, steps: Sequence[Step], general: Sequence[Task]) -> dict[str, Any]:
-    """What two measurements of the base model must share to be the same measurement."""
-    tasks = [step.held_out for step in steps] + list(general)
-    measured = hashlib.sha256(" ".join(f"{task.name} {task.sha256}" for task in tasks).encode()).hexdigest()
-    return {
-        "task": "sequence",
-        "task_sha256": measured,
-        "weights_sha256": model.weights_sha256,
-        "n_items": recipe.evaluation.n_items,
-        "preamble": recipe.evaluation.preamble,
-    }
-
-
-def base_of(path: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
-    """The base model's measurement in another run of the same sequence, whose evaluation.json is `path`.
-
-    Raises:
-        InputError: the file is missing or measured something else.
-    """
-    read_before(path, identity)
-    other = path.with_name(PROGRESS)
-    try:
-        saved = json.loads(other.read_text(encoding="utf-8"))
-        return {key: saved[key] for key in ("before", "general_before", "perplexity_before")}
-    except (OSError, ValueError, KeyError):
-        raise InputError(f"evaluation.before {str(path)!r} has no {PROGRESS} beside it; remove the key") from None
-
-
-def evaluation_of(
-    identity: Mapping[str, Any],
-    folder: Path,
-    steps: Sequence[Step],
-    general: Sequence[Task],
-    saved: Mapping[str, Any],
-    together: bool,
-) -> dict[str, Any]:
-    """Write evaluation.json: averages over tasks before and after, what was forgotten, and each task by itself."""
-    names = [step.name for step in steps]
-    last = saved["after"][-1]
-    before = _averages(names, saved["before"], saved["general_before"], saved["perplexity_before"])
-    after = _averages(names, last, saved["general_after"], saved["perplexity_after"])
-    if not together:
-        columns = saved["after"]
-        found = sequence_metrics(
-            [[columns[j][i]["values"] if j >= i else None for j in range(len(steps))] for i in range(len(steps))],
-            [_subjects(one) for one in last],
-        )
-        after |= {"bwt": {"mean": found["bwt"], "ci": found["bwt_ci"]}, "forgetting": found["forgetting"]}
-    counts = {name: len(of["values"]) for name, of in zip(names, last, strict=True)}
-    before["n"] = after["n"] = {"examples": sum(counts.values()), "by_task": counts}
-    parts = [(of["rows"], later["rows"]) for of, later in zip(saved["before"], last, strict=True)]
-    parts += [(saved["general_before"][t.name]["rows"], saved["general_after"][t.name]["rows"]) for t in general]
-    rows_before, rows_after = ([row for part in parts for row in part[side]] for side in (0, 1))
-    return write_evaluation(folder, identity, before, after, rows_before, rows_after)
-
-
-def _averages(
-    names: Sequence[str], of: Sequence[Mapping[str, Any]], general: Mapping[str, Any], perplexity: float
-) -> dict[str, Any]:
-    """`op`, each task's main metric, the general tasks' metrics, all as `{"mean", "ci"}`, and the perplexity."""
-    once = [[None] * i + [one["values"]] * (len(of) - i) for i, one in enumerate(of)]  # as if nothing changed
-    found = sequence_metrics(once, [_subjects(one) for one in of])
-    result: dict[str, Any] = {"op": {"mean": found["op"], "ci": found["op_ci"]}}
-    result |= {
-        f"{name}/{one['metric']}": mean_interval(one["values"], _subjects(one))
-        for name, one in zip(names, of, strict=True)
-    }
-    for name, one in general.items():
-        for metric in one["rows"][0]["values"]:
-            result[f"{name}/{metric}"] = mean_interval([row["values"][metric] for row in one["rows"]], _subjects(one))
-    return result | {"neutral_perplexity": perplexity}
-
-
-def _subjects(of: Mapping[str, Any]) -> list[str]:
-    """Of each example of a task, as its values are ordered."""
-    return [row["subject"] for row in of["rows"]]
 
 
 def _keep_heads(recipe: Recipe, model: HeadModel, learner: Learner) -> None:
@@ -407,17 +329,19 @@ def _keep_heads(recipe: Recipe, model: HeadModel, learner: Learner) -> None:
         for layer, head in sorted(chosen, key=lambda pair: -float(ranking[pair]))
     )
     task = {
-        "name": "+".join(unit.name for unit in learner.units),
-        "sha256": hashlib.sha256(" ".join(unit.task.sha256 for unit in learner.units).encode()).hexdigest(),
-        "n_examples": sum(len(unit.rows) for unit in learner.units),
+        "name": "+".join(stage.name for stage in learner.stages),
+        "sha256": hashlib.sha256(" ".join(stage.task.sha256 for stage in learner.stages).encode()).hexdigest(),
+        "n_examples": sum(len(stage.rows) for stage in learner.stages),
         "n_dropped": 0,
         "dropped": {},
     }
     method = {"parameters": recipe.method.distil.model_dump()}
-    keep_heads(selected("random" if drawn else "seekr", scores, ranked, recipe, model, task, method), recipe.folder)
+    keep_heads(
+        selected("random" if drawn else "seekr", scores, ranked, recipe.seed, model, task, method), recipe.folder
+    )
 
 
-def _matrix_rows(learnt: Sequence[Unit], after: Sequence[Sequence[Mapping[str, Any]]]) -> list[list[Any]]:
+def _matrix_rows(learnt: Sequence[Stage], after: Sequence[Sequence[Mapping[str, Any]]]) -> list[list[Any]]:
     width = max(len(row) for row in after)
     return [
         [step.name, *(mean(of) for of in row), *[None] * (width - len(row))]

@@ -18,20 +18,19 @@ from headtune.analysis.tasks.task import Task
 from headtune.analysis.utils.errors import InputError
 from headtune.analysis.utils.files import atomic_folder, write_json
 from headtune.train.config.methods import EvaluationConfig
-from headtune.train.config.schema import Recipe
 
 from .evaluate import Scored, evaluate
 from .multiple_choice import truthfulqa_preamble
 
 
-def evaluation_identity(recipe: Recipe, model: HeadModel, task: Task) -> dict[str, Any]:
+def evaluation_identity(settings: EvaluationConfig, model: HeadModel, task: Task) -> dict[str, Any]:
     """What two measurements of the base model must share to be the same measurement."""
     return {
         "task": task.name,
         "task_sha256": task.sha256,
         "weights_sha256": model.weights_sha256,
-        "n_items": recipe.evaluation.n_items,
-        "preamble": recipe.evaluation.preamble,
+        "n_items": settings.n_items,
+        "preamble": settings.preamble,
     }
 
 

@@ -127,11 +127,11 @@ class TuningMethod(MethodRules):
         return 0
 
 
-def method_of(recipe: Recipe) -> TuningMethod:
-    """The tuning method of a recipe."""
-    method = method_rules(recipe.recipe)
+def method_named(name: str) -> TuningMethod:
+    """A tuning method by the name that `recipe:` says."""
+    method = method_rules(name)
     if not isinstance(method, TuningMethod):
-        raise InputError(f"tuning method {recipe.recipe!r} is no subclass of headtune.train.methods.base.TuningMethod")
+        raise InputError(f"tuning method {name!r} is no subclass of headtune.train.methods.base.TuningMethod")
     return method
 
 

@@ -83,4 +83,4 @@ def open_gates(
         int((gates > 0).sum()),
         "training.learning_rate or method.gate_learning_rate",
     )
-    return selected("jola", {GATE: gates, "jola.norm": through}, ranked, recipe, model, data, method)
+    return selected("jola", {GATE: gates, "jola.norm": through}, ranked, recipe.seed, model, data, method)

@@ -54,13 +54,13 @@ class Seekr(TuningMethod):
             message = "heads.lofit and heads.probe choose on one task; name a head set (heads.from)"
             yield Problem(("heads", "lofit" if heads.lofit else "probe"), message)
 
-    def dump(self, recipe: Recipe, data: dict[str, Any]) -> None:
+    def drop_unread(self, config: SeekrConfig, names_heads: bool, data: dict[str, Any]) -> None:
         for key, strategies in _READ_BY.items():
-            if recipe.method.strategy not in strategies:
-                data["method"].pop(key)
-        if recipe.heads is not None and "distil" in data["method"]:
+            if config.strategy not in strategies:
+                data.pop(key)
+        if names_heads and "distil" in data:
             for key in _CHOOSING:
-                data["method"]["distil"].pop(key, None)
+                data["distil"].pop(key, None)
 
     def peft_config(self, config: SeekrConfig, pairs: Pairs, model: Any) -> Any:
         return lora_config(config.lora) if config.tune == "lora" else None

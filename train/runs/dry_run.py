@@ -25,16 +25,16 @@ from headtune.analysis.utils.files import require_new_folder
 from headtune.analysis.utils.processes import world_size
 from headtune.train.config import resolve_tasks
 from headtune.train.config.methods import HeadsConfig
-from headtune.train.config.resolve_heads import resolve_heads
 from headtune.train.config.schema import Recipe
-from headtune.train.continual import sequence
 from headtune.train.memory import model_shape
-from headtune.train.methods.base import method_of
+from headtune.train.methods.base import method_named
 from headtune.train.trainer import training
+from headtune.train.trainer.objectives import objective_of
 
 from . import batch_preview, memory_of_recipe
 from .memory_of_recipe import Stage
-from .run import FIRST, Ready, prepared
+from .prepare import PreparedRun, prepare
+from .run import FIRST
 
 
 @dataclass(frozen=True)
@@ -95,8 +95,8 @@ def dry_run(recipe: Recipe) -> DryRun:
         raise InputError("--dry-run is for one process; headtune plan estimates several")
     fix = "choose another output_dir or name, or continue it with --resume (resume=True in Python)"
     require_new_folder(recipe.folder, fix, FIRST)
-    ready = prepared(recipe)
-    heads = ready.heads
+    ready = prepare(recipe)
+    heads = ready.model
     total = sum(p.numel() for p in heads.hf.parameters())
     notes: list[str] = []
     pairs: list[tuple[int, int]] = []
@@ -106,7 +106,7 @@ def dry_run(recipe: Recipe) -> DryRun:
     examples = (len(ready.train.examples), len(ready.held_out.examples))
     tasks = f"{resolve_tasks.in_words(recipe.task, ready.train, ready.held_out)}, "
     tasks += scored(ready.held_out.kind, recipe.evaluation.n_items)
-    family = method_of(recipe)
+    family = method_named(recipe.recipe)
     if family.stops_after_heads(recipe.method):
         notes.append("method.select_only: the run ends when heads are chosen")
     if family.learns_sequence:
@@ -119,14 +119,14 @@ def dry_run(recipe: Recipe) -> DryRun:
 
 def _trained(
     recipe: Recipe,
-    ready: Ready,
+    ready: PreparedRun,
     pairs: list[tuple[int, int]],
     words: str | None,
     total: int,
     tasks: str,
     notes: list[str],
 ) -> DryRun:
-    heads, method = ready.heads, recipe.method
+    heads, method = ready.model, recipe.method
     if heads.tokenizer.pad_token is None:
         heads.tokenizer.pad_token = heads.tokenizer.eos_token
     limit = recipe.task.max_train_examples
@@ -136,15 +136,15 @@ def _trained(
         notes.append(f"{share} of the prompts will be lists that the model writes itself; the batch shows the task's")
         block = method.answer_set.model_copy(update={"own_lists": 0.0})
         given = recipe.model_copy(update={"method": method.model_copy(update={"answer_set": block})})
-    data = training.material(given, heads, ready.train, {}, lambda _line: None)
+    data = objective_of(method).data(given, heads, ready.train, ready.rows, lambda _line: None)
     with tempfile.TemporaryDirectory() as folder:  # a trainer makes its output folder
         arguments = training.training_arguments(recipe, output_dir=folder)
-        config: Any = method_of(recipe).peft_config(method, pairs, heads.hf)
+        config: Any = method_named(recipe.recipe).peft_config(method, pairs, heads.hf)
         if config is None:
             heads.hf.requires_grad_(True)
         set_seed(recipe.seed)
         try:
-            trainer = data.kind(
+            trainer = data.trainer(
                 heads.hf,
                 args=arguments,
                 processing_class=heads.tokenizer,
@@ -176,24 +176,25 @@ def _trained(
     )
 
 
-def _in_order(recipe: Recipe, ready: Ready, words: str | None, total: int, notes: list[str]) -> DryRun:
+def _in_order(recipe: Recipe, ready: PreparedRun, words: str | None, total: int, notes: list[str]) -> DryRun:
     """A sequence of tasks: the batch shows the first task's rows in their order, which training shuffles."""
-    heads = ready.heads
-    tasks = sequence.rows_of(recipe, heads, ready.steps)
+    heads = ready.model
+    assert ready.sequence is not None
+    tasks = ready.sequence.rows
     arguments = training.training_arguments(recipe)
-    config = method_of(recipe).peft_config(recipe.method, [], heads.hf)
+    config = method_named(recipe.recipe).peft_config(recipe.method, [], heads.hf)
     model: Any = heads.hf.requires_grad_(True) if config is None else get_peft_model(heads.hf, config)
     at_once = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
     steps = sum(_steps(arguments, len(rows), at_once) for rows in tasks)
     longest = max(row.length for rows in tasks for row in rows)
     labels = max(sum(label != -100 for label in row.labels) for rows in tasks for row in rows)
-    notes.append(f"{len(tasks)} tasks in order: {', '.join(step.name for step in ready.steps)}")
+    notes.append(f"{len(tasks)} tasks in order: {', '.join(step.name for step in ready.sequence.steps)}")
     notes.append("the batch shows the first task's rows in the order of its file")
     shown = [
         batch_preview.Row(batch_preview.parts(row.input_ids, [label != -100 for label in row.labels], heads.tokenizer))
         for row in tasks[0][: arguments.per_device_train_batch_size]
     ]
-    examples = (sum(map(len, tasks)), sum(len(step.held_out.examples) for step in ready.steps))
+    examples = (sum(map(len, tasks)), sum(len(step.held_out.examples) for step in ready.sequence.steps))
     stages = _stages(recipe, heads, arguments, longest, labels, max(map(len, tasks)))
     task = scored(ready.held_out.kind, recipe.evaluation.n_items)
     return DryRun(
@@ -201,14 +202,16 @@ def _in_order(recipe: Recipe, ready: Ready, words: str | None, total: int, notes
     )
 
 
-def _heads(block: HeadsConfig, ready: Ready, notes: list[str]) -> tuple[list[tuple[int, int]], str]:
+def _heads(block: HeadsConfig, ready: PreparedRun, notes: list[str]) -> tuple[list[tuple[int, int]], str]:
     """The heads, or as many others where the run has yet to find them; and in words."""
-    heads = ready.heads
+    heads = ready.model
     if block.identify is None and not block.learnt:
-        chosen = resolve_heads(block, heads, ready.train, notify=notes.append)
-        if chosen.found is not None and block.random is None and (failed := _not_dissociated(block, chosen.found)):
-            notes.append(failed)
-        pairs = chosen.pairs
+        resolved = ready.heads
+        assert resolved is not None
+        notes += ready.notes
+        if resolved.head_set is not None and block.random is None:
+            notes += _not_dissociated(block, resolved.head_set)
+        pairs = resolved.pairs
         names = [f"L{layer}H{head}" for layer, head in pairs]
         return pairs, f"{len(pairs)}: {' '.join(names[:16])}{' ...' if len(names) > 16 else ''}"
     how = "identify" if block.identify else "lofit" if block.lofit else "probe"
@@ -217,15 +220,15 @@ def _heads(block: HeadsConfig, ready: Ready, notes: list[str]) -> tuple[list[tup
     return pairs, f"{'up to ' if block.role == 'both' else ''}{len(pairs)}, to be found by {how}"
 
 
-def _not_dissociated(block: HeadsConfig, found: HeadSet) -> str:
-    """One line where the head set's own check failed for a role that is trained, with what to do; else empty."""
+def _not_dissociated(block: HeadsConfig, found: HeadSet) -> list[str]:
+    """One line where the head set's own check failed for a role that is trained, with what to do."""
     tested = found.verification.get("dissociation") or {}
     roles = ROLES if block.role == "both" else (block.role,)
     failed = [role for role in roles if role in tested and not tested[role]["held"]]
     if not failed:
-        return ""
+        return []
     said = f"the head set's dissociation FAILS for {' and '.join(failed)}, and these heads are trained"
-    return f"{said}. {next_step(found)}"
+    return [f"{said}. {next_step(found)}"]
 
 
 def by_kind(model: Any) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""Heads that a run chooses by training or probing, and adapters that it computes without training."""
+"""Heads that a run chooses by training or iti_probes."""
 
 from __future__ import annotations
 
@@ -9,29 +9,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from headtune.analysis.identify import pipeline
-from headtune.analysis.models.head_model import HeadModel
 from headtune.analysis.tasks.task import Task
-from headtune.analysis.utils.progress import Notify
 from headtune.train import distributed
 from headtune.train.config.resolve_heads import ResolvedHeads, ranked_heads, selected
-from headtune.train.config.schema import Recipe
-from headtune.train.methods.base import method_of
-from headtune.train.tracking.tracker import Tracker
 from headtune.train.trainer import training
+from headtune.train.trainer.objectives import objective_of
+from headtune.train.trainer.run_context import RunContext
 from headtune.train.tuners import head_tuning, iti_probes
 from headtune.train.types import Penalty
 
 NORM = "lofit.norm"
 
 
-def lofit_heads(recipe: Recipe, model: HeadModel, train: Task, tracker: Tracker, notify: Notify) -> ResolvedHeads:
+def lofit_heads(context: RunContext, train: Task, rows: Any) -> ResolvedHeads:
     """LoFiT's first stage: the heads whose scale grows most when all heads' scales are trained under an L1 penalty.
 
         score[l, h] = ||A[l, h]||_2 after training   z <- (1 + A) z   on   loss + l1 * sum |A|
 
     The adapter is thrown away: `model.hf` is the untouched base afterwards. (Yin et al. 2024, section 3.)
+
+    Args:
+        rows: what the objective prepared.
     """
+    recipe, model, notify = context.recipe, context.model, context.notify
     assert recipe.heads is not None and recipe.heads.lofit is not None
     block, top = recipe.heads.lofit, recipe.heads.top
     everyone = [(layer, head) for layer in range(model.n_layers) for head in range(model.n_heads)]
@@ -42,13 +42,11 @@ def lofit_heads(recipe: Recipe, model: HeadModel, train: Task, tracker: Tracker,
         init_std=block.init_std,
         task_type="CAUSAL_LM",
     )
-    if model.tokenizer.pad_token is None:
-        model.tokenizer.pad_token = model.tokenizer.eos_token
-    state: dict[str, Any] = {}
-    data = training.material(recipe, model, train, state, notify)
+    training.set_pad_token(model)
+    data = objective_of(recipe.method).data(recipe, model, train, rows, notify)
     changes: dict[str, Any] = {
         "learning_rate": block.learning_rate,
-        "output_dir": str(recipe.folder / "select"),
+        "output_dir": str(context.folder / "select"),
         "save_strategy": "no",
     }
     if block.max_steps is not None:
@@ -56,19 +54,19 @@ def lofit_heads(recipe: Recipe, model: HeadModel, train: Task, tracker: Tracker,
     notify(f"choosing heads: scales on all {len(everyone)} heads, {data.n_rows} rows")
     model.record_attention(False)
     arguments = training.training_arguments(recipe, **changes)
-    penalty = l1_penalty(block.l1)
-    stage = tracker.stage("select")
-    trainer = training.train_with(
-        recipe, model, config, data, arguments, stage, penalty, False, notify, everywhere=True
+    stage = context.tracker.stage("select")
+    trainer = training.train_adapter(
+        context, config, data, arguments, logs=stage, penalty=l1_penalty(block.l1), everywhere=True
     )
+    # The scales are read, and the adapter is taken off.
     adapted = trainer.accelerator.unwrap_model(trainer.model)
     norms = scale_norms(adapted, model.n_layers, model.n_heads)
     model.hf = adapted.unload()
     shutil.rmtree(changes["output_dir"], ignore_errors=True)
-    tracker.log({"select/steps": trainer.state.global_step})
+    context.tracker.log({"select/steps": trainer.state.global_step})
     method = {"parameters": block.model_dump() | {"objective": recipe.method.objective}, **trainer.timing}
     ranked = ranked_heads(norms, top, "heads.lofit.learning_rate")
-    return selected("lofit", {NORM: norms}, ranked, recipe, model, state["training_data"], method)
+    return selected("lofit", {NORM: norms}, ranked, recipe.seed, model, data.summary, method)
 
 
 def l1_penalty(weight: float) -> Penalty:
@@ -93,38 +91,14 @@ def scale_norms(model: Any, n_layers: int, n_heads: int) -> Tensor:
     return norms
 
 
-def probed_heads(recipe: Recipe, model: HeadModel, train: Task, progress: pipeline.Progress) -> ResolvedHeads:
+def probed_heads(context: RunContext, train: Task) -> ResolvedHeads:
     """The heads whose output a linear probe reads right from wrong answers best (Li et al. 2023)."""
+    recipe, model = context.recipe, context.model
     assert recipe.heads is not None and recipe.heads.probe is not None
     block = recipe.heads.probe
-    part = _part(recipe, train, block.max_examples)
-    found = iti_probes.probe_heads(model, part, recipe.seed, block.folds, block.per_prompt, progress)
+    part = train.limited(recipe.task.max_train_examples, recipe.seed).limited(block.max_examples, recipe.seed)
+    probes = iti_probes.probe_heads(model, part, recipe.seed, block.folds, block.per_prompt, context.progress)
     note = {"name": part.name, "sha256": part.sha256, "n_examples": len(part.examples), "n_dropped": 0, "dropped": {}}
-    ranked = found.ranked(recipe.heads.top)
-    chosen = selected(
-        "probe", {iti_probes.ACCURACY: found.accuracy}, ranked, recipe, model, note, {"parameters": found.note}
-    )
-    return replace(chosen, probed=found)
-
-
-def _part(recipe: Recipe, train: Task, max_examples: int | None) -> Task:
-    """The training prompts that a computation may see: those of a training, and of those at most `max_examples`."""
-    return train.limited(recipe.task.max_train_examples, recipe.seed).limited(max_examples, recipe.seed)
-
-
-def steered(
-    recipe: Recipe,
-    model: HeadModel,
-    chosen: ResolvedHeads,
-    train: Task,
-    state: dict[str, Any],
-    progress: pipeline.Progress,
-    notify: Notify,
-) -> Any:
-    """The model with an adapter that is computed, not trained; notes in `state["steering"]` what was found."""
-    part = _part(recipe, train, None)
-    notify(f"steering: {getattr(recipe.method, 'kind', recipe.recipe)}")
-    computed = method_of(recipe).compute(recipe.method, model, chosen, part, recipe.seed, progress)
-    state["steering"] = computed.note
-    state["heads"] = [list(pair) for pair in computed.pairs]
-    return computed.model
+    ranked, scores = probes.ranked(recipe.heads.top), {iti_probes.ACCURACY: probes.accuracy}
+    resolved = selected("probe", scores, ranked, recipe.seed, model, note, {"parameters": probes.note})
+    return replace(resolved, probed=probes)

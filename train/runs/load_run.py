@@ -13,7 +13,7 @@ from headtune.analysis.utils.state_files import read_state
 from headtune.train.config import recipe as recipes
 from headtune.train.config.methods import ModelConfig
 from headtune.train.config.schema import Recipe
-from headtune.train.methods.base import method_of
+from headtune.train.methods.base import method_named
 from headtune.train.tuners import weights_io
 
 OWN = ("recipe.yaml", "run.json", "evaluation.json", "adapter", "model")  # what is read of a run that is done
@@ -21,13 +21,14 @@ OWN = ("recipe.yaml", "run.json", "evaluation.json", "adapter", "model")  # what
 log = logging.getLogger(__name__)
 
 
-def _warn_of_code(block: ModelConfig) -> None:
+def warn_of_code(block: ModelConfig) -> None:
     """Tell that a model's own code is going to run."""
     if block.trust_remote_code:
         log.warning("model.trust_remote_code: code that comes with %s runs with your rights", block.name)
 
 
-def _saved(folder: Path) -> dict[str, Any]:
+def read_run_file(folder: Path) -> dict[str, Any]:
+    """The content of run.json; empty where there is none."""
     path = folder / "run.json"
     return read_state(path) if path.is_file() else {}
 
@@ -47,11 +48,11 @@ def load_run(folder: Path | str) -> tuple[Any, Any, Recipe]:
     check_links_stay_inside(folder, "run", OWN)
     recipe = recipes.load_recipe(str(folder / "recipe.yaml"))
     block = recipe.model
-    method = method_of(recipe)
+    method = method_named(recipe.recipe)
     why_no_model = method.why_no_model(recipe.method, folder)
     if method.stops_after_heads(recipe.method):
         raise InputError(str(why_no_model))
-    if (state := _saved(folder).get("state")) != "done":
+    if (state := read_run_file(folder).get("state")) != "done":
         raise InputError(f"run {str(folder)!r} is {state}; finish it with: headtune train RECIPE --resume")
     if (folder / "model" / "config.json").is_file():
         model, tokenizer = load_plain(str(folder / "model"), "float32")
@@ -62,6 +63,6 @@ def load_run(folder: Path | str) -> tuple[Any, Any, Recipe]:
         raise InputError(f"run {str(folder)!r} has no adapter yet; finish it with: headtune train RECIPE --resume")
     if not (folder / "adapter" / "adapter_model.safetensors").is_file():  # else PEFT would take a pickle
         raise InputError(f"run {str(folder)!r} has an adapter without adapter_model.safetensors; train it anew")
-    _warn_of_code(block)
+    warn_of_code(block)
     model, tokenizer = load_plain(block.name, "float32", block.revision, block.trust_remote_code)
     return weights_io.with_adapter(model, folder / "adapter").eval(), tokenizer, recipe

@@ -26,7 +26,7 @@ from headtune.train.memory import estimate as plan
 from headtune.train.memory import model_shape
 from headtune.train.memory.estimate import GIB, Memory, Objective, Setup
 from headtune.train.memory.model_shape import Shape, Trained
-from headtune.train.methods.base import method_of
+from headtune.train.methods.base import method_named
 
 UTILISATION = (0.2, 0.45)  # of the peak rate, slow and fast end; identify's single tokens are half as efficient
 PEAK_RATE = {2: 989e12, 4: 67e12}  # H100 SXM: dense bfloat16, and float32 without tensor cores; operations a second
@@ -92,7 +92,7 @@ def stages(recipe: Recipe, shape: Shape, setup: Setup, prompts: int | None = Non
     Args:
         prompts: of the training data; the recipe's limit where there is one.
     """
-    if not method_of(recipe).trains:
+    if not method_named(recipe.recipe).trains:
         raise InputError(
             f"recipe {recipe.recipe} trains nothing, and takes the memory of loading the model; plan another recipe"
         )
@@ -104,7 +104,7 @@ def stages(recipe: Recipe, shape: Shape, setup: Setup, prompts: int | None = Non
         everyone = [(layer, head) for layer in range(shape.n_layers) for head in range(shape.n_heads)]
         scales = model_shape.head_values(shape, everyone, offset=False)
         found.append(_train_stage("select", recipe, shape, scales, setup, rows, heads.lofit.max_steps))
-    if not method_of(recipe).stops_after_heads(recipe.method):
+    if not method_named(recipe.recipe).stops_after_heads(recipe.method):
         found.append(_train_stage("train", recipe, shape, trained_of(recipe, shape), setup, rows))
     return found
 
@@ -130,7 +130,7 @@ def identify_stage(shape: Shape, setup: Setup, prompts: int | None, spread: int 
 
 def trained_of(recipe: Recipe, shape: Shape) -> Trained:
     """What a recipe's method trains. Heads that are yet to be found are taken to reach down to layer 0."""
-    method, pairs = method_of(recipe), _pairs(recipe, shape) or []
+    method, pairs = method_named(recipe.recipe), _pairs(recipe, shape) or []
     return method.trained_weights(recipe.method, shape, pairs)
 
 
@@ -173,7 +173,7 @@ def _read(block: HeadsConfig, shape: Shape) -> list[tuple[int, int]]:
 
 def objective_of(recipe: Recipe, shape: Shape, setup: Setup) -> Objective:
     """What a recipe's loss looks at."""
-    return method_of(recipe).objective(recipe, trained_of(recipe, shape), setup, _pairs(recipe, shape))
+    return method_named(recipe.recipe).objective(recipe, trained_of(recipe, shape), setup, _pairs(recipe, shape))
 
 
 def _train_stage(
@@ -197,7 +197,7 @@ def _train_stage(
         host = min(size, int(method.prefix_memory_gb * GIB))
         disk = size - host
     if rows is not None:
-        disk += method_of(recipe).stored_bytes(recipe, shape, setup, rows, _pairs(recipe, shape))
+        disk += method_named(recipe.recipe).stored_bytes(recipe, shape, setup, rows, _pairs(recipe, shape))
     if setup.device == "cpu":  # one memory
         memory = replace(memory, parts={**memory.parts, **({"prefix cache": host} if host else {})})
         memory = replace(memory, peak=memory.peak + host)

@@ -9,25 +9,18 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from accelerate import PartialState
 
-from headtune.analysis.heads.head_set import ROLES, HeadSet, provenance
+from headtune.analysis.heads import head_set
 from headtune.analysis.identify import pipeline
 from headtune.analysis.methods.scores import load_means
-from headtune.analysis.models.head_model import HeadModel
-from headtune.analysis.models.loading import load_model
-from headtune.analysis.reports import head_report
 from headtune.analysis.reports.dissociation import next_step, verdict
-from headtune.analysis.reports.head_profiles import read_profiles
-from headtune.analysis.tasks.task import Task, scored
-from headtune.analysis.tasks.tokenized import encode
+from headtune.analysis.tasks.task import scored
 from headtune.analysis.utils.errors import InputError
 from headtune.analysis.utils.files import leftovers, require_new_folder, write_json, write_text
 from headtune.analysis.utils.processes import is_main
@@ -35,48 +28,59 @@ from headtune.analysis.utils.progress import Notify
 from headtune.analysis.utils.state_files import mend_lines, read_state
 from headtune.analysis.utils.verbosity import silence_libraries
 from headtune.train.config import recipe as recipes
-from headtune.train.config.resolve_heads import ResolvedHeads, keep_heads, resolve_heads
-from headtune.train.config.resolve_tasks import tasks_of
+from headtune.train.config.resolve_heads import ResolvedHeads, keep_heads, resolve_heads, write_head_set
 from headtune.train.config.schema import Recipe
 from headtune.train.continual import sequence
-from headtune.train.evaluation.evaluate import check_generation_length
 from headtune.train.evaluation.evaluation_file import (
-    evaluation_identity,
     flatten_metrics,
     measure,
     peak_memory,
     read_before,
     write_evaluation,
 )
-from headtune.train.evaluation.multiple_choice import require_choices
-from headtune.train.methods.base import method_of
-from headtune.train.tracking import lineage, media
+from headtune.train.methods.base import method_named
+from headtune.train.tracking import lineage, media, results
 from headtune.train.tracking.tracker import METRICS, Tracker
-from headtune.train.trainer import attach_regularisers, failures, signals, training, training_rows
+from headtune.train.trainer import failures, signals, training
+from headtune.train.trainer.run_context import RunContext
 
 from . import first_stage
-from .load_run import _saved, _warn_of_code
+from .load_run import read_run_file
+from .prepare import PreparedRun, prepare
 
 log = logging.getLogger(__name__)
 FIRST = "recipe.yaml"  # without it nothing of a run is there
 
 
-@contextmanager
-def _state_file(folder: Path, content: dict[str, Any], main: bool) -> Iterator[dict[str, Any]]:
-    """run.json: `running` from the start, `done`, `interrupted` or `failed` at the end."""
+class RunFile:
+    """run.json: the one place where what is known of a run is put together and written.
 
-    def write(state: str) -> None:
-        if main:
-            write_json(folder / "run.json", content | {"state": state})
+    Its `state` is `running` inside the block, and `done`, `interrupted` or `failed` after it.
+    """
 
-    write("running")
-    try:
-        yield content
-    except BaseException as error:
+    def __init__(self, folder: Path, record: Mapping[str, Any], is_main: bool) -> None:
+        self.path, self.is_main = folder / "run.json", is_main
+        self.record = dict(record)
+
+    def add(self, **record: Any) -> None:
+        """Write what has become known."""
+        self.record |= record
+        self._write("running")
+
+    def _write(self, state: str) -> None:
+        if self.is_main:
+            write_json(self.path, self.record | {"state": state})
+
+    def __enter__(self) -> Self:
+        self._write("running")
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _trace: object) -> None:
+        if error is None:
+            self._write("done")
+            return
         with contextlib.suppress(OSError):  # a full disk is what may have failed it
-            write("interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
-        raise
-    write("done")
+            self._write("interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
 
 
 @silence_libraries()
@@ -106,40 +110,35 @@ def run_recipe(
 
 
 def _run(recipe: Recipe, resume: bool, progress: pipeline.Progress, notify: Notify) -> dict[str, Any]:
-    folder = recipe.folder
-    main = is_main()
-    saved = _saved(folder) if resume else {}  # before anybody writes run.json anew
+    folder, main = recipe.folder, is_main()
+    in_order = method_named(recipe.recipe).learns_sequence
+    # The folder: a new one, or one whose run is taken up.
+    saved = read_run_file(folder) if resume else {}  # before anybody writes run.json anew
     if resume:
         _require_same(recipe, folder)
         if saved.get("state") == "done":
             notify(f"run {folder} is finished")
-            if method_of(recipe).learns_sequence and main:
-                sequence.clear(recipe)
+            if in_order and main:
+                sequence.clear(folder, recipe.method.keep)
             done = folder / "evaluation.json"
             return read_state(done) if done.is_file() else {}
     elif main:
         fix = "choose another output_dir or name, or continue it with --resume (resume=True in Python)"
         require_new_folder(folder, fix, FIRST)
-    in_order = method_of(recipe).learns_sequence
-    ready = prepared(recipe)
-    heads, train, held_out, steps = ready.heads, ready.train, ready.held_out, ready.steps
-    block = recipe.model
-    data = None if in_order else _data(heads, train, held_out)  # a sequence keeps its own account
-    if data is not None and "data" in saved:
-        _require_same_data(data, saved["data"], folder)
-    notify(f"run {folder} on {block.name}")  # not earlier: what is refused is refused in one line
-    notify(f"task {held_out.name}: {scored(held_out.kind, recipe.evaluation.n_items)}")
+    # Model and data: what does not fit together is refused in one line, before anything is written.
+    prepared = prepare(recipe)
+    data = {} if in_order else {"data": _data(prepared)}  # a sequence keeps its own account
+    if data and "data" in saved:
+        _require_same_data(data["data"], saved["data"], folder)
+    notify(f"run {folder} on {recipe.model.name}")
+    notify(f"task {prepared.held_out.name}: {scored(prepared.held_out.kind, recipe.evaluation.n_items)}")
     if main:
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / FIRST, recipe.to_yaml())
         for left in leftovers(folder / FIRST):
             left.unlink(missing_ok=True)
-    state = {"name": recipe.name, "recipe": recipe.recipe, "seed": recipe.seed, **provenance()}
-    state |= {key: saved[key] for key in ("heads", "wandb_id", "training_data", "inputs") if key in saved}
-    if data is not None:
-        state["data"] = data
-    if main:
         mend_lines(folder / METRICS)
+    # The tracker and run.json are open while the run goes on.
     tracker = Tracker(
         folder,
         recipe.name,
@@ -147,205 +146,139 @@ def _run(recipe: Recipe, resume: bool, progress: pipeline.Progress, notify: Noti
         resume_id=saved.get("wandb_id"),
         **lineage.wandb_run_args(recipe, "train"),
     )
-    state["wandb_id"] = tracker.wandb_id or saved.get("wandb_id")
-    state.setdefault("inputs", lineage.inputs_of(recipe))
-    with tracker, _state_file(folder, state, main) as state:
-        source = lineage.head_set_of(recipe)
-        tracker.uses(state["inputs"], {"heads": source} if source else {})
-        if not in_order:
-            return _carry_out(recipe, heads, train, held_out, tracker, state, resume, progress, notify)
-        evaluation = sequence.learn_sequence(recipe, heads, steps, tracker, state, resume, progress, notify)
-        if main:
-            _show_products(recipe, state, evaluation, tracker)
-    if main:
-        sequence.clear(recipe)  # not earlier: a run that is not done can be taken up
+    inputs, source = saved.get("inputs", lineage.inputs_of(recipe)), lineage.head_set_of(recipe)
+    record = {"name": recipe.name, "recipe": recipe.recipe, "seed": recipe.seed, **head_set.provenance()}
+    record |= {key: saved[key] for key in ("heads", "training_data") if key in saved}
+    record |= {**data, "wandb_id": tracker.wandb_id or saved.get("wandb_id"), "inputs": inputs}
+    with tracker, RunFile(folder, record, main) as run_file:
+        tracker.uses(inputs, {"heads": source} if source else {})
+        context = RunContext(recipe, prepared.model, tracker, progress, notify, resume)
+        evaluation = _carry_out(context, prepared, run_file)
+    if in_order and main:
+        sequence.clear(folder, recipe.method.keep)  # not earlier: a run that is not done can be taken up
     return evaluation
 
 
-@dataclass(frozen=True)
-class Ready:
-    """A recipe's model and data, checked against each other.
-
-    Attributes:
-        steps: of a sequence, whose first task is `train` and `held_out`; empty otherwise.
-    """
-
-    heads: HeadModel
-    train: Task
-    held_out: Task
-    steps: list[sequence.Step]
-
-
-def prepared(recipe: Recipe) -> Ready:
-    """Load what a recipe names, and refuse what does not fit together; nothing is written.
-
-    Raises:
-        InputError: the task, the model, the tokenizer, the heads or the training arguments do not go together.
-    """
-    in_order = method_of(recipe).learns_sequence
-    steps = sequence.steps_of(recipe.task) if in_order else []
-    train, held_out = (steps[0].train, steps[0].held_out) if in_order else tasks_of(recipe.task)
-    block = recipe.model
-    _warn_of_code(block)
-    heads = load_model(block.name, block.dtype, None, block.revision, block.trust_remote_code)
-    if in_order:
-        sequence.require_usable(recipe, heads, steps)
+def _carry_out(context: RunContext, prepared: PreparedRun, run_file: RunFile) -> dict[str, Any]:
+    """Measure, train, measure, report; one task or several in order. Returns the content of evaluation.json."""
+    recipe = context.recipe
+    if prepared.sequence is None:
+        evaluation, resolved = _tune(context, prepared, run_file)
     else:
-        _require_usable(recipe, heads, train, held_out)
-        if recipe.evaluation.before is not None:
-            read_before(Path(recipe.evaluation.before), evaluation_identity(recipe, heads, held_out))
-    attach_regularisers.require_usable(recipe, heads, train)
-    return Ready(heads, train, held_out, steps)
-
-
-def _carry_out(
-    recipe: Recipe,
-    model: HeadModel,
-    train: Task,
-    held_out: Task,
-    tracker: Tracker,
-    state: dict[str, Any],
-    resume: bool,
-    progress: pipeline.Progress,
-    notify: Notify,
-) -> dict[str, Any]:
-    folder = recipe.folder
-    main = is_main()
-    chosen = _resumed_heads(folder, state) if resume else None
-    if chosen is None:
-        chosen = ResolvedHeads([])
-        if recipe.heads is not None:
-            notify("choosing heads")
-            chosen = _choose(recipe, model, train, tracker, main, progress, notify)
-    state["heads"] = [list(pair) for pair in chosen.pairs]
-    tracker.config(lineage.config_keys(recipe.recipe, chosen.pairs, lineage.role_of(recipe.heads), None))
-    if main:
-        write_json(folder / "run.json", state | {"state": "running"})
-    if chosen.found is not None and main:
-        if set(ROLES) & set(chosen.found.roles):
-            notify(verdict(chosen.found))
-            if advice := next_step(chosen.found):
-                notify(advice)
-        media.show_heads(tracker, chosen.found, chosen.means or {}, folder, f"{folder.name}-heads")
-    family = method_of(recipe)
-    if family.stops_after_heads(recipe.method):
-        PartialState().wait_for_everyone()
-        return {}
-    model.record_attention(False)  # rows are not needed any more
-    settings = recipe.evaluation
-    identity = evaluation_identity(recipe, model, held_out)
-    measured = functools.partial(measure, model.tokenizer, held_out, settings)
-    before: dict[str, Any] | None = None
-    rows_before: list[dict[str, Any]] = []
-    if resume and (folder / "evaluation.json").is_file():
-        try:
-            before, rows_before = read_before(folder / "evaluation.json", identity)
-        except InputError:  # another recipe or other data would have been refused before
-            notify(f"{folder / 'evaluation.json'} is damaged; the base model is measured once more")
-    if before is None and settings.before is not None:
-        before, rows_before = read_before(Path(settings.before), identity)
-    if main:
-        if before is None:
-            notify(f"evaluating the base model on {len(held_out.examples)} held-out prompts")
-            before, rows_before = measured(model.hf)
-        write_evaluation(folder, identity, before, None, rows_before, [])
-        tracker.log(flatten_metrics("before", before), step=0)
-
-    total = sum(p.numel() for p in model.hf.parameters())
-    torch.manual_seed(recipe.seed)
-    adapted = _adapted(recipe, model, chosen, train, tracker, state, resume, progress, notify)
-    trained = state.get("parameters", sum(p.numel() for p in adapted.parameters() if p.requires_grad))
-    state |= {"parameters": trained, "model_parameters": total, "parameters_share": trained / total}
-    state["peak_memory_gib"] = peak_memory()
-    if not main:
-        PartialState().wait_for_everyone()
-        return {}
-    family.save(recipe.method, adapted, model.tokenizer, folder)
-    tuned = family.heads_after(recipe, model, adapted, chosen, state.get("training_data", {}))
-    if tuned is not None:
-        chosen = tuned
-        keep_heads(chosen, folder)
-        assert chosen.found is not None
-        media.show_heads(tracker, chosen.found, chosen.means or {}, folder, f"{folder.name}-heads")
-    notify(f"evaluating the adapted model ({trained} parameters, {100 * trained / total:.4f}% of the model)")
-    after, rows_after = measured(adapted)
-    evaluation = write_evaluation(folder, identity, before, after, rows_before, rows_after)
-    tracker.log(flatten_metrics("after", after))
-    tracker.summary({"parameters": trained, "parameters_share": trained / total} | flatten_metrics("after", after))
-    _show_products(recipe, state, evaluation, tracker)
-    if chosen.found is not None:
-        seen = folder / "portraits.json"
-        profiles = read_profiles(seen) if seen.is_file() else []
-        head_report.write_report(
-            folder / "report.html", chosen.found, chosen.means or {}, evaluation, profiles, title=recipe.name
-        )
-    else:
-        media.write_run_page(recipe, folder, evaluation)
+        evaluation, resolved, record = sequence.learn_sequence(context, prepared.sequence)
+        run_file.add(**record)
+    if evaluation and context.is_main:
+        results.finish(recipe, context.tracker, resolved, evaluation, run_file.record)
     PartialState().wait_for_everyone()
     return evaluation
 
 
-def _require_usable(recipe: Recipe, model: HeadModel, train: Task, held_out: Task) -> None:
-    """Refuse, before anything is written, what does not fit the tokenizer, the task, the model or transformers."""
-    block, method = recipe.heads, recipe.method
-    objective = method.objective if method_of(recipe).trains else None
-    if objective == "answer_set" or (block is not None and block.identify is not None):
-        if train.kind == "multiple_choice":
-            raise InputError(
-                f"task {train.name!r} is multiple choice, whose answers are no first tokens; set method.objective "
-                "to sft or dpo, and choose heads on another task (heads.from)"
-            )
-        encode(train, model.tokenizer, model.positions)
-    if objective in ("sft", "dpo"):
-        rows = training.text_rows(recipe, model.tokenizer, train)
-        training_rows.check_row_length(train.name, rows, model.tokenizer, model.positions)
-    require_choices(held_out)
-    check_generation_length(model.hf, model.tokenizer, held_out, recipe.evaluation.n_items)
-    if block is not None and block.identify is None and not block.learnt:
-        resolve_heads(block, model, train, notify=lambda _line: None)
-    if objective is not None:
-        training.training_arguments(recipe)
+def _tune(context: RunContext, prepared: PreparedRun, run_file: RunFile) -> tuple[dict[str, Any], ResolvedHeads]:
+    """Tune on one task; the content of evaluation.json (empty but on rank 0) and the heads."""
+    recipe, model, folder, notify = context.recipe, context.model, context.folder, context.notify
+    method = method_named(recipe.recipe)
+    # Which heads.
+    resolved = _resumed_heads(folder, run_file.record) if context.resume else None
+    if resolved is None:
+        resolved = _resolve(context, prepared)
+    run_file.add(heads=[list(pair) for pair in resolved.pairs])
+    pinned = lineage.config_keys(recipe.recipe, resolved.pairs, lineage.role_of(recipe.heads), None)
+    context.tracker.config(pinned)
+    if context.is_main:
+        _show_heads(context, resolved)
+    if method.stops_after_heads(recipe.method):
+        return {}, resolved
+    model.record_attention(False)  # rows are not needed any more
+    # The base model.
+    measured = functools.partial(measure, model.tokenizer, prepared.held_out, recipe.evaluation)
+    before, rows_before = _measured_before(context, prepared)
+    if context.is_main:
+        if before is None:
+            notify(f"evaluating the base model on {len(prepared.held_out.examples)} held-out prompts")
+            before, rows_before = measured(model.hf)
+        write_evaluation(folder, prepared.identity, before, None, rows_before, [])
+        context.tracker.log(flatten_metrics("before", before), step=0)
+    # The tuned model.
+    total = sum(p.numel() for p in model.hf.parameters())
+    torch.manual_seed(recipe.seed)
+    tuned, record = _tuned(context, prepared, resolved)
+    trained = record.get("parameters", sum(p.numel() for p in tuned.parameters() if p.requires_grad))
+    run_file.add(**record | results.parameter_counts(trained, total), peak_memory_gib=peak_memory())
+    if not context.is_main:
+        return {}, resolved
+    method.save(recipe.method, tuned, model.tokenizer, folder)
+    chosen = method.heads_after(recipe, model, tuned, resolved, record.get("training_data", {}))
+    if chosen is not None:
+        resolved = chosen
+        keep_heads(resolved, folder)
+        _show_head_set(context, resolved)
+    notify(f"evaluating the adapted model ({trained} parameters, {100 * trained / total:.4f}% of the model)")
+    after, rows_after = measured(tuned)
+    return write_evaluation(folder, prepared.identity, before, after, rows_before, rows_after), resolved
 
 
-def _choose(
-    recipe: Recipe,
-    model: HeadModel,
-    train: Task,
-    tracker: Tracker,
-    main: bool,
-    progress: pipeline.Progress,
-    notify: Notify,
-) -> ResolvedHeads:
-    block, folder = recipe.heads, recipe.folder if main else None
-    assert block is not None
-    if not block.learnt:
-        return resolve_heads(block, model, train, folder, progress, notify)
+def _resolve(context: RunContext, prepared: PreparedRun) -> ResolvedHeads:
+    """The heads to tune: known before, identified now, or chosen by the run's own first stage."""
+    block = context.recipe.heads
+    if block is None:
+        return ResolvedHeads([])
+    context.notify("choosing heads")
     if block.lofit is not None:
-        chosen = first_stage.lofit_heads(recipe, model, train, tracker, notify)
+        resolved = first_stage.lofit_heads(context, prepared.train, prepared.rows)
+    elif block.probe is not None:
+        resolved = first_stage.probed_heads(context, prepared.train)
     else:
-        chosen = first_stage.probed_heads(recipe, model, train, progress)
-    if main:
-        keep_heads(chosen, recipe.folder)
-    return chosen
+        for line in prepared.notes:
+            context.notify(line)
+        resolved = prepared.heads or resolve_heads(
+            block, context.model, prepared.train, context.progress, context.notify
+        )
+    if context.is_main:
+        (keep_heads if block.learnt else write_head_set)(resolved, context.folder)
+    return resolved
 
 
-def _adapted(
-    recipe: Recipe,
-    model: HeadModel,
-    chosen: ResolvedHeads,
-    train: Task,
-    tracker: Tracker,
-    state: dict[str, Any],
-    resume: bool,
-    progress: pipeline.Progress,
-    notify: Notify,
-) -> Any:
-    """The model with its trained, or for `steer` its computed, adapter; in eval mode."""
-    if method_of(recipe).trains:
-        if model.tokenizer.pad_token is None:
-            model.tokenizer.pad_token = model.tokenizer.eos_token
-        return training.fit(recipe, model, chosen.pairs, train, tracker, state, resume, notify)
-    return first_stage.steered(recipe, model, chosen, train, state, progress, notify)
+def _show_heads(context: RunContext, resolved: ResolvedHeads) -> None:
+    """Tell whether the heads are what they are called, and show them."""
+    if resolved.head_set is None:
+        return
+    if set(head_set.ROLES) & set(resolved.head_set.roles):
+        context.notify(verdict(resolved.head_set))
+        if advice := next_step(resolved.head_set):
+            context.notify(advice)
+    _show_head_set(context, resolved)
+
+
+def _show_head_set(context: RunContext, resolved: ResolvedHeads) -> None:
+    assert resolved.head_set is not None
+    artifact = f"{context.folder.name}-heads"
+    media.show_heads(context.tracker, resolved.head_set, resolved.means or {}, context.folder, artifact)
+
+
+def _measured_before(context: RunContext, prepared: PreparedRun) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
+    """The base model's measurement, where this run was broken off after it or another run has it."""
+    path, other = context.folder / "evaluation.json", context.recipe.evaluation.before
+    if context.resume and path.is_file():
+        try:
+            before, rows = read_before(path, prepared.identity)
+        except InputError:  # another recipe or other data would have been refused before
+            context.notify(f"{path} is damaged; the base model is measured once more")
+        else:
+            if before is not None:
+                return before, rows
+    return (None, []) if other is None else read_before(Path(other), prepared.identity)
+
+
+def _tuned(context: RunContext, prepared: PreparedRun, resolved: ResolvedHeads) -> tuple[Any, dict[str, Any]]:
+    """The model with its trained or computed adapter, in eval mode; and what run.json says of it."""
+    recipe, method = context.recipe, method_named(context.recipe.recipe)
+    if method.trains:
+        result = training.train(context, resolved.pairs, prepared.train, prepared.rows, prepared.arguments)
+        return result.model, result.record
+    context.notify(f"steering: {getattr(recipe.method, 'kind', recipe.recipe)}")
+    part = prepared.train.limited(recipe.task.max_train_examples, recipe.seed)
+    computed = method.compute(recipe.method, context.model, resolved, part, recipe.seed, context.progress)
+    return computed.model, {"steering": computed.note, "heads": [list(pair) for pair in computed.pairs]}
 
 
 def _require_same(recipe: Recipe, folder: Path) -> None:
@@ -362,12 +295,12 @@ def _require_same(recipe: Recipe, folder: Path) -> None:
         )
 
 
-def _data(model: HeadModel, train: Task, held_out: Task) -> dict[str, Any]:
+def _data(prepared: PreparedRun) -> dict[str, Any]:
     """What a run that is taken up again must find as it was: the task's examples, the model's weights."""
     return {
-        "train_sha256": train.sha256,
-        "eval_sha256": held_out.sha256,
-        "weights_sha256": model.weights_sha256,
+        "train_sha256": prepared.train.sha256,
+        "eval_sha256": prepared.held_out.sha256,
+        "weights_sha256": prepared.model.weights_sha256,
     }
 
 
@@ -390,18 +323,6 @@ def _resumed_heads(folder: Path, state: Mapping[str, Any]) -> ResolvedHeads | No
     path, scores = folder / "heads.json", folder / "scores.safetensors"
     return ResolvedHeads(
         [(layer, head) for layer, head in pairs],
-        HeadSet.load(path) if path.is_file() else None,
+        head_set.HeadSet.load(path) if path.is_file() else None,
         load_means(scores) if scores.is_file() else None,
     )
-
-
-def _show_products(recipe: Recipe, state: Mapping[str, Any], evaluation: Mapping[str, Any], tracker: Tracker) -> None:
-    """File what a run ended with: the heads and parameters of its adapter, before against after, its weights."""
-    folder, heads, parameters = recipe.folder, state.get("heads"), state.get("parameters")
-    tracker.config(lineage.config_keys(recipe.recipe, heads, lineage.role_of(recipe.heads), parameters))
-    media.show_chosen(tracker, heads or [])
-    media.show_evaluation(tracker, evaluation)
-    if (folder / "adapter").is_dir():
-        tracker.artifact(folder / "adapter", f"{recipe.name}-adapter", "adapter")
-    elif (folder / "model").is_dir():  # as large as the base model: known by its digest, not uploaded
-        tracker.summary({"outputs/model/sha256": lineage.tree_sha256(folder / "model")})

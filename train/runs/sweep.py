@@ -16,12 +16,13 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from headtune import plugins
 from headtune.analysis.utils.errors import InputError
 from headtune.analysis.utils.progress import Notify
 from headtune.train.config import recipe as recipes
@@ -34,14 +35,17 @@ class Cell:
     Attributes:
         values: key of the recipe -> value, the seed among them.
         overrides: what makes it of the recipe, as `headtune train` takes them.
+        plugins: modules that the recipe needs.
     """
 
     folder: Path
     values: dict[str, Any]
     overrides: tuple[str, ...]
+    plugins: tuple[str, ...] = ()
 
     def command(self, recipe: str, resume: bool) -> list[str]:
         words = [sys.executable, "-m", "headtune.train", recipe, *self.overrides]
+        words += plugins.arguments_for(self.plugins)
         return [*words, *(["--resume"] if resume else [])]
 
 
@@ -109,7 +113,7 @@ def cells(
             own += [f"{key}={_yaml(value)}" for key, value in places.items()]
             cell = Cell(folder, chosen, (*overrides, *own))
             try:
-                recipes.load_recipe(name, cell.overrides)
+                cell = replace(cell, plugins=tuple(recipes.load_recipe(name, cell.overrides).plugins))
             except InputError as error:
                 raise InputError(f"{folder.name}: {error}") from None
             found.append(cell)
@@ -200,10 +204,14 @@ def wandb_sweep(name: str, grid: Sequence[str], n_seeds: int, overrides: Sequenc
     axes = dict(axis(text) for text in grid) | {"seed": list(range(n_seeds))}
     content = {
         "method": "grid",
-        "command": ["headtune", "train", name, *overrides, "${args_no_hyphens}"],
+        "command": ["headtune", "train", name, *overrides, *plugins.arguments_for(), "${args_no_hyphens}"],
         "parameters": {key: {"values": values} for key, values in axes.items()},
     }
     return yaml.safe_dump(content, sort_keys=False)
+
+
+def _train_words(name: str, cell: Cell) -> list[str]:
+    return ["headtune", "train", name, *cell.overrides, *plugins.arguments_for(cell.plugins)]
 
 
 def slurm_array(name: str, of: Sequence[Cell]) -> str:
@@ -211,7 +219,7 @@ def slurm_array(name: str, of: Sequence[Cell]) -> str:
 
     Two minutes before its time is up a run is told to stop; it keeps a checkpoint and the task is queued again.
     """
-    lines = "\n".join("  " + shlex.quote(shlex.join(["headtune", "train", name, *cell.overrides])) for cell in of)
+    lines = "\n".join("  " + shlex.quote(shlex.join(_train_words(name, cell))) for cell in of)
     folders = "\n".join("  " + shlex.quote(str(cell.folder)) for cell in of)
     return (
         "#!/bin/bash\n"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ..arguments import Add, completed, print_json
+from ..arguments import Add, completed, plugin_arguments, print_json
 
 
 def add_parsers(add: Add) -> None:
@@ -22,6 +22,7 @@ def add_parsers(add: Add) -> None:
     p.add_argument("--against", help="the run or group that differences are from (default: the model before training)")
     p.add_argument("--html", type=Path, help="write one self-contained page")
     p.add_argument("--csv", type=Path, help="write one line a group and metric")
+    plugin_arguments(p)
     p.set_defaults(do=compare_command)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from headtune.analysis.utils.verbosity import silence_model_libraries
 
-from ..arguments import Add, completed, positive, print_json, volume_arguments
+from ..arguments import Add, completed, plugin_arguments, positive, print_json, volume_arguments
 
 
 def add_parsers(add: Add) -> None:
@@ -40,6 +40,7 @@ def add_parsers(add: Add) -> None:
     out = p.add_argument("--out", type=Path, help="new folder to keep the result in, filed in W&B as the run is")
     completed(out, "folder")
     volume_arguments(p)
+    plugin_arguments(p)
     p.set_defaults(do=evaluate_command)
 
 

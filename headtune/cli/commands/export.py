@@ -7,7 +7,7 @@ from pathlib import Path
 
 from headtune.analysis.utils.verbosity import silence_model_libraries
 
-from ..arguments import Add, completed, positive, print_json, volume_arguments
+from ..arguments import Add, completed, plugin_arguments, positive, print_json, volume_arguments
 
 
 def add_parsers(add: Add) -> None:
@@ -24,6 +24,7 @@ def add_parsers(add: Add) -> None:
     p.add_argument("--max-shard-size", default="5GB", help="of one file of weights (default: 5GB)")
     p.add_argument("--adapter", action="store_true", help="write the PEFT adapter alone, with a card, as it is")
     volume_arguments(p)
+    plugin_arguments(p)
     p.set_defaults(do=export_command)
 
 

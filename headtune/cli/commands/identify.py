@@ -20,6 +20,7 @@ from ..arguments import (
     load_model_for,
     load_task_for,
     model_and_task_arguments,
+    plugin_arguments,
     positive,
     volume_arguments,
 )
@@ -49,6 +50,7 @@ def add_parsers(add: Add) -> None:
     p.add_argument("--group", help="W&B group")
     p.add_argument("--wandb", choices=("online", "offline", "disabled"), help="default: online where a key is present")
     volume_arguments(p)
+    plugin_arguments(p)
     p.set_defaults(do=identify_command)
 
 

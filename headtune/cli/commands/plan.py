@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from ..arguments import Add, positive, print_json, recipe_arguments
+from ..arguments import Add, plugin_arguments, positive, print_json, recipe_arguments
 
 if TYPE_CHECKING:
     from headtune.train.runs.memory_of_recipe import Stage
@@ -34,6 +34,7 @@ def add_parsers(add: Add) -> None:
     p.add_argument("--prompts", type=positive, help="of the training data (default: task.max_train_examples)")
     p.add_argument("--model", help="another model's sizes: folder, hub id, or llama-3.2-1b, llama-3.1-8b, -70b, -405b")
     p.add_argument("--tflops", type=float, help="peak rate of a GPU (default: H100, by precision)")
+    plugin_arguments(p)
     p.set_defaults(do=plan_command)
 
 

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..arguments import Add, adder, completed, print_json
+from ..arguments import Add, adder, completed, plugin_arguments, print_json
 
 ACTION = "list, show, validate or schema (default: list)"
 
@@ -37,6 +37,7 @@ def add_parsers(add: Add) -> None:
 def _validate_arguments(p: argparse.ArgumentParser) -> None:
     files = p.add_argument("files", nargs="+", metavar="FILE", help="paths or names; key.sub=value overrides in all")
     completed(files, "recipe")
+    plugin_arguments(p)
     p.set_defaults(do=_validate)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ..arguments import Add, completed, positive, print_json, recipe_arguments, volume_arguments
+from ..arguments import Add, completed, plugin_arguments, positive, print_json, recipe_arguments, volume_arguments
 
 
 def add_parsers(add: Add) -> None:
@@ -22,6 +22,7 @@ def add_parsers(add: Add) -> None:
     completed(out, "folder")
     p.add_argument("--print", dest="printed", choices=("wandb", "slurm"), help="print the grid for others to run")
     volume_arguments(p)
+    plugin_arguments(p)
     p.set_defaults(do=sweep_command)
 
 

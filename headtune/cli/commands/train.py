@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from headtune.analysis.utils.processes import is_main, world_size
 from headtune.analysis.utils.verbosity import silence_model_libraries
 
-from ..arguments import Add, completed, print_json, recipe_arguments, volume_arguments
+from ..arguments import Add, completed, plugin_arguments, print_json, recipe_arguments, volume_arguments
 from .plan import gib
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ def add_parsers(add: Add) -> None:
     )
     completed(config, "file")
     volume_arguments(p)
+    plugin_arguments(p)
     p.set_defaults(do=train_command)
 
 

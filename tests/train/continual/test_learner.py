@@ -13,7 +13,6 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from headtune.analysis.identify.pipeline import silent
 from headtune.analysis.models.head_model import HeadModel
 from headtune.analysis.models.loading import wrap_model
 from headtune.analysis.tasks.loading import load_task
@@ -29,6 +28,7 @@ from headtune.train.losses.weight_penalties import WeightAnchor, fisher_diagonal
 from headtune.train.runs.load_run import load_run
 from headtune.train.tracking.tracker import Tracker
 from headtune.train.trainer.rows import TrainingRow, padded, rows_of
+from headtune.train.trainer.run_context import RunContext
 from headtune.train.tuners import weights_io
 from helpers.tiny import FACTS, quick_among, tiny_model, tiny_tokenizer
 
@@ -303,14 +303,14 @@ def test_fisher_information_is_of_the_rows_drawn(model: HeadModel, tasks: list[s
         made = load_recipe(str(recipe(tmp_path, tmp_path, tasks, method)), [f"output_dir={tmp_path}/{n}"])
         task = load_task(tasks[0])
         own = rows_of(task, model.tokenizer, 0, made.seed)
-        units = [continual.Unit(name, task, own) for name in ("first", "second")]
+        stages = [continual.Stage(name, task, own) for name in ("first", "second")]
         with Tracker(made.folder, "x", {}, wandb_mode="disabled") as tracker:
-            learner = continual.Learner(made, model, units, tracker, silent, lambda _line: None)
+            learner = continual.Learner(RunContext(made, model, tracker), stages)
             model.hf.requires_grad_(True)
-            learner._inform(0)
+            learner._measure_fisher(0)
         kept = drawn(own, n, "0/0")  # type: ignore[arg-type]
-        assert learner.informing[0] == kept and len(kept) == (len(own) if n == "all" else n)
-        assert learner.informing[1] == drawn(own, n, "0/1")  # type: ignore[arg-type]
+        assert learner.fisher[0] == kept and len(kept) == (len(own) if n == "all" else n)
+        assert learner.fisher[1] == drawn(own, n, "0/1")  # type: ignore[arg-type]
         found[n] = WeightAnchor.load(learner.place(0) / "anchor.safetensors").fisher
         for row in kept:
             one = fisher_diagonal(model.hf, [row.plain])
@@ -321,7 +321,7 @@ def test_fisher_information_is_of_the_rows_drawn(model: HeadModel, tasks: list[s
 def test_a_run_that_is_done_keeps_no_anchor(llama: Path, tasks: list[str], tmp_path: Path) -> None:
     """Killed after the last task was measured, when its predecessor's anchor was still there; then taken up."""
     path = recipe(tmp_path, llama, tasks, {"strategy": "ewc", "ewc_rows": 2}, training=TRAINING | {"max_steps": 1})
-    real = continual.Learner.forget
+    real = continual.Learner.cleanup
 
     def broken(learner: continual.Learner, index: int) -> None:
         if index == 2:
@@ -329,7 +329,7 @@ def test_a_run_that_is_done_keeps_no_anchor(llama: Path, tasks: list[str], tmp_p
         real(learner, index)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(continual.Learner, "forget", broken)
+        patch.setattr(continual.Learner, "cleanup", broken)
         with pytest.raises(Broken):
             train(path)
     run = tmp_path / "run"

@@ -20,6 +20,7 @@ from headtune.train.evaluation.evaluate import Scored, parse_items, score_items
 from headtune.train.losses.answer_set import answer_set, kl_to_base
 from headtune.train.trainer import on_policy_lists, penalised_trainers, training, training_rows
 from headtune.train.trainer.answer_set_trainer import AnswerSetCollator, AnswerSetTrainer
+from headtune.train.trainer.objectives import objective_of
 from headtune.train.trainer.on_policy_lists import answer_set_task, on_policy_examples
 from headtune.train.trainer.training_rows import answer_set_rows, sft_rows
 from headtune.train.tuners.head_tuning import HeadTuningConfig
@@ -168,7 +169,7 @@ def test_a_list_stays_open_and_one_answer_ends(
     """What TRL is given has a loss on the answer and its line's end, and on the text's end where there is no more."""
     heads, task = loading.load_model(str(tiny_llama)), replace(cities, kind=kind)
     recipe = load_recipe(str(write_recipe(tmp_path, tiny_llama, method={"objective": "sft"})))
-    rows = training.text_rows(recipe, heads.tokenizer, task)
+    rows = objective_of(recipe.method).prepare(recipe, heads, task)
     trainer = penalised_trainers.SFT(heads.hf, args=training.training_arguments(recipe), train_dataset=rows)
     for row, example in zip(trainer.train_dataset, task.examples, strict=False):
         learnt = [token for token in row["labels"] if token != -100]
