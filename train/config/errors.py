@@ -94,10 +94,10 @@ def _mark(root: yaml.Node, path: Keys, at_key: bool) -> Any:
     """
     node, mark = root, root.start_mark
     for part in path:
-        found = _child(node, part)
-        if found is None:
+        mark_node = _child(node, part)
+        if mark_node is None:
             continue
-        key, node = found
+        key, node = mark_node
         beside = node.start_mark.line == key.start_mark.line and not at_key
         mark = node.start_mark if beside else key.start_mark
     return mark

@@ -92,10 +92,10 @@ class HeadsConfig(StrictConfig):
             "all": self.every,
             "list": self.pairs,
         }
-        given = [name for name, value in sources.items() if value is not None]
-        if len(given) != 1:
-            names = ", ".join(given) or "none"
-            fix = "; heads='{from: ...}' replaces the block" if given else ""
+        named = [name for name, value in sources.items() if value is not None]
+        if len(named) != 1:
+            names = ", ".join(named) or "none"
+            fix = "; heads='{from: ...}' replaces the block" if named else ""
             raise ValueError(f"give exactly one of {', '.join(sources)} (found: {names}{fix})")
         return self
 

@@ -35,7 +35,7 @@ from .objective_registry import objective_rules, trl_config_of
 from .schema import Recipe
 
 
-def parse(data: Any, where: str = "recipe") -> Recipe:
+def parse(data: Any, source_name: str = "recipe") -> Recipe:
     """Check a recipe and fill in name and output folder.
 
     Raises:
@@ -43,7 +43,7 @@ def parse(data: Any, where: str = "recipe") -> Recipe:
             contradictions.
         InputError: a secret.
     """
-    return _parsed(data, Source(where))
+    return _parsed(data, Source(source_name))
 
 
 def _parsed(data: Any, source: Source) -> Recipe:
@@ -167,16 +167,16 @@ def read_source(name: str) -> str:
 def _nearest_recipes(path: Path) -> str:
     """The built-in recipes and the files beside `path` with the nearest names, by whole name or by its last part."""
     folder = [str(file) for ending in ("yaml", "yml") for file in path.parent.glob(f"*.{ending}")]
-    known = {name.removesuffix(".yaml").removesuffix(".yml"): name for name in [*recipe_names(), *sorted(folder)]}
+    by_word = {name.removesuffix(".yaml").removesuffix(".yml"): name for name in [*recipe_names(), *sorted(folder)]}
     word = str(path).removesuffix(".yaml").removesuffix(".yml")
-    parts = sorted({name.rpartition("/")[2] for name in known})
-    close = difflib.get_close_matches(word, sorted(known), n=3, cutoff=0.6)
+    parts = sorted({name.rpartition("/")[2] for name in by_word})
+    close = difflib.get_close_matches(word, sorted(by_word), n=3, cutoff=0.6)
     for part in difflib.get_close_matches(path.stem, parts, n=3, cutoff=0.6):
-        close += [name for name in sorted(known) if name.rpartition("/")[2] == part and name not in close]
+        close += [name for name in sorted(by_word) if name.rpartition("/")[2] == part and name not in close]
     close = close or [name for name in recipe_names() if name.startswith(f"{word}/")]
     if not close:
         return "headtune recipes lists those built in"
-    return f"did you mean {' or '.join(repr(known[name]) for name in close[:3])}?"
+    return f"did you mean {' or '.join(repr(by_word[name]) for name in close[:3])}?"
 
 
 def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:

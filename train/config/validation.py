@@ -77,8 +77,8 @@ def of_block(error: ValidationError, kind: type[BaseModel], prefix: Keys = ()) -
         path = (*prefix, *problem["loc"])
         name = ".".join(str(part) for part in path)
         if problem["type"] == "extra_forbidden":
-            known = _keys_at(kind, problem["loc"][:-1])
-            yield Problem(path, f"unknown key {name!r}; {nearest(str(problem['loc'][-1]), known)}", True)
+            allowed = _keys_at(kind, problem["loc"][:-1])
+            yield Problem(path, f"unknown key {name!r}; {nearest(str(problem['loc'][-1]), allowed)}", True)
             continue
         message = problem["msg"].removeprefix("Value error, ")
         message = message[:1].lower() + message[1:]
@@ -169,8 +169,8 @@ def _enum_values(hint: Any) -> list[str]:
     return [str(m.value) for kind in options if isinstance(kind, type) and issubclass(kind, enum.Enum) for m in kind]
 
 
-def _nearest_few(word: str, known: Iterable[str], config: str) -> str:
-    close = difflib.get_close_matches(word, sorted(known), n=1, cutoff=0.4)
+def _nearest_few(word: str, allowed: Iterable[str], config: str) -> str:
+    close = difflib.get_close_matches(word, sorted(allowed), n=1, cutoff=0.4)
     return f"did you mean 'training.{close[0]}'?" if close else f"it is not a field of TRL's {config}"
 
 

@@ -237,14 +237,14 @@ class Learner:
             return ContinualInputs(teachers=self._store(folder))
         if not method.replays:
             return ContinualInputs()
-        known = [row for share in self.buffer[:index] for row in share]
+        earlier = [row for share in self.buffer[:index] for row in share]
         seed = f"{self.recipe.seed}/{index}"
         if method.strategy == "replay":
-            return ContinualInputs(known, seed)
+            return ContinualInputs(earlier, seed)
         heads = None
         if method.strategy == "seekr" and method.distil.selection == "global":
-            heads = dict.fromkeys((row.key for row in known), by_layer(self.chosen[index - 1]))
-        return ContinualInputs(known, seed, self._store(self.teachers(index)), heads)
+            heads = dict.fromkeys((row.key for row in earlier), by_layer(self.chosen[index - 1]))
+        return ContinualInputs(earlier, seed, self._store(self.teachers(index)), heads)
 
     def arguments(self, index: int) -> Any:
         """TRL's configuration of one task's training."""
@@ -311,8 +311,10 @@ class Learner:
         """The heads to distil from now on."""
         if self.fixed is not None:
             return self.fixed
-        block, found = self.method.distil, self.importance
-        values = {"sensitivity": found.sensitivity, "forgetting": found.forgetting}.get(block.choice, found.value())
+        block, importance = self.method.distil, self.importance
+        values = {"sensitivity": importance.sensitivity, "forgetting": importance.forgetting}.get(
+            block.choice, importance.value()
+        )
         n_layers, n_heads = self.head_model.n_layers, self.head_model.n_heads
         if block.choice == "random":
             drawn = random.Random(f"{self.recipe.seed}/heads").sample(range(n_layers * n_heads), block.heads)
@@ -341,8 +343,8 @@ class Learner:
             return
         moved = False
         for earlier in range(index):
-            wanted = set(self.chosen[index])
-            if any(wanted - set(store.heads(row.key)) for row in self.buffer[earlier]):
+            needed = set(self.chosen[index])
+            if any(needed - set(store.heads(row.key)) for row in self.buffer[earlier]):
                 # Their teacher is the model after their own task.
                 weights_io.restore(self.model, self.weights(earlier))
                 moved = True

@@ -39,8 +39,8 @@ def scores_of(tokenizer: Any, settings: EvaluationConfig, model: Any, task: Task
     }
 
 
-def mean(of: Mapping[str, Any]) -> float:
-    return float(np.mean(of["values"]))
+def mean(scores: Mapping[str, Any]) -> float:
+    return float(np.mean(scores["values"]))
 
 
 def identity_of(settings: EvaluationConfig, model: HeadModel, tasks: Sequence[Task]) -> dict[str, Any]:
@@ -84,11 +84,11 @@ def evaluation_of(
     after = _averages(names, last, saved["general_after"], saved["perplexity_after"])
     if not together:
         columns = saved["after"]
-        found = sequence_metrics(
+        metrics = sequence_metrics(
             [[columns[j][i]["values"] if j >= i else None for j in range(len(names))] for i in range(len(names))],
             [_subjects(one) for one in last],
         )
-        after |= {"bwt": {"mean": found["bwt"], "ci": found["bwt_ci"]}, "forgetting": found["forgetting"]}
+        after |= {"bwt": {"mean": metrics["bwt"], "ci": metrics["bwt_ci"]}, "forgetting": metrics["forgetting"]}
     counts = {name: len(of["values"]) for name, of in zip(names, last, strict=True)}
     before["n"] = after["n"] = {"examples": sum(counts.values()), "by_task": counts}
     parts = [(of["rows"], later["rows"]) for of, later in zip(saved["before"], last, strict=True)]
@@ -98,15 +98,17 @@ def evaluation_of(
 
 
 def _averages(
-    names: Sequence[str], of: Sequence[Mapping[str, Any]], general: Mapping[str, Any], perplexity: float
+    names: Sequence[str], measured: Sequence[Mapping[str, Any]], general: Mapping[str, Any], perplexity: float
 ) -> dict[str, Any]:
     """`op`, each task's main metric, the general tasks' metrics, all as `{"mean", "ci"}`, and the perplexity."""
-    once = [[None] * i + [one["values"]] * (len(of) - i) for i, one in enumerate(of)]  # as if nothing changed
-    found = sequence_metrics(once, [_subjects(one) for one in of])
-    result: dict[str, Any] = {"op": {"mean": found["op"], "ci": found["op_ci"]}}
+    once = [
+        [None] * i + [one["values"]] * (len(measured) - i) for i, one in enumerate(measured)
+    ]  # as if nothing changed
+    metrics = sequence_metrics(once, [_subjects(one) for one in measured])
+    result: dict[str, Any] = {"op": {"mean": metrics["op"], "ci": metrics["op_ci"]}}
     result |= {
         f"{name}/{one['metric']}": mean_interval(one["values"], _subjects(one))
-        for name, one in zip(names, of, strict=True)
+        for name, one in zip(names, measured, strict=True)
     }
     for name, one in general.items():
         for metric in one["rows"][0]["values"]:
@@ -114,6 +116,6 @@ def _averages(
     return result | {"neutral_perplexity": perplexity}
 
 
-def _subjects(of: Mapping[str, Any]) -> list[str]:
+def _subjects(scores: Mapping[str, Any]) -> list[str]:
     """Of each example of a task, as its values are ordered."""
-    return [row["subject"] for row in of["rows"]]
+    return [row["subject"] for row in scores["rows"]]

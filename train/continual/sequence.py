@@ -63,8 +63,8 @@ def steps_of(block: TaskConfig) -> list[Step]:
     """
     steps: list[Step] = []
     for part in block.sequence or []:
-        own = block.model_copy(update={"train": part.train, "eval": part.eval, "sequence": None})
-        train, held_out = tasks_of(own)
+        block_of_step = block.model_copy(update={"train": part.train, "eval": part.eval, "sequence": None})
+        train, held_out = tasks_of(block_of_step)
         name = part.name or train.name.removesuffix(f":{train.split}").rpartition(":")[2]
         if any(step.name == name for step in steps):
             raise InputError(f"task.sequence names {name!r} twice; give one of them another name")
@@ -318,12 +318,16 @@ def clear(folder: Path, keep: str) -> None:
 
 def _keep_heads(recipe: Recipe, model: HeadModel, learner: Learner) -> None:
     """heads.json and its scores: the heads chosen last, by the importance that chose them."""
-    found, chosen = learner.importance, learner.chosen[-1]
-    values = {"importance": found.value(), "sensitivity": found.sensitivity, "forgetting": found.forgetting}
+    importance, chosen = learner.importance, learner.chosen[-1]
+    values = {
+        "importance": importance.value(),
+        "sensitivity": importance.sensitivity,
+        "forgetting": importance.forgetting,
+    }
     scores = {f"seekr.{name}": tensor for name, tensor in values.items()}
     by = recipe.method.distil.choice
     drawn = by.startswith("random")  # whose rank would mean nothing
-    ranking = torch.zeros_like(found.value()) if drawn else scores[f"seekr.{by}"]
+    ranking = torch.zeros_like(importance.value()) if drawn else scores[f"seekr.{by}"]
     ranked = tuple(
         RankedHead(layer, head, float(ranking[layer, head]), None)
         for layer, head in sorted(chosen, key=lambda pair: -float(ranking[pair]))

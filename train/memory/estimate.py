@@ -173,13 +173,13 @@ def _layer(shape: Shape, trained: Trained, setup: Setup, layer: int) -> int:
     if setup.padded:
         attention += c * setup.length
     mlp = c * (3 if shape.gated else 2) * shape.intermediate
-    own = _inputs(shape, trained, setup, layer)
+    weights = _inputs(shape, trained, setup, layer)
     if layer == trained.lowest and trained.kind == "heads":
         # Nothing before the heads' outputs asks for a gradient; a scale alone needs those outputs.
-        return norm + mlp + (own or c * shape.z * trained.scaled)
+        return norm + mlp + (weights or c * shape.z * trained.scaled)
     if layer == trained.lowest and trained.kind == "slices":
-        return norm + attention + mlp + own
-    return 2 * norm + attention + mlp + own
+        return norm + attention + mlp + weights
+    return 2 * norm + attention + mlp + weights
 
 
 def _inputs(shape: Shape, trained: Trained, setup: Setup, layer: int) -> int:
@@ -217,14 +217,14 @@ def training(shape: Shape, trained: Trained, setup: Setup, objective: Objective 
     rows = setup.batch * (2 if objective.kind == "dpo" else 1) + objective.again
     wide = replace(setup, batch=rows)
     parts["activations"] = saved(shape, trained, wide)
-    kept, passing = _loss(shape, trained, wide, objective)
-    parts["logits"] = kept + passing
+    activations, passing = _loss(shape, trained, wide, objective)
+    parts["logits"] = activations + passing
     layer = one_layer(shape, trained, wide)
     parts["workspace"] = _communication(shape, trained, setup)
     parts["overhead"] = OVERHEAD[setup.device]
     standing = parts["weights"] + parts["optimiser"] + parts["workspace"] + parts["overhead"]
     standing += parts["gradients"] if setup.accumulation > 1 else 0
-    start = parts["activations"] + kept + max(passing, layer)
+    start = parts["activations"] + activations + max(passing, layer)
     end = 0 if setup.accumulation > 1 else parts["gradients"]
     if trained.kind == "full":
         # The embedding's gradient is made whole before it is added to what the unembedding's gave.

@@ -140,17 +140,17 @@ def of_config(config: Any, name: str = "") -> Shape:
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(text)
     layers = model.get_submodule(row.layers)
-    found: list[tuple[str, int, int]] = []
+    linear_layers: list[tuple[str, int, int]] = []
     for path, module in layers[0].named_modules():
         if isinstance(module, Conv1D):
-            found.append((path, module.nx, module.nf))
+            linear_layers.append((path, module.nx, module.nf))
         elif isinstance(module, torch.nn.Linear):
-            found.append((path, module.in_features, module.out_features))
+            linear_layers.append((path, module.in_features, module.out_features))
     output = f"{row.attention}.{row.output_projection}"
-    last = found[-1][0]  # of the MLP
+    last = linear_layers[-1][0]  # of the MLP
     linears = tuple(
         Linear(path, inputs, outputs, path if path in (output, last) else path.rpartition(".")[0])
-        for path, inputs, outputs in found
+        for path, inputs, outputs in linear_layers
     )
     sizes = {part.name: part for part in linears}
     n_heads = text.num_attention_heads
@@ -177,9 +177,9 @@ def of_config(config: Any, name: str = "") -> Shape:
 
 def _vectors(module: Any) -> int:
     """Parameters of a norm: a module without others inside, all of whose parameters are vectors; 0 of any other."""
-    own = list(module.parameters(recurse=False))
-    is_norm = not list(module.children()) and all(parameter.ndim == 1 for parameter in own)
-    return sum(parameter.numel() for parameter in own) if is_norm else 0
+    parameters = list(module.parameters(recurse=False))
+    is_norm = not list(module.children()) and all(parameter.ndim == 1 for parameter in parameters)
+    return sum(parameter.numel() for parameter in parameters) if is_norm else 0
 
 
 @dataclass(frozen=True)
@@ -233,11 +233,12 @@ def lora(shape: Shape, rank: int, targets: str | list[str]) -> Trained:
     Raises:
         InputError: no linear layer has such a name.
     """
-    wanted = [targets] if isinstance(targets, str) else targets
+    names_of_targets = [targets] if isinstance(targets, str) else targets
     chosen = [
         part
         for part in shape.linears
-        if targets == "all-linear" or any(part.name == word or part.name.endswith(f".{word}") for word in wanted)
+        if targets == "all-linear"
+        or any(part.name == word or part.name.endswith(f".{word}") for word in names_of_targets)
     ]
     if not chosen:
         names = ", ".join(part.name.rpartition(".")[2] for part in shape.linears)

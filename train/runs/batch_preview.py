@@ -36,7 +36,7 @@ def rows_of(batch: Mapping[str, Any], tokenizer: Any) -> list[Row]:
     if "remaining" in batch:
         sets = zip(batch["remaining"].tolist(), batch["previous"].tolist(), strict=True)
         masks: list[list[bool]] = [[False] * len(row) for row in tokens]
-        more = [{"right": _each(right, tokenizer), "given": _each(given, tokenizer)} for right, given in sets]
+        more = [{"right": _each(right, tokenizer), "given": _each(earlier, tokenizer)} for right, earlier in sets]
     elif "completion_mask" in batch and "labels" not in batch:
         masks = [[bool(value) for value in row] for row in batch["completion_mask"].tolist()]
         more = [{"side": "chosen" if index < len(tokens) // 2 else "rejected"} for index in range(len(tokens))]
@@ -52,12 +52,12 @@ def rows_of(batch: Mapping[str, Any], tokenizer: Any) -> list[Row]:
 
 def parts(tokens: Sequence[int], learnt: Sequence[bool], tokenizer: Any) -> tuple[tuple[str, bool], ...]:
     """Neighbouring tokens of the same kind as one text."""
-    found, start = [], 0
+    pieces, start = [], 0
     for end in range(1, len(tokens) + 1):
         if end == len(tokens) or learnt[end] != learnt[start]:
-            found.append((tokenizer.decode(list(tokens[start:end])), bool(learnt[start])))
+            pieces.append((tokenizer.decode(list(tokens[start:end])), bool(learnt[start])))
             start = end
-    return tuple(found)
+    return tuple(pieces)
 
 
 def _each(tokens: Sequence[int], tokenizer: Any) -> tuple[str, ...]:

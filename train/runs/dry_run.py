@@ -130,13 +130,13 @@ def _trained(
     if heads.tokenizer.pad_token is None:
         heads.tokenizer.pad_token = heads.tokenizer.eos_token
     limit = recipe.task.max_train_examples
-    given = recipe
+    shown_recipe = recipe
     if method.objective == "answer_set" and method.answer_set.own_lists:
         share = f"{100 * method.answer_set.own_lists:.0f}%"
         notes.append(f"{share} of the prompts will be lists that the model writes itself; the batch shows the task's")
         block = method.answer_set.model_copy(update={"own_lists": 0.0})
-        given = recipe.model_copy(update={"method": method.model_copy(update={"answer_set": block})})
-    data = objective_of(method).data(given, heads, ready.train, ready.rows, lambda _line: None)
+        shown_recipe = recipe.model_copy(update={"method": method.model_copy(update={"answer_set": block})})
+    data = objective_of(method).data(shown_recipe, heads, ready.train, ready.rows, lambda _line: None)
     with tempfile.TemporaryDirectory() as folder:  # a trainer makes its output folder
         arguments = training.training_arguments(recipe, output_dir=folder)
         config: Any = method_named(recipe.recipe).peft_config(method, pairs, heads.hf)
@@ -220,15 +220,15 @@ def _heads(block: HeadsConfig, ready: PreparedRun, notes: list[str]) -> tuple[li
     return pairs, f"{'up to ' if block.role == 'both' else ''}{len(pairs)}, to be found by {how}"
 
 
-def _not_dissociated(block: HeadsConfig, found: HeadSet) -> list[str]:
+def _not_dissociated(block: HeadsConfig, heads: HeadSet) -> list[str]:
     """One line where the head set's own check failed for a role that is trained, with what to do."""
-    tested = found.verification.get("dissociation") or {}
+    tested = heads.verification.get("dissociation") or {}
     roles = ROLES if block.role == "both" else (block.role,)
     failed = [role for role in roles if role in tested and not tested[role]["held"]]
     if not failed:
         return []
-    said = f"the head set's dissociation FAILS for {' and '.join(failed)}, and these heads are trained"
-    return [f"{said}. {next_step(found)}"]
+    message = f"the head set's dissociation FAILS for {' and '.join(failed)}, and these heads are trained"
+    return [f"{message}. {next_step(heads)}"]
 
 
 def by_kind(model: Any) -> dict[str, int]:

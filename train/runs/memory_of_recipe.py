@@ -97,16 +97,16 @@ def stages(recipe: Recipe, shape: Shape, setup: Setup, prompts: int | None = Non
             f"recipe {recipe.recipe} trains nothing, and takes the memory of loading the model; plan another recipe"
         )
     rows = min(filter(None, (recipe.task.max_train_examples, prompts)), default=None)
-    heads, found = recipe.heads, [_load_stage(shape, setup)]
+    heads, result = recipe.heads, [_load_stage(shape, setup)]
     if heads is not None and heads.identify is not None:
-        found.append(identify_stage(shape, setup, heads.identify.max_examples or rows))
+        result.append(identify_stage(shape, setup, heads.identify.max_examples or rows))
     if heads is not None and heads.lofit is not None:
         everyone = [(layer, head) for layer in range(shape.n_layers) for head in range(shape.n_heads)]
         scales = model_shape.head_values(shape, everyone, offset=False)
-        found.append(_train_stage("select", recipe, shape, scales, setup, rows, heads.lofit.max_steps))
+        result.append(_train_stage("select", recipe, shape, scales, setup, rows, heads.lofit.max_steps))
     if not method_named(recipe.recipe).stops_after_heads(recipe.method):
-        found.append(_train_stage("train", recipe, shape, trained_of(recipe, shape), setup, rows))
-    return found
+        result.append(_train_stage("train", recipe, shape, trained_of(recipe, shape), setup, rows))
+    return result
 
 
 def _load_stage(shape: Shape, setup: Setup) -> Stage:
@@ -152,8 +152,8 @@ def heads_of(block: HeadsConfig, shape: Shape) -> list[tuple[int, int]]:
         return [(layer, head) for layer in range(shape.n_layers) for head in range(shape.n_heads)]
     if block.source is not None and Path(block.source).exists():
         return _read(block, shape)
-    wanted = min(block.top * (2 if block.role == "both" and not block.learnt else 1), shape.n_layers * shape.n_heads)
-    return sorted((index % shape.n_layers, index // shape.n_layers) for index in range(wanted))
+    n_pairs = min(block.top * (2 if block.role == "both" and not block.learnt else 1), shape.n_layers * shape.n_heads)
+    return sorted((index % shape.n_layers, index // shape.n_layers) for index in range(n_pairs))
 
 
 def _read(block: HeadsConfig, shape: Shape) -> list[tuple[int, int]]:
@@ -161,11 +161,11 @@ def _read(block: HeadsConfig, shape: Shape) -> list[tuple[int, int]]:
 
     assert block.source is not None
     source = Path(block.source)
-    found = HeadSet.load(source)
+    heads = HeadSet.load(source)
     roles = ("recall", "suppression") if block.role == "both" else (block.role,)
-    if block.role == "both" and set(found.roles) == {"selected"}:
+    if block.role == "both" and set(heads.roles) == {"selected"}:
         roles = ("selected",)
-    pairs = {(entry.layer, entry.head) for role in roles for entry in found.roles.get(role, ())[: block.top]}
+    pairs = {(entry.layer, entry.head) for role in roles for entry in heads.roles.get(role, ())[: block.top]}
     if not pairs or max(layer for layer, _ in pairs) >= shape.n_layers:
         raise InputError(f"heads.from {block.source!r} holds no {' or '.join(roles)} heads of {shape.name}")
     return sorted(pairs)
@@ -283,15 +283,15 @@ def _changes(recipe: Recipe, setup: Setup, most: int) -> Iterator[Setup]:
 
 def change(old: Setup, new: Setup) -> str:
     """What to change, in the words of the command line."""
-    said = []
+    changes = []
     if new.gpus != old.gpus:
-        said.append(f"{new.gpus} GPUs")
+        changes.append(f"{new.gpus} GPUs")
     if new.engine != old.engine:
-        said.append(f"engine {new.engine}")
+        changes.append(f"engine {new.engine}")
     if new.batch != old.batch:
-        said.append(
+        changes.append(
             f"training.per_device_train_batch_size={new.batch} training.gradient_accumulation_steps={new.accumulation}"
         )
     if new.checkpointing != old.checkpointing:
-        said.append("training.gradient_checkpointing=true")
-    return ", ".join(said)
+        changes.append("training.gradient_checkpointing=true")
+    return ", ".join(changes)

@@ -101,33 +101,33 @@ def cells(
         raise InputError(
             f"--grid names {next(key for key in keys if keys.count(key) > 1)!r} twice; give all its values at once"
         )
-    found = []
+    result = []
     for values in itertools.product(*(values for _, values in axes)):
         for seed in range(n_seeds):
             chosen = dict(zip(keys, values, strict=True)) | {"seed": seed}
             folder = out / "-".join(
                 [*(_label(key, value) for key, value in chosen.items() if key != "seed"), f"s{seed}"]
             )
-            own = [f"{key}={_yaml(value)}" for key, value in chosen.items()]
+            settings = [f"{key}={_yaml(value)}" for key, value in chosen.items()]
             places = {"name": folder.name, "output_dir": str(folder), "tracking.group": group or out.name}
-            own += [f"{key}={_yaml(value)}" for key, value in places.items()]
-            cell = Cell(folder, chosen, (*overrides, *own))
+            settings += [f"{key}={_yaml(value)}" for key, value in places.items()]
+            cell = Cell(folder, chosen, (*overrides, *settings))
             try:
                 cell = replace(cell, plugins=tuple(recipes.load_recipe(name, cell.overrides).plugins))
             except InputError as error:
                 raise InputError(f"{folder.name}: {error}") from None
-            found.append(cell)
-    if len({cell.folder for cell in found}) < len(found):
+            result.append(cell)
+    if len({cell.folder for cell in result}) < len(result):
         raise InputError(
             "two combinations of the grid have the same folder name; use values that differ in letters or digits"
         )
-    return found
+    return result
 
 
 def _label(key: str, value: Any) -> str:
     text = value if isinstance(value, str) else _yaml(value)
-    kept = "".join(c if c.isalnum() or c in ".+-" else "_" for c in text).strip("_")
-    return f"{key.rsplit('.', 1)[-1]}={kept[:40]}".replace("=", "_")
+    plain = "".join(c if c.isalnum() or c in ".+-" else "_" for c in text).strip("_")
+    return f"{key.rsplit('.', 1)[-1]}={plain[:40]}".replace("=", "_")
 
 
 def _yaml(value: Any) -> str:
@@ -142,7 +142,7 @@ def state_of(folder: Path) -> str | None:
         return None
 
 
-def carry_out(name: str, of: Sequence[Cell], notify: Notify) -> list[Cell]:
+def carry_out(name: str, grid: Sequence[Cell], notify: Notify) -> list[Cell]:
     """Run what is not finished, one after the other; returns those that failed. Their words are in FOLDER.log.
 
     A run that is interrupted (SIGTERM, Ctrl-C: both are passed on to it) interrupts the sweep.
@@ -150,17 +150,17 @@ def carry_out(name: str, of: Sequence[Cell], notify: Notify) -> list[Cell]:
     Raises:
         InputError: before the first starts, where a folder holds a run of another recipe.
     """
-    for cell in of:
+    for cell in grid:
         _require_same(name, cell)
     failed = []
-    for index, cell in enumerate(of):
+    for index, cell in enumerate(grid):
         if state_of(cell.folder) == "done":
-            notify(f"{index + 1}/{len(of)} {cell.folder.name}: finished before")
+            notify(f"{index + 1}/{len(grid)} {cell.folder.name}: finished before")
             continue
         cell.folder.parent.mkdir(parents=True, exist_ok=True)
         resume = (cell.folder / "recipe.yaml").is_file()
         path = cell.folder.with_name(f"{cell.folder.name}.log")
-        notify(f"{index + 1}/{len(of)} {cell.folder.name}{': going on' if resume else ''} (its words are in {path})")
+        notify(f"{index + 1}/{len(grid)} {cell.folder.name}{': going on' if resume else ''} (its words are in {path})")
         with path.open("a", encoding="utf-8") as log:
             command = cell.command(name, resume)
             # In a session of its own, so that Ctrl-C reaches it once: through `_ended`.
@@ -214,16 +214,16 @@ def _train_words(name: str, cell: Cell) -> list[str]:
     return ["headtune", "train", name, *cell.overrides, *plugins.arguments_for(cell.plugins)]
 
 
-def slurm_array(name: str, of: Sequence[Cell]) -> str:
+def slurm_array(name: str, grid: Sequence[Cell]) -> str:
     """An array script: one task a run; a task that is started again goes on where it was.
 
     Two minutes before its time is up a run is told to stop; it keeps a checkpoint and the task is queued again.
     """
-    lines = "\n".join("  " + shlex.quote(shlex.join(_train_words(name, cell))) for cell in of)
-    folders = "\n".join("  " + shlex.quote(str(cell.folder)) for cell in of)
+    lines = "\n".join("  " + shlex.quote(shlex.join(_train_words(name, cell))) for cell in grid)
+    folders = "\n".join("  " + shlex.quote(str(cell.folder)) for cell in grid)
     return (
         "#!/bin/bash\n"
-        f"#SBATCH --job-name=headtune\n#SBATCH --array=0-{len(of) - 1}\n#SBATCH --gpus=1\n#SBATCH --requeue\n"
+        f"#SBATCH --job-name=headtune\n#SBATCH --array=0-{len(grid) - 1}\n#SBATCH --gpus=1\n#SBATCH --requeue\n"
         "#SBATCH --signal=B:TERM@120\n\n"
         f"runs=(\n{lines}\n)\nfolders=(\n{folders}\n)\n"
         'resume=""\n[ -f "${folders[$SLURM_ARRAY_TASK_ID]}/recipe.yaml" ] && resume="--resume"\n'

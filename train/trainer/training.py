@@ -64,7 +64,7 @@ def training_arguments(recipe: Recipe, **changes: Any) -> Any:
         "disable_tqdm": True,  # told through `notify`
         **({"beta": 0.5} if kind is trl.DPOConfig else {}),
     }
-    own: dict[str, Any] = {
+    fixed: dict[str, Any] = {
         "output_dir": recipe.output_dir,
         "seed": recipe.seed,
         "run_name": recipe.name,
@@ -73,7 +73,7 @@ def training_arguments(recipe: Recipe, **changes: Any) -> Any:
         "max_length": None,  # never a silent truncation
     }
     try:
-        return kind(**(defaults | recipe.training | own | changes))
+        return kind(**(defaults | recipe.training | fixed | changes))
     except ValueError as error:
         raise InputError(f"training: {str(error).splitlines()[0]}") from error
 
