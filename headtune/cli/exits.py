@@ -6,7 +6,7 @@ import contextlib
 import signal
 import time
 
-from headtune.analysis.utils.processes import rank
+from headtune.analysis.utils.processes import rank, world_size
 
 LAUNCHER_SECONDS = 20.0  # seconds that a rank leaves to the launcher to end it because of another
 
@@ -29,6 +29,14 @@ def wait_for_launcher() -> None:
     with contextlib.suppress(ValueError):  # only the main thread may; training answers SIGTERM in its own way
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
     time.sleep(LAUNCHER_SECONDS)
+
+
+def leave_process_group() -> None:
+    """Tell the other processes of a launch that this one is done."""
+    if world_size() > 1:
+        from accelerate import PartialState
+
+        PartialState().destroy_process_group()
 
 
 def exit_for_lost_peer(error: RuntimeError) -> int:

@@ -14,7 +14,7 @@ from headtune.analysis.heads.head_set import HeadSet
 from headtune.analysis.reports import dissociation
 from headtune.train.evaluation.compare import Comparison, Group, group_title
 from headtune.train.evaluation.metric_names import METRIC_NAMES, show
-from headtune.train.runs.batch_preview import Row
+from headtune.train.runs.batch_preview import PreviewRow
 
 from .console import console, plain_table
 
@@ -181,7 +181,7 @@ def _parts(columns: Mapping[str, Sequence[Text]], width: int) -> list[list[str]]
 # --- the first batch --------------------------------------------------------------------------------------------------
 
 
-def batch_row(row: Row, colour: bool) -> Text:
+def batch_row(row: PreviewRow, colour: bool) -> Text:
     """A row for people: in colour, or with [[brackets]] around what is learnt on. A newline is written ↵."""
     text = Text()
     if row.side:

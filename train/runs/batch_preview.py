@@ -13,7 +13,7 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Row:
+class PreviewRow:
     """One row of a batch.
 
     Attributes:
@@ -28,7 +28,7 @@ class Row:
     given: tuple[str, ...] = ()
 
 
-def rows_of(batch: Mapping[str, Any], tokenizer: Any) -> list[Row]:
+def rows_of(batch: Mapping[str, Any], tokenizer: Any) -> list[PreviewRow]:
     """The rows of a collated batch; padding is left out. Under dpo the rejected follow all the chosen."""
     tokens = batch["input_ids"].tolist()
     present = batch["attention_mask"].tolist() if "attention_mask" in batch else [[1] * len(row) for row in tokens]
@@ -44,7 +44,7 @@ def rows_of(batch: Mapping[str, Any], tokenizer: Any) -> list[Row]:
         masks = [[label != -100 for label in row] for row in batch["labels"].tolist()]
         more = [{} for _ in tokens]
     return [
-        Row(parts([token for token, here in zip(row, there, strict=True) if here],
+        PreviewRow(parts([token for token, here in zip(row, there, strict=True) if here],
                   [learnt for learnt, here in zip(mask, there, strict=True) if here], tokenizer), **extra)
         for row, mask, there, extra in zip(tokens, masks, present, more, strict=True)
     ]  # fmt: skip

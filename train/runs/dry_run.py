@@ -63,7 +63,7 @@ class DryRun:
     steps: int = 0
     longest: int = 0
     stages: Sequence[Stage] = ()
-    rows: Sequence[batch_preview.Row] = ()
+    rows: Sequence[batch_preview.PreviewRow] = ()
     notes: list[str] = field(default_factory=list)
     device: str = "cpu"
 
@@ -191,7 +191,9 @@ def _in_order(recipe: Recipe, ready: PreparedRun, words: str | None, total: int,
     notes.append(f"{len(tasks)} tasks in order: {', '.join(step.name for step in ready.sequence.steps)}")
     notes.append("the batch shows the first task's rows in the order of its file")
     shown = [
-        batch_preview.Row(batch_preview.parts(row.input_ids, [label != -100 for label in row.labels], heads.tokenizer))
+        batch_preview.PreviewRow(
+            batch_preview.parts(row.input_ids, [label != -100 for label in row.labels], heads.tokenizer)
+        )
         for row in tasks[0][: arguments.per_device_train_batch_size]
     ]
     examples = (sum(map(len, tasks)), sum(len(step.held_out.examples) for step in ready.sequence.steps))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from headtune.analysis.utils.processes import world_size
@@ -30,34 +31,19 @@ def add_parsers(add: Add) -> None:
 
 
 def analyse_command(arguments: argparse.Namespace) -> int:
-    from yaml import YAMLError
-
     from headtune.analysis.studies import base
     from headtune.analysis.utils.errors import InputError
-    from headtune.train.config.recipe import read_yaml
 
     from .. import console
 
     if arguments.name == "list":
-        defaults = {name: {k: p.default for k, p in base.options_of(name).items()} for name in base.STUDIES}
-        if arguments.json:
-            print(json.dumps(defaults, indent=1))
-            return 0
-        for name, study in base.STUDIES.items():
-            takes = ", ".join(f"{key}={default!r}" for key, default in defaults[name].items())
-            print(f"{name}: {study.summary}\n    options: {takes or 'none'}")
+        _list_studies(arguments.json)
         return 0
+
+    # What can be refused without a model.
     if world_size() > 1:
         raise InputError("headtune analyse runs in one process; start it without accelerate launch")
-    options: dict[str, Any] = {}
-    for text in arguments.option:
-        key, equals, value = text.partition("=")
-        if not equals:
-            raise InputError(f"option {text!r} must look like key=value")
-        try:
-            options[key] = read_yaml(value)
-        except YAMLError:
-            raise InputError(f"option {text!r}: the value is not YAML") from None
+    options = _options(arguments.option)
     base.check_options(arguments.name, options)
     for name in ("model", "task", "out"):
         if getattr(arguments, name) is None:
@@ -66,6 +52,8 @@ def analyse_command(arguments: argparse.Namespace) -> int:
         options.setdefault("seed", arguments.seed)
     base.require_free(arguments.out)
     task = load_task_for(arguments)
+
+    # The study, its folder, and its tables.
     silence_model_libraries()
     result = base.run(arguments.name, load_model_for(arguments), task, console.progress, **options)
     base.write(result, arguments.out)
@@ -78,3 +66,34 @@ def analyse_command(arguments: argparse.Namespace) -> int:
         files = ", ".join(sorted(path.name + "/" * path.is_dir() for path in arguments.out.iterdir()))
         console.console.print(f"{arguments.out}: {files}", markup=False)
     return 0
+
+
+def _list_studies(as_json: bool) -> None:
+    from headtune.analysis.studies import base
+
+    defaults = {name: {k: p.default for k, p in base.options_of(name).items()} for name in base.STUDIES}
+    if as_json:
+        print(json.dumps(defaults, indent=1))
+        return
+    for name, study in base.STUDIES.items():
+        takes = ", ".join(f"{key}={default!r}" for key, default in defaults[name].items())
+        print(f"{name}: {study.summary}\n    options: {takes or 'none'}")
+
+
+def _options(texts: Sequence[str]) -> dict[str, Any]:
+    """`key=value` with values in YAML."""
+    from yaml import YAMLError
+
+    from headtune.analysis.utils.errors import InputError
+    from headtune.train.config.recipe import read_yaml
+
+    options: dict[str, Any] = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise InputError(f"option {text!r} must look like key=value")
+        try:
+            options[key] = read_yaml(value)
+        except YAMLError:
+            raise InputError(f"option {text!r}: the value is not YAML") from None
+    return options

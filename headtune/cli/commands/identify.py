@@ -24,6 +24,7 @@ from ..arguments import (
     positive,
     volume_arguments,
 )
+from ..exits import leave_process_group
 
 if TYPE_CHECKING:
     from headtune.analysis.heads.head_set import HeadSet
@@ -70,17 +71,6 @@ class _ListMethods(argparse.Action):
         parser.exit()
 
 
-def _main_rank() -> bool:
-    return is_main()
-
-
-def _leave_group() -> None:
-    if world_size() > 1:
-        from accelerate import PartialState
-
-        PartialState().destroy_process_group()
-
-
 def identify_command(arguments: argparse.Namespace) -> int:
     from dataclasses import asdict
 
@@ -88,6 +78,7 @@ def identify_command(arguments: argparse.Namespace) -> int:
 
     from .. import console
 
+    # What can be refused without a model.
     require_new_folder(arguments.out, "choose another --out")
     controls = _controls(arguments.control)
     task = load_task_for(arguments)
@@ -104,6 +95,8 @@ def identify_command(arguments: argparse.Namespace) -> int:
             f"--device-map {arguments.device_map} spreads one model over all devices; with several processes leave it "
             "out, or start one process"
         )
+
+    # Identify and write; an interrupted run leaves what it has scored beside `out`.
     try:
         result = identify(
             load_model_for(arguments),
@@ -114,19 +107,21 @@ def identify_command(arguments: argparse.Namespace) -> int:
             verify_top=arguments.verify_top,
             controls=controls,
             seed=arguments.seed,
-            progress=console.progress if _main_rank() else silent,
+            progress=console.progress if is_main() else silent,
             partial=partial_folder(arguments.out),
             share=True,
         )
         result.save(arguments.out)
-        if _main_rank():
+        if is_main():
             track_identify(result, arguments.out, arguments.project, arguments.group, arguments.wandb)
     except KeyboardInterrupt:
-        if not _main_rank() or not partial_folder(arguments.out).exists():
+        if not is_main() or not partial_folder(arguments.out).exists():
             raise
         return console.print_error("interrupted; run the same command again to go on", 130)
-    _leave_group()
-    if not _main_rank():
+
+    # The result, from the first process alone.
+    leave_process_group()
+    if not is_main():
         return 0
     if arguments.json:
         print(json.dumps(asdict(result.heads), ensure_ascii=False, indent=1))
@@ -168,6 +163,7 @@ def print_heads(result: IdentifyResult) -> None:
         + (f": {reasons(task['dropped'])}" if task["dropped"] else ""),
         markup=False,
     )
+    # One table for each role: the ranking score, and the effects that confirm it.
     for role, ranked in heads.roles.items():
         rule = heads.method["parameters"]["rules"][role]
         stable = heads.stability[role]
@@ -189,6 +185,7 @@ def print_heads(result: IdentifyResult) -> None:
                 f"{method}: {count} of {task['n_examples']} prompts; the others have no counterpart of their length",
                 markup=False,
             )
+    # What silencing them does, and what that says.
     console.print(dissociation_table(heads))
     console.print(verdict(heads), markup=False)
     if advice := next_step(heads):

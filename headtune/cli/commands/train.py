@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from headtune.analysis.utils.processes import is_main, world_size
+from headtune.analysis.utils.processes import is_main
 from headtune.analysis.utils.verbosity import silence_model_libraries
 
 from ..arguments import Add, completed, plugin_arguments, print_json, recipe_arguments, volume_arguments
+from ..exits import leave_process_group
 from .plan import gib
 
 if TYPE_CHECKING:
     from headtune.train.config.schema import Recipe
+    from headtune.train.runs.batch_preview import PreviewRow
     from headtune.train.runs.dry_run import DryRun
 
 SHOWN = 4  # rows of the first batch
@@ -66,10 +69,7 @@ def train_command(arguments: argparse.Namespace) -> int:
         console.progress if main_rank else (lambda items, _what: iter(items)),
         console.notify if main_rank else (lambda _line: None),
     )
-    if world_size() > 1:
-        from accelerate import PartialState
-
-        PartialState().destroy_process_group()
+    leave_process_group()
     if not main_rank:
         return 0
     if arguments.json:
@@ -109,7 +109,6 @@ def _print_dry_run(result: DryRun, recipe: Recipe) -> None:
     from rich.text import Text
 
     from ..console import console
-    from ..tables import batch_row
 
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(style="bold")
@@ -118,6 +117,7 @@ def _print_dry_run(result: DryRun, recipe: Recipe) -> None:
     def line(name: str, value: str) -> None:
         table.add_row(name, Text(value))
 
+    # What is trained, on what, in how many steps and how much memory.
     line("run", f"{recipe.folder} ({recipe.recipe})")
     line("model", f"{recipe.model.name}, {result.model_parameters:,} parameters")
     if result.heads is not None:
@@ -143,14 +143,22 @@ def _print_dry_run(result: DryRun, recipe: Recipe) -> None:
     for index, note in enumerate(result.notes):
         line("" if index else "note", note)
     console.print(table)
-    if not result.rows:
-        return
+    if result.rows:
+        _print_batch(result.rows)
+
+
+def _print_batch(batch: Sequence[PreviewRow]) -> None:
+    from rich.text import Text
+
+    from ..console import console
+    from ..tables import batch_row
+
     colour = console.is_terminal and not console.no_color
     how = "in colour" if colour else "in [[brackets]]"
-    console.print(f"\nfirst batch, {min(SHOWN, len(result.rows))} of {len(result.rows)} rows; {how}: what is learnt on",
+    console.print(f"\nfirst batch, {min(SHOWN, len(batch))} of {len(batch)} rows; {how}: what is learnt on",
                   markup=False)  # fmt: skip
-    sides = [row for row in result.rows if row.side == "rejected"]
-    rows = [row for row in result.rows if row.side != "rejected"]
+    sides = [row for row in batch if row.side == "rejected"]
+    rows = [row for row in batch if row.side != "rejected"]
     for index, row in enumerate(rows[:SHOWN]):
         for each in [row, *sides[index : index + 1]]:
             text = Text.assemble((f"{index + 1} ", "dim"), batch_row(each, colour))

@@ -213,7 +213,7 @@ def test_refusals(tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
 
 # --- how a row is shown -----------------------------------------------------------------------------------------------
 
-ROW = batch_preview.Row((("Cities:\n-", False), (" Rome\n", True)))
+ROW = batch_preview.PreviewRow((("Cities:\n-", False), (" Rome\n", True)))
 
 
 def test_brackets_and_colours() -> None:
@@ -224,13 +224,15 @@ def test_brackets_and_colours() -> None:
         " Rome↵"
     ]
     sets = tables.batch_row(
-        batch_preview.Row((("Cities:", False),), right=(" Rome", " Milan"), given=(" Pisa",)), colour=False
+        batch_preview.PreviewRow((("Cities:", False),), right=(" Rome", " Milan"), given=(" Pisa",)), colour=False
     )
     assert sets.plain == "Cities:\n  any of [[ Rome]] [[ Milan]]\n  none of [[ Pisa]]"
 
 
 def test_a_terminal_is_not_obeyed() -> None:
-    assert tables.batch_row(batch_preview.Row((("\x1b[2J\x07", True),)), colour=False).plain == "[[\\x1b[2J\\x07]]"
+    assert (
+        tables.batch_row(batch_preview.PreviewRow((("\x1b[2J\x07", True),)), colour=False).plain == "[[\\x1b[2J\\x07]]"
+    )
 
 
 def test_padding_is_left_out(tokenizer: Any) -> None:
