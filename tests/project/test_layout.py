@@ -67,7 +67,7 @@ def test_names_are_the_field_s() -> None:
 
 # What an engineer asks for, and where it is.
 QUESTIONS = {
-    "the LoFiT and JoLA adapter": "train/tuners/head_tuning.py",
+    "the LoFiT and JoLA adapter": "train/tuners/head_tuning/layer.py",
     "LoFiT's first stage, which chooses heads": "train/runs/first_stage.py",
     "how `heads:` of a recipe is resolved": "train/config/resolve_heads.py",
     "EWC, L2-SP": "train/losses/weight_penalties.py",
