@@ -165,7 +165,7 @@ def string_logprobs(
     """
     if len(tokens) < 2:
         raise InputError(
-            f"the prompt has {len(tokens)} token; whole answers need at least two, so that one stands before END"
+            f"the prompt has {len(tokens)} token; whole answers need at least two, so that one stands before the last"
         )
     if not all(len(answer) for answer in answers):
         raise InputError("an answer has no tokens; leave out answers whose tokens merge with the prompt's")

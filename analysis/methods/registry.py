@@ -90,13 +90,17 @@ _ALL = (
     ),
     Method(
         "ablation",
-        "exact: each head silenced at END",
+        "exact: each head silenced at the last token",
         lambda model, examples, index, _shared: patching.ablation_effects(model, examples[index]),
     ),
-    _patched("mean", "exact: each head at END set to its mean over other subjects", Counterfactuals.mean),
-    _patched("resample", "exact: each head at END set to what it is in another example", Counterfactuals.resample),
+    _patched("mean", "exact: each head at the last token set to its mean over other subjects", Counterfactuals.mean),
     _patched(
-        "corrupt", "exact: each head at END set to what it is in the corrupted counterpart", Counterfactuals.corrupt
+        "resample", "exact: each head at the last token set to what it is in another example", Counterfactuals.resample
+    ),
+    _patched(
+        "corrupt",
+        "exact: each head at the last token set to what it is in the corrupted counterpart",
+        Counterfactuals.corrupt,
     ),
     _everywhere("ablation_all", "exact: each head silenced at all positions", None),
     _everywhere("mean_all", "exact: each head set to its mean, at all positions", Counterfactuals.mean_everywhere),
@@ -106,18 +110,18 @@ _ALL = (
     _everywhere("corrupt_all", "exact: the corrupted run put in, at all positions", Counterfactuals.corrupt_everywhere),
     _path(
         "path",
-        "path patching head -> logits at END, mean over other subjects, other heads frozen",
+        "path patching head -> logits at the last token, mean over other subjects, other heads frozen",
         Counterfactuals.mean,
     ),
     Method(
         "attribution_patching",
-        "gradient estimate of silencing each head at END: one forward and one backward pass",
+        "gradient estimate of silencing each head at the last token: one forward and one backward pass",
         lambda model, examples, index, _shared: attribution_patching.attribution_patching(model, examples[index]),
         causal=False,
     ),
     Method(
         "attribution_patching_corrupt",
-        "gradient estimate of putting in the corrupted counterpart at END",
+        "gradient estimate of putting in the corrupted counterpart at the last token",
         lambda model, examples, index, shared: attribution_patching.attribution_patching(
             model, examples[index], shared.corrupt(index), "attribution_patching_corrupt"
         ),
@@ -126,7 +130,7 @@ _ALL = (
     ),
     Method(
         "integrated_gradients",
-        "the gradient integrated while all heads at END fade to their means together; sums to the effect of that",
+        "the gradient integrated while all heads at the last token fade to their means together; sums to their effect",
         lambda model, examples, index, shared: attribution_patching.integrated_gradients(
             model, examples[index], shared.mean(index)
         ),
@@ -135,7 +139,7 @@ _ALL = (
     ),
     Method(
         "integrated_gradients_corrupt",
-        "the gradient integrated while all heads at END fade to the corrupted counterpart",
+        "the gradient integrated while all heads at the last token fade to the corrupted counterpart",
         lambda model, examples, index, shared: attribution_patching.integrated_gradients(
             model, examples[index], shared.corrupt(index), "integrated_gradients_corrupt"
         ),

@@ -109,7 +109,7 @@ def dissociation_table(heads: HeadSet) -> Table:
     """What silencing heads does to each probability, a row for each condition."""
     rows = dissociation.dissociation_table(heads)
     quantities = dissociation.quantities_of(rows)
-    table = Table(title="Silencing heads at END, mean [95% interval] ×ratio to nothing silenced")
+    table = Table(title="Silencing heads at the last token, mean [95% interval] ×ratio to nothing silenced")
     table.add_column("condition")
     for quantity in quantities:
         table.add_column(dissociation.QUANTITIES[quantity])
