@@ -55,7 +55,7 @@ def test_recipes_take_it() -> None:
         a_recipe({"kind": "small_outputs"})
     register_regulariser("small_outputs", SmallOutputs)(SmallOutputsPenalty)
     read = a_recipe({"kind": "small_outputs", "margin": 2.0, "weight": 0.5}, {"kind": "output_drift"})
-    terms: Any = read.method.regularisers  # type: ignore[union-attr]
+    terms: Any = read.method.regularisers
     assert terms[0] == SmallOutputs(margin=2.0, weight=0.5) and terms[1].kind == "output_drift"
     dumped = read.dump()["method"]["regularisers"][0]
     assert dumped["kind"] == "small_outputs" and dumped["margin"] == 2.0

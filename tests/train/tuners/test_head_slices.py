@@ -206,7 +206,7 @@ def inputs_of_output(model: Any, kind: Kind, layer: int, without: int | None = N
         handle.remove()
 
 
-def run(model: Any, kind: Kind, without: int | None = None) -> tuple[list[bool], Tensor, Tensor, Tensor, Tensor]:
+def run(model: Any, kind: Kind, without: int | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`(z, keys, values, logits)` of layer 1."""
     with inputs_of_output(model, kind, 1, without) as seen, torch.no_grad():
         outputs = model(batch(), use_cache=True)
