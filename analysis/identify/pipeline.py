@@ -124,6 +124,7 @@ def identify(
             cannot be scored on this model, or one of a single subject.
     """
     names = [each.name for each in parse_method_names(method)]
+    # What can be refused before the model runs.
     if top != "elbow" and (isinstance(top, str) or top < 1):
         raise InputError(f"top {top!r} must be at least 1, or 'elbow'")
     if top != "elbow" and top > (total := model.n_layers * model.n_heads):
@@ -149,6 +150,7 @@ def identify(
     silenced = {name: control.roles for name, control in (controls or {}).items()}
     options = (names, verify_top, n_random, seed, top, threshold, silenced)
     parallel = ParallelMap(partial, _key(model, encoded, *options), share)
+    # Score every head, rank each role, cut at the elbow where it is asked for.
     scores = score_examples(model, encoded.examples, method, seed, progress, parallel)
     ranked = {
         role: rank(scores, role, ELBOW_UP_TO if top == "elbow" else top, seed=seed, threshold=threshold)
@@ -158,6 +160,7 @@ def identify(
         ranked = {
             role: _to_elbow(model, encoded.examples, heads, role, parallel, progress) for role, heads in ranked.items()
         }
+    # The head set, and its causal proof.
     heads = HeadSet(
         model=model.identity(),
         task=encoded.summary(),

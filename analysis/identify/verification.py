@@ -62,6 +62,7 @@ def verify(
     and `dissociation`, what was expected and whether it was seen. p(previous) is over the examples that have previous
     answers. A role whose layers have too few other heads for a matched set has `{"sets": 0, "reason"}` in its place.
     """
+    # The sets to silence: the chosen heads, those nearest to zero, other tasks', and random ones.
     selected = {role: heads.top(role)[:top] for role in ROLES}
     generator = random.Random(seed)
     everyone = [head for pairs in selected.values() for head in pairs]
@@ -89,6 +90,7 @@ def verify(
     values = dict(
         zip(sets, probabilities(model, examples, sets, parallel or ParallelMap(), progress, "verifying"), strict=True)
     )
+    # Their probabilities, with intervals over subjects.
     subjects = [example.example.subject for example in examples]
     listing = [index for index, example in enumerate(examples) if example.previous_tokens]
     of_listing = [subjects[index] for index in listing]
@@ -102,6 +104,7 @@ def verify(
     block: dict[str, Any] = {"baseline": numbers(values["baseline"])}
     for name, of_set in named.items():
         block[name] = {"heads": [list(pair) for pair in of_set]} | numbers(values[name])
+    # Random sets: their mean, and the most extreme of them.
     for role, pairs in selected.items():
         if role in unmatched:
             block[f"ablate_random_like_{role}"] = {"sets": 0, "reason": unmatched[role]}

@@ -15,12 +15,10 @@ import io
 import math
 import unicodedata
 from collections.abc import Sequence
-from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
 
 from headtune.analysis.utils.files import write_text
 
@@ -106,30 +104,3 @@ def png_of(figure: Figure, dpi: int = 110) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=dpi)
     return buffer.getvalue()
-
-
-# --- HTML put together in Python --------------------------------------------------------------------------------------
-
-
-def html_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Cells are HTML already; the first column heads its row."""
-    head = "".join(f"<th>{cell}</th>" for cell in header)
-    body = "".join(
-        f"<tr><th scope='row'>{row[0]}</th>{''.join(f'<td>{cell}</td>' for cell in row[1:])}</tr>" for row in rows
-    )
-    return f"<div class='wide'><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
-
-
-def picture(png: bytes, alt: str, caption: str, width: int | None = None) -> str:
-    """An inlined picture; `caption` is HTML, `width` in CSS pixels (default: the picture's own)."""
-    data = base64.b64encode(png).decode()
-    size = "" if width is None else f" width='{width}'"
-    return (
-        f"<figure><img alt='{escape(alt, quote=True)}'{size} src='data:image/png;base64,{data}'>"
-        f"<figcaption>{caption}</figcaption></figure>"
-    )
-
-
-def write_page(path: Path, title: str, body: str) -> None:
-    """Write a page whose body is HTML already."""
-    render_page(path, "page.html.j2", title=title, body=Markup(body))

@@ -57,6 +57,7 @@ def elbow_study(
             data[role] = {"heads": [], "reason": "no confirmed heads"}
             parts.append(f"No {role} heads were confirmed.")
             continue
+        # The curve, its intervals and its bend.
         values = cumulative(model, examples, ranked, progress)
         quantity = "p_previous" if role == "suppression" and listing else "p_remaining"
         rows = listing if quantity == "p_previous" else range(len(examples))
@@ -70,6 +71,7 @@ def elbow_study(
             "curve": intervals,
             "elbow": bend,
         }
+        # What the page shows.
         table: list[list[str | float | None]] = [
             [str(k), "nothing" if k == 0 else head_name(ranked[k - 1]), *with_bounds(intervals[k])]
             for k in range(len(ranked) + 1)

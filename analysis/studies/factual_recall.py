@@ -289,6 +289,7 @@ def factual_recall(
     for encoded in progress(examples, "taking runs apart"):
         survey.add(model, encoded, last_token_parts(model, encoded.tokens), encoded.example.subject in apart)
     mlp = regress(survey.fitted)
+    # Path patching, token frequency, and what the interventions on the last layer change.
     indices = range(len(examples))
     rows = [argument_scores(model, examples, i, references) for i in progress(indices, "patching paths")]
     scores = stack(rows, subjects)
@@ -296,6 +297,7 @@ def factual_recall(
     judged = [encoded for encoded in examples if encoded.example.subject in apart]
     knobs = knob_effects(model, judged, mlp.intercept[-1], progress)
 
+    # The numbers, as the page shows them.
     p = np.stack(survey.p)
     first = np.stack(survey.first)
     data: dict[str, Any] = {

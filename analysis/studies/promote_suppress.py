@@ -137,6 +137,7 @@ def promote_then_suppress(
     for option, (value, lowest) in least.items():
         if value < lowest:
             raise InputError(f"{option}={value} is too small; expected {lowest} or more")
+    # Measure every example.
     depth = max(len(encoded.previous) for encoded in examples)
     names = ["subject", *(f"o{i}" for i in range(1, depth + 1)), "next", "remaining"]
     rows = [measured(model, e, depth, renormalise) for e in progress(examples, "decoding and knocking out")]
@@ -149,6 +150,7 @@ def promote_then_suppress(
         "counts": {name: int(study.stacked(f"count.{name}").sum()) for name in COUNTS},
         "names": names,
     }
+    # Sum up, section by section; the traces come last.
     parts = [_introduction(data)]
     for section in (_early_decoding, _lenses, _knockouts, _whole_answers, _roles):
         numbers, page = section(study)

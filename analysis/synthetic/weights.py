@@ -113,6 +113,7 @@ def _planted_heads(
     look_at_subject, look_at_previous = looking(SUBJECT, 0), looking(ANSWER, 1)
     n_promoters = planting.n_recall + planting.n_pairs
 
+    # Recall and suppression heads.
     heads: dict[Head, _PlantedHead] = {}
     for place in roles["recall"]:
         heads[place] = _PlantedHead(look_at_subject, generator.uniform(0.8, 1.2) / n_promoters * recall_circuit)
@@ -120,12 +121,14 @@ def _planted_heads(
         strength = max(PREVIOUS) * generator.uniform(0.8, 1.2) / planting.n_suppression
         heads[place] = _PlantedHead(look_at_previous, strength * suppression_circuit)
 
+    # Helpers, which write what the others look with.
     of_recall, of_suppression = empty(), empty()
     of_recall[space.helped[0], -1] = 1.0  # <bos> has been read
     of_suppression[space.helped[1], n_subjects:-1] = 1.0  # some answer has been read
     for place, kind, output in zip(roles["helper"], (BOS, ANSWER), (of_recall, of_suppression), strict=True):
         heads[place] = _PlantedHead({(kind, space.marker): _SURE}, output)
 
+    # Redundant pairs, then decoys.
     pairs = zip(space.announced, roles["redundant"][::2], roles["redundant"][1::2], strict=True)
     for announced, primary, backup in pairs:
         output = recall_circuit / n_promoters
@@ -188,6 +191,7 @@ def state_dict(
     width, group = planting.head_dim, planting.n_heads // planting.n_kv_heads
     slow = slow_dimensions(width)
     fast = sorted(set(range(width)) - set(slow))
+    # Layer by layer: keys and values of each group, queries and outputs of its heads, and the MLP.
     for layer in range(planting.n_layers):
         queries, keys, values, outputs = [], [], [], []
         for kv_head in range(planting.n_kv_heads):
