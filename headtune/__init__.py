@@ -30,9 +30,12 @@ if TYPE_CHECKING:
     from headtune.train.config.method_registry import register_tuning_method as register_tuning_method
     from headtune.train.config.objective_registry import register_objective as register_objective
     from headtune.train.config.recipe import load_recipe as load_recipe
+    from headtune.train.config.regularisers import Regulariser as Regulariser
     from headtune.train.evaluation.compare import compare_runs as compare_runs
     from headtune.train.evaluation.evaluate import evaluate as evaluate
     from headtune.train.export.checkpoint import export_run as export_run
+    from headtune.train.losses.registry import HeadPenalty as HeadPenalty
+    from headtune.train.losses.registry import register_regulariser as register_regulariser
     from headtune.train.methods.base import TuningMethod as TuningMethod
     from headtune.train.runs.load_run import load_run as load_run
     from headtune.train.runs.run import run_recipe as run_recipe
@@ -61,6 +64,9 @@ _ROOMS = {
     "TuningMethod": "train.methods.base",
     "register_objective": "train.config.objective_registry",
     "TrainingObjective": "train.trainer.objectives",
+    "register_regulariser": "train.losses.registry",
+    "Regulariser": "train.config.regularisers",
+    "HeadPenalty": "train.losses.registry",
     "InputError": "analysis.utils.errors",
     "CheckError": "analysis.utils.errors",
 }
