@@ -358,5 +358,6 @@ def test_the_cells_of_the_notebook_on_a_tiny_model(
     swapped = {key: value for key, value in stand_in.items() if key != settings}
     swapped |= {'"tracking.wandb=disabled"]': f'"tracking.wandb=disabled", {stand_in[settings]}]'}
     swapped |= {"heads={from: runs/heads, role: both, top: 4}": "heads={list: [[0, 1], [2, 3]]}"}
+    swapped |= {f'"{role}", 4': f'"{role}"' for role in ("recall", "suppression")}  # its heads may be none
     run(NOTEBOOK, swapped, monkeypatch, tmp_path, ["".join(cell["source"]) for cell in cells])
     assert (tmp_path / "cities-model" / "export.json").is_file()
