@@ -32,8 +32,8 @@ OTHERS = {
     "source .venv/bin/activate",
     "vllm serve cities-model --dtype float32",
 }
-# Recipes that a reader writes; all others have to load, with their overrides.
 PLACEHOLDERS = {"FAMILY", "query_lora"}  # the second is the plugin of docs/howto/plugins.md
+# Recipes that a reader writes; all others have to load, with their overrides.
 THEIRS = {"RECIPE", "RECIPE.yaml", "FILE", "recipe.yaml", "my_recipe.yaml"}
 
 
