@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -159,8 +158,8 @@ def saved(each: int) -> dict[str, Any]:
 
 def test_more_prompts_of_the_same_subjects_say_no_more(tmp_path: Path) -> None:
     """Prompts of one subject that all go alike are one: evaluation.json has the intervals of a prompt a subject."""
-    steps: Any = [SimpleNamespace(name="one"), SimpleNamespace(name="two")]
-    once, often = (evaluation_of({}, tmp_path, steps, [], saved(each), together=False) for each in (1, 4))
+    names = ["one", "two"]
+    once, often = (evaluation_of({}, tmp_path, names, [], saved(each), together=False) for each in (1, 4))
     for part, key in [("before", "op"), ("after", "op"), ("after", "bwt"), ("after", "two/exact_match")]:
         low, high = once[part][key]["ci"]
         assert high - low > 0.1
