@@ -33,7 +33,6 @@ class PreparedRun:
         train, held_out: the tasks; of a sequence, the first one's.
         identity: what the measurement before training is of.
         rows: what the objective prepared; None where the method does not train.
-        arguments: TRL's configuration of the training; None where the method does not train.
         heads: those that are known before the run; None where it has to find them, or names none.
         notes: what was to be told about the heads.
         sequence: the tasks, where they are learnt in order.
@@ -44,7 +43,6 @@ class PreparedRun:
     held_out: Task
     identity: dict[str, Any] = field(default_factory=dict)
     rows: Any = None
-    arguments: Any = None
     heads: ResolvedHeads | None = None
     notes: list[str] = field(default_factory=list)
     sequence: sequence.PreparedSequence | None = None
@@ -73,7 +71,7 @@ def prepare(recipe: Recipe) -> PreparedRun:
 
 def _prepare_single(recipe: Recipe, model: HeadModel, train: Task, held_out: Task) -> PreparedRun:
     block, method = recipe.heads, method_named(recipe.recipe)
-    rows = arguments = heads = None
+    rows = heads = None
     notes: list[str] = []
     if method.trains:
         rows = objective_of(recipe.method).prepare(recipe, model, train)
@@ -86,8 +84,9 @@ def _prepare_single(recipe: Recipe, model: HeadModel, train: Task, held_out: Tas
     if block is not None and block.identify is None and not block.learnt:
         heads = resolve_heads(block, model, train, notify=notes.append)
     if method.trains:
-        arguments = training.training_arguments(recipe)
+        # Not kept: while a ZeRO-3 configuration lives, a generation waits for all ranks, and rank 0 measures alone.
+        training.training_arguments(recipe)
     identity = evaluation_identity(recipe.evaluation, model, held_out)
     if recipe.evaluation.before is not None:
         read_before(Path(recipe.evaluation.before), identity)
-    return PreparedRun(model, train, held_out, identity, rows, arguments, heads, notes)
+    return PreparedRun(model, train, held_out, identity, rows, heads, notes)

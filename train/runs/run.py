@@ -273,7 +273,7 @@ def _tuned(context: RunContext, prepared: PreparedRun, resolved: ResolvedHeads) 
     """The model with its trained or computed adapter, in eval mode; and what run.json says of it."""
     recipe, method = context.recipe, method_named(context.recipe.recipe)
     if method.trains:
-        result = training.train(context, resolved.pairs, prepared.train, prepared.rows, prepared.arguments)
+        result = training.train(context, resolved.pairs, prepared.train, prepared.rows)
         return result.model, result.record
     context.notify(f"steering: {getattr(recipe.method, 'kind', recipe.recipe)}")
     part = prepared.train.limited(recipe.task.max_train_examples, recipe.seed)

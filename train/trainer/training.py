@@ -217,12 +217,11 @@ def _cache_folder(context: RunContext) -> Path:
     return context.folder / "prefix-cache"
 
 
-def train(context: RunContext, pairs: Pairs, task: Task, rows: Any, arguments: Any) -> TrainingResult:
+def train(context: RunContext, pairs: Pairs, task: Task, rows: Any) -> TrainingResult:
     """Train a recipe's method on these heads.
 
     Args:
         rows: what the objective prepared (`TrainingObjective.prepare`).
-        arguments: TRL's configuration (`training_arguments`).
     """
     recipe, model, notify = context.recipe, context.model, context.notify
     method: Any = recipe.method
@@ -243,7 +242,7 @@ def train(context: RunContext, pairs: Pairs, task: Task, rows: Any, arguments: A
         context,
         config,
         data,
-        arguments,
+        training_arguments(recipe),
         logs=context.tracker,
         penalty=tuning.penalty(method),
         resume=context.resume,
