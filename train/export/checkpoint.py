@@ -158,7 +158,7 @@ def reload_in_subprocess(folders: Sequence[Path], prompts: Prompts) -> list[Mode
         answers = [Path(temporary) / f"{index}.safetensors" for index in range(len(folders))]
         jobs = [
             {
-                "folder": str(folder),
+                "folder": str(folder.resolve()),  # the process may stand elsewhere
                 "answer": str(answer),
                 "prompts": prompts.rows,
                 "batches": prompts.batches(),

@@ -22,7 +22,7 @@ from headtune.cli.main import main
 from headtune.train.config.methods import ReplayConfig, SeekrConfig
 from headtune.train.config.recipe import load_recipe
 from headtune.train.continual import learner as continual
-from headtune.train.continual import sequence
+from headtune.train.continual import measurements, sequence
 from headtune.train.continual.replay import Replay, drawn, sample
 from headtune.train.losses.weight_penalties import WeightAnchor, fisher_diagonal
 from headtune.train.runs.load_run import load_run
@@ -494,7 +494,7 @@ def test_a_broken_run_ends_as_the_unbroken_one(
             "save": (continual.weights_io, "save", 2),
             "sensitivity": (continual, "measure_sensitivity", 2),
             "teach": (continual, "compute_teacher", 2),
-            "measure": (sequence, "score_task", 3 + 2),
+            "measure": (measurements, "score_task", 3 + 2),
             "end": (sequence, "evaluation_of", 1),
         }
         owner, attribute, times = places[where]
