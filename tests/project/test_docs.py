@@ -262,7 +262,7 @@ def run(
 ) -> dict[str, Any]:
     """The Python blocks of a page, or these, in order, as a reader would run them."""
     monkeypatch.chdir(folder)
-    names: dict[str, Any] = {"confirmed": head_set({})}
+    names: dict[str, Any] = {"confirmed": head_set({"n_layers": 3, "n_heads": 4})}
     texts = sources or [block.text for block in documents.blocks(page) if block.language == "python"]
     for number, source in enumerate(texts, start=1):
         for old, new in swapped.items():
