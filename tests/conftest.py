@@ -12,8 +12,11 @@ import gc
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from matplotlib.figure import Figure
+from PIL import Image
 from transformers import PreTrainedTokenizerFast
 
 from headtune.analysis.tasks.task import Task
@@ -30,10 +33,15 @@ FIRST = (
     "train/continual",
     "train/tracking",
 )
+_DRAWN = Figure.savefig
 
 
+@pytest.hookimpl(tryfirst=True)  # before slow ones are left out
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     here = Path(__file__).parent
+    for item in items:
+        if "machine" in getattr(item, "fixturenames", ()):  # runs in processes of their own
+            item.add_marker("slow")
 
     def place(item: pytest.Item) -> int:
         name = item.path.relative_to(here).as_posix() if item.path.is_relative_to(here) else ""
@@ -54,6 +62,24 @@ def _short_neutral_text() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         tiny.shorten_neutral_text(patch.setattr)
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _pictures_are_blank() -> Iterator[None]:
+    """Figures are made and not drawn: most pages are written by tests of something else. See `pictures`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "savefig", _save_blank)
+        yield
+
+
+def _save_blank(figure: Figure, file: Any, **options: Any) -> None:
+    Image.new("1", (1, 1)).save(file, format="png")
+
+
+@pytest.fixture
+def pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures are drawn."""
+    monkeypatch.setattr(Figure, "savefig", _DRAWN)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -253,28 +253,21 @@ def test_the_end_of_one_process(capsys: pytest.CaptureFixture[str], monkeypatch:
 # --- two processes ----------------------------------------------------------------------------------------------------
 
 
-def command(way: str, recipe: Path) -> list[str]:
-    folder = Path(sys.executable).parent
-    if way == "headtune":
-        return [str(folder / "headtune"), "train", str(recipe), "--config_file", str(TWIN)]
-    return [str(folder / "accelerate"), "launch", "--config_file", str(TWIN), "-m", "headtune.train", str(recipe)]
+def command(recipe: Path) -> list[str]:
+    return [str(Path(sys.executable).parent / "headtune"), "train", str(recipe), "--config_file", str(TWIN)]
 
 
 ENVIRONMENT = {"OMP_NUM_THREADS": "1"}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", ["headtune", "accelerate"])
-def test_what_only_the_model_refutes_is_said_once(way: str, tiny_llama: Path, tmp_path: Path) -> None:
+def test_what_only_the_model_refutes_is_said_once(tiny_llama: Path, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, tiny_llama, heads={"list": [[0, 9]]})
-    own = {"ACCELERATE_USE_CPU": "true"} if way == "accelerate" else {}
-    environment = os.environ | ENVIRONMENT | own
-    done = subprocess.run(command(way, recipe), capture_output=True, text=True, cwd=tmp_path, env=environment)
+    environment = os.environ | ENVIRONMENT
+    done = subprocess.run(command(recipe), capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert done.stderr.count("headtune: ") == 1 and "L0H9" in done.stderr and "rank 1: " not in done.stderr
-    assert done.returncode == (2 if way == "headtune" else 1)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     assert not (tmp_path / "run").exists()
-    if way == "headtune":
-        assert done.stderr.count("\n") == 1, done.stderr
 
 
 @pytest.mark.slow
@@ -285,7 +278,7 @@ def test_a_signal_while_one_rank_measures_ends_all_well(tmp_path: Path) -> None:
     log = tmp_path / "log"
     with log.open("w") as said:
         process = subprocess.Popen(
-            command("headtune", recipe), stdout=said, stderr=said, cwd=tmp_path, env=os.environ | ENVIRONMENT
+            command(recipe), stdout=said, stderr=said, cwd=tmp_path, env=os.environ | ENVIRONMENT
         )
     try:
         while "evaluating the base model" not in log.read_text():

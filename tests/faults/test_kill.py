@@ -145,6 +145,7 @@ def test_broken_while_tidying_up_the_run_is_done(
     assert not list(run.glob("tasks/*/model")) and not (run / "teachers").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tune", ["full", "lora"])
 def test_a_damaged_model_of_an_earlier_task_is_one_clear_line(
     tune: str, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

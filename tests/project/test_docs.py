@@ -329,6 +329,7 @@ def walk(folder: Path, model: str, small: Sequence[str], last: str) -> None:
     assert done[:4] == ["task", "task", "identify", "train"] and done[-1] == last
 
 
+@pytest.mark.slow
 def test_own_model_and_data_on_a_tiny_model(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "disabled")
     monkeypatch.chdir(tmp_path)

@@ -29,12 +29,13 @@ HEAVY = (
 
 
 def python(source: str) -> str:
-    """What a fresh interpreter prints."""
-    done = subprocess.run([sys.executable, "-c", source], cwd=ROOT, capture_output=True, text=True)
+    """What an interpreter prints that has not seen headtune."""
+    done = subprocess.run([sys.executable, "-I", "-c", source], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
 
+@pytest.mark.usefixtures("new_interpreters")
 def test_importing_loads_nothing_heavy() -> None:
     loaded = python("import sys, headtune; headtune.__all__; print(*sys.modules)").split()
     assert {"headtune", "headtune.peft_types"} <= set(loaded)

@@ -60,6 +60,7 @@ def modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
+@pytest.mark.slow
 def test_heads_are_scored_by_a_method_from_outside(modules: list[str], tiny_llama: Path, tmp_path: Path) -> None:
     words = ["--task", str(write_task(tmp_path)), "--method", "dla,ablation,write_norm", "--out", "heads"]
     assert main(["identify", str(tiny_llama), *words]) == 2

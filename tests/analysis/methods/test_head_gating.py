@@ -198,6 +198,7 @@ def test_recall_heads_facilitate_and_suppression_heads_interfere(name: str) -> N
     assert grade["auroc"] == 1.0 and grade["sign_accuracy"] == 1.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_decoys_and_background_are_irrelevant(name: str) -> None:
     model, scores = scored(name)

@@ -245,6 +245,7 @@ def test_a_broken_identification_ends_as_an_unbroken_one(
     assert not partial.exists()
 
 
+@pytest.mark.slow
 def test_what_other_arguments_finished_is_not_used(model: HeadModel, scored: list[str], tmp_path: Path) -> None:
     partial = tmp_path / "kept"
 

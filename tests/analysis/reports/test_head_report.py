@@ -229,6 +229,7 @@ def pixels(path: Path) -> np.ndarray:
         return np.asarray(image.convert("RGB")).astype(int)
 
 
+@pytest.mark.usefixtures("pictures")
 def test_a_heat_map_shows_the_numbers_and_the_marked_heads(tmp_path: Path) -> None:
     matrix = np.zeros((N_LAYERS, N_HEADS))
     matrix[1, 2] = 3.0
@@ -249,6 +250,7 @@ def test_a_heat_map_shows_the_numbers_and_the_marked_heads(tmp_path: Path) -> No
         assert (first == colour).all(-1).sum() > 50, f"no outline in the colour of {role}"
 
 
+@pytest.mark.usefixtures("pictures")
 def test_the_colour_scale_is_symmetric_around_a_white_zero(tmp_path: Path) -> None:
     # The strongest red and the strongest blue mean the same size, even where the numbers lean to one side.
     heat_maps.heat_map([[4.0, -1.0], [0.0, 0.0]], "t", tmp_path / "a.png", {})
@@ -263,6 +265,7 @@ def test_the_colour_scale_is_symmetric_around_a_white_zero(tmp_path: Path) -> No
     assert share((247, 246, 246)) > 0.1, "0 is not the middle of the scale"
 
 
+@pytest.mark.usefixtures("pictures")
 @pytest.mark.parametrize("matrix", [np.zeros((1, 1)), np.full((3, 2), np.nan), np.ones((80, 64)) * 1e-9])
 def test_odd_matrices_are_drawn(matrix: np.ndarray, tmp_path: Path) -> None:
     heat_maps.heat_map(matrix, "t", tmp_path / "a.png", {"recall": [(0, 0)], "suppression": []})
@@ -519,6 +522,7 @@ def test_every_method_s_maps_are_drawn_on_one_scale_for_each_unit() -> None:
         assert f"{beyond} numbers lie beyond, the farthest 50 (L1H2, resample.target)" in note
 
 
+@pytest.mark.usefixtures("pictures")
 def test_a_scale_of_equal_or_missing_numbers() -> None:
     for matrix, limit in ((np.zeros((2, 2)), 1.0), (np.full((2, 2), np.nan), 1.0), (np.full((2, 2), -3.0), 3.0)):
         (sheet,) = heat_maps.sheets({"dla.target": matrix})
@@ -530,6 +534,7 @@ def test_a_scale_of_equal_or_missing_numbers() -> None:
     assert heat_maps.sheets({"dla.target": sparse})[0].limit == 0.5
 
 
+@pytest.mark.usefixtures("pictures")
 @pytest.mark.parametrize(("layers", "heads", "methods"), [(2, 1, 1), (5, 4, 7), (80, 64, 2), (6, 6, 9)])
 def test_maps_stand_side_by_side_in_one_picture(layers: int, heads: int, methods: int) -> None:
     generator = np.random.default_rng(0)
@@ -569,6 +574,7 @@ def test_agreement_with_ties_and_missing_numbers() -> None:
     assert table[0, 1] == pytest.approx(np.corrcoef([1.5, 1.5, 3], [1, 2, 3])[0, 1])
 
 
+@pytest.mark.usefixtures("pictures")
 @pytest.mark.slow
 def test_the_page_shows_the_sheets_their_scale_and_the_agreement(tmp_path: Path) -> None:
     head_report.write_report(tmp_path / "report.html", head_set(), many_means())

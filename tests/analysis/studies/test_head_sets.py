@@ -290,6 +290,7 @@ def test_an_unknown_method_is_refused_before_any_work(model: HeadModel, study: s
         base.run(study, model, TASK, refuse_work, **{option: "ablaton"})
 
 
+@pytest.mark.usefixtures("pictures")
 @pytest.mark.parametrize("study", ["elbow", "path_patching", "faithfulness"])
 def test_pictures_are_pictures_and_the_seed_is_all_that_is_drawn_from(model: HeadModel, study: str) -> None:
     one, two = (base.run(study, model, TASK, seed=3) for _ in range(2))

@@ -28,7 +28,7 @@ from headtune.analysis.tasks.tokenized import Encoded, encode
 from headtune.analysis.utils.errors import InputError
 
 BY_NAME = {kind.name: kind for kind in KINDS}
-EVERY = [(name, seed) for name in BY_NAME for seed in (0, 1)]
+EVERY = [*((name, 0) for name in BY_NAME), ("gqa", 1), ("redundant", 1)]
 
 
 @functools.cache
@@ -95,7 +95,7 @@ def test_exact_ablation_and_attribution_separate_the_roles(name: str, seed: int,
     assert np.abs(score(name, seed, f"{method}.target", model.roles["suppression"])).max() < recall.min() / 4
 
 
-@pytest.mark.parametrize("seed", range(2, 6))
+@pytest.mark.parametrize("seed", range(2, 4))
 def test_other_seeds_are_no_worse(seed: int) -> None:
     for kind in ("mqa", "narrow", "redundant"):
         model = plant(replace(BY_NAME[kind], seed=seed))

@@ -56,7 +56,9 @@ def subjects_of(values: list[list[np.ndarray | None]], each: int = 1) -> list[li
     return [[f"subject {index // each}" for index in range(len(np.asarray(row[-1])))] for row in values]
 
 
-@pytest.mark.parametrize("each", [1, 3])  # 40 and 25 examples: the last subject has fewer
+@pytest.mark.parametrize(
+    "each", [pytest.param(1, marks=pytest.mark.slow), 3]
+)  # 40 and 25 examples: the last subject has fewer
 def test_intervals_are_those_of_resampled_subjects(each: int) -> None:
     """Against the resampling written out, with other random numbers: bounds agree to what 20,000 draws allow."""
     values = random_values(1)

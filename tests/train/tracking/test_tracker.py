@@ -199,6 +199,7 @@ def test_importing_needs_neither_wandb_nor_transformers() -> None:
 # --- W&B --------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_offline_run_holds_the_same_as_the_file(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     from PIL import Image
 
