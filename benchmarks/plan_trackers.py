@@ -11,12 +11,13 @@ backward, AdamW), in a process of its own for each of these:
     ours          the plan's peak, without its overhead
     mem_tracker   torch.distributed._tools.mem_tracker.MemTracker around the same loop on fake tensors
 
-MemTracker refuses frozen parameters and PEFT makes no adapter of fake tensors (both are among the attempts), so for it the
-model is made on the meta device, its tensors are replaced by fake ones, and what is frozen becomes buffers. The
-trainer chooses labelled positions by a mask; the loop has their indices, which fake tensors need.
+MemTracker refuses frozen parameters and PEFT makes no adapter of fake tensors (both are among the attempts). So for it
+the model is made on the meta device, its tensors are replaced by fake ones, and what is frozen becomes buffers. The
+trainer chooses labelled positions by a mask; the loop has their indices, which is all that fake tensors can follow.
 
-An attempt is one thing that a plan has to answer, given to a tracker as it is: a figure, or the first line of the error.
-Times are CPU seconds of one thread, which other processes stretch less than time by the clock.
+An attempt is one thing that a plan has to answer, given to a tracker: a figure, or the first line of the error. Times
+are CPU seconds of one thread, which other processes stretch less than time by the clock; `resident` is what a process
+came to hold beyond its imports.
 """
 
 from __future__ import annotations
@@ -191,7 +192,7 @@ def sizes_of(name: str) -> tuple[int, int]:
 
 
 def measure(name: str) -> dict[str, Any]:
-    """The loop on real tensors."""
+    """The loop on real tensors, then five steps by the clock of the CPU."""
     loop = loop_of(adapted_model(name), *sizes_of(name))
     peaks: list[int] = []
     with planning.measured(loop.model, peaks):
@@ -247,9 +248,8 @@ def total(tracker: Any) -> int:
 
 def parts(tracker: Any) -> dict[str, int]:
     snapshots = tracker.get_tracker_snapshot("peak").values()
-    return {
-        str(kind.value): size for snapshot in snapshots for kind, size in snapshot.items() if kind != "Total" and size
-    }
+    sizes = [item for snapshot in snapshots for item in snapshot.items()]
+    return {kind.value: size for kind, size in sizes if kind != "Total" and size}
 
 
 def _seconds(work: Callable[[], Any]) -> float:
@@ -304,15 +304,13 @@ def second_step() -> dict[str, Any]:
     return {}
 
 
-def trainer_of_fake_tensors(moved: bool) -> dict[str, Any]:
-    """The trainer of a recipe, given a fake model; `moved` to its device, as it wants, or left where it is."""
+def trainer_of_fake_tensors() -> dict[str, Any]:
+    """The trainer of a recipe, given a fake model."""
     import tempfile
-    from unittest import mock
 
     from datasets import Dataset
 
     from headtune.analysis.models.loading import load_tokenizer
-    from headtune.train.losses.label_logits import labelled_positions
     from headtune.train.trainer import penalised_trainers, training
 
     tokenizer = load_tokenizer(MODEL)
@@ -320,14 +318,27 @@ def trainer_of_fake_tensors(moved: bool) -> dict[str, Any]:
     batch, length = sizes_of("full")
     ids = list(range(3, 3 + length))
     row = {"input_ids": ids, "labels": [-100] * (length - LABELS) + ids[-LABELS:]}
-    stays = mock.patch("torch.nn.Module.to", lambda module, *_, **__: module)
-    with tempfile.TemporaryDirectory() as folder, fake(), contextlib.nullcontext() if moved else stays:
+    with tempfile.TemporaryDirectory() as folder, fake():
         arguments = training.training_arguments(recipe_of("full"), output_dir=folder)
         data = Dataset.from_list([row] * batch)
         model = fake_model("full")
-        trainer = penalised_trainers.SFT(model, args=arguments, train_dataset=data, processing_class=tokenizer)
-        with labelled_positions(trainer.model):
-            trainer.train()
+        penalised_trainers.SFT(model, args=arguments, train_dataset=data, processing_class=tokenizer).train()
+    return {}
+
+
+def labels_of_fake_tensors() -> dict[str, Any]:
+    """A pass over rows whose labelled positions are chosen by a mask, as around the trainer."""
+    import torch
+
+    from headtune.train.losses.label_logits import labelled_positions
+
+    with fake():
+        model = fake_model("full")
+        ids = torch.randint(3, 1000, sizes_of("full"))
+        labels = ids.clone()
+        labels[:, :-LABELS] = -100
+        with labelled_positions(model):
+            model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels, fused_lm_head=True)
     return {}
 
 
@@ -460,8 +471,8 @@ ATTEMPTS: dict[str, tuple[str, Callable[..., dict[str, Any]], tuple[Any, ...]]] 
     "adapter": ("PEFT puts a LoRA on a model of fake tensors", adapter_of_fake_tensors, ()),
     "frozen": ("MemTracker on a model with frozen parameters", frozen_parameters, ()),
     "second step": ("MemTracker over two steps without reset_mod_stats", second_step, ()),
-    "trainer": ("the recipe's trainer on fake tensors", trainer_of_fake_tensors, (True,)),
-    "trainer in place": ("the same, not moving the model to its device", trainer_of_fake_tensors, (False,)),
+    "trainer": ("the recipe's trainer on fake tensors", trainer_of_fake_tensors, ()),
+    "labels": ("labelled positions of fake tensors", labels_of_fake_tensors, ()),
     "load": ("load_model on fake tensors", model_of_fake_tensors, ()),
     "identify": ("identify on fake tensors", identify_on_fake_tensors, ()),
     "benchmark": ("RuntimeEstimator, operator-level-benchmark", runtime_estimator, ("operator-level-benchmark",)),
@@ -520,18 +531,16 @@ def _forked(quiet: bool, work: Callable[..., dict[str, Any]], *arguments: Any) -
 
 def case_of(name: str, quiet: bool) -> dict[str, Any]:
     real = _forked(quiet, measure, name)
-    if "error" in real:
-        sys.exit(f"{name} failed; see why with --only {name!r} --verbose")
-    batch, length = sizes_of(name)
-    return {
-        "name": name,
-        "batch": batch,
-        "length": length,
-        "labels": LABELS,
+    answers = {
         "measured": real,
-        "ours": _forked(quiet, ours, name, real["matmul_rate"]),
+        "ours": _forked(quiet, ours, name, real.get("matmul_rate", 1.0)),
         "mem_tracker": _forked(quiet, mem_tracker, name),
     }
+    for what, answer in answers.items():
+        if "error" in answer:
+            sys.exit(f"{name}, {what}: {answer['error']}; see why with --only {name!r} --verbose")
+    batch, length = sizes_of(name)
+    return {"name": name, "batch": batch, "length": length, "labels": LABELS, **answers}
 
 
 def main(arguments: argparse.Namespace) -> None:
@@ -544,11 +553,10 @@ def main(arguments: argparse.Namespace) -> None:
     if arguments.only and RESULT.exists():
         old = json.loads(RESULT.read_text(encoding="utf-8"))
     results = {key: {entry["name"]: entry for entry in old[key]} for key in ("cases", "attempts")}
-    names = [*CASES, *ATTEMPTS]
-    for name in arguments.only or names:
+    for name in arguments.only or [*CASES, *ATTEMPTS]:
         if name in CASES:
             results["cases"][name] = case = case_of(name, not arguments.verbose)
-            print(f"{name}: {_line(case)}")
+            print(f"{name}: {', '.join(_line(case))}"
         else:
             what, work, details = ATTEMPTS[name]
             results["attempts"][name] = {"name": name, "what": what, **_forked(not arguments.verbose, work, *details)}
@@ -557,10 +565,7 @@ def main(arguments: argparse.Namespace) -> None:
             "command": "python benchmarks/plan_trackers.py",
             "date": datetime.now(UTC).date().isoformat(),
             "model": MODEL,
-            "versions": {
-                package: importlib.metadata.version(package)
-                for package in ("torch", "transformers", "peft", "trl", "deepspeed")
-            },
+            "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft", "trl")},
             "resident_after_imports": _resident(),
             "cases": [results["cases"][name] for name in CASES if name in results["cases"]],
             "attempts": [results["attempts"][name] for name in ATTEMPTS if name in results["attempts"]],
@@ -572,17 +577,9 @@ def main(arguments: argparse.Namespace) -> None:
 
 
 def _line(case: dict[str, Any]) -> list[str]:
-    answers = [case["ours"], case["mem_tracker"]]
-    sizes = [
-        text
-        for answer in answers
-        for text in (
-            [_mib(answer["peak"]), f"{answer['peak'] / case['measured']['peak'] - 1:+.1%}"]
-            if "peak" in answer
-            else ["fails", ""]
-        )
-    ]
-    return [_mib(case["measured"]["peak"]), *sizes, *(f"{answer['seconds']:.2g} s" for answer in answers)]
+    measured, answers = case["measured"]["peak"], (case["ours"], case["mem_tracker"])
+    sizes = [text for answer in answers for text in (_mib(answer["peak"]), f"{answer['peak'] / measured - 1:+.1%}")]
+    return [_mib(measured), *sizes, *(f"{answer['seconds']:.2g} s" for answer in answers)]
 
 
 def _mib(size: float) -> str:

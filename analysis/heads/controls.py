@@ -1,16 +1,19 @@
-"""Heads to compare chosen ones with: as many in each layer, drawn at random, or with the least evidence.
+"""Heads to compare chosen ones with: as many in each layer, drawn at random, the largest others, or with the least
+evidence.
 
-The third control, another task's heads, is a head set that the caller has.
+One more control, another task's heads, is a head set that the caller has.
 """
 
 from __future__ import annotations
 
+import itertools
+import math
 import random
 from collections.abc import Sequence
 
 import numpy as np
 
-from headtune.analysis.methods.scores import Scores
+from headtune.analysis.methods.scores import Array, Scores
 from headtune.analysis.utils.errors import InputError
 
 from .ranking import rule_for
@@ -54,13 +57,78 @@ def random_like(
     return drawn
 
 
-def lowest(scores: Scores, role: str, like: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+def random_sets(
+    heads: Sequence[tuple[int, int]],
+    shape: tuple[int, int],
+    n: int,
+    seed: int,
+    exclude: Sequence[tuple[int, int]] = (),
+) -> list[tuple[tuple[int, int], ...]]:
+    """Up to `n` different random sets like `heads`: as many heads in each layer, none of `heads`, none of `exclude`.
+
+    Where the layers hold fewer than `n` such sets, each head is drawn from its own layer and the nearest others, as
+    many as it takes. All sets there are, where even the whole model holds no more.
+
+    Args:
+        shape: layers, and heads in each.
+    """
+    n_layers, n_heads = shape
+    barred = {*heads, *exclude}
+    counts = {layer: sum(each == layer for each, _ in heads) for layer in sorted({layer for layer, _ in heads})}
+    for reach in range(n_layers):
+        pools = {
+            layer: [
+                (near, head)
+                for near in range(max(0, layer - reach), min(n_layers, layer + reach + 1))
+                for head in range(n_heads)
+                if (near, head) not in barred
+            ]
+            for layer in counts
+        }
+        # With reach, layers' pools overlap: an upper bound, and what is drawn twice is drawn again.
+        if math.prod(math.comb(len(pools[layer]), count) for layer, count in counts.items()) >= (2 * n if reach else n):
+            break
+    generator = random.Random(seed)
+    if not reach and math.prod(math.comb(len(pools[layer]), count) for layer, count in counts.items()) <= 4 * n:
+        each = [list(itertools.combinations(pools[layer], count)) for layer, count in counts.items()]
+        every = [tuple(sorted(itertools.chain(*parts))) for parts in itertools.product(*each)]
+        return generator.sample(every, min(n, len(every)))
+    drawn: dict[tuple[tuple[int, int], ...], None] = {}
+    for _ in range(50 * n):
+        taken: set[tuple[int, int]] = set()
+        for layer, count in counts.items():
+            free = [head for head in pools[layer] if head not in taken]
+            taken |= set(generator.sample(free, min(count, len(free))))
+        if len(taken) == len(heads):
+            drawn[tuple(sorted(taken))] = None
+        if len(drawn) == n:
+            break
+    return list(drawn)
+
+
+def largest(norms: Array, like: Sequence[tuple[int, int]], exclude: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The control matched in size: for each of `like`, the head of its layer that writes most, by `norms`.
+
+    Args:
+        norms: `[n_layers, n_heads]`, such as `output_norms`.
+
+    None of `like` or `exclude`, none twice; fewer than asked for where a layer runs out of other heads.
+    """
+    drawn: list[tuple[int, int]] = []
+    for layer in sorted({layer for layer, _ in like}):
+        count = sum(each == layer for each, _ in like)
+        others = [int(head) for head in np.argsort(-norms[layer], kind="stable")]
+        others = [head for head in others if (layer, head) not in {*like, *exclude}]
+        drawn += [(layer, head) for head in others[:count]]
+    return drawn
+
+
+def lowest(scores: Scores, role: str, like: Sequence[tuple[int, int]], by: str = "contrast") -> list[tuple[int, int]]:
     """The control of least evidence: for each of `like`, the head of its layer with the score nearest to zero.
 
     None of `like`, none twice; fewer than asked for where a layer runs out of other heads.
     """
-    attribution, _, _ = rule_for(role, scores)
-    size = np.abs(scores.mean(attribution))
+    size = np.abs(scores.mean(rule_for(role, scores, by).rank))
     drawn: list[tuple[int, int]] = []
     for layer in sorted({layer for layer, _ in like}):
         taken = {head for each, head in like if each == layer}

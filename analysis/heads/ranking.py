@@ -1,4 +1,7 @@
-"""From scores to heads: attribution finds, ablation confirms, resampling says how stable the choice is.
+"""From scores to heads: attribution finds, interventions confirm, resampling says how stable the choice is.
+
+Heads are ranked by contrast: how far a head raises this subject's answers above the other subjects' answers. A logit
+that all tokens share, or all city names, is no reason to prefer an answer, and a softmax does not feel it.
 
 Three ways to say how many: the best k (`rank`), all beyond a threshold (`rank` with `threshold`), or up to where the
 cumulative effect bends (`elbow`). What they are compared with is in `controls`.
@@ -7,32 +10,66 @@ cumulative effect bends (`elbow`). What they are compared with is in `controls`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from headtune.analysis.methods.registry import METHODS
 from headtune.analysis.methods.scores import Array, Scores
-from headtune.analysis.utils.errors import InputError
+from headtune.analysis.utils.errors import InputError, nearest
+from headtune.analysis.utils.stats import false_discovery
 
-from .head_set import RankedHead
+from .head_set import ROLES, RankedHead
 
 SIGNS = {"recall": 1.0, "suppression": -1.0}
 _QUANTITIES = {"recall": "target", "suppression": "previous"}
+FDR = 0.05  # of the heads that are confirmed, of both roles together, so many may be confirmed by chance
+RankBy = Literal["contrast", "centred", "raw"]
+RANKINGS = {
+    "contrast": "less the other subjects' answers",
+    "centred": "less the vocabulary's mean",
+    "raw": "the mean logit itself, which a softmax does not feel",
+}
 
 
-def rule_for(role: str, scores: Scores) -> tuple[str, float, str]:
+@dataclass(frozen=True)
+class Rule:
+    """By what a role is ranked and confirmed.
+
+    Attributes:
+        rank: the quantity that ranks.
+        sign: which sign counts: 1 or -1.
+        confirm: the quantities that must have this sign too.
+    """
+
+    rank: str
+    sign: float
+    confirm: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self) | {"confirm": list(self.confirm)}
+
+
+def rule_for(role: str, scores: Scores, by: str = "contrast") -> Rule:
     """The quantities by which a role is ranked and confirmed on these scores, and the sign that counts.
 
     Recall heads raise the remaining answers (`.target`), suppression heads lower the previous ones (`.previous`); on
     single facts, where there are none, they lower the correct answer. Ranked by direct attribution where it was run,
-    else by the first method that was; confirmed by exact ablation where it was run, else by the first intervention that
-    was (and has a value by example, so an interval), else by the ranking itself. Both are in logits: a head's direct
-    part and its whole effect.
+    else by the first method that was, in the form `by` asks for, where the method has it (gates, for one, have the raw
+    form alone). Confirmed by exact ablation where it was run, else by the first intervention that was (and has values
+    by example, so a test), in the same form and in the log-probability of the answers, which is what a softmax makes
+    of it; else by the ranking itself.
+
+    Args:
+        by: `contrast`, `centred` or `raw`: see RANKINGS.
 
     Raises:
-        InputError: no scores that rank heads.
+        InputError: no scores that rank heads, or an unknown `by`.
     """
+    if by not in RANKINGS:
+        raise InputError(f"rank_by {by!r} is unknown; {nearest(by, RANKINGS)}")
     quantity = _QUANTITIES[role]
     ran = [name for name in METHODS if f"{name}.{quantity}" in scores]
     if not ran and quantity == "previous":
@@ -40,40 +77,76 @@ def rule_for(role: str, scores: Scores) -> tuple[str, float, str]:
         ran = [name for name in METHODS if f"{name}.{quantity}" in scores]
     if not ran:
         raise InputError(f"the scores hold no {quantity!r} quantity of any method, so heads cannot be ranked")
+
+    def form(method: str) -> str:
+        name_of_form = f"{method}.{quantity}_{by}"
+        return name_of_form if name_of_form in scores else f"{method}.{quantity}"
+
     causal = [name for name in ran if METHODS[name].causal and f"{name}.{quantity}" in scores.by_example]
     finder = "dla" if "dla" in ran else ran[0]
-    return f"{finder}.{quantity}", SIGNS[role], f"{causal[0] if causal else finder}.{quantity}"
+    if not causal:
+        return Rule(form(finder), SIGNS[role], (form(finder),))
+    probability = f"{causal[0]}.{quantity}_logp"
+    confirm = [form(causal[0]), *([probability] if probability in scores and by != "raw" else [])]
+    return Rule(form(finder), SIGNS[role], tuple(confirm))
+
+
+def p_values(scores: Scores, rule: Rule) -> NDArray[np.float64]:
+    """`[n_layers, n_heads]` p of each head not having the role: the largest of the one-sided p's of the quantities that
+    rank and confirm, all of which must have the role's sign.
+
+    Quantities of the task as a whole have no test: 0 where the sign is right, 1 where it is not.
+    """
+    p = np.zeros(scores.mean(rule.rank).shape)
+    for name in dict.fromkeys((rule.rank, *rule.confirm)):
+        if name in scores.whole:
+            p = np.maximum(p, rule.sign * scores.mean(name) <= 0)
+        else:
+            p = np.maximum(p, scores.p_values(name, rule.sign))
+    return p
 
 
 def rank(
-    scores: Scores, role: str, top: int | None, n_bootstrap: int = 1000, seed: int = 0, threshold: float | None = None
+    scores: Scores,
+    role: str,
+    top: int | None,
+    threshold: float | None = None,
+    by: str = "contrast",
+    fdr: float | None = FDR,
 ) -> list[RankedHead]:
-    """The heads of a role: by attribution, among those whose ablation effect has the same sign.
+    """The heads of a role: by attribution, among those whose effects are confirmed to have the role's sign.
 
-    A head counts as confirmed when ablating it moves the quantity the way its attribution says, with a 95% interval
-    on the right side of zero. Without ablation scores the attribution alone decides.
+    Confirmed are the heads whose q-value (Benjamini & Hochberg over all heads and all roles, see `p_values`) is at most
+    `fdr`.
 
     Args:
         top: at most so many; None = all that are confirmed.
         threshold: only heads whose score is at least this far from zero, in the score's unit.
+        fdr: None: the signs of the means are enough, nothing is tested. For heads that others are to be judged on.
 
     Returns:
-        Best first; fewer than `top` where fewer are confirmed.
+        Best first; fewer than `top` where fewer are confirmed. `effect` holds the means of all methods' quantities, `p`
+        and `q`.
     """
-    attribution, sign, ablation = rule_for(role, scores)
+    rule = rule_for(role, scores, by)
     means = scores.means()
-    mean = means[attribution]
-    eligible = _confirmed(scores, attribution, sign, ablation, n_bootstrap, seed)
+    mean = means[rule.rank]
+    p, q = _tested(scores, role, by)
+    eligible = np.logical_and.reduce([rule.sign * means[name] > 0 for name in (rule.rank, *rule.confirm)])
+    if fdr is not None:
+        eligible &= q <= fdr
     if threshold is not None:
-        eligible = eligible & (sign * mean >= threshold)
-    bounds = None if attribution in scores.whole else scores.interval(attribution, n_bootstrap, seed)
+        eligible &= rule.sign * mean >= threshold
+    bounds = None if rule.rank in scores.whole else scores.interval(rule.rank)
     methods = tuple(f"{name}." for name in METHODS)
     ranked = []
-    for index in np.argsort(-sign * mean, axis=None, kind="stable"):
+    for index in np.argsort(-rule.sign * mean, axis=None, kind="stable"):
         layer, head = divmod(int(index), mean.shape[1])
         if not eligible[layer, head]:
             continue
         effect = {name: float(value[layer, head]) for name, value in means.items() if name.startswith(methods)}
+        if bounds is not None:
+            effect |= {"p": float(p[layer, head]), "q": float(q[layer, head])}
         interval = None if bounds is None else (float(bounds[0][layer, head]), float(bounds[1][layer, head]))
         ranked.append(RankedHead(layer, head, float(mean[layer, head]), interval, effect))
         if len(ranked) == top:
@@ -81,33 +154,29 @@ def rank(
     return ranked
 
 
-def _confirmed(scores: Scores, attribution: str, sign: float, ablation: str, n: int, seed: int) -> NDArray[np.bool_]:
-    right = np.ones(scores.mean(attribution).shape, dtype=bool)
-    for name in {attribution, ablation}:
-        if name in scores.whole:
-            right &= sign * scores.mean(name) > 0
-        else:
-            low, high = scores.interval(name, n, seed)
-            right &= (low > 0) if sign > 0 else (high < 0)
-    return right
+def _tested(scores: Scores, role: str, by: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """p and q of every head for a role; q over all roles together."""
+    p = {each: p_values(scores, rule_for(each, scores, by)) for each in ROLES}
+    q = false_discovery(np.stack([p[each] for each in ROLES]))
+    return p[role], q[ROLES.index(role)]
 
 
-def stability(scores: Scores, role: str, top: int, n: int = 200, seed: int = 0) -> float | None:
+def stability(scores: Scores, role: str, top: int, n: int = 200, seed: int = 0, by: str = "contrast") -> float | None:
     """Mean Jaccard overlap between the top heads by attribution and those of `n` resamplings of the subjects.
 
-    Confirmation is by the sign of the ablation effect, in the whole sample and in each resampling (intervals within
-    resamplings would cost a bootstrap each). 0 where no head is confirmed; None where the ranking method has one value
-    for the whole task, which cannot be resampled.
+    Confirmation is by the signs of the effects, in the whole sample and in each resampling. 0 where no head is
+    confirmed; None where the ranking method has one value for the whole task, which cannot be resampled.
     """
-    attribution, sign, ablation = rule_for(role, scores)
-    if attribution in scores.whole:
+    rule = rule_for(role, scores, by)
+    if rule.rank in scores.whole:
         return None
-    draws = sign * scores.bootstrap(attribution, n, seed)
+    draws = rule.sign * scores.bootstrap(rule.rank, n, seed)
     present = ~np.isnan(draws).any(axis=(1, 2))  # resamplings with an example to judge by
-    mean = sign * scores.mean(attribution)
-    if ablation != attribution:
-        draws = np.where(sign * scores.bootstrap(ablation, n, seed) > 0, draws, -np.inf)
-        mean = np.where(sign * scores.mean(ablation) > 0, mean, -np.inf)
+    mean = rule.sign * scores.mean(rule.rank)
+    for name in rule.confirm:
+        if name != rule.rank:
+            draws = np.where(rule.sign * scores.bootstrap(name, n, seed) > 0, draws, -np.inf)
+            mean = np.where(rule.sign * scores.mean(name) > 0, mean, -np.inf)
     chosen = _top(mean, top)
     if not chosen:
         return 0.0

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from headtune.analysis.heads.head_set import ROLES, HeadSet, RankedHead, provenance
-from headtune.analysis.heads.ranking import elbow, rank, rule_for, stability
+from headtune.analysis.heads.ranking import FDR, RANKINGS, elbow, rank, rule_for, stability
 from headtune.analysis.methods.parallel_map import ParallelMap
 from headtune.analysis.methods.registry import parse_method_names, score_examples
 from headtune.analysis.methods.scores import Scores
@@ -20,12 +20,12 @@ from headtune.analysis.reports.head_profiles import write_profiles
 from headtune.analysis.reports.profile_heads import profile_heads
 from headtune.analysis.tasks.task import Task
 from headtune.analysis.tasks.tokenized import Encoded, EncodedTask, encode
-from headtune.analysis.utils.errors import InputError
+from headtune.analysis.utils.errors import InputError, nearest
 from headtune.analysis.utils.files import require_new_folder
 from headtune.analysis.utils.progress import Progress, silent
 from headtune.analysis.utils.stats import ENOUGH_SUBJECTS, FEW_SUBJECTS
 
-from .verification import probabilities, verify
+from .verification import N_RANDOM, probabilities, verify
 
 log = logging.getLogger(__name__)
 
@@ -96,15 +96,19 @@ def identify(
     method: str = "all",
     top: int | Literal["elbow"] = 8,
     verify_top: int = 4,
-    n_random: int = 10,
+    n_random: int = N_RANDOM,
     seed: int = 0,
     progress: Progress = silent,
     threshold: float | None = None,
     controls: Mapping[str, HeadSet] | None = None,
     partial: Path | None = None,
     share: bool = False,
+    rank_by: str = "contrast",
 ) -> IdentifyResult:
-    """Score every head, rank recall and suppression heads, verify them against controls.
+    """Score every head, rank recall and suppression heads, verify them on other subjects against controls.
+
+    The heads are those of all subjects; the verdict is of heads chosen on one half and silenced on the other, both
+    ways.
 
     Args:
         method: names of `registry.METHODS` with commas, or `all`: direct attribution ranks, exact ablation confirms.
@@ -118,6 +122,7 @@ def identify(
         partial: where finished examples are kept until `save` has written the result; a second call with the same
             arguments goes on there.
         share: divide the examples among the processes of `accelerate launch`.
+        rank_by: `contrast` (less the other subjects' answers), `centred` (less the vocabulary's mean) or `raw`.
 
     Raises:
         InputError: an unknown method, a `top` beyond the model's heads, a control of another model, a task that
@@ -131,6 +136,8 @@ def identify(
         raise InputError(f"top {top} is more than the {total} heads of {model.name}; give at most {total}")
     if threshold is not None and not 0 <= threshold < math.inf:
         raise InputError(f"threshold {threshold!r} must be a number of at least 0: a distance from zero")
+    if rank_by not in RANKINGS:
+        raise InputError(f"rank_by {rank_by!r} is unknown; {nearest(rank_by, RANKINGS)}")
     for name, control in (controls or {}).items():
         for warning in control.check_model(model.identity()):
             log.warning("control %s: %s", name, warning)
@@ -148,14 +155,15 @@ def identify(
             ENOUGH_SUBJECTS,
         )
     silenced = {name: control.roles for name, control in (controls or {}).items()}
-    options = (names, verify_top, n_random, seed, top, threshold, silenced)
+    if rank_by == "contrast" and not all(example.others for example in encoded.examples):
+        log.warning(
+            "task %s: all subjects have the same answers, so heads are ranked against the vocabulary", task.name
+        )
+    options = (names, verify_top, n_random, seed, top, threshold, silenced, rank_by)
     parallel = ParallelMap(partial, _key(model, encoded, *options), share)
     # Score every head, rank each role, cut at the elbow where it is asked for.
     scores = score_examples(model, encoded.examples, method, seed, progress, parallel)
-    ranked = {
-        role: rank(scores, role, ELBOW_UP_TO if top == "elbow" else top, seed=seed, threshold=threshold)
-        for role in ROLES
-    }
+    ranked = {role: rank(scores, role, ELBOW_UP_TO if top == "elbow" else top, threshold, rank_by) for role in ROLES}
     if top == "elbow":
         ranked = {
             role: _to_elbow(model, encoded.examples, heads, role, parallel, progress) for role, heads in ranked.items()
@@ -173,21 +181,23 @@ def identify(
                 "n_random": n_random,
                 "controls": {name: control.task.get("name") for name, control in (controls or {}).items()},
                 "examples_scored": scores.counts(),
-                "rules": {
-                    role: dict(zip(("rank", "sign", "confirm"), rule_for(role, scores), strict=True)) for role in ROLES
-                },
+                "rank_by": rank_by,
+                "false_discovery_rate": FDR,
+                "rules": {role: rule_for(role, scores, rank_by).to_json() for role in ROLES},
             },
             "seed": seed,
         },
         roles={role: tuple(entries) for role, entries in ranked.items()},
         stability={
-            role: stability(scores, role, max(1, len(ranked[role])) if top == "elbow" else top, seed=seed)
+            role: stability(scores, role, max(1, len(ranked[role])) if top == "elbow" else top, seed=seed, by=rank_by)
             for role in ROLES
         }
         | {"bootstrap": 200},
         **provenance(),
     )
-    verified = verify(model, heads, encoded.examples, verify_top, n_random, seed, progress, scores, controls, parallel)
+    verified = verify(
+        model, heads, encoded.examples, scores, verify_top, n_random, seed, progress, controls, parallel, rank_by
+    )
     return IdentifyResult(model, verified, scores, encoded.examples, parallel)
 
 

@@ -44,8 +44,8 @@ def attribution_patching(
         name: prefix of the quantities.
 
     Returns:
-        `<name>.target` and, where there are previous answers, `<name>.previous`: `[n_layers, n_heads]` float32, in
-        logits.
+        `<name>.target`, `<name>.target_contrast` and, where there are previous answers, `<name>.previous` and
+        `<name>.previous_contrast`: `[n_layers, n_heads]` float32, in logits (see `patching.effects`).
     """
     return _gate_gradients(model, encoded, reference, name, torch.ones(1))
 
@@ -70,8 +70,8 @@ def integrated_gradients(
         name: prefix of the quantities.
 
     Returns:
-        `<name>.target` and, where there are previous answers, `<name>.previous`: `[n_layers, n_heads]` float32, in
-        logits.
+        `<name>.target`, `<name>.target_contrast` and, where there are previous answers, `<name>.previous` and
+        `<name>.previous_contrast`: `[n_layers, n_heads]` float32, in logits (see `patching.effects`).
 
     Raises:
         InputError: fewer than one step.
@@ -93,11 +93,14 @@ def _gate_gradients(
         with torch.enable_grad():
             gates = part[:, None, None].repeat(1, model.n_layers, model.n_heads).to(model.device).requires_grad_()
             logits = _gated_logits(runner, gates, reference)
-            metrics = answer_probabilities(logits, encoded).logits
+            answers = answer_probabilities(logits, encoded)
+            metrics = answers.logits | {"others": answers.others}
             for quantity, value in metrics.items():
                 # Rows do not depend on each other: the gradient of their sum holds each row's own.
                 (gradient,) = torch.autograd.grad(value.sum(), gates, retain_graph=True)
                 totals[quantity] = totals.get(quantity, 0) + gradient.sum(0)
+    others = totals.pop("others")
+    totals |= {f"{quantity}_contrast": total - others for quantity, total in totals.items()}
     return {f"{name}.{quantity}": (total / len(levels)).cpu().numpy() for quantity, total in totals.items()}
 
 

@@ -15,6 +15,7 @@ formed. Source: Yan & Jia 2025, section 3 (Token Lens), per head instead of per 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,13 +29,18 @@ from .scores import Array
 
 
 @torch.no_grad()
-def attribute(model: HeadModel, encoded: Encoded) -> dict[str, Array]:
+def attribute(model: HeadModel, encoded: Encoded, vocabulary: Tensor | None = None) -> dict[str, Array]:
     """Direct logit attribution of every head at the last token, toward the remaining and toward the previous answers.
 
     Each toward-quantity is the mean over the answers' first tokens, in logits.
 
+    Args:
+        vocabulary: `[d_model]`, `mean_unembedding` of the model; computed where it is not given.
+
     Returns:
-        name -> `[n_layers, n_heads]`: `dla.target`, `dla.previous`, `lens.<source>.target`, `lens.<source>.previous`
+        name -> `[n_layers, n_heads]`: `dla.target`, `dla.previous`, and both less the other subjects' answers
+        (`dla.target_contrast`, ...) and less the vocabulary's mean (`dla.target_centred`, ...), as in
+        `patching.effects`; `lens.<source>.target`, `lens.<source>.previous`
         with sources subject, previous (all of them), previous_1.., first, end, rest; and `attention.<source>`, the
         attention mass. Quantities about previous answers are absent where there are none.
     """
@@ -56,7 +62,17 @@ def attribute(model: HeadModel, encoded: Encoded) -> dict[str, Array]:
     # Directions of the answers' tokens, and which tokens each source holds.
     answer_tokens = torch.tensor([*encoded.target_tokens, *encoded.previous_tokens], device=model.device)
     n_targets = len(encoded.target_tokens)
-    directions = model.unembedding_directions(at_end(model.final_norm), answer_tokens)  # [n, d_model]
+    residual = at_end(model.final_norm)
+    weight: Any = model.hf.get_output_embeddings().weight
+    center = mean_unembedding(model) if vocabulary is None else vocabulary
+    others = center
+    if encoded.others:
+        tokens_of_others, weights = zip(*encoded.others, strict=True)
+        rows_of_others = weight[torch.tensor(tokens_of_others, device=weight.device)].float()
+        others = torch.tensor(weights, device=weight.device) @ rows_of_others
+    baselines = model.norm_directions(model.final_norm, residual, torch.stack([others, center.to(others)]))
+    answers = model.unembedding_directions(residual, answer_tokens)
+    directions = torch.cat([answers, baselines])  # [n + 2, d_model]
     groups = encoded.sources()
     membership = torch.zeros(len(groups), len(encoded.tokens), device=model.device)
     for row, span in enumerate(groups.values()):
@@ -67,16 +83,21 @@ def attribute(model: HeadModel, encoded: Encoded) -> dict[str, Array]:
     for layer in range(model.n_layers):
         norm = post_norms.get(layer)
         of_layer = directions if norm is None else model.norm_directions(norm, at_end(norm), directions)
-        weight = model.output_weight(layer).float()
-        read = torch.einsum("hdm,nm->hdn", weight, of_layer.to(weight.device))  # [heads, head_dim, n]
+        output = model.output_weight(layer).float()
+        read = torch.einsum("hdm,nm->hdn", output, of_layer.to(output.device))  # [heads, head_dim, n + 2]
         dla.append(torch.einsum("hd,hdn->hn", z[layer][0].float(), read).to(model.device))
+        read = read[..., :-2]
         pattern = rows.pattern[layer][0]  # [heads, seq]
         by_token = pattern[..., None] * torch.einsum("htd,hdn->htn", rows.values[layer][0].float(), read)
         pattern, by_token = pattern.to(model.device), by_token.to(model.device)
         lens.append(torch.einsum("gt,htn->ghn", membership, by_token))
         mass.append(membership @ pattern.T)  # [groups, heads]
     # By quantity; all previous answers together are one more source.
-    result = dict(_toward("dla", torch.stack(dla), n_targets))
+    toward = torch.stack(dla)
+    result = dict(_toward("dla", toward[..., :-2], n_targets))
+    for name, baseline in (("contrast", toward[..., -2:-1]), ("centred", toward[..., -1:])):
+        less = _toward("dla", toward[..., :-2] - baseline, n_targets)
+        result |= {f"{quantity}_{name}": value for quantity, value in less}
     by_group = dict(zip(groups, torch.stack(lens, dim=1), strict=True))  # group -> [layers, heads, n]
     mass_by_group = dict(zip(groups, torch.stack(mass, dim=1), strict=True))
     previous = [name for name in groups if name.startswith("previous_")]
@@ -87,6 +108,13 @@ def attribute(model: HeadModel, encoded: Encoded) -> dict[str, Array]:
         result |= dict(_toward(f"lens.{name}", value, n_targets))
     result |= {f"attention.{name}": value.cpu().numpy() for name, value in mass_by_group.items()}
     return result
+
+
+@torch.no_grad()
+def mean_unembedding(model: HeadModel) -> Tensor:
+    """The mean row of the unembedding, `[d_model]` float32: its direction is the vocabulary's mean logit."""
+    weight: Any = model.hf.get_output_embeddings().weight
+    return torch.stack([rows.float().sum(0) for rows in weight.split(1 << 14)]).sum(0) / len(weight)
 
 
 def _toward(prefix: str, values: Tensor, n_targets: int) -> Iterator[tuple[str, Array]]:

@@ -32,12 +32,17 @@ class AnswerProbabilities:
         previous: `[rows]` total probability of the previous answers' first tokens (0 where there are none).
         logs: name -> `[rows]` natural logarithm of the total, finite where the probability itself underflows to 0.
         logits: name -> `[rows]` mean logit of each of the two sets.
+        others: `[rows]` mean logit of the other subjects' answers (see `Encoded.others`); of the whole vocabulary where
+            there are none.
+        vocabulary: `[rows]` mean logit of all tokens.
     """
 
     target: Tensor
     previous: Tensor
     logs: dict[str, Tensor]
     logits: dict[str, Tensor]
+    others: Tensor
+    vocabulary: Tensor
 
 
 def answer_probabilities(logits: Tensor, encoded: Encoded) -> AnswerProbabilities:
@@ -48,11 +53,18 @@ def answer_probabilities(logits: Tensor, encoded: Encoded) -> AnswerProbabilitie
     chosen = {"target": sorted(set(encoded.target_tokens)), "previous": sorted(set(encoded.previous_tokens))}
     parts = {name: logits[:, tokens] for name, tokens in chosen.items()}  # [rows, n]
     present = {name: part for name, part in parts.items() if part.shape[1]}
+    vocabulary = logits.mean(-1)
+    others = vocabulary
+    if encoded.others:
+        tokens, weights = zip(*encoded.others, strict=True)
+        others = logits[:, list(tokens)] @ torch.tensor(weights, device=logits.device)
     return AnswerProbabilities(
         (parts["target"] - norm).exp().sum(-1),
         (parts["previous"] - norm).exp().sum(-1),
         {name: (part - norm).logsumexp(-1) for name, part in present.items()},
         {name: part.mean(-1) for name, part in present.items()},
+        others,
+        vocabulary,
     )
 
 
@@ -85,22 +97,22 @@ def effects(method: str, model: HeadModel, logits: Tensor, encoded: Encoded) -> 
 
     Returns:
         name -> `[n_layers, n_heads]`: `<method>.target` and `<method>.previous` in logits (mean over the answers'
-        first tokens, the unit of direct attribution), `<method>.target_logp` / `<method>.previous_logp` in nats of the
-        answers' total probability, `<method>.target_p` / `<method>.previous_p` in probability. The `previous` ones are
-        absent where there are no previous answers.
+        first tokens, the unit of direct attribution), `.target_contrast` / `.previous_contrast` less the mean logit of
+        the other subjects' answers, `.target_centred` / `.previous_centred` less that of the vocabulary,
+        `.target_logp` / `.previous_logp` in nats of the answers' total probability, `.target_p` / `.previous_p` in
+        probability. The `previous` ones are absent where there are no previous answers.
     """
     result = answer_probabilities(logits, encoded)
-    quantities = {
-        "target": result.logits["target"],
-        "target_logp": result.logs["target"],
-        "target_p": result.target,
-    }
-    if encoded.previous_tokens:
-        quantities |= {
-            "previous": result.logits["previous"],
-            "previous_logp": result.logs["previous"],
-            "previous_p": result.previous,
-        }
+    quantities = {}
+    for name, probability in (("target", result.target), ("previous", result.previous)):
+        if name in result.logits:
+            quantities |= {
+                name: result.logits[name],
+                f"{name}_contrast": result.logits[name] - result.others,
+                f"{name}_centred": result.logits[name] - result.vocabulary,
+                f"{name}_logp": result.logs[name],
+                f"{name}_p": probability,
+            }
     return {
         f"{method}.{name}": (value[0] - value[1:]).reshape(model.n_layers, model.n_heads).cpu().numpy()
         for name, value in quantities.items()

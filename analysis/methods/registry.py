@@ -5,7 +5,9 @@
     scores.mean("attribution_patching.previous")          # [n_layers, n_heads], positive = the head raises it
 
 Whatever the method, `<method>.target` is its estimate of how far a head raises the mean logit of the remaining answers
-(first tokens), `<method>.previous` that of the answers already given, in logits unless the table says otherwise.
+(first tokens), `<method>.previous` that of the answers already given, in logits unless the table says otherwise;
+`<method>.target_contrast` and `<method>.previous_contrast` are the same less the other subjects' answers, which heads
+are ranked by (a logit that all tokens share changes nothing).
 """
 
 from __future__ import annotations
@@ -85,7 +87,8 @@ _ALL = (
     Method(
         "dla",
         "direct logit attribution, and the Token Lens: split by the tokens a head reads",
-        lambda model, examples, index, _shared: logit_attribution.attribute(model, examples[index]),
+        lambda model, examples, index, vocabulary: logit_attribution.attribute(model, examples[index], vocabulary),
+        prepare=lambda model, *_: logit_attribution.mean_unembedding(model),
         causal=False,
     ),
     Method(

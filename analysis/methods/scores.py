@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from headtune.analysis.utils.errors import InputError
 from headtune.analysis.utils.files import atomic_path
-from headtune.analysis.utils.stats import subject_weights, tails
+from headtune.analysis.utils.stats import one_sided_p, subject_weights, t_interval
 
 Array = NDArray[np.float32]
 
@@ -68,8 +68,7 @@ class Scores:
         Raises:
             InputError: a quantity of the task as a whole, which cannot be resampled.
         """
-        if name in self.whole:
-            raise InputError(f"score {name!r} has one value for the whole task, so no interval; fit it on resamplings")
+        self._require_examples(name)
         values = self.by_example[name].astype(np.float64)
         present = ~np.isnan(values[:, :1, :1])
         weights = subject_weights(self.subjects, n, seed)  # [n, n_examples]
@@ -77,10 +76,28 @@ class Scores:
         count = np.einsum("be,elh->blh", weights, present.astype(np.float64))
         return np.where(count > 0, total / np.maximum(count, 1), np.nan).astype(np.float32)
 
-    def interval(self, name: str, n: int = 1000, seed: int = 0, level: float = 0.95) -> tuple[Array, Array]:
-        """Percentile bootstrap interval of the mean, over the resamplings that have one: two `[n_layers, n_heads]`."""
-        low, high = np.nanpercentile(self.bootstrap(name, n, seed), tails(level), axis=0)
+    def interval(self, name: str, level: float = 0.95) -> tuple[Array, Array]:
+        """Student's interval of the mean over subjects (see `stats.t_interval`): two `[n_layers, n_heads]`.
+
+        Raises:
+            InputError: a quantity of the task as a whole, which has no interval.
+        """
+        self._require_examples(name)
+        low, high = t_interval(self.by_example[name], self.subjects, level)
         return low.astype(np.float32), high.astype(np.float32)
+
+    def p_values(self, name: str, sign: float) -> NDArray[np.float64]:
+        """`[n_layers, n_heads]` one-sided p of each head's mean having this sign (see `stats.one_sided_p`).
+
+        Raises:
+            InputError: a quantity of the task as a whole, which cannot be tested.
+        """
+        self._require_examples(name)
+        return one_sided_p(self.by_example[name], self.subjects, sign)
+
+    def _require_examples(self, name: str) -> None:
+        if name in self.whole:
+            raise InputError(f"score {name!r} has one value for the whole task, so no interval; fit it on resamplings")
 
     def save(self, path: Path) -> None:
         """Write the means as `scores.safetensors`."""

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from headtune.analysis.heads.head_set import HeadSet
 
 from .html import number, with_interval
-
-if TYPE_CHECKING:
-    pass
 
 QUANTITIES = {"p_remaining": "p(remaining)", "p_previous": "p(previous)"}
 
@@ -81,9 +78,10 @@ def dissociation_table(heads: HeadSet) -> list[Condition]:
         rows.append(condition(f"top {n} {role} heads silenced", chosen))
         if sets:
             rows.append(condition(f"{n} random heads of the same layers silenced ({sets} sets)", matched, extreme))
-        if lowest := block.get(f"ablate_lowest_like_{role}"):
-            n = len(lowest["heads"])
-            rows.append(condition(f"{n} heads of the same layers with scores nearest to zero silenced", lowest))
+        for kind, words in (("largest", "that write most"), ("lowest", "with scores nearest to zero")):
+            if control := block.get(f"ablate_{kind}_like_{role}"):
+                n = len(control["heads"])
+                rows.append(condition(f"{n} other heads of the same layers {words} silenced", control))
         for name, control in block.items():
             if name.startswith("ablate_control_") and name.endswith(f"_{role}"):
                 task = name.removeprefix("ablate_control_").removesuffix(f"_{role}")
@@ -96,62 +94,65 @@ def quantities_of(rows: Sequence[Condition]) -> list[str]:
     return [quantity for quantity in QUANTITIES if any(quantity in row.cells for row in rows)]
 
 
+def verdicts(heads: HeadSet) -> list[tuple[str, str]]:
+    """For each role tested `holds`, `does not hold` or `cannot be told`, and the same in a sentence with numbers."""
+    tests = heads.verification.get("dissociation") or {}
+    roles = [role for role in ("suppression", "recall") if role in tests]
+    return [(verdict_of(tests[role]), _role_verdict(heads, role, tests[role])) for role in roles]
+
+
 def verdict(heads: HeadSet) -> str:
-    """Whether the dissociation holds, in plain words, and for each role where it fails why."""
-    tests = heads.verification.get("dissociation")
-    if not tests:
-        return "The dissociation was not tested: this head set has no verification."
-    parts = {role: _role_verdict(heads, role, tests[role]) for role in ("suppression", "recall") if role in tests}
-    failed = [role for role in parts if not tests[role]["held"]]
-    if not failed:
-        return f"The dissociation holds: {'; '.join(parts.values())}."
-    text = f"The dissociation FAILS for {' and '.join(failed)}: {'; '.join(parts[role] for role in failed)}."
-    held = [role for role in parts if role not in failed]
-    return text + "".join(f" It holds for {role}: {parts[role]}." for role in held)
+    """Whether each role's heads do what its name says, in plain words."""
+    sentences = [sentence for _, sentence in verdicts(heads)]
+    return " ".join(sentences) or "The dissociation was not tested: this head set has no verification."
+
+
+def verdict_of(result: dict[str, Any]) -> str:
+    """`holds`, `does not hold` or `cannot be told`; head sets of older versions tell the first two apart only."""
+    return str(result.get("verdict") or ("holds" if result["held"] else "does not hold"))
 
 
 def next_step(heads: HeadSet) -> str:
-    """What to do about roles whose dissociation fails, in one line; empty where it holds or was not tested."""
+    """What to do about roles that do not hold or cannot be told; empty where all hold or none was tested."""
     tests = heads.verification.get("dissociation") or {}
-    tested = {role: tests[role]["held"] for role in ("suppression", "recall") if role in tests}
-    failed = [role for role, held in tested.items() if not held]
-    if not failed:
-        return ""
-    held = [role for role in tested if role not in failed]
-    silenced = any(f"ablate_{role}" in heads.verification for role in failed)
-    steps = [
-        "give more subjects or prompts",
-        *(["see how far the random heads beside them go"] if silenced else []),
-        *([f"train the {held[0]} heads alone (heads.role: {held[0]})"] if held else []),
-        *(["or take the heads as a hypothesis"] if silenced else []),
-    ]
-    return f"For {' and '.join(failed)}: {'; '.join(steps)}."
+    tested = {role: verdict_of(tests[role]) for role in ("suppression", "recall") if role in tests}
+    held = [role for role, result in tested.items() if result == "holds"]
+    lines = []
+    for role, result in tested.items():
+        if result == "holds":
+            continue
+        silenced = f"ablate_{role}" in heads.verification
+        if result == "cannot be told":
+            steps = ["give more subjects or prompts, or another model that knows the answers"]
+        elif silenced:
+            steps = ["see how far the controls beside them go", "give more subjects or prompts"]
+        else:
+            steps = ["give more subjects or prompts"]
+        steps += [f"train the {held[0]} heads alone (heads.role: {held[0]})"] if held else []
+        steps += ["or take the heads as a hypothesis"] if silenced else []
+        lines.append(f"For {role}: {'; '.join(steps)}.")
+    return " ".join(lines)
 
 
 def _role_verdict(heads: HeadSet, role: str, result: dict[str, Any]) -> str:
-    if "quantity" not in result and f"ablate_{role}" in heads.verification:
-        return f"the {role} heads cannot be compared with random ones: {result['reason']}"
+    stated = verdict_of(result)
+    opening = f"{role.capitalize()} {stated}"
     if "quantity" not in result:
-        return f"there are {result['reason']} for {role}, so there was nothing to silence"
-    raises = role == "suppression"
-    quantity = QUANTITIES[result["quantity"]]
+        return f"{opening}: {result['reason']}."
     n = len(heads.verification[f"ablate_{role}"]["heads"])
-    sets = heads.verification[f"ablate_random_like_{role}"]["sets"]
-    before, after, extreme = result["baseline"], result["ablated"], result["most_extreme_random_set"]
-    ratio = f" (×{number(result['ratio'])})" if result["ratio"] is not None else ""
     heads_named = f"the {n} {role} heads" if n > 1 else f"the one {role} head"
-    change = f"{quantity} from {number(before)} to {number(after)}{ratio}"
-    which = "highest" if raises else "lowest"
-    if result["held"]:
-        verb, beyond = ("raises", "above") if raises else ("lowers", "below")
-        return (
-            f"silencing {heads_named} {verb} {change}, {beyond} the {which} of {sets} random sets ({number(extreme)})"
-        )
-    wrong = []
-    if (after <= before) if raises else (after >= before):
-        wrong.append(f"does not {'raise' if raises else 'lower'} it")
-    if (after <= extreme) if raises else (after >= extreme):
-        wrong.append(
-            f"does not go {'above' if raises else 'below'} the {which} of {sets} random sets ({number(extreme)})"
-        )
-    return f"silencing {heads_named} takes {change}, which {' and '.join(wrong)}"
+    before, after = result["baseline"], result["ablated"]
+    ratio = f" (\u00d7{number(result['ratio'])})" if result["ratio"] is not None else ""
+    change = f"{QUANTITIES[result['quantity']]} from {number(before)} to {number(after)}{ratio}"
+    where = "on subjects that they were not chosen on" if heads.verification.get("halves") == 2 else ""
+    sets, extreme = heads.verification[f"ablate_random_like_{role}"].get("sets", 0), result["most_extreme_random_set"]
+    sentence = f"{opening}: silencing {heads_named} takes {change}" + (f", {where}" if where else "")
+    controls = f"the most extreme of {sets} random sets reaches {number(extreme)}"
+    if result.get("largest_other") is not None:
+        controls += f", the largest other heads {number(result['largest_other'])}"
+    if result.get("p_value") is not None:
+        controls += f", p = {number(result['p_value'])}"
+    if result.get("change_ci"):
+        controls = f"change {with_interval(result['change'], result['change_ci'])}, {controls}"
+    reason = f", for {result['reason']}" if result.get("reason") else ""
+    return f"{sentence} ({controls}){reason}."

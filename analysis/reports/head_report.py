@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike
 
 from headtune.analysis.heads.head_set import ROLES, HeadSet
 
-from .dissociation import QUANTITIES, dissociation_table, next_step, quantities_of, verdict
+from .dissociation import QUANTITIES, dissociation_table, next_step, quantities_of, verdict, verdicts
 from .evaluation_view import evaluation_view, in_words
 from .head_dashboard import ANSWERS, dashboard
 from .head_profiles import HeadProfile
@@ -101,7 +101,7 @@ def _proof(heads: HeadSet) -> dict[str, Any]:
     rows = dissociation_table(heads)
     columns = {quantity: QUANTITIES[quantity] for quantity in quantities_of(rows)}
     return {
-        "verdict": verdict(heads),
+        "verdicts": verdicts(heads) or [("cannot be told", verdict(heads))],
         "advice": next_step(heads),
         "conditions": rows,
         "columns": columns,
@@ -113,22 +113,31 @@ def _role(heads: HeadSet, role: str, profiles: Mapping[tuple[int, int], HeadProf
     """A role's ranked heads, each with its dashboard or None, the effects shown of them, and how to read the table."""
     ranked = heads.roles[role]
     rule = ((heads.method.get("parameters") or {}).get("rules") or {}).get(role)
-    confirmed_by = rule["confirm"].split(".")[0] if rule else "ablation"
-    # In logits; the same in nats and probability is in heads.json, and would make the table too wide to read.
+    confirms = [rule["confirm"]] if rule and isinstance(rule["confirm"], str) else rule["confirm"] if rule else []
+    confirmed_by = confirms[0].split(".")[0] if confirms else "ablation"
+    # In logits, and in nats of what a softmax makes of them; the rest is in heads.json.
     effects = {
-        f"{confirmed_by}.{quantity}": f"effect on {answers}"
+        name: f"effect on {answers}{words}"
         for quantity, answers in ANSWERS.items()
-        if any(f"{confirmed_by}.{quantity}" in head.effect for head in ranked)
+        for name, words in (
+            (f"{confirmed_by}.{quantity}", ""),
+            (f"{confirmed_by}.{quantity}_logp", " (log-probability)"),
+        )
+        if any(name in head.effect for head in ranked)
     }
+    if any("q" in head.effect for head in ranked):
+        effects["q"] = "q"
     pairs = []
     for rank, head in enumerate(ranked, start=1):
         profile = profiles.get((head.layer, head.head))
         pairs.append((head, None if profile is None else dashboard(head, role, rank, profile)))
     note = "Scores are positive where a head raises the quantity." if role in ROLES else ""
     if rule:
-        note = f"Ranked by {rule['rank']}, confirmed by {rule['confirm']}. {note}"
+        note = f"Ranked by {rule['rank']}, confirmed by {' and '.join(confirms)}. {note}"
     if confirmed_by == "ablation" and effects:
-        note += " Effects are exact, in logits, intact minus silenced."
+        note += " Effects are exact, in logits (log-probability in nats), intact minus silenced."
+    if "q" in effects:
+        note += " q: the least false discovery rate at which a head counts as confirmed."
     return {
         "name": role,
         "heads": pairs,

@@ -63,7 +63,7 @@ def elbow_study(
         rows = listing if quantity == "p_previous" else range(len(examples))
         of_rows = values[quantity][list(rows)]
         curve = of_rows.mean(0)
-        intervals = [mean_interval(column.tolist(), [subjects[i] for i in rows], seed=seed) for column in of_rows.T]
+        intervals = [mean_interval(column.tolist(), [subjects[i] for i in rows]) for column in of_rows.T]
         bend = elbow(curve.tolist())
         data[role] = {
             "heads": [list(head) for head in ranked],

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import random
+from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -14,6 +15,8 @@ from transformers import PreTrainedTokenizerBase
 from headtune.analysis.utils.errors import InputError
 
 from .task import Example, Task
+
+PERMUTATIONS = 100  # of the answers among subjects, at most
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,10 @@ class Encoded:
         previous_tokens: first tokens of the previous answers, in order, each once.
         ambiguous: first tokens left out of both because a remaining and a previous answer share them.
         corrupt: `[seq]` ids of the example's own counterpart prompt, if it has one.
+        others: (token, weight) of the other subjects' answers, what scores are contrasted with: each other subject
+            counts the same, and so do its first tokens; less the first tokens of this subject's own answers. The
+            weights sum to 1: a mean over permutations of the answers among subjects, over all of them where there are
+            at most `PERMUTATIONS` other subjects. Empty where all subjects have the same answers.
     """
 
     example: Example
@@ -39,6 +46,7 @@ class Encoded:
     previous_tokens: tuple[int, ...]
     ambiguous: tuple[int, ...] = ()
     corrupt: Tensor | None = None
+    others: tuple[tuple[int, float], ...] = ()
 
     @property
     def end(self) -> int:
@@ -227,7 +235,29 @@ def encode(task: Task, tokenizer: PreTrainedTokenizerBase, positions: int | None
             result.examples.append(encoded)
     if not result.examples:
         raise InputError(f"task {task.name!r}: no example can be scored on first tokens: {reasons(result.dropped)}")
+    result.examples = _with_others(result.examples)
     return result
+
+
+def _with_others(examples: Sequence[Encoded]) -> list[Encoded]:
+    """The examples, each with its `others`."""
+    answers: dict[str, set[int]] = {}
+    for encoded in examples:
+        tokens = {*encoded.target_tokens, *encoded.previous_tokens, *encoded.ambiguous}
+        answers.setdefault(encoded.example.subject, set()).update(tokens)
+    weights: dict[str, tuple[tuple[int, float], ...]] = {}
+    # Around a circle in random order: permutation k gives each subject the answers of the k-th after it.
+    circle = sorted(answers)
+    random.Random(0).shuffle(circle)
+    for place, subject in enumerate(circle):
+        tokens, counted = answers[subject], defaultdict[int, float](float)
+        for k in range(1, min(len(circle) - 1, PERMUTATIONS) + 1):
+            left = answers[circle[(place + k) % len(circle)]] - tokens
+            for token in left:
+                counted[token] += 1 / len(left)
+        total = sum(counted.values())
+        weights[subject] = tuple((token, counted[token] / total) for token in sorted(counted))
+    return [replace(encoded, others=weights[encoded.example.subject]) for encoded in examples]
 
 
 def _encode_one(

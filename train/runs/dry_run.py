@@ -18,7 +18,7 @@ from transformers import set_seed
 
 from headtune.analysis.heads.head_set import ROLES, HeadSet
 from headtune.analysis.models.head_model import HeadModel
-from headtune.analysis.reports.dissociation import next_step
+from headtune.analysis.reports.dissociation import next_step, verdict_of
 from headtune.analysis.tasks.task import scored
 from headtune.analysis.utils.errors import InputError
 from headtune.analysis.utils.files import require_new_folder
@@ -229,7 +229,8 @@ def _not_dissociated(block: HeadsConfig, heads: HeadSet) -> list[str]:
     failed = [role for role in roles if role in tested and not tested[role]["held"]]
     if not failed:
         return []
-    message = f"the head set's dissociation FAILS for {' and '.join(failed)}, and these heads are trained"
+    stated = " and ".join(f"{role} {verdict_of(tested[role])}" for role in failed)
+    message = f"the head set's own check: {stated}, and these heads are trained"
     return [f"{message}. {next_step(heads)}"]
 
 

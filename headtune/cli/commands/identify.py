@@ -42,6 +42,13 @@ def add_parsers(add: Add) -> None:
     p.add_argument("--method", default="all", help="all (dla and ablation) or names with commas; see --list-methods")
     p.add_argument("--list-methods", action=_ListMethods, nargs=0, help="print the methods and exit")
     p.add_argument("--top", type=_top, default=8, help="heads kept per role, or 'elbow' (default: 8)")
+    p.add_argument(
+        "--rank-by",
+        default="contrast",
+        choices=("contrast", "centred", "raw"),
+        help="scores less the other subjects' answers (default), less the vocabulary's mean, or as they are: raw "
+        "logits rank heads high that lift all tokens alike, which changes no probability",
+    )
     p.add_argument("--threshold", type=float, help="keep only heads whose ranking score is at least this far from zero")
     p.add_argument("--verify-top", type=positive, default=4, help="heads silenced together (default: 4)")
     p.add_argument(
@@ -110,6 +117,7 @@ def identify_command(arguments: argparse.Namespace) -> int:
             progress=console.progress if is_main() else silent,
             partial=partial_folder(arguments.out),
             share=True,
+            rank_by=arguments.rank_by,
         )
         result.save(arguments.out)
         if is_main():
@@ -169,7 +177,9 @@ def print_heads(result: IdentifyResult) -> None:
         stable = heads.stability[role]
         how = "no stability: one fit for the whole task" if stable is None else f"bootstrap Jaccard {stable:.2f}"
         table = Table()
-        confirms = [f"{rule['confirm'].split('.')[0]}.{quantity}" for quantity in ("target", "previous")]
+        method = rule["confirm"][0].split(".")[0]
+        confirms = [f"{method}.{quantity}{form}" for quantity in ("target", "previous") for form in ("", "_logp")]
+        confirms += ["q"]
         # Without ablation the ranking confirms itself; single facts have no previous answers.
         confirms = [name for name in confirms if name != rule["rank"] and any(name in head.effect for head in ranked)]
         for name in ("head", f"{rule['rank']} [95%]", *confirms):
@@ -177,7 +187,7 @@ def print_heads(result: IdentifyResult) -> None:
         for entry in ranked:
             score = f"{entry.score:.3f}" + (f" [{entry.ci[0]:.3f}, {entry.ci[1]:.3f}]" if entry.ci else "")
             effects = (entry.effect.get(name) for name in confirms)
-            table.add_row(entry.name, score, *("" if effect is None else f"{effect:+.3f}" for effect in effects))
+            table.add_row(entry.name, score, *("" if effect is None else f"{effect:+.3g}" for effect in effects))
         print_titled(f"{role} heads ({how})", table)
     for method, count in heads.method["parameters"]["examples_scored"].items():
         if count < task["n_examples"]:
