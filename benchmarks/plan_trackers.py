@@ -556,7 +556,7 @@ def main(arguments: argparse.Namespace) -> None:
     for name in arguments.only or [*CASES, *ATTEMPTS]:
         if name in CASES:
             results["cases"][name] = case = case_of(name, not arguments.verbose)
-            print(f"{name}: {', '.join(_line(case))}"
+            print(f"{name}: {', '.join(_line(case))}")
         else:
             what, work, details = ATTEMPTS[name]
             results["attempts"][name] = {"name": name, "what": what, **_forked(not arguments.verbose, work, *details)}

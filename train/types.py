@@ -13,6 +13,7 @@ from headtune.analysis.heads.head_set import RankedHead
 from headtune.analysis.methods.scores import Scores
 from headtune.analysis.tasks.task import Task
 from headtune.analysis.utils.errors import InputError
+from headtune.analysis.utils.stats import rate_interval
 
 # The model and the share of training done, to named terms and the weights with which they are added to the loss.
 Penalty = Callable[[Any, float], dict[str, tuple[Tensor, float]]]
@@ -55,14 +56,14 @@ class ProbeResult:
         return all(self.note[key] == value for key, value in expected.items())
 
     def ranked(self, top: int) -> tuple[RankedHead, ...]:
-        """The `top` heads by accuracy, best first (ties in order of layer and head), with bootstrap intervals.
+        """The `top` heads by accuracy, best first (ties in order of layer and head), with intervals over subjects.
 
         Raises:
             InputError: more heads than there are.
         """
         require_enough(top, self.sigma.numel())
         n_heads = self.sigma.shape[1]
-        low, high = self.scores.interval(ACCURACY)
+        low, high = rate_interval(self.scores.by_example[ACCURACY], self.scores.subjects)
         order = self.accuracy.flatten().sort(descending=True, stable=True).indices[:top].tolist()
         return tuple(
             RankedHead(

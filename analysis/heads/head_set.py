@@ -34,7 +34,7 @@ class RankedHead:
     Attributes:
         layer, head: zero-based.
         score: the ranking score (positive = the head raises the quantity).
-        ci: its 95% bootstrap interval; None where the method has one value for the whole task.
+        ci: its 95% interval over subjects; None where the method has one value for the whole task.
         effect: further named numbers, such as the ablation effects.
     """
 

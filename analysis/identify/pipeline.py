@@ -92,7 +92,7 @@ def partial_folder(out: Path) -> Path:
 
 def identify(
     model: HeadModel,
-    task: Task,
+    task: Task | EncodedTask,
     method: str = "all",
     top: int | Literal["elbow"] = 8,
     verify_top: int = 4,
@@ -141,16 +141,17 @@ def identify(
     for name, control in (controls or {}).items():
         for warning in control.check_model(model.identity()):
             log.warning("control %s: %s", name, warning)
-    encoded = encode(task, model.tokenizer, model.positions)
+    encoded = task if isinstance(task, EncodedTask) else encode(task, model.tokenizer, model.positions)
+    name_of_task = encoded.task.name
     if encoded.n_subjects < 2:
         raise InputError(
-            f"task {task.name!r} has prompts about one subject alone, {encoded.examples[0].example.subject!r}, and "
+            f"task {name_of_task!r} has prompts about one subject alone, {encoded.examples[0].example.subject!r}, and "
             "heads are confirmed by intervals over subjects; add examples of others"
         )
     if encoded.n_subjects < FEW_SUBJECTS:
         log.warning(
             "task %s has prompts about %d subjects alone: intervals over so few say little; give %d or more",
-            task.name,
+            name_of_task,
             encoded.n_subjects,
             ENOUGH_SUBJECTS,
         )

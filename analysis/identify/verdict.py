@@ -9,7 +9,7 @@ import numpy as np
 
 from headtune.analysis.heads.head_set import HeadSet
 from headtune.analysis.methods.scores import Array
-from headtune.analysis.utils.stats import FEW_SUBJECTS, by_subject, mean_interval, t_quantile
+from headtune.analysis.utils.stats import FEW_SUBJECTS, by_subject, change_interval, t_quantile
 
 HOLDS, FAILS, UNKNOWN = "holds", "does not hold", "cannot be told"
 LEVEL = 0.05  # of the comparison with random sets
@@ -69,7 +69,7 @@ def dissociation(
     rows = rows_of[quantity]
     column, names = int(quantity == "p_previous"), [subjects[i] for i in rows]
     before, after = (by_name[name][column, rows].astype(np.float64) for name in ("baseline", f"ablate_{role}"))
-    change = mean_interval_of_change(before, after, names)
+    change = change_interval(before, after, names)
     ratio, ratio_interval = ratio_of_means(before, after, names)
     # The controls.
     means = np.array([by_name[f"random_{role}_{index}"][column, rows].mean() for index in range(n_sets)])
@@ -83,7 +83,7 @@ def dissociation(
         "ratio": ratio,
         "ratio_ci": ratio_interval,
         "change": change["mean"],
-        "change_ci": change["ci"],
+        "change_ci": change["ci"] if n_subjects > 1 else None,
         "most_extreme_random_set": float(means.max() if raises else means.min()),
         "largest_other": largest,
         "p_value": p_value,
@@ -91,16 +91,20 @@ def dissociation(
     }
     sign = 1 if raises else -1
     low = min(sign * bound for bound in change["ci"])  # type: ignore[union-attr]
+    # An interval of the ratio is missing where before or after is 0, and 1 is then outside.
+    overlaps = ratio_interval is not None and min(sign * (bound - 1) for bound in ratio_interval) <= 0
     if n_subjects < FEWEST_SUBJECTS:
         return _result(UNKNOWN, few, numbers)
     if n_sets < FEWEST_SETS:
-        reason = f"the layers hold {n_sets} other sets of heads, and {FEWEST_SETS} are needed to tell"
+        reason = f"{n_sets} random sets of heads are all there is to compare with, and {FEWEST_SETS} are needed to tell"
         return _result(UNKNOWN, reason, numbers)
     if max(before.mean(), after.mean()) < SMALLEST_CHANGE:
         return _result(UNKNOWN, f"the model gives these answers less than {SMALLEST_CHANGE:.1%}", numbers)
     reasons = []
     factor = None if ratio is None else (ratio if raises else 1 / ratio if ratio else np.inf)
-    if low <= 0 or (factor is not None and factor < 1):
+    if max(sign * bound for bound in change["ci"]) < 0:  # type: ignore[union-attr]
+        reasons.append("the change goes the other way")
+    elif low <= 0 or overlaps:
         if n_subjects < 2 * FEW_SUBJECTS:
             return _result(UNKNOWN, f"the change is not distinguishable from none, and {few}", numbers)
         reasons.append("the change is not distinguishable from none")
@@ -117,14 +121,6 @@ def dissociation(
 
 def _result(verdict: str, reason: str, numbers: dict[str, Any] | None = None) -> dict[str, Any]:
     return {"verdict": verdict, "held": verdict == HOLDS, "reason": reason} | (numbers or {})
-
-
-def mean_interval_of_change(before: Array, after: Array, subjects: Sequence[str]) -> dict[str, float | list[float]]:
-    """Mean of after - before with Student's interval over subjects, paired by example."""
-    shifted = (np.asarray(after) - np.asarray(before)) + 2.0  # out of 0..1, so that it is not taken for a rate
-    result = mean_interval(shifted.tolist(), subjects)
-    low, high = result["ci"]  # type: ignore[misc]
-    return {"mean": result["mean"] - 2.0, "ci": [low - 2.0, high - 2.0]}  # type: ignore[operator]
 
 
 def ratio_of_means(before: Array, after: Array, subjects: Sequence[str]) -> tuple[float | None, list[float] | None]:

@@ -139,15 +139,20 @@ def verify(
     whole = any(rule["rank"] in scores.whole for rule in heads.method["parameters"]["rules"].values())
     norms = output_norms(model, examples)
     confirmed = [role for role in ROLES if heads.roles[role]]
+    for name, other in (controls or {}).items():
+        for role in confirmed:
+            if not other.roles.get(role):
+                log.warning("control %s has no %s heads: there is nothing of it to silence", name, role)
     folds = []
     for fold, rows in enumerate(split):
+        part = scores if whole else scores.subset(rows)
         if whole:
             chosen: dict[str, Heads] = {role: heads.top(role)[:top] for role in confirmed}
         else:
-            part = scores.subset(rows)
-            ranked = {role: rank(part, role, top, by=by, fdr=None) for role in confirmed}
+            counts = {role: min(top, len(heads.roles[role])) for role in confirmed}
+            ranked = {role: rank(part, role, count, by=by, fdr=None) for role, count in counts.items()}
             chosen = {role: [(entry.layer, entry.head) for entry in entries] for role, entries in ranked.items()}
-        folds.append(_fold(model, scores, chosen, norms, n_random, seed + fold, controls or {}, top, by))
+        folds.append(_fold(model, part, chosen, norms, n_random, seed + fold, controls or {}, top, by))
 
     # What every example is run with: the sets of the half that it is not in.
     names = list(dict.fromkeys(name for fold in folds for name in fold.named))
@@ -180,8 +185,9 @@ def verify(
             block[name] = {"heads": [list(pair) for pair in folds[0].named[name]]} | numbers(by_name[name])
             block[name]["folds"] = [[list(pair) for pair in fold.named[name]] for fold in folds]
     for role in confirmed:
-        if f"ablate_{role}" in block:
-            block[f"ablate_{role}"]["heads"] = [list(pair) for pair in heads.top(role)[:top]]
+        if f"ablate_{role}" not in block:
+            continue  # a half without heads of this role has no sets like them either
+        block[f"ablate_{role}"]["heads"] = [list(pair) for pair in heads.top(role)[:top]]
         block[f"ablate_random_like_{role}"] = _random_block(by_name, role, n_sets[role], rows_of, numbers, n_random)
     block["dissociation"] = {
         role: dissociation(role, heads, block, by_name, rows_of, subjects, n_sets.get(role, 0)) for role in ROLES
@@ -214,8 +220,6 @@ def _fold(
         for name, other in controls.items():
             if theirs := [(entry.layer, entry.head) for entry in other.roles.get(role, ())[:top]]:
                 named[f"ablate_control_{name}_{role}"] = theirs
-            else:
-                log.warning("control %s has no %s heads: there is nothing of it to silence", name, role)
         drawn[role] = random_sets(pairs, (model.n_layers, model.n_heads), n_random, 2 * seed + index, everyone)
     return _Fold(chosen, named, drawn)
 

@@ -25,8 +25,8 @@ class Scores:
 
     Attributes:
         by_example: the scores.
-        subjects: `[n_examples]` the subject of each example; intervals resample subjects, since examples of one subject
-            are not independent.
+        subjects: `[n_examples]` the subject of each example; intervals and tests count subjects, since examples of one
+            subject are not independent.
         whole: quantities that only the task as a whole has, `[n_layers, n_heads]`; they have no interval.
     """
 
@@ -51,11 +51,13 @@ class Scores:
         return counts
 
     def mean(self, name: str) -> Array:
-        """`[n_layers, n_heads]` mean over the examples that have the quantity."""
+        """`[n_layers, n_heads]` mean over the examples that have the quantity; NaN where none has."""
         if name in self.whole:
             return self.whole[name]
-        mean: Array = np.asarray(np.nanmean(self.by_example[name], axis=0, dtype=np.float64), dtype=np.float32)
-        return mean
+        values = self.by_example[name]
+        with np.errstate(invalid="ignore"):
+            mean = np.nansum(values, axis=0, dtype=np.float64) / (~np.isnan(values)).sum(0)
+        return mean.astype(np.float32)
 
     def means(self) -> dict[str, Array]:
         return {name: self.mean(name) for name in (*self.by_example, *self.whole)}

@@ -37,8 +37,9 @@ def check(model: HeadModel, reference: Tensor | None = None) -> None:
     Logits equal the untouched model's; every layer's head contributions plus bias sum to the attention block's output;
     what attention and MLP are said to add to the residual stream is what a layer changes; recorded attention rows sum
     to 1; every norm that attribution passes, linearised at its input, gives its output, and the unembedding of that the
-    logits; silencing a head changes the logits. Tolerance 1e-5 of the largest value in float32 (rounding of a sum over
-    at most a few thousand terms), 2e-2 in half precision.
+    logits; silencing a head takes what it writes, and nothing else, out of its block's output (a head that writes
+    nothing, such as a pruned one, may stay without effect). Tolerance 1e-5 of the largest value in float32 (rounding of
+    a sum over at most a few thousand terms), 2e-2 in half precision.
 
     Raises:
         CheckError: naming the module that failed.
@@ -89,9 +90,22 @@ def check(model: HeadModel, reference: Tensor | None = None) -> None:
     for path, norm in norms.items():
         _check_norm(model, path, norm, *seen[norm], tolerance)
     _check_decoding(model, tokens[0], seen[model.final_norm][0], seen[unembedding][1], logits, tolerance)
-    with hooks.ablate(model, [(0, 0)]):
-        if torch.equal(probe_logits(model.hf, tokens), logits):
-            raise CheckError(f"{model.architecture.layers}.0: silencing head 0 leaves the logits unchanged")
+    _check_silencing(model, tokens, z[0].float(), seen[blocks[0]][1].float(), tolerance)
+
+
+def _check_silencing(model: HeadModel, tokens: Tensor, z: Tensor, output: Tensor, tolerance: float) -> None:
+    """Silence the head of layer 0 that writes most: its block's output, `[batch, seq, d_model]`, less its part."""
+    written = torch.einsum("bshd,hdm->bshm", z, model.output_weight(0).float())
+    head = int(written.norm(dim=-1).mean((0, 1)).argmax())
+    expected = output - written[:, :, head]
+    with hooks.ablate(model, [(0, head)]), hooks.watch([model.attention(0)]) as seen:
+        probe_logits(model.hf, tokens)
+    gap = (seen[model.attention(0)][1].float() - expected).abs().max().item()
+    if not gap <= tolerance * max(1.0, output.abs().max().item()):
+        raise CheckError(
+            f"{model.architecture.layers}.0: silencing head {head} does not take what it writes out of the attention "
+            f"block's output (off by {gap:.2g})"
+        )
 
 
 def _check_norm(model: HeadModel, path: str, norm: nn.Module, inputs: Tensor, output: Tensor, tolerance: float) -> None:

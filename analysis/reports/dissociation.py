@@ -135,18 +135,18 @@ def next_step(heads: HeadSet) -> str:
 
 
 def _role_verdict(heads: HeadSet, role: str, result: dict[str, Any]) -> str:
-    stated = verdict_of(result)
-    opening = f"{role.capitalize()} {stated}"
+    """The verdict, why it is not a better one, what silencing changes, and how far chance and the controls go."""
+    opening = f"{role.capitalize()} {verdict_of(result)}: "
     if "quantity" not in result:
-        return f"{opening}: {result['reason']}."
+        return f"{opening}{result['reason']}."
+    opening += f"{result['reason']}. Silencing" if result.get("reason") else "silencing"
     n = len(heads.verification[f"ablate_{role}"]["heads"])
     heads_named = f"the {n} {role} heads" if n > 1 else f"the one {role} head"
     before, after = result["baseline"], result["ablated"]
     ratio = f" (\u00d7{number(result['ratio'])})" if result["ratio"] is not None else ""
     change = f"{QUANTITIES[result['quantity']]} from {number(before)} to {number(after)}{ratio}"
-    where = "on subjects that they were not chosen on" if heads.verification.get("halves") == 2 else ""
+    apart = ", on subjects that they were not chosen on" if heads.verification.get("halves") == 2 else ""
     sets, extreme = heads.verification[f"ablate_random_like_{role}"].get("sets", 0), result["most_extreme_random_set"]
-    sentence = f"{opening}: silencing {heads_named} takes {change}" + (f", {where}" if where else "")
     controls = f"the most extreme of {sets} random sets reaches {number(extreme)}"
     if result.get("largest_other") is not None:
         controls += f", the largest other heads {number(result['largest_other'])}"
@@ -154,5 +154,4 @@ def _role_verdict(heads: HeadSet, role: str, result: dict[str, Any]) -> str:
         controls += f", p = {number(result['p_value'])}"
     if result.get("change_ci"):
         controls = f"change {with_interval(result['change'], result['change_ci'])}, {controls}"
-    reason = f", for {result['reason']}" if result.get("reason") else ""
-    return f"{sentence} ({controls}){reason}."
+    return f"{opening} {heads_named} takes {change}{apart} ({controls})."

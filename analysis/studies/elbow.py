@@ -52,7 +52,7 @@ def elbow_study(
         "farthest from the straight line between none and all: beyond it, a head adds less than average."
     ]
     for role in SIGNS:
-        ranked = [(entry.layer, entry.head) for entry in rank(scores, role, top, seed=seed)]
+        ranked = [(entry.layer, entry.head) for entry in rank(scores, role, top)]
         if not ranked:
             data[role] = {"heads": [], "reason": "no confirmed heads"}
             parts.append(f"No {role} heads were confirmed.")

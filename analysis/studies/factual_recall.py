@@ -46,7 +46,7 @@ from headtune.analysis.models.head_model import HeadModel
 from headtune.analysis.tasks.tokenized import Encoded
 from headtune.analysis.utils.errors import InputError
 from headtune.analysis.utils.progress import Progress
-from headtune.analysis.utils.stats import mean_interval
+from headtune.analysis.utils.stats import change_interval, mean_interval
 
 from .base import Analysis
 from .factual_recall_figures import page
@@ -132,7 +132,13 @@ def fall(p: NDArray[np.float64], subjects: Sequence[str]) -> Means:
     for subject in set(subjects):
         same = names == subject
         drops[same] = p[same, p[~same].mean(0).argmax()] - p[same, -1]
-    return mean_interval(drops.tolist(), subjects)
+    return _change(np.zeros(len(drops)), drops, subjects)
+
+
+def _change(before: NDArray[np.float64], after: NDArray[np.float64], subjects: Sequence[str]) -> Means:
+    """The interval of a difference of probabilities or hits; of one subject all that a difference can be, -1 to 1."""
+    change = change_interval(before, after, subjects)
+    return change if len(set(subjects)) > 1 else change | {"ci": [-1.0, 1.0]}
 
 
 # --- one pass over the examples ---------------------------------------------------------------------------------------
@@ -241,8 +247,8 @@ def knob_effects(
             "beta": beta,
             "p": mean_interval(results[name][:, 0].tolist(), subjects),
             "accuracy": mean_interval(results[name][:, 1].tolist(), subjects),
-            "p_change": mean_interval((results[name] - off)[:, 0].tolist(), subjects),
-            "accuracy_change": mean_interval((results[name] - off)[:, 1].tolist(), subjects),
+            "p_change": _change(off[:, 0], results[name][:, 0], subjects),
+            "accuracy_change": _change(off[:, 1], results[name][:, 1], subjects),
         }
         for name, (gamma, beta) in SETTINGS.items()
     ]

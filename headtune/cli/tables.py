@@ -12,6 +12,7 @@ from rich.text import Text
 
 from headtune.analysis.heads.head_set import HeadSet
 from headtune.analysis.reports import dissociation
+from headtune.analysis.reports.evaluation_view import changes, told
 from headtune.train.evaluation.compare import Comparison, Group, group_title
 from headtune.train.evaluation.metric_names import METRIC_NAMES, show
 from headtune.train.runs.batch_preview import PreviewRow
@@ -24,10 +25,16 @@ LEARNT, AVOIDED = "bold green", "red"  # on a terminal; elsewhere [[brackets]]
 # --- metrics of a run -------------------------------------------------------------------------------------------------
 
 
-def metrics_table(columns: Mapping[str, Mapping[str, Any]], title: str = "") -> Table:
+def metrics_table(
+    columns: Mapping[str, Mapping[str, Any]], title: str = "", changes: Mapping[str, Mapping[str, Any]] | None = None
+) -> Table:
     """Metrics as rows, one column an evaluation; a dash where one has no such metric.
 
-    Below it a note where few subjects stand behind the intervals: a bootstrap of two has three outcomes.
+    Below it a note where few subjects stand behind the intervals.
+
+    Args:
+        changes: metric -> `{"mean", "ci"}`, the last column where it is given; one whose interval holds 0 is said to be
+            no change that can be told.
     """
     from headtune.analysis.utils.stats import ENOUGH_SUBJECTS, FEW_SUBJECTS
 
@@ -39,13 +46,22 @@ def metrics_table(columns: Mapping[str, Mapping[str, Any]], title: str = "") -> 
     table.add_column("metric")
     for name in columns:
         table.add_column(name)
+    if changes is not None:
+        table.add_column("change")
     present = dict.fromkeys(key for metrics in columns.values() for key in metrics if key != "n")
     named = [key for key in METRIC_NAMES if key in present]
     for key in [*named, *(key for key in present if "/" in key)]:  # "task/metric": a task of a sequence by itself
-        table.add_row(
-            Text(_label(key)), *(show(metrics[key]) if key in metrics else "–" for metrics in columns.values())
-        )
+        cells = [show(metrics[key]) if key in metrics else "–" for metrics in columns.values()]
+        table.add_row(Text(_label(key)), *cells, *([] if changes is None else [_change(changes.get(key))]))
     return table
+
+
+def _change(change: Mapping[str, Any] | None) -> Text:
+    if change is None:
+        return Text("")
+    low, high = change["ci"]
+    numbers = f"{change['mean']:+.3g} [{low:+.3g}, {high:+.3g}]"
+    return Text(numbers if told((low, high)) else f"{numbers}, not distinguishable from none")
 
 
 def _label(key: str) -> str:
@@ -90,7 +106,8 @@ def _marked(example: Mapping[str, Any], when: str) -> str:
 
 def print_evaluation(folder: Path, evaluation: dict[str, Any]) -> None:
     columns = {name: evaluation[name] for name in ("before", "after")}
-    console.print(metrics_table(columns, f"{evaluation['task']}, {evaluation['before']['n']['examples']} prompts"))
+    title = f"{evaluation['task']}, {evaluation['before']['n']['examples']} prompts"
+    console.print(metrics_table(columns, title, changes(evaluation)))
     if (folder / "sequence.json").is_file():
         sequence = json.loads((folder / "sequence.json").read_text(encoding="utf-8"))
         console.print(sequence_table(list(evaluation["before"]["n"]["by_task"]), sequence))

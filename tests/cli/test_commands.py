@@ -16,7 +16,9 @@ import yaml
 
 from headtune.analysis.methods.scores import load_means
 from headtune.analysis.models import loading
+from headtune.analysis.synthetic.planted import KINDS, plant
 from headtune.analysis.tasks.loading import load_task
+from headtune.analysis.tasks.task import to_jsonl
 from headtune.cli.arguments import memory
 from headtune.cli.main import main
 from headtune.plugins import TUNING_METHODS
@@ -297,22 +299,69 @@ def test_recipes(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert json.loads(output("schema"))["properties"]["recipe"]["enum"] == list(TUNING_METHODS)
 
 
-def test_identify_writes_what_a_recipe_reads(task: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from helpers.tiny import save_tiny
+@pytest.fixture(scope="module")
+def planted_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose heads are known, as `model`, and 24 of its prompts, about 8 subjects, as `planted.jsonl`."""
+    folder = tmp_path_factory.mktemp("planted")
+    planted = plant(next(kind for kind in KINDS if kind.name == "gqa"))
+    planted.model.save_pretrained(folder / "model")
+    planted.tokenizer.save_pretrained(folder / "model")
+    (folder / "planted.jsonl").write_text(to_jsonl(planted.task.limited(24).examples), encoding="utf-8")
+    return folder
 
-    model = save_tiny(tmp_path / "model", "llama", seed=7)  # chance gives this one heads of both roles
-    options: list[Any] = ["--method", "dla", "--top", "2", "--max-examples", "8", "--wandb", "disabled", "--json"]
-    assert main(["identify", str(model), "--task", f"{task}:train", "--out", "heads", *options]) == 0
+
+def identify_planted(folder: Path, *more: str) -> list[str]:
+    words = ["identify", str(folder / "model"), "--task", str(folder / "planted.jsonl"), "--out", "heads"]
+    return [*words, "--top", "2", "--verify-top", "2", "--wandb", "disabled", *more]
+
+
+def test_identify_writes_what_a_recipe_reads(
+    planted_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(identify_planted(planted_folder, "--method", "dla", "--json")) == 0
     printed = json.loads(capsys.readouterr().out)
     assert printed == json.loads((tmp_path / "heads" / "heads.json").read_text())
     assert {"scores.safetensors", "report.html", "heads.json"} <= {path.name for path in (tmp_path / "heads").iterdir()}
-    recipe = write_recipe(tmp_path, model, recipe="steer", method={"factor": 2.0}, training=None)
-    assert train(recipe, "heads={from: heads, top: 1}") == 0
+    recipe = write_recipe(
+        tmp_path, planted_folder / "model", recipe="steer", method={"factor": 2.0}, training=None, task=None
+    )
+    task = f"task={{train: {planted_folder / 'planted.jsonl'}}}"
+    assert train(recipe, "heads={from: heads, top: 1}", task) == 0
     used = json.loads((tmp_path / "run" / "run.json").read_text())["heads"]
     assert used == sorted([entry["layer"], entry["head"]] for role in printed["roles"].values() for entry in role[:1])
     capsys.readouterr()
     assert main(["report", "run"]) == 0
     assert capsys.readouterr().out.strip() == "run/report.html"
+
+
+def test_identify_prints_what_holds(
+    planted_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Planted heads hold in both roles: every head with its q, a sentence for each role with p, change and interval."""
+    monkeypatch.setenv("COLUMNS", "300")
+    assert main(identify_planted(planted_folder)) == 0
+    out = capsys.readouterr().out
+    stored = json.loads((tmp_path / "heads" / "heads.json").read_text())
+    assert "dla.target_contrast [95%]" in out and "ablation.previous_logp" in out
+    for ranked in stored["roles"].values():
+        assert len(ranked) == 2 and all(entry["effect"]["q"] < 0.001 for entry in ranked)
+        assert all(f" {entry['effect']['q']:.3g} " in out for entry in ranked), "a rate has no sign"
+    for role, test in stored["verification"]["dissociation"].items():
+        assert test["verdict"] == "holds" and test["held"]
+        assert sum(line.startswith(f"{role.capitalize()} holds: silencing the 2") for line in out.splitlines()) == 1
+        low, high = test["change_ci"]
+        part = (
+            f"on subjects that they were not chosen on (change {test['change']:.3g} [{low:.3g}, {high:.3g}], the most"
+        )
+        assert part in " ".join(out.split()) and f"p = {test['p_value']:.3g})." in " ".join(out.split())
+    assert "give more subjects" not in out
+
+
+def test_ranking_by_raw_logits(planted_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(identify_planted(planted_folder, "--method", "dla", "--rank-by", "raw", "--json")) == 0
+    parameters = json.loads(capsys.readouterr().out)["method"]["parameters"]
+    assert parameters["rank_by"] == "raw"
+    assert parameters["rules"]["recall"] == {"rank": "dla.target", "sign": 1.0, "confirm": ["dla.target"]}
 
 
 # --- the analysis stage -----------------------------------------------------------------------------------------------
@@ -366,6 +415,7 @@ def test_refusals_of_identify(refused: Refusals, task: Path, tiny_llama: Path, t
         (["--max-memory", "0"], "argument --max-memory: '0' is not a size"),
         (["--threshold", "high"], "argument --threshold: invalid float value: 'high'"),
         (["--wandb", "maybe"], "argument --wandb: invalid choice: 'maybe'"),
+        (["--rank-by", "size"], "argument --rank-by: invalid choice: 'size'"),
     ],
 )
 def test_bad_usage_of_identify(

@@ -16,13 +16,17 @@ from typing import Any
 
 import pytest
 
+from headtune.analysis.identify.pipeline import identify
 from headtune.analysis.models import loading
 from headtune.analysis.tasks.loading import builtin_names
+from headtune.analysis.utils.stats import ENOUGH_SUBJECTS, FEW_SUBJECTS
 from headtune.cli import console
 from headtune.cli import main as cli
 from headtune.cli.main import main
+from headtune.cli.tables import metrics_table
 from headtune.train.config.recipe import load_recipe, recipe_names
 from helpers.small_runs import write_task
+from helpers.tiny import tiny_task
 
 LONG = ("identify", "analyse", "train", "evaluate", "export", "sweep", "demo")
 
@@ -318,6 +322,21 @@ def test_ctrl_c_ends_in_one_line(
     assert main([command, *more, "--task", task]) == 130
     assert capsys.readouterr().err == "headtune: interrupted; run the same command again\n"
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_few_subjects_are_named(tiny_llama: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """By identify before it works, and below the metrics of an evaluation."""
+    for n in (1, FEW_SUBJECTS - 1, FEW_SUBJECTS):
+        metrics = {"exact_match": {"mean": 1.0, "ci": [0.5, 1.0]}, "n": {"examples": 9, "subjects": n}}
+        caption = metrics_table({"before": metrics, "after": metrics}).caption
+        note = f"{n} subject{'s' if n > 1 else ''}: the intervals say little; give {ENOUGH_SUBJECTS} or more"
+        assert caption == (note if n < FEW_SUBJECTS else None)
+        if n > 1:
+            caplog.clear()
+            identify(loading.load_model(str(tiny_llama)), tiny_task(subjects=n), "dla", top=1, n_random=1)
+            warned = [line for line in caplog.messages if "intervals over so few say little" in line]
+            expected = f"task cities has prompts about {n} subjects alone: intervals over so few say little; give "
+            assert warned == ([f"{expected}{ENOUGH_SUBJECTS} or more"] if n < FEW_SUBJECTS else [])
 
 
 def test_a_reader_that_has_gone_is_no_error() -> None:

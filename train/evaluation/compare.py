@@ -2,12 +2,13 @@
 
     runs = read_runs(Path("runs"), group="study")
     found = compare(runs, against="lofit-random")
-    found.groups[0].metrics["exact_match"]  # mean over seeds, interval over subjects, difference from the reference
+    found.groups[0].metrics["exact_match"]  # mean over seeds, its interval, difference from the reference
 
 Runs that differ in their seed alone (and in names and places) are one group. A metric's mean is that over seeds of the
-means over examples; its interval is a 95% percentile bootstrap over subjects of that mean, so it says how sure the
-result is for other subjects, with these seeds; the means by seed stand beside it. A difference is paired over examples:
-the same resampled subjects on both sides. Only runs that were measured on the same prompts are compared.
+means over examples; its interval is a 95% percentile bootstrap over subjects and over runs, each drawn independently,
+so it says how sure the result is for other subjects and for other seeds (other trainings, other random heads); one run
+alone says nothing of the latter. The means by seed stand beside it. A difference is paired over examples: the same
+resampled subjects on both sides. Only runs that were measured on the same prompts are compared.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ class Metric:
 
     Attributes:
         mean: over seeds.
-        interval: 95%, over subjects; None where examples have no such number.
+        interval: 95%, over subjects and runs; None where examples have no such number.
         by_seed: in order of the seeds.
         minus: difference from the reference, with its interval and two-sided bootstrap p (twice the smaller tail).
     """
@@ -204,7 +205,7 @@ def _metrics(runs: Sequence[RunRecord], reference: Sequence[RunRecord] | None) -
             continue
         by_seed = tuple(_mean(run.after[key]) for run in runs)
         each = _by_example(runs, key)
-        interval = None if each is None else percentile_interval(weights @ each)
+        interval = None if each is None else percentile_interval(_resampled(weights, each, seed=1))
         if interval is None and len(runs) == 1 and isinstance(runs[0].after[key], Mapping):
             low, high = runs[0].after[key]["ci"]
             interval = (low, high)
@@ -213,13 +214,29 @@ def _metrics(runs: Sequence[RunRecord], reference: Sequence[RunRecord] | None) -
 
 
 def _by_example(runs: Sequence[RunRecord], key: str, before: bool = False) -> NDArray[np.float64] | None:
-    """`[n_examples]` mean over seeds; None where the examples have no such value, or their mean is not the metric."""
+    """`[n_runs, n_examples]`; None where the examples have no such value, or their mean is not the metric."""
     values = [(run.values_before if before else run.values).get(key) for run in runs]
     if any(value is None or not len(value) or not np.isfinite(value).all() for value in values):
         return None
     if any(list(run.subjects) != list(runs[0].subjects) for run in runs) or len(set(runs[0].subjects)) < 2:
         return None  # of one subject every resampling is the same
-    return np.mean(np.stack([value for value in values if value is not None]), axis=0)
+    return np.stack([value for value in values if value is not None])
+
+
+def _resampled(weights: NDArray[np.float64], each: NDArray[np.float64], seed: int) -> NDArray[np.float64]:
+    """`[DRAWS]` means over resampled subjects and, independently, resampled runs (a two-way bootstrap).
+
+    Runs of a group differ in their seed, and with it in their training and in the random heads they drew: what another
+    seed would give is part of the interval. One run alone says nothing of that.
+
+    Args:
+        weights: `[DRAWS, n_examples]` shares of the examples.
+        each: `[n_runs, n_examples]`.
+    """
+    n = len(each)
+    runs = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=len(weights)) / n
+    means: NDArray[np.float64] = ((weights @ each.T) * runs).sum(1)
+    return means
 
 
 def _minus(
@@ -241,9 +258,10 @@ def _minus(
     else:
         other, there = _by_example(reference, key), float(np.mean([_mean(run.after[key]) for run in reference]))
     gap = float(np.mean([_mean(run.after[key]) for run in runs])) - there
-    if each is None or other is None or len(each) != len(other):
+    if each is None or other is None or each.shape[1] != other.shape[1]:
         return gap, None, None
-    draws = np.round(weights @ (each - other), 12)  # a resampling without a difference gives 0, not its rounding error
+    before = weights @ other.mean(0) if reference is None else _resampled(weights, other, seed=2)
+    draws = np.round(_resampled(weights, each, seed=1) - before, 12)  # a resampling without a difference gives 0, not its rounding error
     p = min(1.0, 2 * float(min((draws <= 0).sum(), (draws >= 0).sum()) + 1) / (DRAWS + 1))
     return gap, percentile_interval(draws), p
 

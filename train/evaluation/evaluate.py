@@ -7,7 +7,7 @@ What is measured goes by the task's kind:
 - `exact_match`: the answer that the model writes is one of the accepted ones (see `read_answer`).
 - `multiple_choice`: the model finds the right answers likelier than the wrong ones (see `multiple_choice`).
 
-Intervals are percentile bootstraps over subjects.
+Intervals are over subjects: see `stats.mean_interval`.
 """
 
 from __future__ import annotations

@@ -158,7 +158,7 @@ def print_heads(result: IdentifyResult) -> None:
     """The dissociation table, what it says, and the ranked heads."""
     from rich.table import Table
 
-    from headtune.analysis.reports.dissociation import next_step, verdict
+    from headtune.analysis.reports.dissociation import next_step, verdicts
     from headtune.analysis.tasks.tokenized import reasons
 
     from ..console import console, print_titled
@@ -186,8 +186,9 @@ def print_heads(result: IdentifyResult) -> None:
             table.add_column(name)
         for entry in ranked:
             score = f"{entry.score:.3f}" + (f" [{entry.ci[0]:.3f}, {entry.ci[1]:.3f}]" if entry.ci else "")
-            effects = (entry.effect.get(name) for name in confirms)
-            table.add_row(entry.name, score, *("" if effect is None else f"{effect:+.3g}" for effect in effects))
+            effects = {name: entry.effect[name] for name in confirms if name in entry.effect}
+            shown = {name: f"{effect:.3g}" if name == "q" else f"{effect:+.3g}" for name, effect in effects.items()}
+            table.add_row(entry.name, score, *(shown.get(name, "") for name in confirms))
         print_titled(f"{role} heads ({how})", table)
     for method, count in heads.method["parameters"]["examples_scored"].items():
         if count < task["n_examples"]:
@@ -197,6 +198,7 @@ def print_heads(result: IdentifyResult) -> None:
             )
     # What silencing them does, and what that says.
     console.print(dissociation_table(heads))
-    console.print(verdict(heads), markup=False)
+    for _, sentence in verdicts(heads):
+        console.print(sentence, markup=False)
     if advice := next_step(heads):
         console.print(advice, markup=False)

@@ -33,7 +33,7 @@ def model(request: pytest.FixtureRequest) -> HeadModel:
 
 @pytest.fixture(scope="module")
 def prompt(model: HeadModel) -> Encoded:
-    return encode(tiny_task(subjects=1), model.tokenizer).examples[0]
+    return encode(tiny_task(subjects=3), model.tokenizer).examples[0]
 
 
 @pytest.fixture(scope="module")
@@ -46,9 +46,13 @@ def reference_for(model: HeadModel) -> Tensor:
 
 
 def metrics(logits: Tensor, encoded: Encoded) -> dict[str, Tensor]:
-    """Mean logit of the answers' first tokens, of `[vocabulary]`."""
+    """Mean logit of the answers' first tokens, of `[vocabulary]`, and less the other subjects' answers."""
     tokens = {"target": encoded.target_tokens, "previous": encoded.previous_tokens}
-    return {name: logits[list(set(chosen))].float().mean() for name, chosen in tokens.items() if chosen}
+    others = (
+        sum(weight * logits[token].float() for token, weight in encoded.others) if encoded.others else logits.mean()
+    )
+    result = {name: logits[list(set(chosen))].float().mean() for name, chosen in tokens.items() if chosen}
+    return result | {f"{name}_contrast": value - others for name, value in result.items()}
 
 
 def slow_gradients(model: HeadModel, encoded: Encoded, reference: Tensor, level: float) -> Mapping[str, Tensor]:
@@ -84,7 +88,8 @@ def test_attribution_patching_is_the_gradient_through_the_whole_model(
     reference = torch.zeros_like(reference_for(model)) if silence else reference_for(model)
     found = attribution_patching(model, prompt, None if silence else reference, "own")
     expected = slow_gradients(model, prompt, reference, 1.0)
-    assert set(found) == {"own.target", "own.previous"}
+    assert prompt.others
+    assert set(found) == {"own.target", "own.previous", "own.target_contrast", "own.previous_contrast"}
     for name, gradient in expected.items():
         assert gradient.abs().max() > 1e-2
         close(found[f"own.{name}"], gradient)
@@ -191,8 +196,13 @@ def test_results_are_float32_by_layer_and_head(llama: HeadModel, example: Encode
 
 def test_without_previous_answers_there_is_no_such_score(llama: HeadModel) -> None:
     example = encode(tiny_task(previous=(0,), subjects=1), llama.tokenizer).examples[0]
-    assert set(attribution_patching(llama, example)) == {"attribution_patching.target"}
-    assert set(integrated_gradients(llama, example, name="ig")) == {"ig.target"}
+    found = attribution_patching(llama, example, name="ap")
+    assert set(found) == {"ap.target", "ap.target_contrast"}
+    close(
+        found["ap.target_contrast"],
+        slow_gradients(llama, example, torch.zeros(N_LAYERS, N_HEADS, 1), 1.0)["target_contrast"],
+    )
+    assert set(integrated_gradients(llama, example, name="ig")) == {"ig.target", "ig.target_contrast"}
 
 
 def test_nothing_is_left_behind(llama: HeadModel, example: Encoded) -> None:

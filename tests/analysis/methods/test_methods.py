@@ -14,6 +14,7 @@ from torch import Tensor
 
 from headtune.analysis.interventions.counterfactuals import Counterfactuals
 from headtune.analysis.methods import attribution_patching, head_gating, patching, registry
+from headtune.analysis.methods.logit_attribution import attribute
 from headtune.analysis.methods.registry import DEFAULT, METHODS, parse_method_names, score, score_examples
 from headtune.analysis.methods.scores import Array, Scores
 from headtune.analysis.models import hooks
@@ -61,18 +62,26 @@ def task(model: HeadModel) -> EncodedTask:
 def by_slow_passes(
     model: HeadModel, encoded: Encoded, replaced: Callable[[int, int], Tensor], end_only: bool
 ) -> dict[str, Array]:
-    """Clean minus replaced, in mean logits of the answers' first tokens: one whole forward pass a head."""
+    """Clean minus replaced: mean logits of the answers, the same less the other subjects' answers and less
+    the vocabulary's mean, and the log-probability of the answers. One whole forward pass a head."""
     position = torch.tensor([len(encoded.tokens) - 1]) if end_only else None
     tokens = {"target": list(set(encoded.target_tokens)), "previous": list(set(encoded.previous_tokens))}
-    result = {name: np.zeros((N_LAYERS, N_HEADS), dtype=np.float32) for name in tokens}
+    forms = ("", "_contrast", "_centred", "_logp")
+    result = {f"{name}{form}": np.zeros((N_LAYERS, N_HEADS), dtype=np.float32) for name in tokens for form in forms}
     with torch.no_grad():
         clean = model.hf(encoded.tokens[None]).logits[0, -1]
         for layer in range(N_LAYERS):
             for head in range(N_HEADS):
                 with hooks.replace(model, {(layer, head): replaced(layer, head)}, position):
                     logits = model.hf(encoded.tokens[None]).logits[0, -1]
+                change = clean - logits
+                others = sum(weight * change[token] for token, weight in encoded.others)
                 for name, ids in tokens.items():
-                    result[name][layer, head] = (clean - logits)[ids].mean()
+                    result[name][layer, head] = change[ids].mean()
+                    result[f"{name}_contrast"][layer, head] = change[ids].mean() - others
+                    result[f"{name}_centred"][layer, head] = change[ids].mean() - change.mean()
+                    logs = (of.log_softmax(-1)[ids].logsumexp(0) for of in (clean, logits))
+                    result[f"{name}_logp"][layer, head] = next(logs) - next(logs)
     return result
 
 
@@ -90,7 +99,8 @@ def test_every_method_scores_both_kinds_of_answers(model: HeadModel, task: Encod
         assert np.isfinite(mean).all() and np.abs(mean).max() > 1e-4
         if METHODS[name].score is not None:
             assert found.by_example[quantity].shape == (len(few.examples), N_LAYERS, N_HEADS)
-            assert len(found.interval(quantity, n=20)) == 2
+            assert len(found.interval(quantity)) == 2
+            assert f"{quantity}_contrast" in found
         else:
             with pytest.raises(InputError, match="no interval"):
                 found.interval(quantity)
@@ -200,6 +210,26 @@ def test_exact_methods_are_slow_passes(model: HeadModel, task: EncodedTask, name
         for quantity, expected in slow.items():
             actual = found.by_example[f"{name}.{quantity}"][index]
             np.testing.assert_allclose(actual, expected, atol=2e-5)
+
+
+def test_direct_attribution_in_contrast_is_the_difference_of_what_is_written_toward_tokens(
+    model: HeadModel, task: EncodedTask
+) -> None:
+    """Each head's output times the direction of every token of the vocabulary, one by one."""
+    encoded = task.examples[2]
+    end = torch.tensor([encoded.end])
+    with torch.no_grad(), hooks.capture(model, positions=end) as z, hooks.watch([model.final_norm]) as seen:
+        model.hf(encoded.tokens[None], use_cache=False)
+        residual = seen[model.final_norm][0][0, encoded.end]
+        everything = model.unembedding_directions(residual, torch.arange(model.hf.config.vocab_size))
+        written = [torch.einsum("hd,hdm->hm", z[layer][0], model.output_weight(layer)) for layer in range(N_LAYERS)]
+        toward = torch.stack(written) @ everything.T  # [layers, heads, vocabulary]
+    others = sum(weight * toward[..., token] for token, weight in encoded.others)
+    found = attribute(model, encoded)
+    for name, tokens in (("target", encoded.target_tokens), ("previous", encoded.previous_tokens)):
+        mean = toward[..., list(tokens)].mean(-1)
+        np.testing.assert_allclose(found[f"dla.{name}_contrast"], mean - others, atol=2e-5)
+        np.testing.assert_allclose(found[f"dla.{name}_centred"], mean - toward.mean(-1), atol=2e-5)
 
 
 def test_path_is_path_patching_to_the_mean(model: HeadModel, task: EncodedTask) -> None:

@@ -208,9 +208,9 @@ def scored(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     prompts: list[str] = []
     right = logit_attribution.attribute
 
-    def spy(model: HeadModel, encoded: Any) -> Any:
+    def spy(model: HeadModel, encoded: Any, *rest: Any) -> Any:
         prompts.append(encoded.example.prompt)
-        return right(model, encoded)
+        return right(model, encoded, *rest)
 
     monkeypatch.setattr(logit_attribution, "attribute", spy)
     return prompts
@@ -269,6 +269,7 @@ def test_what_other_arguments_finished_is_not_used(model: HeadModel, scored: lis
     assert calls(controls={"other": head_set(model.identity())}) == n
     assert calls(controls={"another": head_set(model.identity())}) == n
     assert calls(threshold=0.1) == n
+    assert calls(rank_by="raw") == n
     assert calls() == 0, "and all of them are still there"
 
 

@@ -5,6 +5,7 @@ Also what every change at a head means (`hooks`), and that the fast ablation is 
 
 from __future__ import annotations
 
+import contextlib
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -178,12 +179,25 @@ def test_attention_outside_the_interface_fails_the_check(llama: HeadModel) -> No
     check(llama)
 
 
-def test_a_dead_head_fails_the_check() -> None:
-    heads = wrap_model(tiny_model("llama"), tiny_tokenizer())
-    with torch.no_grad():
-        heads.projection(0).weight[:, :8] = 0
-    with pytest.raises(CheckError, match=r"model\.layers\.0: silencing head 0 leaves the logits unchanged"):
-        check(heads)
+def test_a_dead_head_or_a_dead_layer_passes_the_check() -> None:
+    """As a pruned model has them."""
+    model = wrap_model(tiny_model("llama"), tiny_tokenizer())
+    for dead in (slice(0, model.head_dim), slice(None)):
+        with torch.no_grad():
+            model.projection(0).weight[:, dead] = 0
+        check(model)
+
+
+def test_silencing_that_does_not_silence_fails_the_check(llama: HeadModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = hooks.ablate
+    wrong = r"layers\.0: silencing head \d does not take what it writes out"
+    with pytest.raises(CheckError, match=wrong), monkeypatch.context() as patch:
+        patch.setattr(hooks, "ablate", lambda *_: contextlib.nullcontext())
+        check(llama)
+    with pytest.raises(CheckError, match=wrong), monkeypatch.context() as patch:
+        patch.setattr(hooks, "ablate", lambda model, _heads: right(model, [(0, head) for head in range(N_HEADS)]))
+        check(llama)
+    check(llama)
 
 
 @pytest.mark.parametrize("family", ARCHITECTURES)

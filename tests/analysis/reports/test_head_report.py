@@ -15,8 +15,8 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from headtune.analysis.heads.head_set import HeadSet, RankedHead
-from headtune.analysis.identify import verification as proof
+from headtune.analysis.heads.head_set import ROLES, HeadSet, RankedHead
+from headtune.analysis.identify import verdict
 from headtune.analysis.reports import (
     dissociation,
     evaluation_view,
@@ -43,26 +43,60 @@ def verification(
     recalled: float = 0.1,
     previous: bool = True,
     roles: tuple[str, ...] = ("suppression", "recall"),
+    subjects: int = 20,
+    sets: int = 20,
+    scatter: float = 0.0,
+    largest: float = 1.0,
 ) -> dict[str, Any]:
     """A verification block. Baselines are p(remaining) 0.2 and p(previous) 0.04; random sets stay within 10% of them.
 
-    `suppressed` is the tested quantity without suppression heads, `recalled` p(remaining) without recall heads.
+    Args:
+        suppressed, recalled: the tested quantity without suppression heads, p(remaining) without recall heads.
+        subjects: of one prompt each.
+        scatter: the change is so many times larger, or smaller, in one subject than in the next.
+        largest: what the largest other heads are silenced to, as a factor of the baseline.
     """
+    spread, turns = np.linspace(0.9, 1.1, subjects), np.resize([1 + scatter, 1 - scatter], subjects)
+    base = np.stack([0.2 * spread, 0.04 * spread])  # [2, subjects], as verification runs them
+    changed = {
+        "suppression": (0.01, suppressed - 0.04) if previous else (suppressed - 0.2, 0.0),
+        "recall": (recalled - 0.2, -0.01),
+    }
+    by_name = {"baseline": base}
+    rows_of = {name: list(range(subjects)) for name in ("p_remaining", "p_previous")[: 2 if previous else 1]}
 
-    def numbers(remaining: float, of_previous: float, sets: bool = False) -> dict[str, Any]:
-        span = (lambda mean: (mean * 0.9, mean * 1.1)) if sets else lambda mean: ()
-        block = {"p_remaining": probability(remaining, *span(remaining))}
-        return block | ({"p_previous": probability(of_previous, *span(of_previous))} if previous else {})
+    def numbers(values: np.ndarray, extremes: np.ndarray | None = None) -> dict[str, Any]:
+        ends = [() if extremes is None else (extremes[:, i].min(), extremes[:, i].max()) for i in range(2)]
+        return {name: probability(float(values[i].mean()), *map(float, ends[i])) for i, name in enumerate(rows_of)}
 
-    block: dict[str, Any] = {"baseline": numbers(0.2, 0.04)}
-    if "suppression" in roles:
-        remaining, of_previous = (0.21, suppressed) if previous else (suppressed, 0)
-        block["ablate_suppression"] = {"heads": [[3, 1], [4, 2]]} | numbers(remaining, of_previous)
-        block["ablate_random_like_suppression"] = {"sets": 10} | numbers(0.2, 0.04, sets=True)
-    if "recall" in roles:
-        block["ablate_recall"] = {"heads": [[2, 0]]} | numbers(recalled, 0.03)
-        block["ablate_random_like_recall"] = {"sets": 10} | numbers(0.2, 0.04, sets=True)
-    return block | {"dissociation": proof.dissociation(block)}
+    block: dict[str, Any] = {"halves": 2, "subjects": [subjects // 2] * 2, "baseline": numbers(base)}
+    for role in roles:
+        of_sets = np.stack([base * factor for factor in np.linspace(0.9, 1.1, sets)])
+        by_name |= {f"random_{role}_{index}": values for index, values in enumerate(of_sets)}
+        by_name[f"ablate_{role}"] = base + np.array(changed[role])[:, None] * turns
+        pairs = {"suppression": [[3, 1], [4, 2]], "recall": [[2, 0]]}[role]
+        block[f"ablate_{role}"] = {"heads": pairs, "folds": [pairs, pairs]} | numbers(by_name[f"ablate_{role}"])
+        block[f"ablate_largest_like_{role}"] = {"heads": pairs} | numbers(base * largest)
+        block[f"ablate_random_like_{role}"] = {"sets": sets} | numbers(of_sets.mean(0), of_sets.mean(2))
+    heads = head_set({}, roles={role: head_set({}).roles[role] if role in roles else () for role in ROLES})
+    names = [f"s{index:02}" for index in range(subjects)]
+    n_sets = dict.fromkeys(roles, sets)
+    results = {
+        role: verdict.dissociation(role, heads, block, by_name, rows_of, names, n_sets.get(role, 0)) for role in ROLES
+    }
+    return block | {"dissociation": results}
+
+
+def as_0_1_0_wrote_it(block: dict[str, Any]) -> dict[str, Any]:
+    """What version 0.1.0 wrote of a verification: one half, no verdict, no test, no largest heads."""
+    old = {name: entry for name, entry in block.items() if name not in ("halves", "subjects")}
+    old = {name: entry for name, entry in old.items() if not name.startswith("ablate_largest")}
+    keys = ("quantity", "baseline", "ablated", "ratio", "most_extreme_random_set", "held")
+    old["dissociation"] = {
+        role: {key: result[key] for key in (keys if "quantity" in result else ("held", "reason"))}
+        for role, result in block["dissociation"].items()
+    }
+    return old
 
 
 def head_set(block: dict[str, Any] | None = None, **changes: Any) -> HeadSet:
@@ -299,14 +333,16 @@ def test_the_table_has_every_condition_with_ratios_and_the_most_extreme_sets() -
     assert [row.name for row in rows] == [
         "nothing silenced",
         "top 2 suppression heads silenced",
-        "2 random heads of the same layers silenced (10 sets)",
+        "2 random heads of the same layers silenced (20 sets)",
+        "2 other heads of the same layers that write most silenced",
         "top 1 recall heads silenced",
-        "1 random heads of the same layers silenced (10 sets)",
+        "1 random heads of the same layers silenced (20 sets)",
+        "1 other heads of the same layers that write most silenced",
     ]
-    baseline, suppression, like_suppression, recall, like_recall = (row.cells for row in rows)
+    baseline, suppression, like_suppression, largest, recall, like_recall, _ = (row.cells for row in rows)
     assert baseline["p_previous"].ratio is None and baseline["p_previous"].interval == pytest.approx((0.036, 0.044))
     assert suppression["p_previous"].ratio == pytest.approx(0.09 / 0.04) and suppression["p_previous"].extreme is None
-    assert recall["p_remaining"].ratio == pytest.approx(0.5)
+    assert recall["p_remaining"].ratio == pytest.approx(0.5) and largest["p_previous"].ratio == pytest.approx(1)
     # The set that comes closest to what the role should do.
     assert like_suppression["p_previous"].extreme == pytest.approx(0.044)
     assert like_recall["p_remaining"].extreme == pytest.approx(0.18)
@@ -323,44 +359,104 @@ def test_the_terminal_table_shows_the_same() -> None:
 
 
 def test_the_verdict_when_it_holds() -> None:
-    text = dissociation.verdict(head_set())
-    assert text.startswith("The dissociation holds")
-    assert "raises p(previous) from 0.04 to 0.09 (×2.25), above the highest of 10 random sets (0.044)" in text
-    assert "lowers p(remaining) from 0.2 to 0.1 (×0.5), below the lowest of 10 random sets (0.18)" in text
-    assert "FAILS" not in text and not dissociation.next_step(head_set())
+    (first, suppression), (second, recall) = dissociation.verdicts(head_set())
+    assert first == second == "holds"
+    assert suppression == (
+        "Suppression holds: silencing the 2 suppression heads takes p(previous) from 0.04 to 0.09 (×2.25), on subjects "
+        "that they were not chosen on (change 0.05 [0.05, 0.05], the most extreme of 20 random sets reaches 0.044, the "
+        "largest other heads 0.04, p = 0.0476)."
+    )
+    assert recall.startswith(
+        "Recall holds: silencing the one recall head takes p(remaining) from 0.2 to 0.1 (×0.5), on"
+    )
+    assert "20 random sets reaches 0.18" in recall
+    assert dissociation.verdict(head_set()) == f"{suppression} {recall}"
+    assert dissociation.next_step(head_set()) == ""
 
 
 @pytest.mark.parametrize(
-    ("suppressed", "recalled", "failed", "held", "why"),
+    ("options", "failed", "why"),
     [
-        (0.03, 0.1, ["suppression"], ["recall"], ["from 0.04 to 0.03", "does not raise it", "0.044"]),
-        (0.043, 0.1, ["suppression"], ["recall"], ["does not go above the highest of 10 random sets (0.044)"]),
-        (0.09, 0.3, ["recall"], ["suppression"], ["from 0.2 to 0.3", "does not lower it"]),
-        (0.09, 0.19, ["recall"], ["suppression"], ["does not go below the lowest of 10 random sets (0.18)"]),
-        (0.04, 0.2, ["suppression", "recall"], [], ["does not raise it", "does not lower it"]),
+        (
+            {"suppressed": 0.03},
+            ["suppression"],
+            [
+                "from 0.04 to 0.03",
+                "hold: the change goes the other way and 20 of 20 random sets go as far (p = 1) and the larg",
+            ],
+        ),
+        (
+            {"suppressed": 0.0435},
+            ["suppression"],
+            ["the change is smaller than the smallest that counts (x1.1, 0.1%) and 2 of 20 random sets go as far"],
+        ),
+        (
+            {"suppressed": 0.045, "largest": 1.2},
+            ["suppression"],
+            ["hold: the largest other heads of the same layers go as far."],
+        ),
+        ({"recalled": 0.3}, ["recall"], ["from 0.2 to 0.3", "the change goes the other way", "p = 1"]),
+        ({"scatter": 5.0}, ["suppression", "recall"], ["hold: the change is not distinguishable from none."]),
+        ({"suppressed": 0.04, "recalled": 0.2}, ["suppression", "recall"], ["not distinguishable", "random sets go"]),
     ],
 )
 def test_the_verdict_names_the_role_that_failed_and_why(
-    suppressed: float, recalled: float, failed: list[str], held: list[str], why: list[str]
+    options: dict[str, Any], failed: list[str], why: list[str]
 ) -> None:
-    text = dissociation.verdict(head_set(verification(suppressed, recalled)))
-    assert text.startswith(f"The dissociation FAILS for {' and '.join(failed)}:")
-    assert re.findall(r"It holds for (\w+):", text) == held
-    advice = dissociation.next_step(head_set(verification(suppressed, recalled)))
-    assert advice.startswith(f"For {' and '.join(failed)}: give more subjects or prompts; see how far the random heads")
-    assert re.findall(r"heads\.role: (\w+)", advice) == held
-    assert all(reason in text for reason in why)
-    if suppressed == 0.043:
-        assert "does not raise it" not in text, "it was raised, only not beyond chance"
+    heads = head_set(verification(**options))
+    stated = dict(zip(("suppression", "recall"), dissociation.verdicts(heads), strict=True))
+    for role, (outcome, sentence) in stated.items():
+        assert outcome == ("does not hold" if role in failed else "holds")
+        opening = " silencing the " if outcome == "holds" else " the "
+        assert sentence.startswith(f"{role.capitalize()} {outcome}:{opening}") and "ilencing the " in sentence
+    text = " ".join(stated[role][1] for role in failed)
+    assert all(reason in text for reason in why), text
+    # What to do, for each of them, and to train on the other where it holds.
+    advice = dissociation.next_step(heads)
+    first = "see how far the controls beside them go; give more subjects or prompts; "
+    assert [part for part in re.findall(r"For (\w+): see", advice)] == failed
+    assert advice.startswith(f"For {failed[0]}: {first}") and advice.endswith("or take the heads as a hypothesis.")
+    held = [role for role in stated if role not in failed]
+    assert re.findall(r"train the (\w+) heads alone \(heads\.role: \1\)", advice) == held
 
 
-def test_a_role_without_heads_fails_and_has_no_rows() -> None:
-    heads = head_set(verification(roles=("recall",)))
-    text = dissociation.verdict(heads)
-    assert text.startswith("The dissociation FAILS for suppression: there are no confirmed heads for suppression")
-    assert "It holds for recall" in text
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        (
+            {"subjects": 3},
+            "told: 3 subjects are few to choose heads on one half and test them on the other; give more. S",
+        ),
+        (
+            {"subjects": 8, "scatter": 5.0},
+            "told: the change is not distinguishable from none, and 8 subjects are few to choose heads on one half",
+        ),
+        ({"sets": 10}, "told: 10 random sets of heads are all there is to compare with, and 19 are needed to tell. S"),
+    ],
+)
+def test_a_verdict_that_cannot_be_told(options: dict[str, Any], why: str) -> None:
+    heads = head_set(verification(**options))
+    for role, (outcome, sentence) in zip(("Suppression", "Recall"), dissociation.verdicts(heads), strict=True):
+        assert outcome == "cannot be told" and sentence.startswith(f"{role} cannot be told: ")
+        assert why in sentence
     assert dissociation.next_step(heads) == (
-        "For suppression: give more subjects or prompts; train the recall heads alone (heads.role: recall)."
+        "For suppression: give more subjects or prompts, or another model that knows the answers; or take the heads as "
+        "a hypothesis. For recall: give more subjects or prompts, or another model that knows the answers; or take the "
+        "heads as a hypothesis."
+    )
+
+
+@pytest.mark.parametrize(("subjects", "outcome"), [(20, "does not hold"), (6, "cannot be told")])
+def test_a_role_without_heads_has_no_rows_and_a_verdict(subjects: int, outcome: str) -> None:
+    """Of few subjects, that no head is confirmed says nothing."""
+    heads = head_set(verification(roles=("recall",), subjects=subjects))
+    (stated, sentence), (held, _) = dissociation.verdicts(heads)
+    assert (stated, held) == (outcome, "holds")
+    assert sentence.startswith(f"Suppression {outcome}: no confirmed heads")
+    steps = "give more subjects or prompts"
+    steps += ", or another model that knows the answers" if outcome == "cannot be told" else ""
+    assert dissociation.next_step(heads) == (
+        f"For suppression: {steps}; train the recall heads alone (heads.role: recall)."
     )
     assert not [row for row in dissociation.dissociation_table(heads) if "suppression" in row.name]
 
@@ -368,9 +464,34 @@ def test_a_role_without_heads_fails_and_has_no_rows() -> None:
 def test_single_facts_have_no_previous_answers() -> None:
     heads = head_set(verification(0.3, previous=False))
     assert all(set(row.cells) == {"p_remaining"} for row in dissociation.dissociation_table(heads))
-    assert "raises p(remaining) from 0.2 to 0.3" in dissociation.verdict(heads)
+    assert "takes p(remaining) from 0.2 to 0.3" in dissociation.verdict(heads)
     failing = dissociation.verdict(head_set(verification(0.1, previous=False)))
-    assert failing.startswith("The dissociation FAILS for suppression") and "p(previous)" not in failing
+    assert failing.startswith("Suppression does not hold: ") and "p(previous)" not in failing
+
+
+def test_heads_of_the_task_as_a_whole_were_chosen_on_the_same_subjects() -> None:
+    text = dissociation.verdict(head_set(verification() | {"halves": 1}))
+    assert "Suppression holds: silencing the 2" in text and "not chosen on" not in text
+
+
+@pytest.mark.parametrize(
+    ("options", "outcome"),
+    [({}, "holds"), ({"suppressed": 0.03}, "does not hold"), ({"roles": ("recall",)}, "does not hold")],
+)
+def test_what_0_1_0_wrote_is_shown(options: dict[str, Any], outcome: str, tmp_path: Path) -> None:
+    """No `verdict`, no p-value, `confirm` one name: every sentence and the page go by what there is."""
+    rules = {"suppression": {"rank": "dla.previous", "sign": -1.0, "confirm": "ablation.previous"}}
+    heads = head_set(as_0_1_0_wrote_it(verification(**options)), method={"name": "all", "parameters": {"rules": rules}})
+    (stated, sentence), (held, recall) = dissociation.verdicts(heads)
+    assert (stated, held) == (outcome, "holds") and sentence.startswith(f"Suppression {outcome}: ")
+    assert recall == (
+        "Recall holds: silencing the one recall head takes p(remaining) from 0.2 to 0.1 (×0.5) (the most extreme of 20 "
+        "random sets reaches 0.18)."
+    )
+    source, page = written(tmp_path, heads)
+    assert sentence in page.text and recall in page.text
+    assert "Ranked by dla.previous, confirmed by ablation.previous. " in page.text
+    assert source.count("verdict good") == 1 + (outcome == "holds") and "verdict unknown" not in source
 
 
 def test_a_head_set_that_was_not_verified_says_so() -> None:
@@ -401,13 +522,46 @@ def test_the_page_holds_everything_the_head_set_says(tmp_path: Path) -> None:
     ):
         assert expected in page.text, expected
     assert all(str(cell) in page.text for row in dissociation.dissociation_table(heads) for cell in row.cells.values())
-    assert "verdict good" in source
+    assert source.count('class="verdict good"') == 2
 
 
-def test_a_failed_dissociation_is_not_shown_as_a_good_one(tmp_path: Path) -> None:
-    source, page = written(tmp_path, head_set(verification(suppressed=0.03)))
-    assert "FAILS for suppression" in page.text
-    assert "verdict bad" in source and "verdict good" not in source
+def test_every_verdict_has_its_colour_and_its_sentence(tmp_path: Path) -> None:
+    """One block a role, with the sentence that the terminal shows, and a colour that the style knows."""
+    for options, classes in (
+        ({}, ["good", "good"]),
+        ({"suppressed": 0.03}, ["bad", "good"]),
+        ({"recalled": 0.3}, ["good", "bad"]),
+        ({"subjects": 3}, ["unknown", "unknown"]),
+        ({"roles": ("suppression",), "subjects": 6}, ["good", "unknown"]),
+    ):
+        heads = head_set(verification(**options))
+        source, page = written(tmp_path, heads)
+        blocks = [str(tag["class"]) for name, tag in page.tags if name == "p" and "verdict" in str(tag.get("class"))]
+        assert blocks == [f"verdict {one}" for one in classes]
+        sentences = [sentence for _, sentence in dissociation.verdicts(heads)]
+        assert all(sentence in page.text for sentence in sentences) and dissociation.next_step(heads) in page.text
+        assert all(f".verdict.{one} {{ border-color" in source for one in classes)
+
+
+def test_a_head_set_that_was_not_verified_is_shown_as_untold(tmp_path: Path) -> None:
+    source, page = written(tmp_path, head_set({}))
+    assert "The dissociation was not tested" in page.text
+    assert source.count('class="verdict unknown"') == 1 and 'class="verdict good"' not in source
+
+
+def test_heads_show_what_confirmed_them(tmp_path: Path) -> None:
+    effect = {"dla.previous_contrast": -2.5, "ablation.previous": -3.25, "ablation.previous_logp": -0.75, "q": 2e-4}
+    rule = {"rank": "dla.previous_contrast", "sign": -1.0}
+    rule |= {"confirm": ["ablation.previous_contrast", "ablation.previous_logp"]}
+    heads = head_set(
+        roles={"recall": (), "suppression": (RankedHead(3, 1, -2.5, (-3.0, -2.0), effect),)},
+        method={"name": "all", "parameters": {"rules": {"suppression": rule, "recall": rule}}},
+    )
+    _, page = written(tmp_path, heads)
+    assert "confirmed by ablation.previous_contrast and ablation.previous_logp. " in page.text
+    assert "effect on given answers effect on given answers (log-probability) q" in page.text
+    assert "L3H1 -2.5 [-3, -2] -3.25 -0.75 0.0002" in page.text, "a rate of false discoveries has no sign"
+    assert "q: the least false discovery rate at which a head counts as confirmed." in page.text
 
 
 def test_the_page_needs_nothing_outside_itself(tmp_path: Path) -> None:
@@ -738,8 +892,8 @@ def test_the_controls_have_rows_too() -> None:
     block["ablate_lowest_like_recall"] = {"heads": [[2, 1]]} | baseline
     block["ablate_control_books_suppression"] = block["ablate_suppression"]
     names = [row.name for row in dissociation.dissociation_table(head_set(block))]
-    assert "1 heads of the same layers with scores nearest to zero silenced" in names
-    assert names[3] == "top 2 suppression heads of books silenced"
+    assert "1 other heads of the same layers with scores nearest to zero silenced" in names
+    assert names[4] == "top 2 suppression heads of books silenced"
 
 
 def test_a_role_that_cannot_be_resampled_has_no_stability(tmp_path: Path) -> None:

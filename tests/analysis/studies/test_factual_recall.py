@@ -100,6 +100,23 @@ def test_noise_does_not_fall() -> None:
     assert found["ci"][0] > 0.5
 
 
+def test_a_fall_that_is_never_negative_is_still_a_difference() -> None:
+    """Not a rate: its interval may reach below 0, and is exactly 0 where nothing falls."""
+    p = np.array([[0.5, 0.5], [0.5, 0.5], [0.9, 0.5]])
+    found = factual_recall.fall(p, ["a", "b", "c"])
+    assert found["mean"] == pytest.approx(0.4 / 3) and found["ci"][0] < 0
+    assert factual_recall.fall(np.full((3, 2), 0.5), ["a", "b", "c"]) == {"mean": 0, "ci": [0, 0]}
+
+
+def test_one_held_out_subject_bounds_no_change(planted: PlantedModel) -> None:
+    model = planted.view()
+    examples = encode(planted.task, model.tokenizer).examples
+    judged = [one for one in examples if one.example.subject == examples[0].example.subject]
+    rows = factual_recall.knob_effects(model, judged, torch.zeros(model.d_model), lambda items, _: items)
+    assert all(row["p_change"]["ci"] == row["accuracy_change"]["ci"] == [-1, 1] for row in rows)
+    assert all(row["p"]["ci"] == [0, 1] for row in rows)
+
+
 # --- frequency --------------------------------------------------------------------------------------------------------
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -104,23 +105,30 @@ def test_the_elbow_of_planted_suppression_is_in_the_planted_heads(planted: Plant
     assert 1 <= found.data["suppression"]["elbow"] <= len(real)
 
 
-def test_a_role_without_heads_is_said(model: HeadModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_role_without_heads_is_said(planted: PlantedModel, known: HeadModel, monkeypatch: pytest.MonkeyPatch) -> None:
     right = rank
 
     def only_recall(scores: Scores, role: str, *rest: Any, **options: Any) -> Any:
         return [] if role == "suppression" else right(scores, role, *rest, **options)
 
     monkeypatch.setattr(elbow_module, "rank", only_recall)
-    found = base.run("elbow", model, TASK, methods="dla", top=2)
+    found = base.run("elbow", known, some(planted), methods="dla", top=2)
     assert found.data["suppression"] == {"heads": [], "reason": "no confirmed heads"}
     assert "No suppression heads were confirmed." in found.parts
     assert found.data["recall"]["heads"]
 
 
-def test_the_elbow_of_single_facts_is_of_the_correct_answer(planted: PlantedModel, model: HeadModel) -> None:
-    found = base.run("elbow", model, tiny_task(previous=(0,), subjects=2), methods="dla", top=2)
-    quantities = {of_role.get("quantity") for of_role in found.data.values()}
-    assert quantities <= {"p_remaining", None} and "p_remaining" in quantities
+def test_nothing_is_confirmed_in_a_random_model_of_few_subjects(model: HeadModel) -> None:
+    found = base.run("elbow", model, TASK, methods="dla", top=2)
+    assert found.data == {role: {"heads": [], "reason": "no confirmed heads"} for role in ("recall", "suppression")}
+
+
+def test_the_elbow_of_single_facts_is_of_the_correct_answer(planted: PlantedModel, known: HeadModel) -> None:
+    task = some(planted)
+    facts = replace(task, examples=tuple(replace(one, previous=(), corrupt=None) for one in task.examples))
+    found = base.run("elbow", known, facts, methods="dla", top=2)
+    assert {of_role.get("quantity") for of_role in found.data.values()} <= {"p_remaining", None}
+    assert found.data["recall"]["quantity"] == "p_remaining"
 
 
 # --- what heads carry alone -------------------------------------------------------------------------------------------

@@ -186,13 +186,6 @@ def shown(table: Any) -> list[list[str]]:
     return [list(row) for row in zip(*([str(cell) for cell in column.cells] for column in table.columns), strict=True)]
 
 
-@pytest.mark.parametrize(("subjects", "noted"), [(1, "1 subject: the"), (4, "4 subjects: the intervals"), (5, None)])
-def test_few_subjects_are_noted_below_their_intervals(subjects: int, noted: str | None) -> None:
-    metrics = {"exact_match": {"mean": 1.0, "ci": [1.0, 1.0]}, "n": {"examples": 9, "subjects": subjects}}
-    caption = metrics_table({"before": metrics, "after": metrics}).caption
-    assert caption is None if noted is None else str(caption).startswith(noted)
-
-
 def test_the_summary_shows_what_every_task_came_to(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     evaluation, sequence = (read(runs / "full" / name) for name in ("evaluation.json", "sequence.json"))
     table = {row[0]: row[1:] for row in shown(metrics_table({when: evaluation[when] for when in ("before", "after")}))}

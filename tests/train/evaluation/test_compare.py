@@ -138,29 +138,41 @@ def test_one_subject_gives_no_interval_of_a_difference(tmp_path: Path, monkeypat
     assert minus is not None and minus[1] is None
 
 
-def test_differences_are_paired_over_resampled_subjects(runs: Path) -> None:
+def test_differences_are_paired_over_resampled_subjects_and_runs(runs: Path) -> None:
     """Against a loop over the very same draws."""
     found = compare.compare(read_runs(runs, group="study"))
     chosen = next(group for group in found.groups if group.name == "chosen")
-    each = (np.array(GOOD) + np.array(BETTER)) / 2
-    gaps = each - np.array(BEFORE)
+    each = np.array([GOOD, BETTER], dtype=float)
     names = sorted(set(SUBJECTS))
     counts = np.random.default_rng(0).multinomial(len(names), [1 / len(names)] * len(names), size=compare.DRAWS)
+    seeds = np.random.default_rng(1).multinomial(2, [0.5, 0.5], size=compare.DRAWS)
     means, differences = [], []
-    for draw in counts:
+    for draw, of_runs in zip(counts, seeds, strict=True):
+        mixed = of_runs @ each / 2
         rows = [i for subject, n in zip(names, draw, strict=True) for _ in range(n) for i in range(12)
                 if SUBJECTS[i] == subject]  # fmt: skip
-        means.append(each[rows].mean())
-        differences.append(gaps[rows].mean())
+        means.append(mixed[rows].mean())
+        differences.append((mixed - np.array(BEFORE))[rows].mean())
     metric = chosen.metrics["exact_match"]
     assert metric.interval == pytest.approx(np.percentile(means, [2.5, 97.5]))
     assert metric.minus is not None
     gap, interval, p = metric.minus
-    assert gap == pytest.approx(gaps.mean()) and interval == pytest.approx(np.percentile(differences, [2.5, 97.5]))
+    assert gap == pytest.approx((each.mean(0) - np.array(BEFORE)).mean())
+    assert interval == pytest.approx(np.percentile(differences, [2.5, 97.5]))
     below, above = np.mean(np.round(differences, 12) <= 0), np.mean(np.round(differences, 12) >= 0)
     assert below + above > 1.05  # draws without a difference count on both sides
     assert p == pytest.approx(min(1, 2 * min(below, above)), abs=0.001)
     assert metric.differs == (not interval[0] <= 0 <= interval[1])
+
+
+def test_seeds_that_differ_widen_the_interval(tmp_path: Path) -> None:
+    """Two runs of which one always succeeds and one always fails: with other seeds it could be anything."""
+    for name, values in (("alike", (GOOD, GOOD)), ("unlike", ([1.0] * 12, [0.0] * 12))):
+        for seed, right in enumerate(values):
+            write_run(tmp_path, f"{name}-s{seed}", seed, right, method={"top": len(name)})
+    groups = {group.name: group.metrics["exact_match"] for group in compare.compare(read_runs(tmp_path)).groups}
+    assert groups["unlike"].interval == (0.0, 1.0) and groups["unlike"].mean == 0.5
+    assert groups["alike"].interval[0] > 0.1
 
 
 def test_the_reference_may_be_a_group_or_one_of_its_runs(runs: Path) -> None:

@@ -294,7 +294,7 @@ def test_evaluate_of_one_answer(
     assert metrics["exact_match"]["mean"] == pytest.approx(exact)
     assert metrics["prefix_match"]["mean"] == pytest.approx(prefix)
     low, high = metrics["exact_match"]["ci"]
-    assert low <= exact <= high and (low < high) == (exact > 0)
+    assert low <= exact <= high and low < high, "three answers, right or wrong, leave room for doubt"
     assert [list(one.kinds) for one in scored] == [[kind] for kind in kinds]
     assert all(one.text.count("\n") <= 1 and "Tokyo\n" not in one.text for one in scored), "one line is written"
     assert metrics["n"] == {"examples": 3, "subjects": 3}

@@ -169,17 +169,26 @@ def test_more_heads_than_identify_kept_are_refused(
     assert f"suppression heads confirmed in {tmp_path / 'heads'}: 1, fewer than top=2" in notes
 
 
+@pytest.mark.parametrize(
+    ("result", "stated"),
+    [
+        ({"verdict": "does not hold", "held": False}, "suppression does not hold"),
+        ({"verdict": "cannot be told", "held": False}, "suppression cannot be told"),
+        ({"held": False}, "suppression does not hold"),  # as version 0.1.0 wrote it
+    ],
+)
 def test_heads_whose_own_check_failed_are_named(
-    tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    result: dict[str, Any], stated: str, tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    found = head_set(loading.load_model(str(tiny_llama)).identity())
-    verdicts = {role: {"held": role == "recall", "reason": "no heads"} for role in ("recall", "suppression")}
-    replace(found, verification={"dissociation": verdicts}).save(tmp_path / "heads" / "heads.json")
+    heads_of_model = head_set(loading.load_model(str(tiny_llama)).identity())
+    verdicts = {"recall": {"held": True, "reason": ""}, "suppression": result | {"reason": "no confirmed heads"}}
+    replace(heads_of_model, verification={"dissociation": verdicts}).save(tmp_path / "heads" / "heads.json")
     recipe = write_recipe(tmp_path, tiny_llama)
     heads = f"heads={{from: {tmp_path / 'heads'}, role: %s, top: 1}}"
-    [note] = [line for line in dry(recipe, capsys, heads % "both")["notes"] if "FAILS" in line]
-    assert "FAILS for suppression" in note and "heads.role: recall" in note
-    assert not any("FAILS" in line for line in dry(recipe, capsys, heads % "recall")["notes"])
+    [note] = [line for line in dry(recipe, capsys, heads % "both")["notes"] if "own check" in line]
+    assert note.startswith(f"the head set's own check: {stated}, and these heads are trained. For suppression: ")
+    assert "recall holds" not in note and "heads.role: recall" in note
+    assert not any("own check" in line for line in dry(recipe, capsys, heads % "recall")["notes"])
 
 
 def test_one_part_of_a_task_holds_nothing_out(

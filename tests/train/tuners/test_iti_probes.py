@@ -240,7 +240,8 @@ def test_a_planted_head_is_found_and_steered() -> None:
     assert result.accuracy.shape == (N_LAYERS, N_HEADS) and result.directions.shape == (N_LAYERS, N_HEADS, 8)
     assert result.scores.mean(ACCURACY).dtype.name == "float32"
     (best,) = result.ranked(1)
-    assert (best.layer, best.head, best.score, best.ci) == (1, 2, 1.0, (1.0, 1.0))
+    assert (best.layer, best.head, best.score) == (1, 2, 1.0)
+    assert best.ci is not None and 0.5 < best.ci[0] < 1 == best.ci[1], "so few subjects do not prove it for all"
     others = result.accuracy.flatten().tolist()
     others.remove(1.0)
     assert others == [0.5] * (N_LAYERS * N_HEADS - 1)

@@ -1,0 +1,24 @@
+"""A model that has heads of both roles, and a task on which they are confirmed."""
+
+import pytest
+
+from headtune.analysis.models.head_model import HeadModel
+from headtune.analysis.synthetic.planted import KINDS, PlantedModel, plant
+from headtune.analysis.tasks.task import Task
+
+
+@pytest.fixture(scope="package")
+def planted() -> PlantedModel:
+    """Four layers of eight heads, three of which recall and three of which suppress."""
+    return plant(next(kind for kind in KINDS if kind.name == "gqa"))
+
+
+@pytest.fixture(scope="package")
+def lists(planted: PlantedModel) -> HeadModel:
+    return planted.view()
+
+
+@pytest.fixture(scope="package")
+def towns(planted: PlantedModel) -> Task:
+    """Eight subjects, one prompt each."""
+    return planted.task.limited(8)
