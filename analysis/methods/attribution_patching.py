@@ -9,9 +9,10 @@ answers' first tokens.
 
     attribution patching     dm/dG at G = 1, the run as it is: to first order, m(clean) - m(this head at its reference)
                              (Nanda 2023; Syed et al. 2024)
-    integrated gradients     the mean of dm/dG over G = 0..1, all heads fading together (Sundararajan et al. 2017; for
-                             nodes, Hanna et al. 2024). The scores of all heads sum to
-                             m(clean) - m(every head at the last token at its reference)
+    integrated gradients     the mean of dm/dG over G = 0..1, all heads fading together: integrated gradients of the
+                             gates (Sundararajan et al. 2017). The scores of all heads sum to
+                             m(clean) - m(every head at the last token at its reference). Not EAP-IG (Hanna et al.
+                             2024), which goes through the embeddings, or through one head at a time: see `eap_ig`
 
 Positive = the head, as it is, raises m. A change at the last token reaches the last token only, so the graph spans one
 position: the clean run's keys and values serve all steps of the integral, which are rows of one batch.
