@@ -87,6 +87,7 @@ def test_published_hyperparameters(name: str, top: int, select: float, l1: float
     assert (recipe.training["num_train_epochs"], recipe.training["per_device_train_batch_size"]) == (5, 8)
     assert recipe.method.objective == ("dpo" if "truthfulqa" in name else "sft")  # type: ignore[union-attr]
     assert recipe.training.get("beta") == (0.5 if "truthfulqa" in name else None)
+    assert recipe.evaluation.scoring == ("iti" if "truthfulqa" in name else "harness")
     assert recipe.task.max_train_examples == (300 if "clutrr" in name else None)
     assert recipe.model.dtype == ("float32" if "llama2_7b" in name else "bfloat16")
 
