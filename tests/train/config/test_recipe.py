@@ -102,6 +102,7 @@ def test_published_hyperparameters_of_seekr(name: str, ratio: float, weight: flo
     assert (distil.replay_weight, distil.attention_weight) == (0.5, weight)
     assert (distil.layers, distil.heads, distil.queries) == (24, 128, 100)
     assert (distil.choice, distil.selection, distil.teacher) == ("importance", "global", "own")
+    assert distil.reduction == "layers" and training["adam_beta2"] == 0.95  # of the authors' code
     assert training["learning_rate"] == 1e-5
     assert training["per_device_train_batch_size"] * training["gradient_accumulation_steps"] * 8 == 128
 
