@@ -163,6 +163,8 @@ class LofitConfig(ObjectiveConfig):
 class JolaConfig(ObjectiveConfig):
     """JoLA: scale and offset with a HardConcrete gate on each, `z <- (1 + g2 a) z + g1 v`; chooses while it tunes.
 
+    Its penalty, schedule, start and rate of the gates are not those of JoLA's authors: see recipes/jola/README.md.
+
     Attributes:
         l0: weight of the mean probability that a gate is open, in 0..1.
         l0_warmup: share of the steps over which that weight grows from 0.
