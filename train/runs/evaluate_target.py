@@ -95,18 +95,18 @@ def evaluate_target(
     n_items: int = 3,
     batch_size: int = 16,
     preamble: str = "",
-    scoring: Scoring = "harness",
     out: Path | None = None,
     progress: Progress = silent,
     notify: Notify = lambda _line: None,
+    scoring: Scoring = "harness",
 ) -> TargetEvaluation:
     """Load a target and measure it.
 
     Args:
         n_items: list items scored per prompt.
         preamble: text before multiple-choice questions, see `truthfulqa_preamble`.
-        scoring: of multiple choice, `harness` or `iti`, see `headtune.train.evaluation.multiple_choice`.
         out: a new folder for evaluation.json and metrics.jsonl; filed in W&B as the run is.
+        scoring: of multiple choice, `harness` or `iti`, see `headtune.train.evaluation.multiple_choice`.
 
     Raises:
         InputError: `out` exists, no such run or model, a task that does not go with it.

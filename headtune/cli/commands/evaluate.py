@@ -65,7 +65,7 @@ def evaluate_command(arguments: argparse.Namespace) -> int:
 
     preamble = truthfulqa_preamble() if arguments.preamble else ""
     result = evaluate_target(
-        target, arguments.items, arguments.batch_size, preamble, arguments.scoring, arguments.out, progress, notify
+        target, arguments.items, arguments.batch_size, preamble, arguments.out, progress, notify, arguments.scoring
     )
     if arguments.json:
         data = {"knobs": result.knobs, "metrics": result.metrics, "generations": result.generations}

@@ -19,7 +19,11 @@ from headtune.analysis.tasks.loading import load_task
 from headtune.analysis.tasks.task import Example, Task
 from headtune.analysis.utils.errors import InputError
 from headtune.train.config.methods import EvaluationConfig
+from headtune.train.continual.measurements import scores_of
+from headtune.train.evaluation import evaluate as evaluation
+from headtune.train.evaluation import multiple_choice as choosing
 from headtune.train.evaluation.evaluate import score_task
+from headtune.train.evaluation.evaluation_file import measure
 from headtune.train.evaluation.multiple_choice import (
     choice_log_likelihoods,
     choice_tokens,
@@ -202,7 +206,7 @@ def slow_iti(model: Any, tokenizer: Any, text: str, best: str, right: str, wrong
         return [part if part[-1] == "." else part + "." for part in parts]
 
     def total(answer: str) -> float:
-        question = f"{_INSTRUCTION}\n\n{truthfulqa_preamble().strip()}\n\nQ: {text}"
+        question = f"{_INSTRUCTION}\n\n{PREAMBLE.strip()}\n\nQ: {text}"
         before, whole = tokenizer(question).input_ids, tokenizer(f"{question}\nA: {answer}").input_ids
         assert whole[: len(before)] == before and tokenizer.decode(whole[len(before) :][:3]) == "\nA:"
         log_p = model(torch.tensor([whole]), use_cache=False).logits[0].log_softmax(-1)
@@ -215,8 +219,10 @@ def slow_iti(model: Any, tokenizer: Any, text: str, best: str, right: str, wrong
 
 
 @pytest.mark.parametrize("bos", [False, True])
-def test_iti_scores_as_its_own_evaluation(bos: bool, tmp_path: Path) -> None:
-    model, tokenizer = tiny_model("llama", max_position_embeddings=2048), tiny_tokenizer(bos=bos)
+def test_iti_scores_as_its_own_evaluation(bos: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choosing, "truthfulqa_preamble", lambda: PREAMBLE)  # six questions are 1,500 tokens here
+    monkeypatch.setattr(evaluation, "neutral_text", lambda: "List five cities in Italy and then Japan.")
+    model, tokenizer = tiny_model("llama", max_position_embeddings=512), tiny_tokenizer(bos=bos)
     rows = [
         ("List cities in Italy", "Rome", "Rome; Rome and Milan.", "Tokyo; New York and then Boston.; Paris"),
         ("Some cities in Japan I know", "Tokyo.", "Kobe; Tokyo.", "Rome"),
@@ -238,9 +244,13 @@ def test_iti_scores_as_its_own_evaluation(bos: bool, tmp_path: Path) -> None:
         assert log_likelihoods[n_true:] == pytest.approx(false, abs=1e-4)
         assert (one.values["mc1"], one.values["mc2"]) == (mc1, pytest.approx(mc2, abs=1e-5))
         assert one.text.endswith(".")
-    plain, _ = score_task(model, tokenizer, task, preamble=truthfulqa_preamble())
+    plain, _ = score_task(model, tokenizer, task, preamble=PREAMBLE)
     assert metrics["mc2"]["mean"] != pytest.approx(plain["mc2"]["mean"], abs=1e-4)
     assert metrics["n"]["choices"] == 13
+    # A recipe's runs and sequences measure so, too.
+    settings = EvaluationConfig(scoring="iti")
+    assert measure(tokenizer, task, settings, model)[0]["mc2"] == metrics["mc2"]
+    assert scores_of(tokenizer, settings, model, task)["metrics"]["mc2"] == metrics["mc2"]["mean"]
 
 
 def test_iti_loses_a_tie_and_ends_choices() -> None:
