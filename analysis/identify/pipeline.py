@@ -142,23 +142,23 @@ def identify(
         for warning in control.check_model(model.identity()):
             log.warning("control %s: %s", name, warning)
     encoded = task if isinstance(task, EncodedTask) else encode(task, model.tokenizer, model.positions)
-    name_of_task = encoded.task.name
     if encoded.n_subjects < 2:
         raise InputError(
-            f"task {name_of_task!r} has prompts about one subject alone, {encoded.examples[0].example.subject!r}, and "
-            "heads are confirmed by intervals over subjects; add examples of others"
+            f"task {encoded.task.name!r} has prompts about one subject alone, "
+            f"{encoded.examples[0].example.subject!r}, and heads are confirmed by intervals over subjects; add examples of others"
         )
     if encoded.n_subjects < FEW_SUBJECTS:
         log.warning(
             "task %s has prompts about %d subjects alone: intervals over so few say little; give %d or more",
-            name_of_task,
+            encoded.task.name,
             encoded.n_subjects,
             ENOUGH_SUBJECTS,
         )
     silenced = {name: control.roles for name, control in (controls or {}).items()}
     if rank_by == "contrast" and not all(example.others for example in encoded.examples):
         log.warning(
-            "task %s: all subjects have the same answers, so heads are ranked against the vocabulary", task.name
+            "task %s: all subjects have the same answers, so heads are ranked against the vocabulary",
+            encoded.task.name,
         )
     options = (names, verify_top, n_random, seed, top, threshold, silenced, rank_by)
     parallel = ParallelMap(partial, _key(model, encoded, *options), share)

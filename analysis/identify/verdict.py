@@ -9,7 +9,7 @@ import numpy as np
 
 from headtune.analysis.heads.head_set import HeadSet
 from headtune.analysis.methods.scores import Array
-from headtune.analysis.utils.stats import FEW_SUBJECTS, by_subject, change_interval, t_quantile
+from headtune.analysis.utils.stats import FEW_SUBJECTS, Floats, by_subject, change_interval, t_quantile
 
 HOLDS, FAILS, UNKNOWN = "holds", "does not hold", "cannot be told"
 LEVEL = 0.05  # of the comparison with random sets
@@ -123,7 +123,7 @@ def _result(verdict: str, reason: str, numbers: dict[str, Any] | None = None) ->
     return {"verdict": verdict, "held": verdict == HOLDS, "reason": reason} | (numbers or {})
 
 
-def ratio_of_means(before: Array, after: Array, subjects: Sequence[str]) -> tuple[float | None, list[float] | None]:
+def ratio_of_means(before: Floats, after: Floats, subjects: Sequence[str]) -> tuple[float | None, list[float] | None]:
     """mean(after) / mean(before) with a 95% interval over subjects, by the delta method on its logarithm:
 
         se(log R)^2 = n/(n - 1) sum_s (a_s / A - b_s / B)^2

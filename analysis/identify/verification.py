@@ -75,7 +75,7 @@ def output_norms(model: HeadModel, examples: Sequence[Encoded]) -> Array:
             torch.einsum("hd,hdm->hm", z[layer][0].float().to(weight), weight) for layer, weight in enumerate(weights)
         ]
         total += torch.stack([row.norm(dim=-1).cpu() for row in written]).numpy()
-    mean: Array = total / min(len(examples), NORM_EXAMPLES)
+    mean: Array = total / np.float32(min(len(examples), NORM_EXAMPLES))
     return mean
 
 
@@ -144,7 +144,7 @@ def verify(
             if not other.roles.get(role):
                 log.warning("control %s has no %s heads: there is nothing of it to silence", name, role)
     folds = []
-    for fold, rows in enumerate(split):
+    for index, rows in enumerate(split):
         part = scores if whole else scores.subset(rows)
         if whole:
             chosen: dict[str, Heads] = {role: heads.top(role)[:top] for role in confirmed}
@@ -152,16 +152,16 @@ def verify(
             counts = {role: min(top, len(heads.roles[role])) for role in confirmed}
             ranked = {role: rank(part, role, count, by=by, fdr=None) for role, count in counts.items()}
             chosen = {role: [(entry.layer, entry.head) for entry in entries] for role, entries in ranked.items()}
-        folds.append(_fold(model, part, chosen, norms, n_random, seed + fold, controls or {}, top, by))
+        folds.append(_fold(model, part, chosen, norms, n_random, seed + index, controls or {}, top, by))
 
     # What every example is run with: the sets of the half that it is not in.
     names = list(dict.fromkeys(name for fold in folds for name in fold.named))
     n_sets = {role: min(len(fold.random[role]) for fold in folds) for role in confirmed}
-    each = [[]] * len(examples)
+    sets_of: list[list[Heads]] = [[]] * len(examples)
     for fold, rows in zip(folds, reversed(split), strict=True):
         for index in rows:
-            each[index] = fold.sets(n_sets, names)
-    values = _probabilities(model, examples, each, parallel or ParallelMap(), progress, "verifying")
+            sets_of[index] = fold.sets(n_sets, names)
+    values = _probabilities(model, examples, sets_of, parallel or ParallelMap(), progress, "verifying")
     labels = ["baseline", *names, *(f"random_{role}_{i}" for role, count in n_sets.items() for i in range(count))]
     by_name = dict(zip(labels, values, strict=True))
 

@@ -96,16 +96,20 @@ def window_of(centre: int, window: int, n_layers: int) -> range:
     return range(max(0, first), min(n_layers, first + window))
 
 
-def noise_of(model: HeadModel, n_noise: int, n_positions: int, scale: float = 3.0, seed: int = 0) -> Tensor:
-    """Gaussian noise for word embeddings, `[n_noise, n_positions, d_model]` float32.
+@torch.no_grad()
+def embedding_deviation(model: HeadModel, tokens: Tensor) -> float:
+    """The standard deviation of all entries of some tokens' word embeddings, as they enter the first layer.
 
-    Its standard deviation is `scale` times that of all entries of the embedding matrix, times the factor that the
-    embedding module multiplies its rows by, in families where it does.
+    Args:
+        tokens: `[n]` ids; one that stands there twice counts twice.
     """
-    embedding = model.hf.get_input_embeddings()
-    weight: Tensor = embedding.weight  # type: ignore[assignment]
-    factor = getattr(embedding, "embed_scale", 1.0)
-    deviation = scale * float(weight.detach().float().std()) * float(factor)
+    embedded: Tensor = model.hf.get_input_embeddings()(tokens.to(model.device))
+    return float(embedded.float().std())
+
+
+def noise_of(model: HeadModel, deviation: float, n_noise: int, n_positions: int, seed: int = 0) -> Tensor:
+    """Gaussian noise of a standard deviation for word embeddings, `[n_noise, n_positions, d_model]` float32."""
+    weight: Tensor = model.hf.get_input_embeddings().weight  # type: ignore[assignment]
     generator = torch.Generator().manual_seed(seed)
     return deviation * torch.randn(n_noise, n_positions, weight.shape[1], generator=generator)
 
@@ -118,8 +122,8 @@ def causal_trace(
     groups: Mapping[str, Sequence[int]],
     measure: Measure,
     *,
+    deviation: float,
     n_noise: int = 10,
-    scale: float = 3.0,
     window: int = 10,
     centres: Sequence[int] | None = None,
     seed: int = 0,
@@ -132,8 +136,9 @@ def causal_trace(
         tokens: `[seq]` ids of one prompt.
         groups: name -> positions where outputs are put back.
         measure: reduces next-token logits.
+        deviation: standard deviation of the noise; in the literature 3 times that of the embeddings of what the noise
+            is put on, over all prompts (see `embedding_deviation`).
         n_noise: how many noisy copies.
-        scale: noise in standard deviations of the embeddings (see `noise_of`).
         window: layers restored together (see `window_of`).
         centres: layers to centre windows at; default: all.
         seed: of the noise.
@@ -154,7 +159,7 @@ def causal_trace(
     if outside := [c for c in centres if not 0 <= c < model.n_layers]:
         raise InputError(f"centre {outside[0]} is out of range; expected layers 0 to {model.n_layers - 1}")
     # As many noisy copies at a time as memory allows.
-    noise = noise_of(model, n_noise, len(noisy), scale, seed)
+    noise = noise_of(model, deviation, n_noise, len(noisy), seed)
     tokens = tokens.to(model.device)
     traces = []
     # One more row is the clean run; the keys and values of all layers are kept.

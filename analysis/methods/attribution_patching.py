@@ -9,9 +9,10 @@ answers' first tokens.
 
     attribution patching     dm/dG at G = 1, the run as it is: to first order, m(clean) - m(this head at its reference)
                              (Nanda 2023; Syed et al. 2024)
-    integrated gradients     the mean of dm/dG over G = 0..1, all heads fading together (Sundararajan et al. 2017; for
-                             nodes, Hanna et al. 2024). The scores of all heads sum to
-                             m(clean) - m(every head at the last token at its reference)
+    integrated gradients     the mean of dm/dG over G = 0..1, all heads fading together: integrated gradients of the
+                             gates (Sundararajan et al. 2017). The scores of all heads sum to
+                             m(clean) - m(every head at the last token at its reference). Not EAP-IG (Hanna et al.
+                             2024), which goes through the embeddings, or through one head at a time: see `eap_ig`
 
 Positive = the head, as it is, raises m. A change at the last token reaches the last token only, so the graph spans one
 position: the clean run's keys and values serve all steps of the integral, which are rows of one batch.
@@ -30,7 +31,7 @@ from headtune.analysis.models.head_model import HeadModel
 from headtune.analysis.tasks.tokenized import Encoded
 from headtune.analysis.utils.errors import InputError
 
-from .patching import answer_probabilities
+from .patching import answer_probabilities, with_contrast
 from .scores import Array
 
 
@@ -93,15 +94,13 @@ def _gate_gradients(
         with torch.enable_grad():
             gates = part[:, None, None].repeat(1, model.n_layers, model.n_heads).to(model.device).requires_grad_()
             logits = _gated_logits(runner, gates, reference)
-            answers = answer_probabilities(logits, encoded)
-            metrics = answers.logits | {"others": answers.others}
+            metrics = answer_probabilities(logits, encoded).metrics
             for quantity, value in metrics.items():
                 # Rows do not depend on each other: the gradient of their sum holds each row's own.
                 (gradient,) = torch.autograd.grad(value.sum(), gates, retain_graph=True)
                 totals[quantity] = totals.get(quantity, 0) + gradient.sum(0)
-    others = totals.pop("others")
-    totals |= {f"{quantity}_contrast": total - others for quantity, total in totals.items()}
-    return {f"{name}.{quantity}": (total / len(levels)).cpu().numpy() for quantity, total in totals.items()}
+    scores = with_contrast({quantity: total / len(levels) for quantity, total in totals.items()})
+    return {f"{name}.{quantity}": score.cpu().numpy() for quantity, score in scores.items()}
 
 
 def _gated_logits(runner: LastTokenRunner, gates: Tensor, reference: Tensor | None) -> Tensor:

@@ -44,6 +44,18 @@ class AnswerProbabilities:
     others: Tensor
     vocabulary: Tensor
 
+    @property
+    def metrics(self) -> dict[str, Tensor]:
+        """`logits` and `others`: what gradients are taken of; see `with_contrast`."""
+        return self.logits | {"others": self.others}
+
+
+def with_contrast(scores: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Scores toward each of `AnswerProbabilities.metrics`, without `others`, and with their difference from it."""
+    others = scores["others"]
+    raw = {name: value for name, value in scores.items() if name != "others"}
+    return raw | {f"{name}_contrast": value - others for name, value in raw.items()}
+
 
 def answer_probabilities(logits: Tensor, encoded: Encoded) -> AnswerProbabilities:
     """Reduce `[rows, vocabulary]` logits in float32."""
@@ -103,7 +115,7 @@ def effects(method: str, model: HeadModel, logits: Tensor, encoded: Encoded) -> 
         probability. The `previous` ones are absent where there are no previous answers.
     """
     result = answer_probabilities(logits, encoded)
-    quantities = {}
+    quantities: dict[str, Tensor] = {}
     for name, probability in (("target", result.target), ("previous", result.previous)):
         if name in result.logits:
             quantities |= {

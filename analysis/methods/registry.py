@@ -28,7 +28,7 @@ from headtune.analysis.tasks.tokenized import Encoded, EncodedTask, encode
 from headtune.analysis.utils.errors import InputError, nearest
 from headtune.analysis.utils.progress import Progress, silent
 
-from . import attribution_patching, head_gating, logit_attribution, patching
+from . import attribution_patching, eap_ig, head_gating, logit_attribution, patching
 from .parallel_map import ParallelMap
 from .scores import Array, Scores, stack
 
@@ -83,6 +83,14 @@ def _path(name: str, summary: str, reference: Callable[[Counterfactuals, int], T
     return Method(name, summary, one, prepare=Counterfactuals)
 
 
+def _eap_ig(name: str, summary: str, estimate: Callable[..., dict[str, Array]]) -> Method:
+    def one(model: HeadModel, examples: Sequence[Encoded], index: int, shared: Counterfactuals) -> dict[str, Array]:
+        counterpart = shared.corrupt_tokens(index, same_length=True)
+        return {} if counterpart is None else estimate(model, examples[index], counterpart, name)
+
+    return Method(name, summary, one, prepare=Counterfactuals, causal=False)
+
+
 _ALL = (
     Method(
         "dla",
@@ -133,7 +141,7 @@ _ALL = (
     ),
     Method(
         "integrated_gradients",
-        "the gradient integrated while all heads at the last token fade to their means together; sums to their effect",
+        "the gradient meaned while all heads at the last token fade to their means together; sums to their effect",
         lambda model, examples, index, shared: attribution_patching.integrated_gradients(
             model, examples[index], shared.mean(index)
         ),
@@ -142,12 +150,22 @@ _ALL = (
     ),
     Method(
         "integrated_gradients_corrupt",
-        "the gradient integrated while all heads at the last token fade to the corrupted counterpart",
+        "the gradient meaned while all heads at the last token fade to the corrupted counterpart together",
         lambda model, examples, index, shared: attribution_patching.integrated_gradients(
             model, examples[index], shared.corrupt(index), "integrated_gradients_corrupt"
         ),
         prepare=Counterfactuals,
         causal=False,
+    ),
+    _eap_ig(
+        "eap_ig_inputs",
+        "EAP-IG (inputs): the gradient meaned while the embeddings go from the corrupted counterpart's to the prompt's",
+        eap_ig.eap_ig_inputs,
+    ),
+    _eap_ig(
+        "eap_ig_activations",
+        "EAP-IG (activations): the gradient meaned while one head at all positions goes from the counterpart to itself",
+        eap_ig.eap_ig_activations,
     ),
     Method(
         "gates",
@@ -249,7 +267,7 @@ def score_examples(
         if f"{method.name}.target" not in scores:
             raise InputError(
                 f"method {method.name!r} needs examples of other subjects with as many tokens, and there are none: add "
-                "examples or corrupt prompts of equal length, or use a method without _all"
+                "examples or corrupt prompts of equal length, or use a method of the last token alone"
             )
     return scores
 

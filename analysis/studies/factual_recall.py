@@ -4,9 +4,11 @@
    head at END, its mean over other subjects put in, other heads frozen, MLPs recomputed:
 
        LD = mean logit of the remaining answers' first tokens - mean logit of the vocabulary
-       argument.ld = 100 * (LD_clean - LD_patched) / |LD_clean|      percent; positive = the head raises the answer
+       ratio of means = 100 * mean(LD_clean - LD_patched) / |mean(LD_clean)|     over the prompts, in percent
+       mean of ratios = 100 * mean((LD_clean - LD_patched) / |LD_clean|)
 
-   The paper's score is the negative of it.
+   Positive = the head raises the answer; the paper's score is the negative. The authors take the ratio of means, which
+   ranks the heads here; the mean of ratios, which prompts with a small LD can rule, stands beside it.
 2. MLPs amplify or erase what single heads brought, and add a vector of their own, the applied function: see `mlp`.
 3. Anti-overconfidence: p(answer), decoded after every layer, falls in the last layers; last-layer heads look at the
    first position and bring frequent tokens from there; the last MLP's intercept follows token frequency: see
@@ -46,7 +48,7 @@ from headtune.analysis.models.head_model import HeadModel
 from headtune.analysis.tasks.tokenized import Encoded
 from headtune.analysis.utils.errors import InputError
 from headtune.analysis.utils.progress import Progress
-from headtune.analysis.utils.stats import change_interval, mean_interval
+from headtune.analysis.utils.stats import change_interval, mean_interval, tails
 
 from .base import Analysis
 from .factual_recall_figures import page
@@ -74,13 +76,14 @@ def answer_difference(logits: Tensor, encoded: Encoded) -> Tensor:
     return logits[:, list(encoded.target_tokens)].mean(-1) - logits.mean(-1)
 
 
-def argument_scores(
+def argument_differences(
     model: HeadModel, examples: Sequence[Encoded], index: int, references: Counterfactuals
 ) -> dict[str, Array]:
-    """How far the answer of one example rests on each head's knowledge of the subject.
+    """What one example says of how far the answer rests on each head's knowledge of the subject.
 
     Returns:
-        `argument.ld`: `[n_layers, n_heads]`, percent of |LD|; positive = the head raises the answer.
+        `[n_layers, n_heads]` each: `argument.clean` LD_clean, the same for all heads; `argument.change` LD_clean -
+        LD_patched, in logits; `argument.share` the change in percent of |LD_clean|.
 
     Raises:
         InputError: LD is 0, so that no share of it can be given.
@@ -92,8 +95,34 @@ def argument_scores(
         raise InputError(
             f"{encoded.example.prompt!r}: the answers' logit is the vocabulary's mean; leave the example out"
         )
-    share = 100 * (clean - patched) / clean.abs()
-    return {"argument.ld": share.reshape(model.n_layers, model.n_heads).cpu().numpy()}
+    change = clean - patched
+    values = {"clean": clean.expand_as(change), "change": change, "share": 100 * change / clean.abs()}
+    return {
+        f"argument.{name}": value.reshape(model.n_layers, model.n_heads).cpu().numpy() for name, value in values.items()
+    }
+
+
+@dataclass(frozen=True)
+class ArgumentScores:
+    """One of the two scores of argument-passing heads, percent, `[n_layers, n_heads]`; `low` and `high`: 95%."""
+
+    mean: Array
+    low: Array
+    high: Array
+
+
+def ratio_of_means(scores: Scores) -> ArgumentScores:
+    """`100 * mean(change) / |mean(clean)|`, the authors' score; intervals from the ratios of resamplings."""
+    ratio = 100 * scores.mean("argument.change") / np.abs(scores.mean("argument.clean"))
+    # The same seed draws the same subjects for both.
+    draws = 100 * scores.bootstrap("argument.change") / np.abs(scores.bootstrap("argument.clean"))
+    low, high = np.percentile(draws, tails(0.95), axis=0)
+    return ArgumentScores(ratio.astype(np.float32), low.astype(np.float32), high.astype(np.float32))
+
+
+def mean_of_ratios(scores: Scores) -> ArgumentScores:
+    """`100 * mean(change / |clean|)`."""
+    return ArgumentScores(scores.mean("argument.share"), *scores.interval("argument.share"))
 
 
 @torch.no_grad()
@@ -297,7 +326,7 @@ def factual_recall(
     mlp = regress(survey.fitted)
     # Path patching, token frequency, and what the interventions on the last layer change.
     indices = range(len(examples))
-    rows = [argument_scores(model, examples, i, references) for i in progress(indices, "patching paths")]
+    rows = [argument_differences(model, examples, i, references) for i in progress(indices, "patching paths")]
     scores = stack(rows, subjects)
     correlations, intercept_logits = frequency_rows(model, survey, mlp, table)
     judged = [encoded for encoded in examples if encoded.example.subject in apart]
@@ -309,7 +338,8 @@ def factual_recall(
     data: dict[str, Any] = {
         "n": {"examples": len(examples), "subjects": len(set(subjects)), "held_out_subjects": sorted(apart)},
         "argument": {
-            "ld": scores.mean("argument.ld").tolist(),
+            "ratio_of_means": ratio_of_means(scores).mean.tolist(),
+            "mean_of_ratios": mean_of_ratios(scores).mean.tolist(),
             "top": _ranked(scores, np.mean(survey.to_subject, axis=0), mlp, top),
         },
         "mlp": {
@@ -336,16 +366,21 @@ def factual_recall(
 
 
 def _ranked(scores: Scores, to_subject: Array, mlp: Decomposition, top: int) -> list[dict[str, Any]]:
-    mean = scores.mean("argument.ld")
-    low, high = scores.interval("argument.ld")
+    both = {"ratio_of_means": ratio_of_means(scores), "mean_of_ratios": mean_of_ratios(scores)}
+    mean = both["ratio_of_means"].mean
     order = np.argsort(-mean, axis=None, kind="stable")[:top]
     pairs = [tuple(int(i) for i in np.unravel_index(flat, mean.shape)) for flat in order]
     return [
         {
             "layer": layer,
             "head": head,
-            "ld": float(mean[layer, head]),
-            "ci": [float(low[layer, head]), float(high[layer, head])],
+            **{
+                name: {
+                    "mean": float(score.mean[layer, head]),
+                    "ci": [float(score.low[layer, head]), float(score.high[layer, head])],
+                }
+                for name, score in both.items()
+            },
             "attention_to_subject": float(to_subject[layer, head]),
             "mlp_coefficient": float(mlp.heads[layer, head]),
         }

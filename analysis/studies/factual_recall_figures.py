@@ -94,7 +94,8 @@ def _arguments(block: dict[str, Any]) -> Table:
     rows = [
         [
             f"L{row['layer']}H{row['head']}",
-            with_interval(row["ld"], row["ci"]),
+            _interval(row["ratio_of_means"]),
+            _interval(row["mean_of_ratios"]),
             row["attention_to_subject"],
             row["mlp_coefficient"],
         ]
@@ -102,21 +103,29 @@ def _arguments(block: dict[str, Any]) -> Table:
     ]
     return Table(
         "Argument-passing heads",
-        ["head", "argument.ld, % [95%]", "attention from END to the subject", "c of its layer's MLP"],
+        [
+            "head",
+            "ratio of means, % [95%]",
+            "mean of ratios, % [95%]",
+            "attention from END to the subject",
+            "c of its layer's MLP",
+        ],
         rows,
         "How far the answers' logit, against the vocabulary's mean, falls, in percent, when the head at END is set "
-        "to its mean over other subjects, other heads frozen, MLPs recomputed; positive = the head raises the answer "
-        "(the paper's score is the negative). A head that passes the argument has an interval above 0 and looks at "
+        "to its mean over other subjects, other heads frozen, MLPs recomputed; positive = the head raises the answer. "
+        "Ratio of means: the mean fall over the prompts, in percent of the mean logit difference (the negative of the "
+        "authors' score; heads are in its order). Mean of ratios: each prompt's fall in percent of its own difference, "
+        "meaned. A head that passes the argument has an interval above 0 and looks at "
         "the subject, or at a place that knows it. c: see the MLPs below.",
     )
 
 
 def _argument_map(block: dict[str, Any]) -> Figure:
-    limit = float(np.abs(block["ld"]).max()) or 1.0
+    limit = float(np.abs(block["ratio_of_means"]).max()) or 1.0
     return _heat(
         "argument_heads",
-        block["ld"],
-        "argument.ld, % of LD",
+        block["ratio_of_means"],
+        "fall of the mean LD, %",
         limit,
         "Red: the answer rests on what this head knows of the subject. Blue: the head's knowledge of the subject "
         "lowers the answer. White: the answer does not pass here, or passes elsewhere as well.",

@@ -30,7 +30,7 @@ from headtune.analysis.utils.stats import subject_shares
 
 from .base import Analysis, Figure, Table
 from .head_roles import head_roles
-from .promote_suppress_example import Values, measured, traced
+from .promote_suppress_example import NOISE, Values, measured, noise_deviations, traced
 from .promote_suppress_figures import lines, maps, shown, traces
 
 Band = dict[str, Any]  # {"n": examples, "mean", "low", "high": a number or a list of them by layer}
@@ -162,7 +162,8 @@ def promote_then_suppress(
     else:
         centres = range(0, model.n_layers, stride or max(1, model.n_layers // 10))
         chosen = _spread(examples, trace_examples, seed)
-        numbers, page = _tracing(model, chosen, names, progress, n_noise, window, centres, seed)
+        deviations = noise_deviations(model, examples)
+        numbers, page = _tracing(model, chosen, names, deviations, progress, n_noise, window, centres, seed)
         data |= numbers
         parts += page
     return Analysis("promote_then_suppress", _plain(data), parts)
@@ -206,7 +207,7 @@ def _lenses(study: _Study) -> Section:
 
 
 def _knockouts(study: _Study) -> Section:
-    spans = ["subject", "previous", *(f"previous_{i}" for i in range(1, study.n_previous + 1))]
+    spans = ["subject", "previous", *(f"previous_{i}" for i in range(1, study.n_previous + 1)), "end"]
     parts = ("attention", "mlp", "logits")
     bands = {
         span: {part: study.bands(f"knockout.{span}.{part}") for part in parts}
@@ -289,6 +290,7 @@ def _tracing(
     model: HeadModel,
     chosen: Sequence[Encoded],
     names: list[str],
+    deviations: Mapping[str, float],
     progress: Progress,
     n_noise: int,
     window: int,
@@ -305,7 +307,7 @@ def _tracing(
             parts.append(f"No traced prompt has {shown(noisy)}, so there is no trace with noise on it.")
             continue
         rows = [
-            traced(model, encoded, noisy, depth, n_noise, window, centres, seed)
+            traced(model, encoded, noisy, deviations[noisy], depth, n_noise, window, centres, seed)
             for encoded in progress(usable, f"tracing with noise on {shown(noisy)}")
         ]
         study = _Study(names, [encoded.example.subject for encoded in usable], rows, seed)
@@ -318,6 +320,7 @@ def _tracing(
         }
         block["noise"][noisy] = {
             "n_examples": len(usable),
+            "deviation": deviations[noisy],
             "clean": _p_and_logit(names, clean),
             "noisy": _p_and_logit(names, with_noise),
             "effect": {
@@ -325,8 +328,10 @@ def _tracing(
                 for kind, by_group in effect.items()
             },
         }
+        embedded = "all subjects" if noisy == "subject" else "all previous answers"
         caption = (
-            f"Causal tracing, prompts: {len(usable)}. There is noise on {shown(noisy)}, and each cell puts back what "
+            f"Causal tracing, prompts: {len(usable)}. There is noise on {shown(noisy)}, {NOISE:g} times the standard "
+            f"deviation of the embeddings of {embedded}, and each cell puts back what "
             f"attention (left) or the MLPs (right) wrote in the clean run at one place, in a window of {window} layers "
             "around the one given. Red cells raise the probability of the answer, blue ones lower it; titles give that "
             "probability without and with the noise."

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from headtune.analysis.interventions.causal_tracing import KINDS, causal_trace, knockout
+from headtune.analysis.interventions.causal_tracing import KINDS, causal_trace, embedding_deviation, knockout
 from headtune.analysis.interventions.intervention import CLEAN, Intervention
 from headtune.analysis.interventions.last_token import LastTokenRunner
 from headtune.analysis.interventions.logit_lens import PARTS, answer_tokens, decode, string_logprobs, token_lens
@@ -26,6 +26,7 @@ from headtune.analysis.tasks.tokenized import Encoded
 Values = NDArray[np.float64]
 
 AT_ONCE = 8  # answers scored together in search of the likeliest
+NOISE = 3.0  # of causal tracing, in standard deviations of the embeddings it is put on
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,7 @@ def measured(model: HeadModel, encoded: Encoded, depth: int, renormalise: bool) 
     spans |= {f"previous_{i}": span for i, span in enumerate(encoded.previous, start=1)}
     if previous:
         spans["previous"] = previous
+    spans["end"] = [encoded.end]
     effect = knockout(runner, spans, names.tokens, renormalise)
     for index, name in enumerate(spans):
         for part in ("attention", "mlp", "logits"):
@@ -160,10 +162,32 @@ def likeliest(
     return best
 
 
+def noise_deviations(model: HeadModel, examples: Sequence[Encoded]) -> dict[str, float]:
+    """Standard deviation of the noise on the subject and on the first previous answer: NOISE times that of embeddings.
+
+    Of the tokens of all examples' subjects, and of all their previous answers, as Yan & Jia have it (they embed the
+    names alone, and the answers to come as well). A task without previous answers has none for these.
+    """
+    spans = {"subject": [encoded.tokens[list(encoded.subject)] for encoded in examples]}
+    spans["previous_1"] = [encoded.tokens[list(span)] for encoded in examples for span in encoded.previous]
+    return {name: NOISE * embedding_deviation(model, torch.cat(tokens)) for name, tokens in spans.items() if tokens}
+
+
 def traced(
-    model: HeadModel, encoded: Encoded, noisy: str, depth: int, n_noise: int, window: int, centres: range, seed: int
+    model: HeadModel,
+    encoded: Encoded,
+    noisy: str,
+    deviation: float,
+    depth: int,
+    n_noise: int,
+    window: int,
+    centres: range,
+    seed: int,
 ) -> dict[str, Values]:
     """Causal tracing with noise on one source.
+
+    Args:
+        deviation: of the noise, see `noise_deviations`.
 
     Returns:
         Means over the noise: `clean` and `noisy`, `[2, n_names]` (probability, logit), and `effect.<kind>.<group>`,
@@ -178,6 +202,7 @@ def traced(
         groups[noisy],
         groups,
         names.measure,
+        deviation=deviation,
         n_noise=n_noise,
         window=window,
         centres=centres,

@@ -33,7 +33,9 @@ class DistilConfig(StrictConfig):
 
     Attributes:
         replay_weight: l1.
-        attention_weight: l2, on the mean KL divergence over samples, heads and query rows.
+        attention_weight: l2, on the KL divergence of attention, reduced to one number by `reduction`.
+        reduction: `mean` over samples, heads and query rows, of all layers alike; `layers`, the mean of the layers'
+            means, as the authors' code has it, where a layer with few chosen heads counts as much as one with many.
         choice: how heads are chosen where the recipe names none: by I = S * F, by S or F alone; or, as controls, drawn
             once from all heads (`random`), or after each task from those that I does not choose, as many in each layer
             (`random_matched`).
@@ -49,6 +51,7 @@ class DistilConfig(StrictConfig):
 
     replay_weight: Annotated[float, Field(ge=0, le=1)] = 0.5
     attention_weight: Annotated[float, Field(ge=0)] = 1000.0
+    reduction: Literal["mean", "layers"] = "mean"
     choice: Literal["importance", "sensitivity", "forgetting", "random", "random_matched"] = "importance"
     layers: CountOrAll = 24
     heads: Annotated[int, Field(ge=1)] = 128

@@ -163,6 +163,8 @@ class LofitConfig(ObjectiveConfig):
 class JolaConfig(ObjectiveConfig):
     """JoLA: scale and offset with a HardConcrete gate on each, `z <- (1 + g2 a) z + g1 v`; chooses while it tunes.
 
+    Its penalty, schedule, start and rate of the gates are not those of JoLA's authors: see recipes/jola/README.md.
+
     Attributes:
         l0: weight of the mean probability that a gate is open, in 0..1.
         l0_warmup: share of the steps over which that weight grows from 0.
@@ -257,6 +259,8 @@ class EvaluationConfig(StrictConfig):
         batch_size: prompts generated together.
         preamble: text before multiple-choice questions: none, or the six questions and answers that the usual
             TruthfulQA evaluation puts there.
+        scoring: of multiple choice: as lm-evaluation-harness, or as ITI and LoFiT (iti: an instruction and the six
+            questions before each prompt, a full stop behind every choice, a tie is lost).
         before: evaluation.json of another run, whose measurement of the same base model on the same prompts is taken
             over instead of being repeated.
         general: tasks measured besides, before and after a sequence: what the model could do anyway.
@@ -265,8 +269,15 @@ class EvaluationConfig(StrictConfig):
     n_items: Annotated[int, Field(ge=1)] = 3
     batch_size: Annotated[int, Field(ge=1)] = 16
     preamble: Literal["none", "truthfulqa"] = "none"
+    scoring: Literal["harness", "iti"] = "harness"
     before: str | None = None
     general: list[str] = Field(default_factory=list)
+
+    @model_validator(mode="after")
+    def _one_preamble(self) -> EvaluationConfig:
+        if self.scoring == "iti" and self.preamble != "none":
+            raise ValueError("scoring iti puts an instruction and the six questions before prompts; leave preamble out")
+        return self
 
 
 class TrackingConfig(StrictConfig):

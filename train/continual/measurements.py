@@ -28,8 +28,10 @@ PROGRESS = "sequence.json"
 def scores_of(tokenizer: Any, settings: EvaluationConfig, model: Any, task: Task) -> dict[str, Any]:
     """A task's main metric by example, with what the model wrote."""
     model.eval()
-    preamble = truthfulqa_preamble() if settings.preamble == "truthfulqa" and task.kind == "multiple_choice" else ""
-    metrics, scored = score_task(model, tokenizer, task, settings.n_items, settings.batch_size, preamble)
+    chosen = task.kind == "multiple_choice"
+    preamble = truthfulqa_preamble() if settings.preamble == "truthfulqa" and chosen else ""
+    scoring = settings.scoring if chosen else "harness"
+    metrics, scored = score_task(model, tokenizer, task, settings.n_items, settings.batch_size, preamble, scoring)
     main = PRIMARY[task.kind]
     return {
         "metric": main,
@@ -52,6 +54,7 @@ def identity_of(settings: EvaluationConfig, model: HeadModel, tasks: Sequence[Ta
         "weights_sha256": model.weights_sha256,
         "n_items": settings.n_items,
         "preamble": settings.preamble,
+        "scoring": settings.scoring,
     }
 
 

@@ -36,6 +36,7 @@ from headtune.train.config.schema import Recipe
 from headtune.train.evaluation.evaluate import check_generation_length, perplexity
 from headtune.train.evaluation.evaluation_file import peak_memory
 from headtune.train.evaluation.multiple_choice import require_choices
+from headtune.train.evaluation.run_reader import IMPLIED
 from headtune.train.methods.base import method_named
 from headtune.train.tracking import results
 from headtune.train.trainer import rows as rows_module
@@ -232,7 +233,8 @@ def _saved_progress(context: RunContext, prepared: PreparedSequence) -> dict[str
     path = context.folder / PROGRESS
     saved = read_state(path) if context.resume and path.is_file() else {}
     now = _what_is_learnt(prepared)
-    if saved and (odd := sorted(key for key, value in now.items() if saved["identity"][key] != value)):
+    was = IMPLIED | (saved["identity"] if saved else {})
+    if saved and (odd := sorted(key for key, value in now.items() if was[key] != value)):
         raise InputError(f"{path}: the run was started with another {odd[0]}; start it anew in another output_dir")
     return saved
 

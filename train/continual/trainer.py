@@ -152,7 +152,9 @@ class _Sequence(SFTTrainer):
             apart = of_again * (logits[n_task:] - teacher.logits).square().mean()
             return terms | {"logits": (apart, share * method.der_weight)}
         n_rows = sum(int(there.sum()) for there in teacher.present.values())
-        attention = _part(n_rows, logits) * attention_distillation(seen, teacher.attention, teacher.present)
+        counted = n_rows if distil.reduction == "mean" else len(again)
+        distance = attention_distillation(seen, teacher.attention, teacher.present, distil.reduction)
+        attention = _part(counted, logits) * distance
         return terms | {
             "logits": (of_again * logit_kl(logits[n_task:], teacher.logits), share * (1 - distil.replay_weight)),
             "attention": (attention, share * distil.attention_weight),

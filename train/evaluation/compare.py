@@ -261,7 +261,8 @@ def _minus(
     if each is None or other is None or each.shape[1] != other.shape[1]:
         return gap, None, None
     before = weights @ other.mean(0) if reference is None else _resampled(weights, other, seed=2)
-    draws = np.round(_resampled(weights, each, seed=1) - before, 12)  # a resampling without a difference gives 0, not its rounding error
+    # A resampling without a difference gives 0, not its rounding error.
+    draws: NDArray[np.float64] = (_resampled(weights, each, seed=1) - before).round(12)
     p = min(1.0, 2 * float(min((draws <= 0).sum(), (draws >= 0).sum()) + 1) / (DRAWS + 1))
     return gap, percentile_interval(draws), p
 

@@ -29,7 +29,7 @@ from headtune.analysis.tasks.tokenized import EncodedTask, as_chat, check_prompt
 from headtune.analysis.utils.errors import InputError
 from headtune.analysis.utils.stats import mean_interval
 
-from .multiple_choice import choice_log_likelihoods, choices, multiple_choice
+from .multiple_choice import Scoring, choice_log_likelihoods, choices, multiple_choice
 
 KINDS = ("repeat", "correct_new", "wrong", "missing")
 TOKENS_OF_ITEM = 12  # written for each item of a list, at most
@@ -232,16 +232,21 @@ def check_generation_length(
 
 
 def score_choices(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, batch_size: int = 16, preamble: str = ""
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    batch_size: int = 16,
+    preamble: str = "",
+    scoring: Scoring = "harness",
 ) -> list[Scored]:
     """Score every example's choices: `mc1`, `mc2` and `mc1_norm` (see `multiple_choice`)."""
     results = []
-    scores = choice_log_likelihoods(model, tokenizer, task, batch_size, preamble)
+    scores = choice_log_likelihoods(model, tokenizer, task, batch_size, preamble, scoring)
     for example, log_likelihoods in zip(task.examples, scores, strict=True):
         top = max(range(len(log_likelihoods)), key=log_likelihoods.__getitem__)
         kind = "best" if top == 0 else "correct" if top < len(example.remaining) else "incorrect"
-        choice = choices(example)[top]
-        results.append(Scored(example, choice, (choice,), (kind,), multiple_choice(example, log_likelihoods)))
+        choice = choices(example, scoring)[top]
+        results.append(Scored(example, choice, (choice,), (kind,), multiple_choice(example, log_likelihoods, scoring)))
     return results
 
 
@@ -285,11 +290,12 @@ def evaluate(
     n_items: int = 3,
     batch_size: int = 16,
     preamble: str = "",
+    scoring: Scoring = "harness",
 ) -> tuple[dict[str, Any], list[Scored]]:
     """All metrics of a model on a task, by the task's kind, and the guard against damage.
 
     Args:
-        n_items, batch_size, preamble: as `score_task` takes them.
+        n_items, batch_size, preamble, scoring: as `score_task` takes them.
 
     Returns:
         metrics: those of `score_task`, and `neutral_perplexity`, a number.
@@ -298,7 +304,7 @@ def evaluate(
     Raises:
         InputError: a preamble for another kind of task; see `choice_log_likelihoods` for multiple choice.
     """
-    metrics, scored = score_task(model, tokenizer, task, n_items, batch_size, preamble)
+    metrics, scored = score_task(model, tokenizer, task, n_items, batch_size, preamble, scoring)
     return metrics | {"neutral_perplexity": perplexity(model, tokenizer), "n": metrics["n"]}, scored
 
 
@@ -309,6 +315,7 @@ def score_task(
     n_items: int = 3,
     batch_size: int = 16,
     preamble: str = "",
+    scoring: Scoring = "harness",
 ) -> tuple[dict[str, Any], list[Scored]]:
     """A task's own metrics.
 
@@ -316,6 +323,7 @@ def score_task(
         n_items: list items scored per prompt; lists only.
         batch_size: prompts generated, or choices scored, together.
         preamble: text before every prompt; multiple choice only.
+        scoring: of multiple choice: as the Evaluation Harness or as ITI and LoFiT do it, see `multiple_choice`.
 
     Returns:
         metrics: name -> `{"mean", "ci"}`: for lists `repeat_rate`, `correct_new_rate`, `wrong_rate`, `missing_rate`,
@@ -326,8 +334,9 @@ def score_task(
     Raises:
         InputError: a preamble for another kind of task, or a prompt that is too long for the model.
     """
-    if preamble and task.kind != "multiple_choice":
-        raise InputError(f"task {task.name!r} is no multiple choice but {task.kind}; leave the preamble out")
+    if task.kind != "multiple_choice" and (preamble or scoring != "harness"):
+        option = "preamble" if preamble else f"scoring {scoring}"
+        raise InputError(f"task {task.name!r} is no multiple choice but {task.kind}; leave the {option} out")
     check_generation_length(model, tokenizer, task, n_items)
     model.eval()
     # What the model does with each example, by the kind of the task.
@@ -336,7 +345,7 @@ def score_task(
     elif task.kind == "exact_match":
         scored = generate_answers(model, tokenizer, task, batch_size)
     else:
-        scored = score_choices(model, tokenizer, task, batch_size, preamble)
+        scored = score_choices(model, tokenizer, task, batch_size, preamble, scoring)
     # Means over examples, intervals over subjects, and the counts behind them.
     subjects = [one.example.subject for one in scored]
     metrics: dict[str, Any] = {

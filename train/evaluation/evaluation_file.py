@@ -21,6 +21,7 @@ from headtune.train.config.methods import EvaluationConfig
 
 from .evaluate import Scored, evaluate
 from .multiple_choice import truthfulqa_preamble
+from .run_reader import IMPLIED
 
 
 def evaluation_identity(settings: EvaluationConfig, model: HeadModel, task: Task) -> dict[str, Any]:
@@ -31,6 +32,7 @@ def evaluation_identity(settings: EvaluationConfig, model: HeadModel, task: Task
         "weights_sha256": model.weights_sha256,
         "n_items": settings.n_items,
         "preamble": settings.preamble,
+        "scoring": settings.scoring,
     }
 
 
@@ -58,10 +60,10 @@ def read_before(path: Path, identity: Mapping[str, Any]) -> tuple[dict[str, Any]
     except (json.JSONDecodeError, KeyError, TypeError):
         raise InputError(f"evaluation.before {str(path)!r} is not a run's evaluation.json") from None
     for key, value in identity.items():
-        if data.get(key) != value:
+        measured = data.get(key, IMPLIED.get(key))
+        if measured != value:
             raise InputError(
-                f"evaluation.before {str(path)!r} measured another {key} ({data.get(key)!r}, not {value!r}); "
-                "remove the key"
+                f"evaluation.before {str(path)!r} measured another {key} ({measured!r}, not {value!r}); remove the key"
             )
     return before, lists
 
@@ -113,7 +115,9 @@ def measure(
     tokenizer: Any, task: Task, settings: EvaluationConfig, model: Any
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     preamble = truthfulqa_preamble() if settings.preamble == "truthfulqa" else ""
-    metrics, scored = evaluate(model, tokenizer, task, settings.n_items, settings.batch_size, preamble)
+    metrics, scored = evaluate(
+        model, tokenizer, task, settings.n_items, settings.batch_size, preamble, settings.scoring
+    )
     return metrics, [to_row(item) for item in scored]
 
 

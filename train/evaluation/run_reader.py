@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from headtune.analysis.utils.errors import InputError
 
 log = logging.getLogger(__name__)
-IDENTITY = ("task", "task_sha256", "weights_sha256", "n_items", "preamble")
+IDENTITY = ("task", "task_sha256", "weights_sha256", "n_items", "preamble", "scoring")
+IMPLIED = {"scoring": "harness"}  # by files that were written before there was a choice
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,7 +147,7 @@ def _read(folder: Path, state: Mapping[str, Any], evaluation: Mapping[str, Any])
         values("before_values"),
         [row["subject"] for row in examples],
         frozenset((layer, head) for layer, head in state.get("heads") or []),
-        json.dumps([evaluation.get(key) for key in IDENTITY]),
+        json.dumps([evaluation.get(key, IMPLIED.get(key)) for key in IDENTITY]),
     )
 
 

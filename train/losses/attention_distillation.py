@@ -26,7 +26,7 @@ from headtune.analysis.utils.errors import CheckError, InputError
 
 from .answer_set import kl_to_base
 
-Reduction = Literal["mean", "sum"]
+Reduction = Literal["mean", "layers", "sum"]
 
 
 def query_positions(length: int, n: int, generator: torch.Generator) -> list[int]:
@@ -152,23 +152,31 @@ def attention_distillation(
         rows: layer -> `[batch, heads, T, keys]` log probabilities, as `RowRecorder` gives them.
         teacher: layer -> probabilities of the same shape.
         present: `[batch, T]` bool, or layer -> `[batch, T]` or `[batch, heads, T]`: rows that count.
-        reduction: "mean" over the rows present, whatever sample and layer they are of; "sum" over layers, heads and
-            rows, mean over the samples that have any (the paper's).
+        reduction: "mean" over the rows present, whatever sample and layer they are of; "layers", the mean of the
+            layers' means, each the mean over samples of a sample's mean row (the authors' code); "sum" over layers,
+            heads and rows, mean over the samples that have any (the paper's).
     """
     if rows.keys() != teacher.keys() or not rows:
         raise InputError(f"rows of layers {sorted(rows)} and a teacher of {sorted(teacher)}; give the same, at least 1")
     device = next(iter(rows.values())).device
     total, n_rows, has_any = torch.zeros((), device=device), torch.zeros((), device=device), None
+    of_layers, n_layers = torch.zeros((), device=device), torch.zeros((), device=device)
     for layer, student_log in rows.items():
         kl = row_kl(student_log, teacher[layer])
         counts = (present if isinstance(present, Tensor) else present[layer]).to(kl.device)
         counts = (counts[:, None] if counts.ndim == 2 else counts).expand_as(kl)
-        total = total + torch.where(counts, kl, 0).sum().to(device)
-        n_rows = n_rows + counts.sum().to(device)
-        of_sample = counts.flatten(1).any(1).to(device)
-        has_any = of_sample if has_any is None else has_any | of_sample
+        of_sample, rows_of_sample = torch.where(counts, kl, 0).flatten(1).sum(1), counts.flatten(1).sum(1)
+        total = total + of_sample.sum().to(device)
+        of_layers = of_layers + (of_sample / rows_of_sample.clamp(min=1)).sum().to(device)
+        n_rows = n_rows + rows_of_sample.sum().to(device)
+        n_layers = n_layers + rows_of_sample.any().to(device)
+        present_here = (rows_of_sample > 0).to(device)
+        has_any = present_here if has_any is None else has_any | present_here
     assert has_any is not None
-    return total / (n_rows if reduction == "mean" else has_any.sum()).clamp(min=1)
+    if reduction == "mean":
+        return total / n_rows.clamp(min=1)
+    samples = has_any.sum().clamp(min=1)
+    return total / samples if reduction == "sum" else of_layers / samples / n_layers.clamp(min=1)
 
 
 @dataclass(frozen=True, eq=False)

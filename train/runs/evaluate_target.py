@@ -24,6 +24,7 @@ from headtune.train.config.recipe import load_recipe
 
 if TYPE_CHECKING:
     from headtune.train.config.schema import Recipe
+    from headtune.train.evaluation.multiple_choice import Scoring
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,7 @@ def evaluate_target(
     out: Path | None = None,
     progress: Progress = silent,
     notify: Notify = lambda _line: None,
+    scoring: Scoring = "harness",
 ) -> TargetEvaluation:
     """Load a target and measure it.
 
@@ -104,6 +106,7 @@ def evaluate_target(
         n_items: list items scored per prompt.
         preamble: text before multiple-choice questions, see `truthfulqa_preamble`.
         out: a new folder for evaluation.json and metrics.jsonl; filed in W&B as the run is.
+        scoring: of multiple choice, `harness` or `iti`, see `headtune.train.evaluation.multiple_choice`.
 
     Raises:
         InputError: `out` exists, no such run or model, a task that does not go with it.
@@ -123,10 +126,11 @@ def evaluate_target(
         switched_on = last_layer.applied(wrap_model(model, tokenizer, target.name), interventions, progress)
     with switched_on as notes:
         notify(f"evaluating on {len(task.examples)} prompts, {scored(task.kind, n_items)}")
-        metrics, answers = evaluate(model, tokenizer, task, n_items, batch_size, preamble)
+        metrics, answers = evaluate(model, tokenizer, task, n_items, batch_size, preamble, scoring)
     generations = [{"prompt": a.example.prompt, "text": a.text, "kinds": a.kinds, "values": a.values} for a in answers]
     if out is not None:
         measured = {"name": task.name, "sha256": task.sha256, "n_examples": len(task.examples)}
+        measured |= {"scoring": scoring} if scoring != "harness" else {}
         keep_evaluation(out, target.name, target.recipe, measured, metrics, generations, target.knobs)
     return TargetEvaluation(task, metrics, generations, notes)
 

@@ -26,6 +26,12 @@ def add_parsers(add: Add) -> None:
     completed(task, "task")
     p.add_argument("--kind", choices=("lists", "exact_match", "multiple_choice"), help="how answers are scored")
     p.add_argument("--preamble", choices=("truthfulqa",), help="text before multiple-choice questions")
+    p.add_argument(
+        "--scoring",
+        choices=("harness", "iti"),
+        default="harness",
+        help="of multiple choice: as lm-evaluation-harness (default), or as ITI and LoFiT, with their instruction",
+    )
     p.add_argument("--items", type=positive, default=3, help="list items scored per prompt (default: 3)")
     p.add_argument("--batch-size", type=positive, default=16)
     p.add_argument("--max-examples", type=positive)
@@ -58,7 +64,9 @@ def evaluate_command(arguments: argparse.Namespace) -> int:
     from ..tables import metrics_table
 
     preamble = truthfulqa_preamble() if arguments.preamble else ""
-    result = evaluate_target(target, arguments.items, arguments.batch_size, preamble, arguments.out, progress, notify)
+    result = evaluate_target(
+        target, arguments.items, arguments.batch_size, preamble, arguments.out, progress, notify, arguments.scoring
+    )
     if arguments.json:
         data = {"knobs": result.knobs, "metrics": result.metrics, "generations": result.generations}
         print_json({"task": result.task.name, **data})

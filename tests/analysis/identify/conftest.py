@@ -3,14 +3,15 @@
 import pytest
 
 from headtune.analysis.models.head_model import HeadModel
-from headtune.analysis.synthetic.planted import KINDS, PlantedModel, plant
+from headtune.analysis.synthetic.planted import PlantedModel, plant
+from headtune.analysis.synthetic.planting import Planting
 from headtune.analysis.tasks.task import Task
 
 
 @pytest.fixture(scope="package")
 def planted() -> PlantedModel:
-    """Four layers of eight heads, three of which recall and three of which suppress."""
-    return plant(next(kind for kind in KINDS if kind.name == "gqa"))
+    """Three layers of eight heads, three of which recall and three of which suppress."""
+    return plant(Planting("small", n_layers=3, d_model=64))
 
 
 @pytest.fixture(scope="package")

@@ -10,7 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from headtune.analysis.interventions.causal_tracing import KINDS, causal_trace, knockout, noise_of, window_of
+from headtune.analysis.interventions.causal_tracing import (
+    KINDS,
+    causal_trace,
+    embedding_deviation,
+    knockout,
+    noise_of,
+    window_of,
+)
 from headtune.analysis.interventions.intervention import Intervention
 from headtune.analysis.interventions.last_token import LastTokenRunner
 from headtune.analysis.interventions.logit_lens import string_logprobs
@@ -149,11 +156,13 @@ def test_trace_is_one_full_pass_for_each_noise_layer_and_group(model: HeadModel,
         "nothing": [],
     }
     n_noise, window, noisy = 2, 2, example.subject
-    found = causal_trace(model, example.tokens, noisy, groups, measure, n_noise=n_noise, window=window, seed=4)
+    deviation = 3 * embedding_deviation(model, example.tokens)
+    options: dict[str, Any] = {"deviation": deviation, "n_noise": n_noise, "window": window, "seed": 4}
+    found = causal_trace(model, example.tokens, noisy, groups, measure, **options)
     assert found.restored.shape == (n_noise, 2, len(groups), model.n_layers, len(TOKENS))
     clean, outputs = slow_run(model, example.tokens, noisy, None, {}, [])
     torch.testing.assert_close(found.clean, clean, atol=1e-4, rtol=1e-4)
-    for index, noise in enumerate(noise_of(model, n_noise, len(noisy), seed=4)):
+    for index, noise in enumerate(noise_of(model, deviation, n_noise, len(noisy), seed=4)):
         base, _ = slow_run(model, example.tokens, noisy, noise, {}, [])
         torch.testing.assert_close(found.noisy[index], base, atol=1e-4, rtol=1e-4)
         assert (base - clean).abs().amax() > 0.05
@@ -169,12 +178,13 @@ def test_trace_is_one_full_pass_for_each_noise_layer_and_group(model: HeadModel,
 
 def test_trace_does_not_depend_on_how_it_is_batched(llama: HeadModel, example: Encoded) -> None:
     groups = {"subject": example.subject, "end": [example.end]}
-    whole = causal_trace(llama, example.tokens, example.subject, groups, measure, n_noise=3, window=1, centres=[2, 0])
+    few: dict[str, Any] = {"deviation": 0.07, "n_noise": 3, "window": 1}
+    whole = causal_trace(llama, example.tokens, example.subject, groups, measure, **few, centres=[2, 0])
     small = replace(llama, max_memory=1)
-    parts = causal_trace(small, example.tokens, example.subject, groups, measure, n_noise=3, window=1, centres=[2, 0])
+    parts = causal_trace(small, example.tokens, example.subject, groups, measure, **few, centres=[2, 0])
     for one, other in ((whole.clean, parts.clean), (whole.noisy, parts.noisy), (whole.restored, parts.restored)):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
-    every = causal_trace(llama, example.tokens, example.subject, groups, measure, n_noise=3, window=1)
+    every = causal_trace(llama, example.tokens, example.subject, groups, measure, **few)
     torch.testing.assert_close(every.restored[..., [2, 0], :], whole.restored, atol=1e-5, rtol=1e-5)
 
 
@@ -186,15 +196,20 @@ def test_windows() -> None:
 
 
 def test_noise_is_as_strong_as_asked(llama: HeadModel) -> None:
-    weight: Any = llama.hf.get_input_embeddings().weight
-    noise = noise_of(llama, 200, 4, scale=3.0)
-    assert noise.std().item() == pytest.approx(3 * weight.std().item(), rel=0.02)
-    assert torch.equal(noise_of(llama, 2, 4, seed=1), noise_of(llama, 2, 4, seed=1))
-    assert not torch.equal(noise_of(llama, 2, 4, seed=1), noise_of(llama, 2, 4, seed=2))
-    scaled = model_of("gemma2")  # multiplies its embeddings by sqrt(d_model)
-    weight = scaled.hf.get_input_embeddings().weight
-    expected = 3 * weight.std().item() * scaled.d_model**0.5
-    assert noise_of(scaled, 200, 4).std().item() == pytest.approx(expected, rel=0.02)
+    assert noise_of(llama, 0.3, 200, 4).std().item() == pytest.approx(0.3, rel=0.02)
+    assert torch.equal(noise_of(llama, 1.0, 2, 4, seed=1), noise_of(llama, 1.0, 2, 4, seed=1))
+    assert not torch.equal(noise_of(llama, 1.0, 2, 4, seed=1), noise_of(llama, 1.0, 2, 4, seed=2))
+
+
+def test_embeddings_deviate_as_their_tokens_do(llama: HeadModel) -> None:
+    gemma = model_of("gemma2")  # which multiplies its embeddings
+    for model, factor in ((llama, 1.0), (gemma, gemma.d_model**0.5)):
+        weight: Any = model.hf.get_input_embeddings().weight
+        rows = torch.stack([weight[5], weight[5], weight[9]]).detach()
+        slow = ((rows - rows.mean()) ** 2).sum() / (rows.numel() - 1)
+        assert embedding_deviation(model, torch.tensor([5, 5, 9])) == pytest.approx(
+            factor * slow.sqrt().item(), rel=1e-5
+        )
 
 
 @pytest.mark.parametrize(
@@ -207,11 +222,13 @@ def test_noise_is_as_strong_as_asked(llama: HeadModel) -> None:
 )
 def test_trace_refuses(llama: HeadModel, example: Encoded, options: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        causal_trace(llama, example.tokens, example.subject, {"end": [example.end]}, measure, **options)
+        causal_trace(
+            llama, example.tokens, example.subject, {"end": [example.end]}, measure, **{"deviation": 1.0, **options}
+        )
 
 
 def test_trace_refuses_positions(llama: HeadModel, example: Encoded) -> None:
     with pytest.raises(InputError, match="no positions for the noise"):
-        causal_trace(llama, example.tokens, [], {"end": [example.end]}, measure)
+        causal_trace(llama, example.tokens, [], {"end": [example.end]}, measure, deviation=1.0)
     with pytest.raises(InputError, match="position 99 is out of range"):
-        causal_trace(llama, example.tokens, example.subject, {"x": [99]}, measure)
+        causal_trace(llama, example.tokens, example.subject, {"x": [99]}, measure, deviation=1.0)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from headtune.analysis.interventions.counterfactuals import Counterfactuals
-from headtune.analysis.methods import attribution_patching, head_gating, patching, registry
+from headtune.analysis.methods import attribution_patching, eap_ig, head_gating, patching, registry
 from headtune.analysis.methods.logit_attribution import attribute
 from headtune.analysis.methods.registry import DEFAULT, METHODS, parse_method_names, score, score_examples
 from headtune.analysis.methods.scores import Array, Scores
@@ -37,6 +37,8 @@ NEEDS_OTHERS = {
     "attribution_patching_corrupt",
     "integrated_gradients",
     "integrated_gradients_corrupt",
+    "eap_ig_inputs",
+    "eap_ig_activations",
 }
 
 
@@ -267,7 +269,16 @@ def test_estimates_use_the_reference_they_name(
         assert np.array_equal(found.by_example[f"{estimate}.{quantity}"][4], direct[f"x.{quantity}"])
 
 
-@pytest.mark.parametrize("name", ["resample_all", "corrupt_all"])
+@pytest.mark.parametrize("name", ["eap_ig_inputs", "eap_ig_activations"])
+def test_eap_ig_comes_from_the_counterpart_as_long(model: HeadModel, task: EncodedTask, name: str) -> None:
+    counterpart = Counterfactuals(model, task.examples, seed=1).corrupt_tokens(4, same_length=True)
+    assert counterpart is not None
+    direct = getattr(eap_ig, name)(model, task.examples[4], counterpart)
+    row = METHODS[name].score(model, task.examples, 4, METHODS[name].prepare(model, task.examples, 1))  # type: ignore[misc]
+    assert set(row) == set(direct) and all(np.array_equal(row[quantity], direct[quantity]) for quantity in direct)
+
+
+@pytest.mark.parametrize("name", ["resample_all", "corrupt_all", "eap_ig_inputs", "eap_ig_activations"])
 def test_an_example_without_a_counterpart_has_no_score_and_is_counted(model: HeadModel, name: str) -> None:
     """At all positions a counterpart must be as long; the mean is over the examples that have one."""
     examples = encode(tiny_task(subjects=8), model.tokenizer).examples

@@ -13,6 +13,7 @@ import torch
 
 from headtune.analysis.interventions import mlp_regression
 from headtune.analysis.interventions.counterfactuals import Counterfactuals
+from headtune.analysis.methods.scores import Scores
 from headtune.analysis.models import hooks
 from headtune.analysis.models.head_model import HeadModel
 from headtune.analysis.models.loading import EMBEDDED, cache_folder, load_model, wrap_model
@@ -41,7 +42,7 @@ def examples(model: HeadModel) -> list[Encoded]:
 
 
 @torch.no_grad()
-def test_argument_scores_are_the_definition(model: HeadModel, examples: list[Encoded]) -> None:
+def test_argument_differences_are_the_definition(model: HeadModel, examples: list[Encoded]) -> None:
     """One head at a time: its output replaced, every other head's put back to the clean run, MLPs left to recompute."""
     index = 1
     encoded, end = examples[index], torch.tensor([examples[index].end])
@@ -54,15 +55,44 @@ def test_argument_scores_are_the_definition(model: HeadModel, examples: list[Enc
     def difference(logits: torch.Tensor) -> float:
         return float(logits[list(encoded.target_tokens)].mean() - logits.mean())
 
-    found = factual_recall.argument_scores(model, examples, index, references)["argument.ld"]
+    found = factual_recall.argument_differences(model, examples, index, references)
+    assert np.ptp(found["argument.clean"]) == 0
+    assert found["argument.clean"][0, 0] == pytest.approx(difference(logits), abs=1e-5)
     for layer in range(model.n_layers):
         for head in range(model.n_heads):
             values = {(i, h): clean_z[i][h] for i in range(model.n_layers) for h in range(model.n_heads)}
             values[layer, head] = mean[layer, head]
             with hooks.replace(model, values, positions=end):
                 patched = model.hf(encoded.tokens[None], use_cache=False).logits[0, -1]
-            expected = 100 * (difference(logits) - difference(patched)) / abs(difference(logits))
-            assert found[layer, head] == pytest.approx(expected, abs=1e-2, rel=1e-3)
+            change = difference(logits) - difference(patched)
+            assert found["argument.change"][layer, head] == pytest.approx(change, abs=1e-5)
+            share = 100 * change / abs(difference(logits))
+            assert found["argument.share"][layer, head] == pytest.approx(share, abs=1e-2, rel=1e-3)
+
+
+def test_the_ratio_of_means_is_not_the_mean_of_ratios() -> None:
+    """Two heads, four prompts about two subjects; a prompt with a small LD rules the mean of ratios alone."""
+    clean, change = np.array([4.0, 4.0, 2.0, 0.1]), np.array([[2.0, 0.0], [2.0, 0.0], [1.0, 0.0], [0.0, 0.1]])
+    rows = {
+        "argument.clean": clean[:, None].repeat(2, 1)[:, None],
+        "argument.change": change[:, None],
+        "argument.share": 100 * (change / clean[:, None])[:, None],
+    }
+    scores = Scores({name: values.astype(np.float32) for name, values in rows.items()}, ["a", "a", "b", "b"])
+    ratio, mean = factual_recall.ratio_of_means(scores), factual_recall.mean_of_ratios(scores)
+    np.testing.assert_allclose(ratio.mean, [[100 * 5 / 10.1, 100 * 0.1 / 10.1]], rtol=1e-5)
+    np.testing.assert_allclose(mean.mean, [[37.5, 25]], rtol=1e-5)
+    # Resamplings hold subject a alone, b alone, or both: the ratios of these bound the interval.
+    np.testing.assert_allclose(ratio.low, [[100 * 1 / 2.1, 0]], rtol=1e-4)
+    np.testing.assert_allclose(ratio.high, [[50, 100 * 0.1 / 2.1]], rtol=1e-4)
+
+
+def test_a_negative_mean_difference_turns_no_sign() -> None:
+    rows = {
+        name: np.full((2, 1, 1), value, np.float32) for name, value in (("clean", -2), ("change", 1), ("share", 50))
+    }
+    scores = Scores({f"argument.{name}": values for name, values in rows.items()}, ["a", "b"])
+    assert factual_recall.ratio_of_means(scores).mean == factual_recall.mean_of_ratios(scores).mean == 50
 
 
 # --- p(answer) by layer -----------------------------------------------------------------------------------------------
@@ -207,9 +237,16 @@ def study(planted: PlantedModel) -> base.Analysis:
 def test_planted_recall_heads_pass_the_argument(study: base.Analysis, planted: PlantedModel) -> None:
     top = study.data["argument"]["top"]
     assert {(row["layer"], row["head"]) for row in top} == set(planted.roles["recall"])
-    assert all(row["ci"][0] > 0 and row["attention_to_subject"] > 0.9 for row in top)
-    graded = planted.grade("recall", study.data["argument"]["ld"])
-    assert graded["auroc"] > 0.95
+    assert all(row["ratio_of_means"]["ci"][0] > 0 and row["attention_to_subject"] > 0.9 for row in top)
+    assert all(row["mean_of_ratios"]["ci"][0] > 0 for row in top)
+    means = [row["ratio_of_means"]["mean"] for row in top]
+    assert means == sorted(means, reverse=True)
+    for name in ("ratio_of_means", "mean_of_ratios"):
+        assert planted.grade("recall", study.data["argument"][name])["auroc"] > 0.95
+    table = next(
+        part for part in study.parts if isinstance(part, base.Table) and part.title == "Argument-passing heads"
+    )
+    assert table.header[1:3] == ["ratio of means, % [95%]", "mean of ratios, % [95%]"]
 
 
 def test_the_planted_amplification_is_found(study: base.Analysis, planted: PlantedModel) -> None:
@@ -315,7 +352,7 @@ def test_smollm2() -> None:
     data = base.run("factual_recall", model, task).data
     top = data["argument"]["top"]
     assert (top[0]["layer"], top[0]["head"]) == (23, 4)
-    assert top[0]["ci"][0] > 0 and top[0]["attention_to_subject"] > 0.2
+    assert top[0]["ratio_of_means"]["ci"][0] > 0 and top[0]["attention_to_subject"] > 0.2
     assert max(value for value in data["mlp"]["held_out_r2"] if value is not None) > 0.1
     assert 0 <= data["overconfidence"]["p_by_layer"][0]["mean"] < data["overconfidence"]["p_by_layer"][-1]["mean"]
     assert max(entry["mean"] for entry in data["overconfidence"]["attention_to_first"]) > 0.5

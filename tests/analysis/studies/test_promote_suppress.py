@@ -99,6 +99,18 @@ def test_knockouts_are_of_the_right_places(found: Analysis, model: HeadModel, ta
     band = found.data["knockout"]["previous"]["logits"]["remaining"]
     assert band["n"] == len(expected) == 16
     assert band["mean"] == pytest.approx(np.mean(expected), abs=1e-5)
+    # The last token itself is a source in every prompt.
+    owed = []
+    for encoded in task.examples:
+        rows = [CLEAN, Intervention(knocked_out=(encoded.end,))]
+        logits = LastTokenRunner(model, encoded.tokens).run(rows).logits[:, list(encoded.target_tokens)].mean(-1)
+        owed.append(float(logits[0] - logits[1]))
+    assert np.abs(owed).max() > 1e-3
+    for part in ("attention", "mlp", "logits"):
+        assert found.data["knockout"]["end"][part]["remaining"]["n"] == len(owed) == 19
+    assert found.data["knockout"]["end"]["logits"]["remaining"]["mean"] == pytest.approx(np.mean(owed), abs=1e-5)
+    table = next(part for part in found.parts if isinstance(part, Table))
+    assert [row[0] for row in table.rows] == ["the subject", "all previous answers", "o1", "o2", "END"]
 
 
 def test_whole_strings(found: Analysis, model: HeadModel, task: EncodedTask) -> None:
@@ -151,10 +163,17 @@ def test_first_tokens_and_collisions(model: HeadModel) -> None:
     assert float(p[-2]) <= float(p[-1])
 
 
-def test_traces_are_summed_up(found: Analysis) -> None:
+def test_traces_are_summed_up(found: Analysis, model: HeadModel, task: EncodedTask) -> None:
     tracing = found.data["tracing"]
     assert tracing["n_examples"] == 2 and tracing["centres"] == [0, 1, 2]
     of_subject = tracing["noise"]["subject"]
+    weight: Any = model.hf.get_input_embeddings().weight
+    for noisy, spans in (
+        ("subject", [(e, e.subject) for e in task.examples]),
+        ("previous_1", [(e, span) for e in task.examples for span in e.previous]),
+    ):
+        entries = torch.cat([weight[e.tokens[list(span)]].detach().flatten() for e, span in spans]).numpy()
+        assert tracing["noise"][noisy]["deviation"] == pytest.approx(3 * np.std(entries, ddof=1), rel=1e-5)
     assert len(of_subject["effect"]["mlp"]["end"]["next"]["p"]) == 3
     assert 0 < of_subject["clean"]["remaining"]["p"] < 1
     assert of_subject["clean"]["remaining"]["logit"] != of_subject["noisy"]["remaining"]["logit"]

@@ -76,7 +76,10 @@ def test_a_recipe_is_found_by_path_too() -> None:
     ],
 )
 def test_published_hyperparameters(name: str, top: int, select: float, l1: float, tune: float) -> None:
-    """Yin et al. 2024, appendix: K, learning rate and lambda of A, learning rate of v; batch 8, 5 epochs, seed 42."""
+    """Yin et al. 2024, appendix: K, learning rate and lambda of A, learning rate of v; batch 8, 5 epochs, seed 42.
+
+    Rows and dtype are those of the authors' scripts (github.com/fc2869/lo-fit).
+    """
     recipe = load_recipe(f"lofit/{name}")
     assert recipe.heads is not None and recipe.heads.lofit is not None
     assert (recipe.heads.top, recipe.heads.lofit.learning_rate, recipe.heads.lofit.l1) == (top, select, l1)
@@ -84,6 +87,9 @@ def test_published_hyperparameters(name: str, top: int, select: float, l1: float
     assert (recipe.training["num_train_epochs"], recipe.training["per_device_train_batch_size"]) == (5, 8)
     assert recipe.method.objective == ("dpo" if "truthfulqa" in name else "sft")  # type: ignore[union-attr]
     assert recipe.training.get("beta") == (0.5 if "truthfulqa" in name else None)
+    assert recipe.evaluation.scoring == ("iti" if "truthfulqa" in name else "harness")
+    assert recipe.task.max_train_examples == (300 if "clutrr" in name else None)
+    assert recipe.model.dtype == ("float32" if "llama2_7b" in name else "bfloat16")
 
 
 @pytest.mark.parametrize(("name", "ratio", "weight"), [("1pct", 0.01, 1e3), ("10pct", 0.1, 1e2)])
@@ -96,6 +102,7 @@ def test_published_hyperparameters_of_seekr(name: str, ratio: float, weight: flo
     assert (distil.replay_weight, distil.attention_weight) == (0.5, weight)
     assert (distil.layers, distil.heads, distil.queries) == (24, 128, 100)
     assert (distil.choice, distil.selection, distil.teacher) == ("importance", "global", "own")
+    assert distil.reduction == "layers" and training["adam_beta2"] == 0.95  # of the authors' code
     assert training["learning_rate"] == 1e-5
     assert training["per_device_train_batch_size"] * training["gradient_accumulation_steps"] * 8 == 128
 

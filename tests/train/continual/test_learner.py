@@ -164,16 +164,27 @@ def test_the_loss_and_its_gradient_equal_their_definition(
 
         def compute_loss(self, model: Any, inputs: Any, *rest: Any, **more: Any) -> Any:
             loss = super().compute_loss(model, inputs, *rest, **more)
-            if self.continual.teachers is not None and "loss" not in caught:
+            moved = self.state.global_step >= 2  # before, the model is its own teacher, and the distances are 0
+            if self.continual.teachers is not None and moved and "loss" not in caught:
                 again = self.last_again
                 if again or strategy == "lwf":
                     caught.update(loss=loss, trainer=self, rows=[self.rows[i] for i in inputs["row"]], again=again)
                     model.zero_grad()
                     loss.backward(retain_graph=True)
                     caught["gradient"] = {n: p.grad.clone() for n, p in model.named_parameters()}
+                    if strategy == "seekr":
+                        caught["attention"] = {kind: self._attention(model, kind) for kind in ("mean", "layers")}
                     self._reference(model)
                     model.zero_grad()
             return loss
+
+        def _attention(self, model: Any, reduction: str) -> float:
+            method = self.method
+            distil = method.distil.model_copy(update={"reduction": reduction})
+            self.method = method.model_copy(update={"distil": distil})
+            term, _ = self._terms(model, caught["rows"], caught["again"])["attention"]
+            self.method = method
+            return term.item()
 
         def _reference(self, model: Any) -> None:
             model.set_attn_implementation("eager")
@@ -202,22 +213,33 @@ def test_the_loss_and_its_gradient_equal_their_definition(
                     p = stored.softmax(-1)
                     kl = (p * (stored.log_softmax(-1) - logits.log_softmax(-1))).sum(-1).mean()
                     distances = []
+                    by_layer: dict[int, list[torch.Tensor]] = {}
                     for row, (_, attention) in zip(caught["again"], passes, strict=True):
                         teacher = continual.teachers.get(row.key, continual.heads[row.key])
                         for layer, chosen in teacher.heads.items():
+                            before = len(distances)
                             for at, head in enumerate(chosen):
                                 for t, query in enumerate(teacher.positions):
                                     q = teacher.attention[layer][at, t, : query + 1]
                                     mine = attention[layer][head, query, : query + 1]
                                     distances.append((q * (q.log() - mine.log())).sum())
+                            by_layer.setdefault(layer, []).append(torch.stack(distances[before:]).mean())
+                    means = [torch.stack(of_rows).mean() for of_rows in by_layer.values()]
+                    caught["by_layers"] = torch.stack(means).mean().item()
                     attention_loss = torch.stack(distances).mean()
+                    caught["by_rows"] = attention_loss.item()
                     loss = loss + share * ((1 - l1) * kl + method.distil.attention_weight * attention_loss)
             loss.backward()
             caught["reference"] = loss.detach()
             caught["reference_gradient"] = {n: p.grad.clone() for n, p in model.named_parameters()}
             model.set_attn_implementation("headtune_rows")
 
-    distil = {"layers": 2, "heads": 3, "queries": 4, "attention_weight": 10.0}
+    distil = {
+        "layers": 2,
+        "heads": 5,
+        "queries": 4,
+        "attention_weight": 10.0,
+    }  # 4 in a layer at most: in both, not as many
     path = recipe(tmp_path, llama, tasks, {"strategy": strategy, "distil": distil})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(continual, "SequenceTrainer", Caught)
@@ -226,6 +248,11 @@ def test_the_loss_and_its_gradient_equal_their_definition(
         assert "loss" not in caught  # nothing is stored; the terms are those that `der` shares
         return
     assert caught["loss"].item() == pytest.approx(caught["reference"].item(), rel=1e-5)
+    if strategy == "seekr":
+        assert caught["attention"] == pytest.approx(
+            {"mean": caught["by_rows"], "layers": caught["by_layers"]}, rel=1e-4
+        )
+        assert caught["by_rows"] != pytest.approx(caught["by_layers"], rel=1e-2)
     for name, gradient in caught["reference_gradient"].items():
         scale = max(1e-3, gradient.abs().max().item())
         assert (caught["gradient"][name] - gradient).abs().max().item() <= 1e-5 * scale + 1e-6, name

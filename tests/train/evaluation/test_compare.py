@@ -19,6 +19,7 @@ from headtune.analysis.utils.errors import InputError
 from headtune.cli.main import main
 from headtune.cli.tables import comparison_tables
 from headtune.train.evaluation import compare, compare_report
+from headtune.train.evaluation.evaluation_file import read_before
 from headtune.train.evaluation.run_reader import flatten_config, read_runs
 
 SUBJECTS = [f"subject {index // 2}" for index in range(12)]
@@ -107,6 +108,22 @@ def test_another_base_model_is_another_table(runs: Path) -> None:
     assert random.metrics["exact_match"].minus is None
     assert found.best[random.measured, "exact_match"] == {"base"}
     assert sum(group.name == "base" for group in found.groups) == 3
+
+
+def test_another_scoring_is_another_table_and_none_is_the_harness(runs: Path) -> None:
+    path = runs / "random-s0" / "evaluation.json"
+    content = json.loads(path.read_text())
+    for scoring, same in (("harness", True), ("iti", False)):
+        path.write_text(json.dumps(content | {"scoring": scoring}))  # the other runs do not say
+        groups = {group.name: group.measured for group in compare.compare(read_runs(runs)).groups}
+        assert (groups["random"] == groups["chosen"]) is same
+        before = read_before(path, {"scoring": scoring})[0]
+        assert before == content["before"]
+    with pytest.raises(InputError, match=r"measured another scoring \('iti', not 'harness'\)"):
+        read_before(path, {"scoring": "harness"})
+    path.write_text(json.dumps(content))
+    with pytest.raises(InputError, match=r"measured another scoring \('harness', not 'iti'\)"):
+        read_before(path, {"scoring": "iti"})
 
 
 def test_a_damaged_run_is_left_out_and_named(runs: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -276,6 +276,21 @@ def test_reductions() -> None:
     pooled = torch.cat([kl[by_head], kl[:, 0][present]])
     close(attention_distillation(both, of_both, {0: by_head, 3: present}), pooled.mean())
     close(attention_distillation(both, of_both, {0: by_head, 3: present}, "sum"), pooled.sum() / 2)
+    # Layer by layer, sample by sample: the first has three rows of one head, the third one; the second has none.
+    means = [kl[0, 0][present[0]].mean(), kl[2, 0][present[2]].mean()]
+    first = [kl[0, 0][present[0]].mean(), kl[2, 0][present[2]].mean()]
+    close(attention_distillation(both, of_both, {0: by_head, 3: present}, "layers"), torch.stack(means + first).mean())
+    by_layer = [sum(kl[i][:, present[i]].mean() for i in (0, 2)) / 2, sum(means) / 2]
+    layers = attention_distillation(both, of_both, present, "layers")
+    close(layers, sum(by_layer) / 2)
+    assert abs(layers - attention_distillation(both, of_both, present)) > 1e-3
+    # A layer of which no row is there is no layer; a sample without rows in one of the layers counts all the same.
+    none = torch.zeros_like(present)
+    close(attention_distillation(both, of_both, {0: present, 3: none}, "layers"), by_layer[0])
+    alone = torch.tensor([[True] * 4, [False] * 4, [False] * 4])
+    close(
+        attention_distillation(both, of_both, {0: present, 3: alone}, "layers"), (by_layer[0] + kl[0, 0].mean() / 2) / 2
+    )
 
 
 def test_shapes_and_layers_must_agree() -> None:

@@ -32,6 +32,19 @@ def test_it_gives_what_the_command_gives(
         evaluate_target(target, out=tmp_path / "out")
 
 
+def test_the_command_scores_as_iti_where_it_is_asked_to(
+    tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whose instruction and questions are more than this model's 256 tokens."""
+    task = tmp_path / "choices.jsonl"
+    task.write_text(json.dumps({"prompt": "Q: A?\nA:", "subject": "A", "answers": ["B"], "incorrect": ["C"]}))
+    words = ["evaluate", str(tiny_llama), "--task", str(task), "--kind", "multiple_choice"]
+    assert main([*words, "--json"]) == 0
+    assert set(json.loads(capsys.readouterr().out)["metrics"]) >= {"mc1", "mc2"}
+    assert main([*words, "--scoring", "iti"]) == 2
+    assert "tokens, the model takes 256; shorten the preamble" in " ".join(capsys.readouterr().err.split())
+
+
 def test_a_head_set_is_refused_before_a_model_is_loaded(tmp_path: Path) -> None:
     (tmp_path / "heads.json").write_text("{}")
     with pytest.raises(InputError, match="is a head set, neither a run nor a model"):
