@@ -145,7 +145,8 @@ def identify(
     if encoded.n_subjects < 2:
         raise InputError(
             f"task {encoded.task.name!r} has prompts about one subject alone, "
-            f"{encoded.examples[0].example.subject!r}, and heads are confirmed by intervals over subjects; add examples of others"
+            f"{encoded.examples[0].example.subject!r}, and heads are confirmed by intervals over subjects; "
+            "add examples of others"
         )
     if encoded.n_subjects < FEW_SUBJECTS:
         log.warning(

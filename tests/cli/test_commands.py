@@ -23,6 +23,7 @@ from headtune.cli.arguments import memory
 from headtune.cli.main import main
 from headtune.plugins import TUNING_METHODS
 from headtune.train.config import recipe as recipes
+from helpers.paths import ROOT
 from helpers.small_runs import head_set, train, write_recipe, write_task
 
 
@@ -355,6 +356,17 @@ def test_identify_prints_what_holds(
         )
         assert part in " ".join(out.split()) and f"p = {test['p_value']:.3g})." in " ".join(out.split())
     assert "give more subjects" not in out
+    # What the file holds is written down.
+    formats = (ROOT / "docs" / "reference" / "formats.md").read_text(encoding="utf-8")
+    block = stored["verification"]
+    keys = {*stored, *stored["method"]["parameters"], *stored["method"]["parameters"]["rules"]["recall"]}
+    keys |= {re.sub("_(recall|suppression)$", "_<role>", key) for key in block}
+    keys |= {
+        *block["dissociation"]["recall"],
+        *block["ablate_recall"],
+        *block["ablate_random_like_recall"]["p_remaining"],
+    }
+    assert {key for key in keys - {"schema"} if not re.search(rf"\W{key}\W", formats)} == set()
 
 
 def test_ranking_by_raw_logits(planted_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

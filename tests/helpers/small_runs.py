@@ -8,6 +8,8 @@ from typing import Any
 import yaml
 
 from headtune.analysis.heads.head_set import HeadSet, RankedHead
+from headtune.analysis.synthetic.planted import plant
+from headtune.analysis.synthetic.planting import Planting
 from headtune.analysis.tasks.task import Example, to_jsonl
 from headtune.analysis.utils.files import write_text
 from headtune.cli.main import main
@@ -21,6 +23,15 @@ def write_task(folder: Path, subjects: int = 8) -> Path:
     path = folder / "cities.jsonl"
     write_text(path, to_jsonl(tiny_task(subjects=subjects).examples))
     return path
+
+
+def save_planted(folder: Path, examples: int = 24) -> tuple[Path, dict[str, str]]:
+    """A model that has recall and suppression heads (a random one has none), as a folder, and its task for a recipe."""
+    planted = plant(Planting("gqa"))
+    planted.model.save_pretrained(folder)
+    planted.tokenizer.save_pretrained(folder)
+    write_text(folder / "task.jsonl", to_jsonl(planted.task.limited(examples).examples))
+    return folder, {"train": str(folder / "task.jsonl")}
 
 
 def write_recipe(folder: Path, model: Path, **changes: Any) -> Path:

@@ -21,6 +21,7 @@ import headtune  # noqa: F401  makes the adapters' types known to PEFT
 from headtune.analysis.heads.head_set import HeadSet
 from headtune.analysis.methods.scores import load_means
 from headtune.analysis.models.loading import load_model, load_plain
+from headtune.analysis.reports import dissociation
 from headtune.analysis.reports.head_profiles import read_profiles
 from headtune.analysis.tasks.tokenized import encode
 from headtune.analysis.utils.files import sha256_of
@@ -109,6 +110,31 @@ def test_a_head_set_is_read() -> None:
     portraits = read_profiles(Path("heads/portraits.json"))
     profiled = {(entry.layer, entry.head) for entry in portraits}
     assert profiled == {(layer, head) for pairs in expected["roles"].values() for layer, head in pairs}
+
+
+@pytest.mark.usefixtures("private_copy")
+def test_its_verdict_is_shown() -> None:
+    """0.1.0 wrote no `verdict`, no p-value and no control of the largest heads, and one name under `confirm`."""
+    heads = HeadSet.load("heads")
+    tests, rules = heads.verification["dissociation"], heads.method["parameters"]["rules"]
+    assert not any("verdict" in result for result in tests.values())
+    assert all(isinstance(rule["confirm"], str) for rule in rules.values())
+    stated = dissociation.verdicts(heads)
+    assert [outcome for outcome, _ in stated] == ["holds", "holds"] and dissociation.next_step(heads) == ""
+    assert [sentence for _, sentence in stated] == [
+        "Suppression holds: silencing the 2 suppression heads takes p(previous) from 0.00234 to 0.00427 (×1.83) (the "
+        "most extreme of 10 random sets reaches 0.00229).",
+        "Recall holds: silencing the 2 recall heads takes p(remaining) from 0.00514 to 0.00445 (×0.865) (the most "
+        "extreme of 10 random sets reaches 0.00485).",
+    ]
+    Path("heads", "report.html").unlink(missing_ok=True)
+    assert main(["report", "heads"]) == 0
+    page = Path("heads", "report.html").read_text(encoding="utf-8")
+    assert page.count('class="verdict good"') == 2 and "confirmed by ablation.target. " in page
+    # Where it failed then, it does not hold now.
+    tests["recall"]["held"] = False
+    assert [outcome for outcome, _ in dissociation.verdicts(heads)] == ["holds", "does not hold"]
+    assert dissociation.next_step(heads).startswith("For recall: see how far the controls beside them go; ")
 
 
 def test_a_recipe_finds_its_heads_in_it() -> None:

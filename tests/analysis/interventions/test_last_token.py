@@ -467,7 +467,9 @@ def test_nothing_is_before_the_first_layer(llama: HeadModel) -> None:
     assert not senders and len(logits) == 1
     effects = patching.head_to_head_effects(llama, prompt, (1, 1), "value", reference_for(llama))
     assert set(effects) == {
-        f"path_L1H1_value.{name}{unit}" for name in ("target", "previous") for unit in ("", "_p", "_logp")
+        f"path_L1H1_value.{name}{unit}"
+        for name in ("target", "previous")
+        for unit in ("", "_contrast", "_centred", "_p", "_logp")
     }
     values = effects["path_L1H1_value.target"]
     assert values.shape == (N_LAYERS, N_HEADS) and (values[1:] == 0).all() and (values[0] != 0).all()

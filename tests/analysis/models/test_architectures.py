@@ -397,8 +397,10 @@ def test_ablation_effects_are_clean_minus_ablated(model: HeadModel, prompt: Enco
 
 def test_effects_without_previous_answers(llama: HeadModel) -> None:
     example = encode(tiny_task(previous=(0,), subjects=1), llama.tokenizer).examples[0]
-    assert set(ablation_effects(llama, example)) == {"ablation.target", "ablation.target_p", "ablation.target_logp"}
-    assert not [name for name in attribute(llama, example) if name.endswith("previous")]
+    assert set(ablation_effects(llama, example)) == {
+        f"ablation.target{unit}" for unit in ("", "_contrast", "_centred", "_p", "_logp")
+    }
+    assert not [name for name in attribute(llama, example) if "previous" in name]
 
 
 def test_effects_stay_finite_where_a_probability_underflows() -> None:

@@ -21,7 +21,7 @@ from headtune.train.losses import regularisers as penalties
 from headtune.train.losses.activation_capture import warn_of_dropout
 from headtune.train.runs.load_run import load_run
 from headtune.train.trainer import attach_regularisers, penalised_trainers
-from helpers.small_runs import STEPS, train, write_recipe
+from helpers.small_runs import STEPS, save_planted, train, write_recipe
 from helpers.tiny import FACTS, N_HEADS, quick_among, save_tiny, tiny_model
 
 HEADS = {"list": [[1, 1], [2, 0], [2, 3]]}
@@ -159,10 +159,12 @@ def test_heads_of_the_terms_are_enough(llama: Path, asked: str, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("source", ["lofit", "identify"])
-def test_heads_that_the_run_finds_itself_are_held(source: str, llama: Path, tmp_path: Path) -> None:
+def test_heads_that_the_run_finds_itself_are_held(source: str, tmp_path: Path) -> None:
     stage = {"lofit": {"learning_rate": 0.05, "max_steps": 2}, "identify": {"method": "dla"}}[source]
     method = SFT | {"regularisers": [DRIFT, KINDS["fisher"]]}
-    recipe = write_recipe(tmp_path, llama, recipe="regularise", heads={source: stage, "top": 3}, method=method)
+    model, task = save_planted(tmp_path / "model")
+    heads = {source: stage, "top": 2}
+    recipe = write_recipe(tmp_path, model, recipe="regularise", heads=heads, method=method, task=task)
     assert train(recipe) == 0
     run = tmp_path / "run"
     assert read(run / "run.json")["heads"] and (run / "heads.json").is_file()

@@ -26,7 +26,7 @@ from headtune.train.evaluation.evaluate import answer_mass
 from headtune.train.runs.load_run import load_run
 from headtune.train.trainer import training
 from helpers.paths import ROOT
-from helpers.small_runs import STEPS, head_set, train, write_recipe, write_task
+from helpers.small_runs import STEPS, head_set, save_planted, train, write_recipe, write_task
 from helpers.tiny import FACTS, N_HEADS, N_LAYERS, save_tiny, tiny_model, tiny_tokenizer
 
 HEADS = [[0, 1], [2, 0], [2, 3]]
@@ -264,9 +264,9 @@ def test_the_base_measurement_of_another_run_is_taken_over(
 # --- heads ------------------------------------------------------------------------------------------------------------
 
 
-def steer(folder: Path, model: Path, heads: Any) -> Path:
+def steer(folder: Path, model: Path, heads: Any, **changes: Any) -> Path:
     """The quickest recipe there is: nothing is trained."""
-    return write_recipe(folder, model, recipe="steer", heads=heads, method={"factor": 1.5}, training=None)
+    return write_recipe(folder, model, recipe="steer", heads=heads, method={"factor": 1.5}, training=None, **changes)
 
 
 @pytest.fixture
@@ -313,8 +313,8 @@ def test_random_heads_are_like_the_chosen_ones(heads_file: Path, tiny_llama: Pat
 
 
 def test_heads_are_identified_where_a_recipe_asks_for_it(tmp_path: Path) -> None:
-    model = save_tiny(tmp_path / "model", "llama", seed=7)  # chance gives this one heads of both roles
-    recipe = steer(tmp_path, model, {"identify": {"method": "dla", "max_examples": 8}, "top": 2})
+    model, task = save_planted(tmp_path / "model")
+    recipe = steer(tmp_path, model, {"identify": {"method": "dla", "max_examples": 24}, "top": 2}, task=task)
     assert train(recipe) == 0
     run = tmp_path / "run"
     found = read(run / "heads.json")

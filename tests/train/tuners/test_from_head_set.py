@@ -12,6 +12,8 @@ from peft import PeftModel, get_peft_model
 from headtune import HeadSet, HeadSlicesConfig, HeadTuningConfig, InputError, identify
 from headtune.analysis.heads.head_set import RankedHead
 from headtune.analysis.models.loading import wrap_model
+from headtune.analysis.synthetic.planted import plant
+from headtune.analysis.synthetic.planting import Planting
 from headtune.train.config.methods import HeadsConfig
 from headtune.train.config.resolve_heads import resolve_heads
 from helpers.tiny import tiny_model, tiny_task, tiny_tokenizer
@@ -56,9 +58,9 @@ def test_the_heads_a_recipe_chooses(
 
 @pytest.mark.parametrize("config", CONFIGS)
 def test_on_a_model_and_from_identify(config: Any) -> None:
-    model = wrap_model(tiny_model("llama", num_key_value_heads=2), tiny_tokenizer())
-    result = identify(model, tiny_task(), "dla", top=12)
-    role = max(result.heads.roles, key=lambda role: len(result.heads.roles[role]))
+    planted = plant(Planting("gqa"))
+    model, role = planted.view(), "recall"
+    result = identify(model, planted.task.limited(24), "dla", top=12)
     made = config.from_head_set(result, role, 3, model=model)
     assert made.heads == sorted(list(pair) for pair in result.heads.top(role)[:3])
     adapted = get_peft_model(model.hf, made)
