@@ -127,8 +127,8 @@ def composite(scores: Scores, role: str) -> Any:
 
     `[n_layers, n_heads]`, in the attribution's unit and sign (a suppression head is negative).
     """
-    attribution, _, ablation = ranking.rule_for(role, scores)
-    direct, confirming = scores.mean(attribution), scores.mean(ablation)
+    rule = ranking.rule_for(role, scores)
+    direct, confirming = scores.mean(rule.rank), scores.mean(rule.confirm[0])
     return np.where(direct * confirming > 0, direct, np.float32(0))
 
 

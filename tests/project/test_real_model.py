@@ -59,7 +59,7 @@ def test_silencing_them_does_what_their_names_say(found: pipeline.IdentifyResult
     block: dict[str, Any] = found.heads.verification
     base = {name: block["baseline"][name]["mean"] for name in ("p_remaining", "p_previous")}
     suppression, matched = block["ablate_suppression"], block["ablate_random_like_suppression"]
-    assert len(suppression["heads"]) == len(block["ablate_recall"]["heads"]) == 4
+    assert 3 <= len(suppression["heads"]) <= 4 and len(block["ablate_recall"]["heads"]) == 4
     assert suppression["p_previous"]["mean"] >= 4 * base["p_previous"]
     assert matched["p_previous"]["highest_set"] < 2 * base["p_previous"]
     assert block["ablate_recall"]["p_remaining"]["mean"] <= base["p_remaining"] / 2

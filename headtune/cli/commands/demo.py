@@ -59,7 +59,7 @@ def demo(out: Path | None = None, quick: bool = False) -> dict[str, Any]:
     start = time.monotonic()
 
     console.notify(f"1/3 identify: which heads of {EMBEDDED} recall answers, which suppress those already given")
-    task = load_task("one_to_many:train").limited(8 if quick else 96)
+    task = load_task("one_to_many:train").limited(32 if quick else 96)
     top = 8 if quick else 16
     silence_model_libraries()
     result = identify(load_model(EMBEDDED), task, top=top, progress=console.progress)
