@@ -9,13 +9,14 @@ import numpy as np
 
 from headtune.analysis.heads.head_set import HeadSet
 from headtune.analysis.methods.scores import Array
-from headtune.analysis.utils.stats import FEW_SUBJECTS, Floats, by_subject, change_interval, t_quantile
+from headtune.analysis.utils.stats import Floats, by_subject, change_interval, t_quantile
 
 HOLDS, FAILS, UNKNOWN = "holds", "does not hold", "cannot be told"
 LEVEL = 0.05  # of the comparison with random sets
 SMALLEST_RATIO = 1.1  # p(previous) must rise by a tenth, p(remaining) fall by as much,
 SMALLEST_CHANGE = 0.001  # and by this much probability
 FEWEST_SUBJECTS = 4  # two in each half
+SUBJECTS_TO_FAIL = 16  # eight in each half: with fewer, that nothing is seen does not say that nothing is there
 FEWEST_SETS = 19  # of which none may reach the chosen heads, for p = 0.05
 
 
@@ -40,8 +41,9 @@ def dissociation(
     - the largest other heads of the same layers do not go as far.
 
     It cannot be told with fewer than FEWEST_SUBJECTS subjects, with too few different random sets, or where the model
-    gives the answers less than SMALLEST_CHANGE before and after; nor, with fewer than `2 FEW_SUBJECTS`, where no head
-    is confirmed or the change is not distinguishable from none. Else it does not hold.
+    gives the answers less than SMALLEST_CHANGE before and after; nor, with fewer than SUBJECTS_TO_FAIL, where no head
+    is confirmed or the change is not distinguishable from none. Else it does not hold: also where the change goes the
+    other way.
 
     Args:
         block: the verification block so far.
@@ -57,7 +59,7 @@ def dissociation(
     quantity = "p_previous" if raises and "p_previous" in rows_of else "p_remaining"
     n_subjects = len({subjects[i] for i in rows_of[quantity]})
     few = f"{n_subjects} subjects are few to choose heads on one half and test them on the other; give more"
-    nothing = UNKNOWN if n_subjects < 2 * FEW_SUBJECTS else FAILS
+    nothing = UNKNOWN if n_subjects < SUBJECTS_TO_FAIL else FAILS
     if not heads.roles[role]:
         return _result(nothing, "no confirmed heads" + (f" ({few})" if nothing == UNKNOWN else ""))
     if f"ablate_{role}" not in block:
@@ -105,7 +107,7 @@ def dissociation(
     if max(sign * bound for bound in change["ci"]) < 0:  # type: ignore[union-attr]
         reasons.append("the change goes the other way")
     elif low <= 0 or overlaps:
-        if n_subjects < 2 * FEW_SUBJECTS:
+        if n_subjects < SUBJECTS_TO_FAIL:
             return _result(UNKNOWN, f"the change is not distinguishable from none, and {few}", numbers)
         reasons.append("the change is not distinguishable from none")
     elif abs(change["mean"]) < SMALLEST_CHANGE or (factor is not None and factor < SMALLEST_RATIO):  # type: ignore[arg-type]

@@ -271,6 +271,7 @@ def test_a_logit_that_all_tokens_share_changes_nothing_but_raw_logits(
     raw = pipeline.identify(shifted, towns, top=3, verify_top=2, n_random=0, rank_by="raw")
     assert raw.heads.top("recall", 1) == [stranger]
     assert raw.heads.roles["recall"][0].score > 2 * found.heads.roles["recall"][0].score
+    assert all(pairs[0] == list(stranger) for pairs in raw.heads.verification["ablate_recall"]["folds"])
 
 
 @pytest.mark.parametrize("rank_by", ["centred", "raw"])

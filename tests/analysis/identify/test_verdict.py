@@ -17,15 +17,16 @@ from headtune.analysis.identify.verdict import (
     LEVEL,
     SMALLEST_CHANGE,
     SMALLEST_RATIO,
+    SUBJECTS_TO_FAIL,
     UNKNOWN,
     dissociation,
     ratio_of_means,
 )
-from headtune.analysis.utils.stats import FEW_SUBJECTS, change_interval
+from headtune.analysis.utils.stats import change_interval
 
 HEAD = (RankedHead(0, 0, 1.0, (0.5, 1.5)),)
 N = 16  # subjects, one example each
-ENOUGH = 2 * FEW_SUBJECTS  # to say that there is nothing
+ENOUGH = SUBJECTS_TO_FAIL  # to say that there is nothing
 T6 = 2.446912  # Student's quantile of a 95% interval with 6 degrees of freedom, from the tables
 INDISTINCT = "the change is not distinguishable from none"
 SMALL = "the change is smaller than the smallest that counts (x1.1, 0.1%)"
@@ -84,6 +85,10 @@ def judged(
 def stated(*arguments: Any, **options: Any) -> tuple[str, str]:
     result = judged(*arguments, **options)
     return result["verdict"], result["reason"]
+
+
+def few(n: int) -> str:
+    return f"{n} subjects are few to choose heads on one half and test them on the other; give more"
 
 
 # --- holds ------------------------------------------------------------------------------------------------------------
@@ -202,13 +207,18 @@ def test_a_change_that_is_not_distinguishable_from_none() -> None:
     assert stated("recall", [0.2] * N, [0.4 - p for p in mixed]) == (FAILS, INDISTINCT)
 
 
-def test_the_interval_of_the_ratio_counts_too() -> None:
-    """Subjects that the model knows well say more about the change than about the ratio."""
+def test_the_intervals_of_change_and_of_ratio_both_count() -> None:
+    """A change can be clear where the ratio is not, and the other way round where few subjects have the most."""
     before = [0.34, 0.54, 0.2, 0.06, 0.53, 0.5, 0.41, 0.27, 0.24, 0.08, 0.44, 0.45, 0.22, 0.43, 0.09, 0.54]
     after = [0.43, 0.63, 0.22, 0.05, 0.55, 0.48, 0.36, 0.3, 0.48, 0.15, 0.44, 0.39, 0.42, 0.46, 0.17, 0.53]
     result = judged("suppression", before, after)
     assert result["ratio"] > 1.1 and result["change_ci"][0] > 0 and result["ratio_ci"][0] < 1 < result["ratio_ci"][1]
     assert (result["verdict"], result["reason"]) == (FAILS, INDISTINCT)
+    before = [0.02, 0.13, 0.01, 0.09, 0.08, 0.02, 0.02, 0.15, 0.01, 0.21, 0.07, 0.05]
+    after = [0.1, 0.1, 0.03, 0.07, 0.17, 0.04, 0.02, 0.6, 0.03, 0.2, 0.35, 0.05]
+    result = judged("suppression", before, after)
+    assert result["ratio_ci"][0] > 1.05 and result["change_ci"][0] < 0 < result["change_ci"][1]
+    assert not result["held"] and result["reason"].startswith(INDISTINCT)
 
 
 def test_all_reasons_are_given() -> None:
@@ -231,10 +241,6 @@ def test_prompts_of_one_subject_are_one_subject() -> None:
 
 
 # --- cannot be told ---------------------------------------------------------------------------------------------------
-
-
-def few(n: int) -> str:
-    return f"{n} subjects are few to choose heads on one half and test them on the other; give more"
 
 
 @pytest.mark.parametrize(("n", "verdict"), [(4, UNKNOWN), (ENOUGH - 1, UNKNOWN), (ENOUGH, FAILS), (40, FAILS)])

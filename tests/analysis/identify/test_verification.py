@@ -131,23 +131,29 @@ def test_halves_divide_the_subjects(n: int) -> None:
 def test_every_example_is_run_with_what_the_other_half_chose(
     model: HeadModel, examples: list[Encoded], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    norms = np.random.default_rng(0).uniform(size=(N_LAYERS, N_HEADS)).astype(np.float32)
+    for pairs in (*FIRST.values(), *SECOND.values()):
+        norms[tuple(zip(*pairs, strict=True))] += 1  # the chosen ones are the largest: of the others, they are none
     scores = scores_of(examples)
-    sets = silenced(monkeypatch, model, examples, scores, n_random=8)
+    with monkeypatch.context() as patch:
+        patch.setattr(verification, "output_norms", lambda *_: norms)
+        sets = silenced(patch, model, examples, scores, n_random=8)
     first, second = halves(subjects_of(examples), 0)
-    norms = output_norms(model, examples)
     for rows, chosen in ((second, FIRST), (first, SECOND)):
         recall, suppression = chosen["recall"][:2], chosen["suppression"]
         assert len({str(sets[index]) for index in rows}) == 1 and len(rows) == 8
         nothing, of_recall, of_largest, of_lowest, of_suppression, *rest = sets[rows[0]]
         assert (nothing, of_recall, of_suppression) == ([], recall, suppression)
         assert of_largest == largest(norms, recall, [*recall, *suppression])
+        assert sorted(layer for layer, _ in of_largest) == sorted(layer for layer, _ in recall)
+        assert not set(of_largest) & {*recall, *suppression}, "the heads of neither role"
         assert sorted(layer for layer, _ in of_lowest) == sorted(layer for layer, _ in recall)
         drawn = {"recall": rest[2:10], "suppression": rest[10:]}
         for role, like in (("recall", recall), ("suppression", suppression)):
             assert len(drawn[role]) == len({str(each) for each in drawn[role]}) == 8
             for each in drawn[role]:
                 assert sorted(layer for layer, _ in each) == sorted(layer for layer, _ in like)
-                assert not set(each) & {*recall, *suppression}, "the heads of neither role"
+                assert not set(each) & {*recall, *suppression}
 
 
 def test_the_scores_of_a_half_change_nothing_that_it_is_run_with(
