@@ -19,6 +19,7 @@ from headtune.analysis.models import loading
 from headtune.analysis.synthetic.planted import KINDS, plant
 from headtune.analysis.tasks.loading import load_task
 from headtune.analysis.tasks.task import to_jsonl
+from headtune.cli import console
 from headtune.cli.arguments import memory
 from headtune.cli.main import main
 from headtune.plugins import TUNING_METHODS
@@ -339,7 +340,7 @@ def test_identify_prints_what_holds(
     planted_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Planted heads hold in both roles: every head with its q, a sentence for each role with p, change and interval."""
-    monkeypatch.setenv("COLUMNS", "300")
+    monkeypatch.setattr(console.console, "width", 300)  # whatever the terminal is that tests run in
     assert main(identify_planted(planted_folder)) == 0
     out = capsys.readouterr().out
     stored = json.loads((tmp_path / "heads" / "heads.json").read_text())

@@ -194,13 +194,14 @@ def test_single_facts(model: HeadModel) -> None:
 
 @pytest.mark.parametrize("method", ["dla", "all"])
 def test_the_table_of_single_facts_has_no_empty_and_no_doubled_column(
-    lists: HeadModel, planted: PlantedModel, method: str
+    lists: HeadModel, planted: PlantedModel, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The recall heads of lists recall single facts too."""
     facts = {example.subject: example.answers for example in planted.task.examples}
     single = tuple(Example(f"List {name}:\n1.", name, answers) for name, answers in facts.items())
     found = pipeline.identify(lists, Task("single", single), method, top=2, verify_top=1, n_random=2)
     assert len(found.heads.roles["recall"]) == 2
+    monkeypatch.setattr(console.console, "width", 300)  # whatever the terminal is that tests run in
     with console.console.capture() as printed:
         print_heads(found)
     assert ".previous" not in printed.get()
