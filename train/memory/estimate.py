@@ -11,8 +11,8 @@ Gradients grow while activations shrink, so the peak is not the sum:
 
     peak = weights + optimiser + max(activations + logits, gradients + one layer) + workspace
 
-The formulas hold for llama-like layers under SDPA, bytes for bytes in float32 (tests/test_plan.py); other families are
-close. What the runtime itself takes comes on top: `OVERHEAD`.
+The formulas hold for llama-like layers under SDPA, bytes for bytes in float32 (tests/train/runs/test_memory.py); other
+families are close. What the runtime itself takes comes on top: `OVERHEAD`.
 """
 
 from __future__ import annotations
