@@ -234,7 +234,7 @@ def _train(parsed: Any, heads: Any, peaks: list[int]) -> dict[str, int]:
             pairs = parsed.heads.pairs if parsed.heads else []
             task = tasks_of(parsed.task)[0]
             rows = objective_of(parsed.method).prepare(parsed, heads, task)
-            training.train(context, pairs, task, rows, training.training_arguments(parsed))
+            training.train(context, pairs, task, rows)
     return sizes
 
 

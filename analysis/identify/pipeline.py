@@ -165,6 +165,13 @@ def identify(
     parallel = ParallelMap(partial, _key(model, encoded, *options), share)
     # Score every head, rank each role, cut at the elbow where it is asked for.
     scores = score_examples(model, encoded.examples, method, seed, progress, parallel)
+    rules = {role: rule_for(role, scores, rank_by) for role in ROLES}
+    if rank_by != "raw" and (raw := {rule.rank for rule in rules.values() if not rule.rank.endswith(f"_{rank_by}")}):
+        log.warning(
+            "%s: the method has no %s scores; heads are ranked by raw ones, which a softmax may not feel",
+            ", ".join(sorted(raw)),
+            rank_by,
+        )
     ranked = {role: rank(scores, role, ELBOW_UP_TO if top == "elbow" else top, threshold, rank_by) for role in ROLES}
     if top == "elbow":
         ranked = {
@@ -185,7 +192,7 @@ def identify(
                 "examples_scored": scores.counts(),
                 "rank_by": rank_by,
                 "false_discovery_rate": FDR,
-                "rules": {role: rule_for(role, scores, rank_by).to_json() for role in ROLES},
+                "rules": {role: rule.to_json() for role, rule in rules.items()},
             },
             "seed": seed,
         },

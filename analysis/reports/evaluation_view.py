@@ -31,7 +31,7 @@ def evaluation_view(evaluation: Mapping[str, Any]) -> dict[str, Any]:
                 "after": new,
                 "change": change,
                 "interval": interval,
-                "told": interval is None or told(interval),
+                "distinct": interval is None or excludes_zero(interval),
             }
         )
     counts = after.get("n") or before.get("n") or {}
@@ -65,7 +65,7 @@ def changes(evaluation: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return result
 
 
-def told(interval: Any) -> bool:
+def excludes_zero(interval: Any) -> bool:
     """Whether an interval of a change does not hold 0."""
     low, high = interval
     return bool(low > 0 or high < 0)

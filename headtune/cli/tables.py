@@ -12,7 +12,7 @@ from rich.text import Text
 
 from headtune.analysis.heads.head_set import HeadSet
 from headtune.analysis.reports import dissociation
-from headtune.analysis.reports.evaluation_view import changes, told
+from headtune.analysis.reports.evaluation_view import changes, excludes_zero
 from headtune.train.evaluation.compare import Comparison, Group, group_title
 from headtune.train.evaluation.metric_names import METRIC_NAMES, show
 from headtune.train.runs.batch_preview import PreviewRow
@@ -34,7 +34,7 @@ def metrics_table(
 
     Args:
         changes: metric -> `{"mean", "ci"}`, the last column where it is given; one whose interval holds 0 is said to be
-            no change that can be told.
+            not distinguishable from none.
     """
     from headtune.analysis.utils.stats import ENOUGH_SUBJECTS, FEW_SUBJECTS
 
@@ -61,7 +61,7 @@ def _change(change: Mapping[str, Any] | None) -> Text:
         return Text("")
     low, high = change["ci"]
     numbers = f"{change['mean']:+.3g} [{low:+.3g}, {high:+.3g}]"
-    return Text(numbers if told((low, high)) else f"{numbers}, not distinguishable from none")
+    return Text(numbers if excludes_zero((low, high)) else f"{numbers}, not distinguishable from none")
 
 
 def _label(key: str) -> str:

@@ -84,7 +84,7 @@ def resolve_heads(
     pairs = heads.top_heads(block.role, block.top, str(path), notify)
     if block.random is not None:
         like = set(pairs)
-        pairs = sorted(random_like(pairs, model.n_heads, block.random.seed, overlap=True))
+        pairs = sorted(random_like(pairs, model.n_heads, block.random.seed))
         if shared := [f"L{layer}H{head}" for layer, head in pairs if (layer, head) in like]:
             notify(
                 f"{len(shared)} of {len(pairs)} random heads are chosen ones, for want of others: {', '.join(shared)}"

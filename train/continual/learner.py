@@ -321,7 +321,7 @@ class Learner:
             return sorted(divmod(index, n_heads) for index in drawn)
         pairs = top_heads(values, n_layers if block.layers == "all" else block.layers, block.heads)
         if block.choice == "random_matched":
-            return sorted(random_like(pairs, n_heads, self.recipe.seed, overlap=True))
+            return sorted(random_like(pairs, n_heads, self.recipe.seed))
         return sorted(pairs)
 
     def _store(self, folder: Path) -> TeacherStore:

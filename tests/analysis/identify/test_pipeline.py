@@ -212,6 +212,19 @@ def test_the_table_of_single_facts_has_no_empty_and_no_doubled_column(
         assert line.count("ablation.target_logp") <= 1
 
 
+@pytest.mark.parametrize(
+    ("method", "rank_by", "said"),
+    [("path", "centred", ""), ("attribution_patching", "centred", "raw"), ("dla", "raw", "")],
+)
+def test_a_method_without_the_scores_asked_for_says_by_what_it_ranks(
+    lists: HeadModel, towns: Task, caplog: pytest.LogCaptureFixture, method: str, rank_by: str, said: str
+) -> None:
+    pipeline.identify(lists, towns.limited(4), method, top=1, verify_top=1, n_random=1, rank_by=rank_by)
+    lines = [line for line in caplog.messages if "ranked by raw ones" in line]
+    assert len(lines) == bool(said)
+    assert not lines or (f"{method}.target" in lines[0] and "no centred scores" in lines[0])
+
+
 def test_progress_sees_every_example_of_both_stages(model: HeadModel) -> None:
     seen: list[tuple[str, int]] = []
 

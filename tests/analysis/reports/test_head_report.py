@@ -28,7 +28,7 @@ from headtune.analysis.reports import (
 from headtune.analysis.reports.head_profiles import HeadProfile, read_profiles, write_profiles
 from headtune.analysis.reports.html import number, with_interval
 from headtune.analysis.utils.errors import InputError
-from headtune.cli.tables import dissociation_table
+from headtune.cli.tables import dissociation_table, metrics_table
 
 N_LAYERS, N_HEADS = 5, 4
 
@@ -595,6 +595,55 @@ def test_before_and_after_stand_side_by_side_with_the_kind_of_every_item(tmp_pat
     kinds = [attributes["class"] for name, attributes in page.tags if name == "li"]
     assert kinds == ["correct_new", "repeat", "missing", "correct_new", "correct_new", "wrong"]
     assert "1 correct new 2 repeat 3 missing" in page.text
+
+
+def paired(*changes: float) -> dict[str, Any]:
+    """`repeat_rate` falls by these numbers, one a subject; `wrong_rate` goes up and down and does not change."""
+    examples = [
+        {
+            **evaluation()["examples"][0],
+            "subject": f"subject {index}",
+            "before_values": {"repeat_rate": 0.9, "wrong_rate": 0.5},
+            "after_values": {"repeat_rate": 0.9 - change, "wrong_rate": 0.5 + 0.1 * (-1) ** index},
+        }
+        for index, change in enumerate(changes)
+    ]
+    sides = {
+        side: {
+            name: {"mean": float(np.mean([e[f"{side}_values"][name] for e in examples])), "ci": [0.0, 1.0]}
+            for name in ("repeat_rate", "wrong_rate")
+        }
+        for side in ("before", "after")
+    }
+    return evaluation() | sides | {"examples": examples}
+
+
+def test_the_change_has_an_interval_and_says_where_it_may_be_none(tmp_path: Path) -> None:
+    """Paired over subjects: t of 3 degrees of freedom is 3.182446."""
+    falls = (0.1, 0.2, 0.3, 0.2)
+    width = 3.182446 * np.std(falls, ddof=1) / 2
+    found = evaluation_view.changes(paired(*falls))
+    assert found["repeat_rate"]["mean"] == pytest.approx(-0.2)
+    assert found["repeat_rate"]["ci"] == pytest.approx([-0.2 - width, -0.2 + width])
+    _, page = written(tmp_path, head_set(), evaluation=paired(*falls))
+    bounds = ", ".join(f"{value:.3g}" for value in (-0.2 - width, -0.2 + width))
+    assert f"-0.2 [{bounds}] wrong rate" in page.text, "a change that is there has no note"
+    assert page.text.count("not distinguishable from no change") == 1
+    # In the terminal the same.
+    numbers = paired(*falls)
+    table = metrics_table(
+        {"before": numbers["before"], "after": numbers["after"]}, "", evaluation_view.changes(numbers)
+    )
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(table)
+    lines = {line.split("│")[1].strip(): line for line in console.export_text().splitlines() if "│" in line}
+    assert f"-0.2 [{bounds}]" in lines["repeat rate"] and "distinguishable" not in lines["repeat rate"]
+    assert "not distinguishable from none" in lines["wrong rate"]
+
+
+def test_one_subject_or_one_side_alone_has_no_interval_of_a_change() -> None:
+    assert evaluation_view.changes(paired(0.3)) == {}
+    assert evaluation_view.changes(evaluation() | {"after": None}) == {}
 
 
 def test_examples_that_are_left_out_are_counted(tmp_path: Path) -> None:
