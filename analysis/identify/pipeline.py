@@ -156,10 +156,15 @@ def identify(
             ENOUGH_SUBJECTS,
         )
     silenced = {name: control.roles for name, control in (controls or {}).items()}
-    if rank_by == "contrast" and not all(example.others for example in encoded.examples):
+    alone = {example.example.subject for example in encoded.examples if not example.others}
+    if rank_by == "contrast" and alone:
         log.warning(
-            "task %s: all subjects have the same answers, so heads are ranked against the vocabulary",
+            "task %s: %s, so heads are ranked against the vocabulary%s",
             encoded.task.name,
+            "all subjects have the same answers"
+            if (everywhere := len(alone) == encoded.n_subjects)
+            else f"the answers of {len(alone)} of {encoded.n_subjects} subjects hold all others'",
+            "" if everywhere else " there",
         )
     options = (names, verify_top, n_random, seed, top, threshold, silenced, rank_by)
     parallel = ParallelMap(partial, _key(model, encoded, *options), share)

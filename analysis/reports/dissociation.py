@@ -77,11 +77,17 @@ def dissociation_table(heads: HeadSet) -> list[Condition]:
         n, sets = len(chosen["heads"]), matched["sets"]
         rows.append(condition(f"top {n} {role} heads silenced", chosen))
         if sets:
-            rows.append(condition(f"{n} random heads of the same layers silenced ({sets} sets)", matched, extreme))
-        for kind, words in (("largest", "that write most"), ("lowest", "with scores nearest to zero")):
+            rows.append(
+                condition(
+                    f"{_count(n, 'random')} of the same layers silenced ({sets} sets)",
+                    matched,
+                    extreme,
+                )
+            )
+        for kind, words in (("largest", "of largest output"), ("lowest", "with scores nearest to zero")):
             if control := block.get(f"ablate_{kind}_like_{role}"):
                 n = len(control["heads"])
-                rows.append(condition(f"{n} other heads of the same layers {words} silenced", control))
+                rows.append(condition(f"{_count(n, 'other')} of the same layers {words} silenced", control))
         for name, control in block.items():
             if name.startswith("ablate_control_") and name.endswith(f"_{role}"):
                 task = name.removeprefix("ablate_control_").removesuffix(f"_{role}")
@@ -112,6 +118,10 @@ def verdict_of(result: dict[str, Any]) -> str:
     return str(result.get("verdict") or ("holds" if result["held"] else "does not hold"))
 
 
+def _count(n: int, kind: str) -> str:
+    return f"{n} {kind} head{'s' if n != 1 else ''}"
+
+
 def next_step(heads: HeadSet) -> str:
     """What to do about roles that do not hold or cannot be told; empty where all hold or none was tested."""
     tests = heads.verification.get("dissociation") or {}
@@ -123,7 +133,12 @@ def next_step(heads: HeadSet) -> str:
             continue
         silenced = f"ablate_{role}" in heads.verification
         if result == "cannot be told":
-            steps = ["give more subjects or prompts, or another model that knows the answers"]
+            few_sets = "random sets of heads are all there is" in str(tests[role].get("reason"))
+            steps = [
+                "choose fewer heads or verify fewer (--verify-top), so that more random sets exist, or a larger model"
+                if few_sets
+                else "give more subjects or prompts, or another model that knows the answers"
+            ]
         elif silenced:
             steps = ["see how far the controls beside them go", "give more subjects or prompts"]
         else:

@@ -26,7 +26,7 @@ from headtune.analysis.reports.html import with_interval
 from headtune.analysis.tasks.tokenized import Encoded
 from headtune.analysis.utils.errors import InputError
 from headtune.analysis.utils.progress import Progress
-from headtune.analysis.utils.stats import subject_shares
+from headtune.analysis.utils.stats import rate_interval, t_interval
 
 from .base import Analysis, Figure, Table
 from .head_roles import head_roles
@@ -37,7 +37,6 @@ Band = dict[str, Any]  # {"n": examples, "mean", "low", "high": a number or a li
 Part = str | Table | Figure
 Section = tuple[dict[str, Any], list[Part]]  # for `data`, and for the page
 
-N_RESAMPLINGS = 1000  # of the subjects, behind each interval
 OFTEN = 0.5  # the share of examples from which on a head has a role
 SHOWN_HEADS = 10
 CONDITIONS = {
@@ -77,7 +76,6 @@ class _Study:
     names: list[str]
     subjects: list[str]
     rows: list[dict[str, Values]]
-    seed: int
 
     @property
     def n_previous(self) -> int:
@@ -92,7 +90,8 @@ class _Study:
         return np.stack([row.get(quantity, np.full(shape, np.nan)) for row in self.rows])
 
     def bands(self, quantity: str, names: Sequence[str] | None = None) -> dict[str, Band]:
-        """name -> mean over the examples that have it, with its 95% interval over subjects."""
+        """name -> mean over the examples that have it, with its 95% interval over subjects (Student's, Wilson's
+        for probabilities; the range of the values where one subject alone has it)."""
         values = self.stacked(quantity)
         return {name: self._band(values[..., i]) for i, name in enumerate(names or self.names)}
 
@@ -100,10 +99,13 @@ class _Study:
         present = [i for i, row in enumerate(values) if not np.isnan(row).any()]
         if not present:
             return {"n": 0, "mean": None, "low": None, "high": None}
-        shares = subject_shares([self.subjects[i] for i in present], N_RESAMPLINGS, self.seed)
-        means = np.tensordot(shares, values[present], 1)
-        low, high = np.percentile(means, [2.5, 97.5], axis=0)
-        return {"n": len(present), "mean": values[present].mean(0).tolist(), "low": low.tolist(), "high": high.tolist()}
+        mean = values[present].mean(0)
+        rates = bool(((values[present] >= 0) & (values[present] <= 1)).all())
+        interval = rate_interval if rates else t_interval
+        low, high = interval(values[present], [self.subjects[i] for i in present])
+        low = np.where(np.isfinite(low), low, values[present].min(0))
+        high = np.where(np.isfinite(high), high, values[present].max(0))
+        return {"n": len(present), "mean": mean.tolist(), "low": low.tolist(), "high": high.tolist()}
 
 
 def promote_then_suppress(
@@ -126,7 +128,7 @@ def promote_then_suppress(
         window: layers restored together.
         stride: a window at every how many layers; None = about ten windows.
         renormalise: let the attention left by a knockout sum to 1 again.
-        seed: of the choice of examples, the noise and the intervals.
+        seed: of the choice of examples and the noise.
 
     Raises:
         InputError: a count that is too small.
@@ -141,7 +143,7 @@ def promote_then_suppress(
     depth = max(len(encoded.previous) for encoded in examples)
     names = ["subject", *(f"o{i}" for i in range(1, depth + 1)), "next", "remaining"]
     rows = [measured(model, e, depth, renormalise) for e in progress(examples, "decoding and knocking out")]
-    study = _Study(names, [encoded.example.subject for encoded in examples], rows, seed)
+    study = _Study(names, [encoded.example.subject for encoded in examples], rows)
     of_length = Counter(len(encoded.previous) for encoded in examples)
     data: dict[str, Any] = {
         "n_examples": len(examples),
@@ -310,7 +312,7 @@ def _tracing(
             traced(model, encoded, noisy, deviations[noisy], depth, n_noise, window, centres, seed)
             for encoded in progress(usable, f"tracing with noise on {shown(noisy)}")
         ]
-        study = _Study(names, [encoded.example.subject for encoded in usable], rows, seed)
+        study = _Study(names, [encoded.example.subject for encoded in usable], rows)
         clean, with_noise = (_nanmean(study.stacked(run)) for run in ("clean", "noisy"))
         effect: dict[str, dict[str, Values]] = {
             kind: {

@@ -116,6 +116,41 @@ def change_interval(
     return {"mean": mean, "ci": [mean - width, mean + width]}
 
 
+def mean_of_means_interval(
+    values: Sequence[ArrayLike], subjects: Sequence[Sequence[str]], level: float = 0.95, rates: bool = False
+) -> list[float] | None:
+    """`[low, high]` of `1/T sum_i mean_i`, the mean over T independent tasks of each one's mean over examples.
+
+    `se^2 = sum_i se_i^2 / T^2` with Satterthwaite's degrees of freedom `(sum_i se_i^2)^2 / sum_i se_i^4/(n_i - 1)`;
+    Student's interval, or with `rates` Wilson's form of it (see `rate_interval`), whose number of trials is that of
+    subjects in all where no example differs.
+
+    Returns:
+        Where a task has one subject `[0, 1]` for rates, else None.
+    """
+    errors, numbers, means = [], [], []
+    for task, names in zip(values, subjects, strict=True):
+        mean, error, n = (each.item() for each in standard_error(task, names))
+        means.append(mean)
+        errors.append(error**2)
+        numbers.append(n)
+    mean = float(np.mean(means))
+    if min(numbers) < 2:
+        return [0.0, 1.0] if rates else None
+    square = sum(errors) / len(means) ** 2
+    varying = sum(error**2 / (n - 1) for error, n in zip(errors, numbers, strict=True))
+    df = max(1, int(sum(errors) ** 2 / varying)) if varying else sum(numbers) - len(numbers)
+    t = t_quantile(df, level)
+    if not rates:
+        return [mean - t * math.sqrt(square), mean + t * math.sqrt(square)]
+    mean = min(max(mean, 0.0), 1.0)
+    spread = mean * (1 - mean)
+    trials = spread / square if square > 1e-12 * spread else float(sum(numbers))
+    middle, width = mean + t**2 / (2 * trials), t * math.sqrt(spread / trials + t**2 / (4 * trials**2))
+    low, high = ((middle + sign * width) / (1 + t**2 / trials) for sign in (-1, 1))
+    return [max(0.0, min(low, mean)), min(1.0, max(high, mean))]
+
+
 def one_sided_p(values: ArrayLike, subjects: Sequence[str], sign: float) -> Floats:
     """P(T >= t) of Student's t of a mean over subjects, against "the mean times `sign` is at most 0": `[...]`.
 

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from headtune.analysis.utils.errors import InputError
-from headtune.analysis.utils.stats import percentile_interval, subject_weights, tails
+from headtune.analysis.utils.stats import mean_of_means_interval
 
 Matrix = Sequence[Sequence[float | None]]  # [i][j]: task i after training task j; None for j < i
 
@@ -53,23 +53,18 @@ def forgetting(accuracy: Matrix) -> float | None:
 def sequence_metrics(
     values: Sequence[Sequence[ArrayLike | None]],
     subjects: Sequence[Sequence[str]],
-    n: int = 2000,
-    seed: int = 0,
     level: float = 0.95,
 ) -> dict[str, Any]:
-    """The matrix and its three numbers from the values of every example, with paired bootstrap intervals.
+    """The matrix and its three numbers from the values of every example, with intervals over subjects.
 
-    Every resampling draws the subjects of each task anew, with all their examples, and uses the same draw for that task
-    after every training step: what an example loses is a difference of its own values. Tasks are not resampled, nor is
-    the training: the intervals are those of this run.
+    See `mean_of_means_interval`. What an example loses is a difference of its own values. Neither the tasks nor the
+    training vary: the intervals are those of this run.
 
     Args:
         values: `values[i][j]`, `[n_examples of task i]`: each example's accuracy after training task j, in the same
             order for all j; None for j < i.
         subjects: `subjects[i]`, `[n_examples of task i]`: of each example, in that order.
-        n: resamplings.
-        seed: of the first task's draws; each later task's is one higher.
-        level: of the percentile intervals.
+        level: of the intervals.
 
     Returns:
         `{"accuracy": [[a_11, a_12, ...], [None, a_22, ...], ...], "op", "op_ci": [low, high], "bwt", "bwt_ci",
@@ -86,26 +81,16 @@ def sequence_metrics(
     accuracy: list[list[float | None]] = [
         [None] * i + [float(x) for x in table.mean(1)] for i, table in enumerate(tables)
     ]
-    final, change = [], []  # of each task in each resampling: [T or T - 1, n]
-    for i, (table, names) in enumerate(zip(tables, subjects, strict=True)):
-        weights = subject_weights(names, n, seed + i)  # [n, n_examples]
-        total = weights.sum(1)
-        last = weights @ table[-1] / total
-        final.append(last)
-        if i < len(tables) - 1:
-            change.append(last - weights @ table[0] / total)
+    final = [table[-1] for table in tables]
+    change = [table[-1] - table[0] for table in tables[:-1]]
     return {
         "accuracy": accuracy,
         "op": overall_performance(accuracy),
-        "op_ci": _interval(final, level),
+        "op_ci": mean_of_means_interval(final, subjects, level, rates=True),
         "bwt": backward_transfer(accuracy),
-        "bwt_ci": _interval(change, level) if change else None,
+        "bwt_ci": mean_of_means_interval(change, subjects[:-1], level) if change else None,
         "forgetting": forgetting(accuracy),
     }
-
-
-def _interval(by_task: Sequence[NDArray[np.float64]], level: float) -> list[float]:
-    return list(percentile_interval(np.mean(by_task, axis=0), tails(level)))
 
 
 def _table(row: Sequence[ArrayLike | None], i: int, n_tasks: int) -> NDArray[np.float64]:

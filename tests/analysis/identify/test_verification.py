@@ -322,7 +322,7 @@ def test_a_model_without_other_heads_cannot_be_compared(examples: list[Encoded])
     assert [row.name for row in dissociation_table(heads)][:3] == [
         "nothing silenced",
         "top 1 suppression heads silenced",
-        "1 random heads of the same layers silenced (1 sets)",
+        "1 random head of the same layers silenced (1 sets)",
     ]
 
 

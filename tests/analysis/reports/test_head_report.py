@@ -334,10 +334,10 @@ def test_the_table_has_every_condition_with_ratios_and_the_most_extreme_sets() -
         "nothing silenced",
         "top 2 suppression heads silenced",
         "2 random heads of the same layers silenced (20 sets)",
-        "2 other heads of the same layers that write most silenced",
+        "2 other heads of the same layers of largest output silenced",
         "top 1 recall heads silenced",
-        "1 random heads of the same layers silenced (20 sets)",
-        "1 other heads of the same layers that write most silenced",
+        "1 random head of the same layers silenced (20 sets)",
+        "1 other head of the same layers of largest output silenced",
     ]
     baseline, suppression, like_suppression, largest, recall, like_recall, _ = (row.cells for row in rows)
     assert baseline["p_previous"].ratio is None and baseline["p_previous"].interval == pytest.approx((0.036, 0.044))
@@ -439,10 +439,12 @@ def test_a_verdict_that_cannot_be_told(options: dict[str, Any], why: str) -> Non
     for role, (outcome, sentence) in zip(("Suppression", "Recall"), dissociation.verdicts(heads), strict=True):
         assert outcome == "cannot be told" and sentence.startswith(f"{role} cannot be told: ")
         assert why in sentence
+    more = "give more subjects or prompts, or another model that knows the answers"
+    if "sets" in options:
+        more = "choose fewer heads or verify fewer (--verify-top), so that more random sets exist, or a larger model"
     assert dissociation.next_step(heads) == (
-        "For suppression: give more subjects or prompts, or another model that knows the answers; or take the heads as "
-        "a hypothesis. For recall: give more subjects or prompts, or another model that knows the answers; or take the "
-        "heads as a hypothesis."
+        f"For suppression: {more}; or take the heads as a hypothesis. "
+        f"For recall: {more}; or take the heads as a hypothesis."
     )
 
 
@@ -941,7 +943,7 @@ def test_the_controls_have_rows_too() -> None:
     block["ablate_lowest_like_recall"] = {"heads": [[2, 1]]} | baseline
     block["ablate_control_books_suppression"] = block["ablate_suppression"]
     names = [row.name for row in dissociation.dissociation_table(head_set(block))]
-    assert "1 other heads of the same layers with scores nearest to zero silenced" in names
+    assert "1 other head of the same layers with scores nearest to zero silenced" in names
     assert names[4] == "top 2 suppression heads of books silenced"
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from headtune.analysis.utils.errors import InputError
+from headtune.analysis.utils.stats import rate_interval
 from headtune.train.continual.metrics import backward_transfer, forgetting, overall_performance, sequence_metrics
 from headtune.train.continual.sequence import evaluation_of
 
@@ -56,29 +57,35 @@ def subjects_of(values: list[list[np.ndarray | None]], each: int = 1) -> list[li
     return [[f"subject {index // each}" for index in range(len(np.asarray(row[-1])))] for row in values]
 
 
-@pytest.mark.parametrize(
-    "each", [pytest.param(1, marks=pytest.mark.slow), 3]
-)  # 40 and 25 examples: the last subject has fewer
-def test_intervals_are_those_of_resampled_subjects(each: int) -> None:
-    """Against the resampling written out, with other random numbers: bounds agree to what 20,000 draws allow."""
+@pytest.mark.parametrize("each", [1, 3])  # examples of a subject
+def test_intervals_hold_the_true_values(each: int) -> None:
+    """400 sequences of three tasks of 30 subjects: at least 93% of the intervals hold what they were drawn with."""
+    generator, held = np.random.default_rng(each), np.zeros(2)
+    for _ in range(400):
+        knows = [generator.beta(2, 2, 30).repeat(each) for _ in range(3)]  # of each subject
+        forgets = generator.random((3, 30 * each)) < 0.3
+        first = [(generator.random(len(p)) < p).astype(float) for p in knows]
+        last = [np.where(gone, 0.0, values) for values, gone in zip(first, forgets, strict=True)]
+        values = [[None] * i + [first[i]] + [last[i]] * (2 - i) for i in range(3)]
+        result = sequence_metrics(values, subjects_of(values, each))
+        op, bwt = (0.35 + 0.35 + 0.5) / 3, -0.15  # the last task has not been forgotten yet
+        bounds = result["op_ci"], result["bwt_ci"]
+        held += [low <= true <= high for (low, high), true in zip(bounds, (op, bwt), strict=True)]
+    assert (held / 400 >= 0.93).all(), held / 400
+
+
+def test_the_interval_of_one_task_is_that_of_its_mean() -> None:
+    values, subjects = np.random.default_rng(3).integers(0, 2, 30).astype(float), [f"s{i // 2}" for i in range(30)]
+    found = sequence_metrics([[values]], [subjects])
+    np.testing.assert_allclose(found["op_ci"], np.stack(rate_interval(values, subjects)), atol=1e-9)
+    assert found["bwt_ci"] is None
+    one = sequence_metrics([[values[:2], values[:2]], [None, values]], [subjects[:2], subjects])
+    assert (one["op_ci"], one["bwt_ci"]) == ([0.0, 1.0], None)
+
+
+def test_the_numbers_are_those_of_the_matrix() -> None:
     values = random_values(1)
-    found = sequence_metrics(values, subjects_of(values, each), n=20_000)
-    generator = np.random.default_rng(9)
-    ops, bwts = [], []
-    tasks = []
-    for i, row in enumerate(values):
-        final, first = (np.asarray(row[step]) for step in (-1, i))
-        tasks.append((final, first, np.split(np.arange(len(final)), range(each, len(final), each))))
-    for _ in range(20_000):
-        last, change = [], []
-        for final, first, own in tasks:
-            drawn = np.concatenate([own[k] for k in generator.integers(0, len(own), len(own))])
-            last.append(final[drawn].mean())
-            change.append((final[drawn] - first[drawn]).mean())
-        ops.append(np.mean(last))
-        bwts.append(np.mean(change[:-1]))
-    np.testing.assert_allclose(found["op_ci"], np.percentile(ops, [2.5, 97.5]), atol=0.006)
-    np.testing.assert_allclose(found["bwt_ci"], np.percentile(bwts, [2.5, 97.5]), atol=0.008)
+    found = sequence_metrics(values, subjects_of(values))
     means = [[None if step is None else float(np.mean(step)) for step in row] for row in values]
     assert found["accuracy"] == means
     assert (found["op"], found["bwt"], found["forgetting"]) == (
@@ -88,7 +95,7 @@ def test_intervals_are_those_of_resampled_subjects(each: int) -> None:
     )
 
 
-def test_intervals_are_paired_and_seeded() -> None:
+def test_intervals_are_paired() -> None:
     """Examples that all lose the same leave nothing to doubt, however much they differ among themselves."""
     first = np.random.default_rng(0).random(30)
     values = [[first, first - 0.25], [None, first[:7]]]
@@ -96,8 +103,6 @@ def test_intervals_are_paired_and_seeded() -> None:
     found = sequence_metrics(values, subjects)
     np.testing.assert_allclose(found["bwt_ci"], [-0.25, -0.25])
     assert found["op_ci"][1] - found["op_ci"][0] > 0.05
-    assert sequence_metrics(values, subjects) == found
-    assert sequence_metrics(values, subjects, seed=1)["op_ci"] != found["op_ci"]
     wide, narrow = (sequence_metrics(values, subjects, level=level)["op_ci"] for level in (0.99, 0.5))
     assert wide[0] < found["op_ci"][0] < narrow[0] < found["op"] < narrow[1] < found["op_ci"][1] < wide[1]
 
