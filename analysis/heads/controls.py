@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from headtune.analysis.methods.scores import Array, Scores
+from headtune.analysis.utils.errors import InputError
 
 from .ranking import rule_for
 
@@ -88,6 +89,29 @@ def random_sets(
     return list(drawn)
 
 
+def best_in_layers(
+    order: Array, like: Sequence[tuple[int, int]], exclude: Sequence[tuple[int, int]] = (), neighbours: bool = False
+) -> list[tuple[int, int]]:
+    """For each of `like`, the head of its layer with the least `order` (`[n_layers, n_heads]`), none twice.
+
+    None of `like` or `exclude`. Where a layer runs out of other heads, fewer than asked for, or with `neighbours` those
+    of the nearest layers (below before above).
+    """
+    barred = {*like, *exclude}
+    n_layers = len(order)
+    drawn: list[tuple[int, int]] = []
+    for layer in sorted({layer for layer, _ in like}):
+        count = sum(each == layer for each, _ in like)
+        for near in sorted(range(n_layers), key=lambda each: (abs(each - layer), each)) if neighbours else [layer]:
+            others = [(near, int(head)) for head in np.argsort(order[near], kind="stable")]
+            others = [head for head in others if head not in barred][:count]
+            drawn, count = drawn + others, count - len(others)
+            barred |= set(others)
+            if not count:
+                break
+    return drawn
+
+
 def largest(norms: Array, like: Sequence[tuple[int, int]], exclude: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
     """The control matched in size: for each of `like`, the head of its layer that writes most, by `norms`.
 
@@ -96,13 +120,7 @@ def largest(norms: Array, like: Sequence[tuple[int, int]], exclude: Sequence[tup
 
     None of `like` or `exclude`, none twice; fewer than asked for where a layer runs out of other heads.
     """
-    drawn: list[tuple[int, int]] = []
-    for layer in sorted({layer for layer, _ in like}):
-        count = sum(each == layer for each, _ in like)
-        others = [int(head) for head in np.argsort(-norms[layer], kind="stable")]
-        others = [head for head in others if (layer, head) not in {*like, *exclude}]
-        drawn += [(layer, head) for head in others[:count]]
-    return drawn
+    return best_in_layers(-norms, like, exclude)
 
 
 def lowest(scores: Scores, role: str, like: Sequence[tuple[int, int]], by: str = "contrast") -> list[tuple[int, int]]:
@@ -110,10 +128,18 @@ def lowest(scores: Scores, role: str, like: Sequence[tuple[int, int]], by: str =
 
     None of `like`, none twice; fewer than asked for where a layer runs out of other heads.
     """
-    size = np.abs(scores.mean(rule_for(role, scores, by).rank))
-    drawn: list[tuple[int, int]] = []
-    for layer in sorted({layer for layer, _ in like}):
-        taken = {head for each, head in like if each == layer}
-        others = [int(head) for head in np.argsort(size[layer], kind="stable") if int(head) not in taken]
-        drawn += [(layer, head) for head in others[: len(taken)]]
-    return drawn
+    return best_in_layers(np.abs(scores.mean(rule_for(role, scores, by).rank)), like)
+
+
+def random_anywhere(
+    heads: Sequence[tuple[int, int]], shape: tuple[int, int], seed: int, exclude: Sequence[tuple[int, int]] = ()
+) -> list[tuple[int, int]]:
+    """As many random heads of the whole model (of `shape`: layers, heads in each), none of `heads` or `exclude`.
+
+    Raises:
+        InputError: the model has too few others.
+    """
+    others = sorted({(layer, head) for layer in range(shape[0]) for head in range(shape[1])} - {*heads, *exclude})
+    if len(others) < len(heads):
+        raise InputError(f"{len(heads)} other heads are asked for, and the model has {len(others)}; choose fewer heads")
+    return sorted(random.Random(seed).sample(others, len(heads)))

@@ -13,7 +13,8 @@ from rich.text import Text
 from headtune.analysis.heads.head_set import HeadSet
 from headtune.analysis.reports import dissociation
 from headtune.analysis.reports.evaluation_view import changes, excludes_zero
-from headtune.train.evaluation.compare import Comparison, Group, group_title
+from headtune.train.evaluation.compare import Comparison, Group, as_json, group_title, runs_of
+from headtune.train.evaluation.identification_pays import identification_pays
 from headtune.train.evaluation.metric_names import METRIC_NAMES, show
 from headtune.train.runs.batch_preview import PreviewRow
 
@@ -172,6 +173,18 @@ def comparison_tables(comparison: Comparison, width: int) -> list[Table]:
                 "model, and are not compared across tables"
             )
     return result
+
+
+def comparison_json(comparison: Comparison) -> dict[str, Any]:
+    """The comparison as plain data, with whether the choice of heads paid."""
+    results = identification_pays(runs_of(comparison))
+    return as_json(comparison) | {"identification": [each.to_json() for each in results]}
+
+
+def identification_text(comparison: Comparison) -> Text:
+    """Whether the choice of heads paid, in words; empty where no controls were run beside identified heads."""
+    results = identification_pays(runs_of(comparison))
+    return Text("\n".join(line for each in results for line in each.sentences()))
 
 
 def _comparison_cell(comparison: Comparison, group: Group, key: str) -> Text:

@@ -24,8 +24,13 @@ CountOrAll = Annotated[Annotated[int, Field(ge=1)] | Literal["all"], BeforeValid
 
 
 class LoraSizes(StrictConfig):
-    """The shape of a LoRA."""
+    """The shape of a LoRA.
+
+    Attributes:
+        layers: the layers that have one; null: all.
+    """
 
     r: Annotated[int, Field(ge=1)] = 8
     alpha: Annotated[int, Field(ge=1)] = 16
     target_modules: str | list[str] = "all-linear"
+    layers: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] | None = None

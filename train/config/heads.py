@@ -56,8 +56,30 @@ class RandomConfig(StrictConfig):
     seed: int = 0
 
 
+ControlKind = Literal["random", "anywhere", "nearest_zero", "largest"]
+
+
+class ControlConfig(StrictConfig):
+    """Heads to compare chosen ones with: as many as those chosen from `like` with this block's role and top.
+
+    None of them is among the chosen ones, nor among the heads of any role of the set. In the chosen ones' layers, or
+    where those have too few others, in the nearest layers (which is said).
+
+    Attributes:
+        like: the head set.
+        kind: `random` heads of the same layers; random heads `anywhere`; heads of the same layers with scores
+            `nearest_zero`; the `largest` others of the same layers, by the mean norm of what they write at the last
+            token of training prompts.
+        seed: of what is drawn.
+    """
+
+    like: str
+    kind: ControlKind = "random"
+    seed: int = 0
+
+
 class HeadsConfig(StrictConfig):
-    """Which heads: exactly one of `from`, `identify`, `lofit`, `probe`, `random`, `all`, `list`.
+    """Which heads: exactly one of `from`, `identify`, `lofit`, `probe`, `random`, `control`, `all`, `list`.
 
     `role` and `top` choose from a head set; `both` takes the top recall and the top suppression heads. What `lofit`,
     `probe` and JoLA's gates choose has the role `selected`.
@@ -68,6 +90,7 @@ class HeadsConfig(StrictConfig):
     lofit: FirstStageConfig | None = None
     probe: ProbeConfig | None = None
     random: RandomConfig | None = None
+    control: ControlConfig | None = None
     every: Literal[True] | None = Field(None, alias="all")
     pairs: Annotated[list[tuple[int, int]], Field(min_length=1)] | None = Field(None, alias="list")
     role: Literal["recall", "suppression", "both", "selected"] = "both"
@@ -89,6 +112,7 @@ class HeadsConfig(StrictConfig):
             "lofit": self.lofit,
             "probe": self.probe,
             "random": self.random,
+            "control": self.control,
             "all": self.every,
             "list": self.pairs,
         }

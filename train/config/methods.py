@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 
 from .base import LoraSizes, StrictConfig
 from .continual import DistilConfig, ReplayConfig, SeekrConfig
-from .heads import FirstStageConfig, HeadsConfig, IdentifyConfig, ProbeConfig, RandomConfig
+from .heads import ControlConfig, FirstStageConfig, HeadsConfig, IdentifyConfig, ProbeConfig, RandomConfig
 from .objective_registry import ObjectiveName
 from .regularisers import (
     AnyRegulariser,
@@ -29,6 +29,7 @@ __all__ = [  # of the files beside
     "AnyRegulariser",
     "AttentionKl",
     "AttributionHinge",
+    "ControlConfig",
     "DistilConfig",
     "FirstStageConfig",
     "HeadsConfig",

@@ -129,7 +129,8 @@ def _heads_label(heads: HeadsConfig | None) -> str:
         return f"list{len(heads.pairs)}"
     if heads.learnt:
         return f"{'lofit' if heads.lofit else 'probe'}{heads.top}"
-    return ("random-" if heads.random else "") + f"{heads.role}{heads.top}"
+    kind = "random-" if heads.random else f"{heads.control.kind}-" if heads.control else ""
+    return f"{kind}{heads.role}{heads.top}"
 
 
 # --- files and overrides ----------------------------------------------------------------------------------------------

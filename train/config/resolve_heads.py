@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,18 +13,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from headtune.analysis.heads.controls import random_like
+from headtune.analysis.heads.controls import best_in_layers, random_anywhere, random_like, random_sets
 from headtune.analysis.heads.head_set import HeadSet, RankedHead, provenance
 from headtune.analysis.identify import pipeline
+from headtune.analysis.identify.verification import output_norms
 from headtune.analysis.methods.scores import Scores, load_means
 from headtune.analysis.models.head_model import HeadModel
 from headtune.analysis.reports.head_profiles import read_profiles, write_profiles
 from headtune.analysis.tasks.task import Task
+from headtune.analysis.tasks.tokenized import encode
 from headtune.analysis.utils.errors import CheckError, InputError
 from headtune.analysis.utils.progress import Notify
 from headtune.train.types import ProbeResult
 
-from .methods import HeadsConfig
+from .methods import ControlConfig, HeadsConfig
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +80,8 @@ def resolve_heads(
         result = pipeline.identify(model, part, block.identify.method, top=block.top, progress=progress)
         pairs = result.heads.top_heads(block.role, block.top, notify=notify)
         return ResolvedHeads(pairs, result.heads, result.scores.means(), scores=result.scores)
-    path = Path(block.source or (block.random.like if block.random else ""))
+    source = block.random or block.control
+    path = Path(block.source or (source.like if source else ""))
     heads = HeadSet.load(path)
     for warning in heads.check_model(model.identity()):
         log.warning(warning)
@@ -89,6 +93,11 @@ def resolve_heads(
             notify(
                 f"{len(shared)} of {len(pairs)} random heads are chosen ones, for want of others: {', '.join(shared)}"
             )
+    if block.control is not None:
+        chosen, kind = pairs, block.control.kind
+        pairs = control_heads(block.control, chosen, heads, path, model, task)
+        if kind != "anywhere" and (moved := _moved(chosen, pairs)):
+            notify(f"heads to compare with: the layers of the chosen ones have too few others, so {moved}")
     scores = path.parent / "scores.safetensors" if path.is_file() else path / "scores.safetensors"
     portraits = scores.with_name("portraits.json")
     return ResolvedHeads(
@@ -97,6 +106,59 @@ def resolve_heads(
         load_means(scores, heads.shape) if scores.is_file() else None,
         portraits=portraits if portraits.is_file() else None,
     )
+
+
+def control_heads(
+    control: ControlConfig,
+    chosen: Sequence[tuple[int, int]],
+    heads: HeadSet,
+    path: Path,
+    model: HeadModel,
+    task: Task,
+) -> list[tuple[int, int]]:
+    """Heads to compare `chosen` with, sorted; see `ControlConfig`.
+
+    Raises:
+        InputError: the model has too few other heads, or a head set without scores for `nearest_zero`.
+    """
+    roles = [(entry.layer, entry.head) for entries in heads.roles.values() for entry in entries]
+    shape = (model.n_layers, model.n_heads)
+    if control.kind == "anywhere":
+        return random_anywhere(chosen, shape, control.seed, roles)
+    pairs: Sequence[tuple[int, int]]
+    if control.kind == "random":
+        pairs = next(iter(random_sets(chosen, shape, 1, control.seed, roles)), ())
+    elif control.kind == "largest":
+        examples = encode(task, model.tokenizer, model.positions).examples
+        pairs = best_in_layers(-output_norms(model, examples), chosen, roles, neighbours=True)
+    else:
+        pairs = best_in_layers(np.abs(_ranking_scores(heads, path)), chosen, roles, neighbours=True)
+    if len(pairs) < len(chosen):
+        raise InputError(
+            f"heads.control {control.kind}: {len(chosen)} heads that share none with the roles of {str(path)!r} are "
+            f"asked for, and the model has {len(pairs)}; lower heads.top"
+        )
+    return sorted(pairs)
+
+
+def _ranking_scores(heads: HeadSet, path: Path) -> Any:
+    """`[n_layers, n_heads]`: the largest of the roles' ranking scores, in absolute value."""
+    file = (path.parent if path.is_file() else path) / "scores.safetensors"
+    if not file.is_file():
+        raise InputError(
+            f"heads.control nearest_zero needs the scores of all heads, and {str(file)!r} does not exist; "
+            "run headtune identify again, or choose another kind"
+        )
+    means = load_means(file, heads.shape)
+    rules = heads.method.get("parameters", {}).get("rules", {})
+    names = [rule["rank"] for rule in rules.values() if rule.get("rank") in means] or sorted(means)[:1]
+    return np.max([np.abs(means[name]) for name in names], axis=0)
+
+
+def _moved(chosen: Sequence[tuple[int, int]], pairs: Sequence[tuple[int, int]]) -> str:
+    layers, others = ([layer for layer, _ in each] for each in (chosen, pairs))
+    extra = sorted((Counter(others) - Counter(layers)).elements())
+    return f"layers {', '.join(str(layer) for layer in extra)} stand in" if extra else ""
 
 
 def write_head_set(resolved: ResolvedHeads, folder: Path) -> None:

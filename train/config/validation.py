@@ -191,7 +191,7 @@ def contradictions(recipe: Recipe) -> Iterator[Problem]:
         if term.heads is None and heads is None:
             yield Problem(path, f"{name} has no heads, and the recipe names none")
         if term.heads is not None and (term.heads.learnt or term.heads.identify):
-            message = f"{name}.heads must be there before; use from, random, all or list"
+            message = f"{name}.heads must be there before; use from, random, control, all or list"
             yield Problem((*path, "heads"), message)
         if isinstance(term, methods.PruneGates) and not rules.prunes:
             yield Problem((*path, "kind"), f"{name}: kind prune is for recipe regularise")
@@ -203,7 +203,7 @@ def contradictions(recipe: Recipe) -> Iterator[Problem]:
 def _of_heads(recipe: Recipe, rules: MethodRules) -> Iterator[Problem]:
     method, heads = recipe.method, recipe.heads
     if heads is None and rules.needs_heads(method):
-        yield Problem(("heads",), "heads is missing; give from, identify, lofit, probe, random, all or list")
+        yield Problem(("heads",), "heads is missing; give from, identify, lofit, probe, random, control, all or list")
     if heads is not None and not rules.takes_heads(method):
         yield Problem(("heads",), f"method.kind {method.kind!r} finds its own heads; remove heads")
     if heads is not None and heads.lofit is not None and not rules.trains:

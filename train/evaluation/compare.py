@@ -42,7 +42,7 @@ LOWER_IS_BETTER = {
 }
 DRAWS = 2000
 # What two runs of one group may differ in.
-_OWN = re.compile(r"(seed|name|output_dir|tracking\..*|evaluation\.before|heads\.random\.seed)$")
+_OWN = re.compile(r"(seed|name|output_dir|tracking\..*|evaluation\.before|heads\.(random|control)\.seed)$")
 
 
 # --- groups and numbers -----------------------------------------------------------------------------------------------
@@ -298,6 +298,11 @@ def _best(groups: Sequence[Group], metrics: Sequence[str]) -> dict[tuple[str, st
 def jaccard(a: frozenset[tuple[int, int]], b: frozenset[tuple[int, int]]) -> float:
     """|a & b| / |a | b|; 1 for two empty sets."""
     return len(a & b) / len(a | b) if a | b else 1.0
+
+
+def runs_of(comparison: Comparison) -> list[RunRecord]:
+    """Every run of a comparison."""
+    return [run for group in comparison.groups for run in group.runs]
 
 
 # --- as data ----------------------------------------------------------------------------------------------------------

@@ -13,7 +13,8 @@ import numpy as np
 
 from headtune.analysis.reports.html import number, png_of, render_page
 
-from .compare import LOWER_IS_BETTER, Comparison, Group, Metric, group_title, jaccard
+from .compare import LOWER_IS_BETTER, Comparison, Group, Metric, group_title, jaccard, runs_of
+from .identification_pays import identification_pays
 from .metric_names import METRIC_NAMES
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ def write(comparison: Comparison, path: Path, title: str = "Runs side by side") 
         n_runs=sum(len(group.runs) for group in trained),
         lower_is_better=[METRIC_NAMES[key] for key in comparison.metrics if key in LOWER_IS_BETTER],
         measured=[_measured(comparison, groups) for groups in _by_prompts(comparison.groups)],
+        identification=identification_pays(runs_of(comparison)),
         changed=_changed(trained),
         curves=_curves(trained),
         heads=_heads(trained),

@@ -227,11 +227,11 @@ def head_slices(shape: Shape, pairs: Collection[tuple[int, int]], parts: Collect
     return Trained("slices", blocks * shape.head_dim * shape.d_model, min(layers), layers)
 
 
-def lora(shape: Shape, rank: int, targets: str | list[str]) -> Trained:
-    """A LoRA on linear layers of every decoder layer: `rank (inputs + outputs)` each.
+def lora(shape: Shape, rank: int, targets: str | list[str], only: Collection[int] | None = None) -> Trained:
+    """A LoRA on linear layers of all decoder layers, or those of `only`: `rank (inputs + outputs)` each.
 
     Raises:
-        InputError: no linear layer has such a name.
+        InputError: no linear layer has such a name, or the model has no such layer.
     """
     names_of_targets = [targets] if isinstance(targets, str) else targets
     chosen = [
@@ -244,8 +244,10 @@ def lora(shape: Shape, rank: int, targets: str | list[str]) -> Trained:
         names = ", ".join(part.name.rpartition(".")[2] for part in shape.linears)
         raise InputError(f"target_modules {targets!r} names no linear layer of {shape.name!r}; it has {names}")
     each = sum(rank * (part.inputs + part.outputs) for part in chosen)
-    layers = frozenset(range(shape.n_layers))
-    return Trained("lora", each * shape.n_layers, 0, layers, targets=tuple(part.name for part in chosen), rank=rank)
+    layers = frozenset(range(shape.n_layers) if only is None else only)
+    if beyond := sorted(layer for layer in layers if layer >= shape.n_layers):
+        raise InputError(f"lora layers {beyond} are beyond the {shape.n_layers} layers of {shape.name!r}")
+    return Trained("lora", each * len(layers), 0, layers, targets=tuple(part.name for part in chosen), rank=rank)
 
 
 def norm_gains(shape: Shape) -> Trained:

@@ -17,7 +17,11 @@ def lora_config(sizes: LoraSizes) -> Any:
     import peft
 
     return peft.LoraConfig(
-        task_type="CAUSAL_LM", r=sizes.r, lora_alpha=sizes.alpha, target_modules=sizes.target_modules
+        task_type="CAUSAL_LM",
+        r=sizes.r,
+        lora_alpha=sizes.alpha,
+        target_modules=sizes.target_modules,
+        layers_to_transform=sizes.layers,
     )
 
 
@@ -29,4 +33,4 @@ class Lora(TuningMethod):
         return lora_config(config)
 
     def trained_weights(self, config: LoraConfig, shape: model_shape.Shape, pairs: Pairs) -> model_shape.Trained:
-        return model_shape.lora(shape, config.r, config.target_modules)
+        return model_shape.lora(shape, config.r, config.target_modules, config.layers)

@@ -35,4 +35,4 @@ class Regularise(TuningMethod):
     def trained_weights(self, config: RegulariseConfig, shape: model_shape.Shape, pairs: Pairs) -> model_shape.Trained:
         if config.tune == "full":
             return model_shape.everything(shape)
-        return model_shape.lora(shape, config.lora.r, config.lora.target_modules)
+        return model_shape.lora(shape, config.lora.r, config.lora.target_modules, config.lora.layers)

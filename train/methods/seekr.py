@@ -73,7 +73,7 @@ class Seekr(TuningMethod):
     def trained_weights(self, config: SeekrConfig, shape: model_shape.Shape, pairs: Pairs) -> model_shape.Trained:
         if config.tune == "full":
             return model_shape.everything(shape)
-        return model_shape.lora(shape, config.lora.r, config.lora.target_modules)
+        return model_shape.lora(shape, config.lora.r, config.lora.target_modules, config.lora.layers)
 
     def objective(self, recipe: Recipe, trained: model_shape.Trained, setup: Setup, pairs: Pairs | None) -> Objective:
         method = recipe.method

@@ -211,7 +211,7 @@ def _heads(block: HeadsConfig, ready: PreparedRun, notes: list[str]) -> tuple[li
         resolved = ready.heads
         assert resolved is not None
         notes += ready.notes
-        if resolved.head_set is not None and block.random is None:
+        if resolved.head_set is not None and not (block.random or block.control):
             notes += _not_dissociated(block, resolved.head_set)
         pairs = resolved.pairs
         names = [f"L{layer}H{head}" for layer, head in pairs]

@@ -36,15 +36,17 @@ class Cell:
         values: key of the recipe -> value, the seed among them.
         overrides: what makes it of the recipe, as `headtune train` takes them.
         plugins: modules that the recipe needs.
+        recipe: what it is of; empty: the recipe of the whole grid.
     """
 
     folder: Path
     values: dict[str, Any]
     overrides: tuple[str, ...]
     plugins: tuple[str, ...] = ()
+    recipe: str = ""
 
     def command(self, recipe: str, resume: bool) -> list[str]:
-        words = [sys.executable, "-m", "headtune.train", recipe, *self.overrides]
+        words = [sys.executable, "-m", "headtune.train", self.recipe or recipe, *self.overrides]
         words += plugins.arguments_for(self.plugins)
         return [*words, *(["--resume"] if resume else [])]
 
@@ -72,7 +74,14 @@ def axis(text: str) -> tuple[str, list[Any]]:
 
 
 def cells(
-    name: str, grid: Sequence[str], n_seeds: int, out: Path, overrides: Sequence[str] = (), group: str | None = None
+    name: str,
+    grid: Sequence[str],
+    n_seeds: int,
+    out: Path,
+    overrides: Sequence[str] = (),
+    group: str | None = None,
+    seeds: Sequence[int] | None = None,
+    prefix: str = "",
 ) -> list[Cell]:
     """The runs of a grid, all seeds of a combination one after the other; each recipe is checked.
 
@@ -81,6 +90,8 @@ def cells(
         n_seeds: seeds 0 .. n - 1.
         overrides: of every run.
         group: `tracking.group` of all; default: the name of `out`.
+        seeds: in place of those of `n_seeds`.
+        prefix: of every folder's name.
 
     Raises:
         InputError: a malformed axis, a key twice, a recipe of the grid that is refused (named with its values).
@@ -103,10 +114,14 @@ def cells(
         )
     result = []
     for values in itertools.product(*(values for _, values in axes)):
-        for seed in range(n_seeds):
+        for seed in range(n_seeds) if seeds is None else seeds:
             chosen = dict(zip(keys, values, strict=True)) | {"seed": seed}
             folder = out / "-".join(
-                [*(_label(key, value) for key, value in chosen.items() if key != "seed"), f"s{seed}"]
+                [
+                    *([prefix] if prefix else []),
+                    *(_label(key, value) for key, value in chosen.items() if key != "seed"),
+                    f"s{seed}",
+                ]
             )
             settings = [f"{key}={_yaml(value)}" for key, value in chosen.items()]
             places = {"name": folder.name, "output_dir": str(folder), "tracking.group": group or out.name}
@@ -178,7 +193,8 @@ def _require_same(name: str, cell: Cell) -> None:
     path = cell.folder / "recipe.yaml"
     if not path.is_file():
         return
-    old, new = recipes.load_recipe(str(path)).dump(), recipes.load_recipe(name, cell.overrides).dump()
+    old = recipes.load_recipe(str(path)).dump()
+    new = recipes.load_recipe(cell.recipe or name, cell.overrides).dump()
     if changed := sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key)):
         raise InputError(
             f"{str(cell.folder)!r} holds a run with another {', '.join(changed)}; choose another --out, or remove it"
@@ -211,7 +227,7 @@ def wandb_sweep(name: str, grid: Sequence[str], n_seeds: int, overrides: Sequenc
 
 
 def _train_words(name: str, cell: Cell) -> list[str]:
-    return ["headtune", "train", name, *cell.overrides, *plugins.arguments_for(cell.plugins)]
+    return ["headtune", "train", cell.recipe or name, *cell.overrides, *plugins.arguments_for(cell.plugins)]
 
 
 def slurm_array(name: str, grid: Sequence[Cell]) -> str:

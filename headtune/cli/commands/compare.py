@@ -31,7 +31,7 @@ def compare_command(arguments: argparse.Namespace) -> int:
     from headtune.train.evaluation import compare, compare_report
 
     from ..console import console
-    from ..tables import comparison_tables
+    from ..tables import comparison_json, comparison_tables, identification_text
 
     written = [path for path in (arguments.html, arguments.csv) if path is not None]
     comparison = compare.compare_runs(
@@ -42,9 +42,11 @@ def compare_command(arguments: argparse.Namespace) -> int:
     if arguments.csv:
         write_text(arguments.csv, compare.as_csv(comparison))
     if arguments.json:
-        print_json(compare.as_json(comparison))
+        print_json(comparison_json(comparison))
     else:
         console.print(*comparison_tables(comparison, console.width))
+        if words := identification_text(comparison):
+            console.print(words)
         for path in written:
             console.print(str(path), markup=False)
     return 0

@@ -1,0 +1,182 @@
+"""`sweep --controls`: identified heads beside every control, and whether the choice paid, in words."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from headtune import identify, load_model, load_task
+from headtune.analysis.heads.head_set import HeadSet
+from headtune.analysis.utils.errors import InputError
+from headtune.cli.main import main
+from headtune.train.config import recipe
+from headtune.train.config.resolve_heads import resolve_heads
+from headtune.train.config.resolve_tasks import tasks_of
+from headtune.train.evaluation.identification_pays import identification_pays
+from headtune.train.evaluation.run_reader import read_runs
+from headtune.train.runs import controls
+from helpers.small_runs import save_planted, write_recipe
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str], Path]:
+    """A model with heads, its task, and the heads that identify finds in it."""
+    folder, task = save_planted(tmp_path_factory.mktemp("planted"))
+    heads = folder.parent / "planted-heads"
+    result = identify(load_model(str(folder)), load_task(task["train"]), "dla,ablation", 2, 1, n_random=1)
+    result.save(heads)
+    return folder, task, heads
+
+
+@pytest.fixture
+def path(planted: tuple[Path, dict[str, str], Path], tmp_path: Path) -> Path:
+    folder, task, heads = planted
+    block = {"from": str(heads), "role": "suppression", "top": 1}
+    method = {"scale": "head", "offset": False, "answer_set": {"own_lists": 0.0}}
+    return write_recipe(tmp_path, folder, heads=block, method=method, task={**task, "max_eval_examples": 8})
+
+
+def test_every_arm_is_a_checked_recipe(path: Path, planted: Any, tmp_path: Path) -> None:
+    overrides = ["training.max_steps=1"]
+    cells = controls.control_cells(str(path), ["heads.top=1,2"], 2, tmp_path / "study", overrides, n_draws=3)
+    names = [cell.folder.name for cell in cells]
+    assert names[:4] == ["identified-top_1-s0", "identified-top_2-s0", "identified-top_1-s1", "identified-top_2-s1"]
+    counts = {arm: sum(name.startswith(arm) for name in names) for arm in ("identified-", "random-", "anywhere-")}
+    assert counts == {"identified-": 4, "random-": 6, "anywhere-": 6}
+    assert {"nearest_zero-top_1-s0", "largest-top_2-s1", "role_recall-top_1-s0", "lora-s1", "norms-s0"} <= {*names}
+    loaded = {cell.folder.name: recipe.load_recipe(cell.recipe, cell.overrides) for cell in cells}
+    drawn = loaded["random-d2-top_2-s0"]
+    assert drawn.heads is not None and drawn.heads.control is not None
+    assert (drawn.heads.control.seed, drawn.heads.top, drawn.seed, drawn.heads.role) == (2, 2, 0, "suppression")
+    # The same objective, data and steps without heads.
+    smallest = loaded["lora_smallest-s0"]
+    layer = HeadSet.load(planted[2]).top("suppression", 1)[0][0]
+    assert (smallest.recipe, smallest.method.r, smallest.method.layers) == ("lora", 1, [layer])
+    assert smallest.training["max_steps"] == 1 and smallest.method.answer_set.own_lists == 0.0
+    # The base model is measured once.
+    first = str(cells[0].folder / "evaluation.json")
+    assert [each.evaluation.before for each in loaded.values()] == [None] + [first] * (len(cells) - 1)
+
+
+def test_controls_share_no_head_with_any_role(path: Path, planted: Any) -> None:
+    model, heads = load_model(str(planted[0])), HeadSet.load(planted[2])
+    roles = {(entry.layer, entry.head) for entries in heads.roles.values() for entry in entries}
+    chosen = heads.top("suppression", 1)
+    for kind in ("random", "anywhere", "nearest_zero", "largest"):
+        block = {"control": {"like": str(planted[2]), "kind": kind, "seed": 1}, "role": "suppression", "top": 1}
+        loaded = recipe.load_recipe(str(path), [f"heads={json.dumps(block)}"])
+        assert loaded.heads is not None
+        notes: list[str] = []
+        pairs = resolve_heads(loaded.heads, model, tasks_of(loaded.task)[0], notify=notes.append).pairs
+        assert len(pairs) == 1 and not set(pairs) & roles
+        if kind != "anywhere":
+            assert [layer for layer, _ in pairs] == [layer for layer, _ in chosen] or "stand in" in notes[-1]
+
+
+@pytest.mark.parametrize(
+    ("override", "grid", "message"),
+    [
+        ("heads={list: [[1, 0]]}", [], "--controls compares identified heads; give heads: {from: ...}"),
+        ("heads.top=1", ["heads={all: true}"], "--controls sets heads itself"),
+        ("heads.role=recal", [], "recal"),
+    ],
+)
+def test_what_has_no_controls_is_refused(
+    override: str, grid: list[str], message: str, path: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=message):
+        controls.control_cells(str(path), grid, 1, tmp_path / "study", [override])
+
+
+def test_a_head_set_without_scores_has_none_nearest_to_zero(path: Path, planted: Any, tmp_path: Path) -> None:
+    HeadSet.load(planted[2]).save(tmp_path / "bare")
+    block = {"control": {"like": str(tmp_path / "bare"), "kind": "nearest_zero"}, "role": "recall", "top": 1}
+    loaded = recipe.load_recipe(str(path), [f"heads={json.dumps(block)}"])
+    assert loaded.heads is not None
+    with pytest.raises(InputError, match="nearest_zero needs the scores of all heads"):
+        resolve_heads(loaded.heads, load_model(str(planted[0])), tasks_of(loaded.task)[0])
+
+
+def test_heads_that_a_recipe_identifies_are_identified_once(path: Path, tmp_path: Path) -> None:
+    block = {"identify": {"method": "dla,ablation", "max_examples": 24}, "role": "suppression", "top": 1}
+    notes: list[str] = []
+    asked = (str(path), [], 1, tmp_path / "study", [f"heads={json.dumps(block)}"], 1)
+    cells = controls.control_cells(*asked, notify=notes.append)
+    assert (tmp_path / "study" / "heads" / "heads.json").is_file() and "identifying heads once" in notes[0]
+    loaded = recipe.load_recipe(cells[0].recipe, cells[0].overrides)
+    assert loaded.heads is not None and loaded.heads.source == str(tmp_path / "study" / "heads")
+    notes.clear()
+    controls.control_cells(*asked, notify=notes.append)
+    assert not [note for note in notes if "identifying" in note]
+
+
+def write_run(folder: Path, name: str, seed: int, repeats: list[float], parameters: int = 1, **blocks: Any) -> None:
+    run = folder / name
+    run.mkdir(parents=True)
+    content = {"recipe": "lofit", "seed": seed, "name": name, "output_dir": str(run), **blocks}
+    rows = [
+        {"subject": f"s{i}", "before_values": {"repeat_rate": 0.5}, "after_values": {"repeat_rate": value}}
+        for i, value in enumerate(repeats)
+    ]
+    mean = sum(repeats) / len(repeats)
+    before = {"repeat_rate": {"mean": 0.5, "ci": [0.4, 0.6]}, "neutral_perplexity": 20.0}
+    after = {"repeat_rate": {"mean": mean, "ci": [0, 1]}, "neutral_perplexity": 21.0 + seed}
+    evaluation = {"task": "t", "task_sha256": "a", "before": before, "after": after, "examples": rows}
+    state = {"name": name, "recipe": content["recipe"], "seed": seed, "state": "done", "parameters": parameters}
+    for file, value in (("evaluation.json", evaluation), ("run.json", state)):
+        (run / file).write_text(json.dumps(value))
+    (run / "recipe.yaml").write_text(yaml.safe_dump(content))
+
+
+IDENTIFIED = {"from": "runs/h", "role": "suppression", "top": 2}
+
+
+def control(kind: str, seed: int = 0) -> dict[str, Any]:
+    return {"control": {"like": "runs/h", "kind": kind, "seed": seed}, "role": "suppression", "top": 2}
+
+
+@pytest.mark.parametrize("largest", [0.5, 0.1])  # as bad as the base; as good as the identified heads
+def test_it_pays_where_every_control_of_heads_is_beaten(largest: float, tmp_path: Path) -> None:
+    for seed in range(3):
+        write_run(tmp_path, f"ours-s{seed}", seed, [0.1, 0.1, 0.05, 0.15] * 5, heads=IDENTIFIED)
+        write_run(tmp_path, f"random-s{seed}", seed, [0.4, 0.5, 0.5, 0.6] * 5, heads=control("random", seed))
+        write_run(tmp_path, f"largest-s{seed}", seed, [largest] * 20, heads=control("largest"))
+        write_run(tmp_path, f"lora-s{seed}", seed, [0.0] * 20, 1000, recipe="lora", method={"r": 8})
+        write_run(tmp_path, f"top4-s{seed}", seed, [0.0] * 20, heads=IDENTIFIED | {"top": 4})  # no controls of its own
+    results = identification_pays(read_runs(tmp_path))
+    assert [(each.group, each.metric, each.runs) for each in results] == [("ours", "repeat_rate", 3)]
+    (result,) = results
+    assert result.paid is (largest == 0.5)
+    by_name = {each.control: each for each in result.against}
+    assert set(by_name) == {
+        "random heads of the same layers",
+        "the largest other heads of the same layers",
+        "LoRA r=8",
+    }
+    drawn = by_name["random heads of the same layers"]
+    assert drawn.runs == 3 and drawn.difference == pytest.approx(-0.4) and drawn.better is True
+    assert by_name["LoRA r=8"].better is False and not by_name["LoRA r=8"].heads
+    assert by_name["the largest other heads of the same layers"].better is (True if largest == 0.5 else None)
+    assert result.damage["neutral_perplexity"]["identified"] == 22.0
+    words = "\n".join(result.sentences())
+    assert ("identification paid:" in words) is (largest == 0.5)
+    assert "against random heads of the same layers (1 numbers, 3 runs): 0.5, difference -0.4" in words
+
+
+def test_without_controls_nothing_is_said(tmp_path: Path) -> None:
+    write_run(tmp_path, "ours-s0", 0, [0.1] * 4, heads=IDENTIFIED)
+    write_run(tmp_path, "other-s0", 0, [0.2] * 4, heads=control("random") | {"top": 8})
+    assert identification_pays(read_runs(tmp_path)) == []
+
+
+@pytest.mark.slow
+def test_a_sweep_with_controls_end_to_end(path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["sweep", str(path), "--controls", "--draws", "1", "--out", str(tmp_path / "study"), "--json"]
+    assert main([*words, "training.max_steps=1"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    kinds = {each["control"] for each in result["identification"][0]["against"]}
+    assert {"random heads of any layer", "the recall heads", "LoRA r=8", "the gains of all norms"} <= kinds
