@@ -110,13 +110,13 @@ def control_cells(
         axes = [axis for axis in grid if arm.recipe is None or not axis.startswith(("heads.", "method."))]
         for run in range(max(seeds, n_draws) if arm.drawn else seeds):
             settings = [*([] if arm.recipe else overrides), *arm.overrides(run)]
-            if result:
-                settings.append(f"evaluation.before={json.dumps(str(result[0].folder / 'evaluation.json'))}")
             label = f"{arm.name}-d{run}" if arm.drawn else arm.name
             source = name if arm.recipe is None else str(arm.recipe)
             made = cells(source, axes, 1, out, settings, seeds=[run % seeds], prefix=label)
             result += [replace(cell, recipe=source) for cell in made]
-    return result
+    # Measured once, by the first run.
+    before = f"evaluation.before={json.dumps(str(result[0].folder / 'evaluation.json'))}"
+    return [result[0], *(replace(cell, overrides=(*cell.overrides, before)) for cell in result[1:])]
 
 
 def _arms(recipe: Recipe, block: HeadsConfig, path: Path, out: Path) -> Iterator[Arm]:
