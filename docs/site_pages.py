@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-FAMILIES = ("lofit", "jola", "masked", "steer", "seekr", "regularise", "lora", "ln", "full")
+FAMILIES = ("gain", "lofit", "jola", "masked", "steer", "seekr", "regularise", "lora", "ln", "full")
 # Place in the site -> file of the repository.
 TAKEN = {f"recipes/{family}.md": f"recipes/{family}/README.md" for family in FAMILIES} | {
     "reference/analysis.md": "analysis/README.md",

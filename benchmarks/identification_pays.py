@@ -1,0 +1,295 @@
+"""Does the choice of heads pay: few heads, used for what they do, against controls that share no head with them.
+
+    python benchmarks/identification_pays.py                      every part on SmolLM2; resumable, one result a run
+    python benchmarks/identification_pays.py --part gain --k 3    one part
+    python benchmarks/identification_pays.py --model gemma3-270m  another model
+    python benchmarks/identification_pays.py --table              write the tables and figures of docs/heads-that-pay.md
+
+Lists of cities are trained on, in two wordings; heads are identified on the same prompts. What is held out: (a) cities
+of other subjects in these wordings, (b) transfer: books by authors, a relation and wordings that nothing was chosen or
+trained on. Parts:
+
+search   rates and retention of the gains, on subjects of neither training nor test, identified and random heads
+factor   no training: a factor on the heads; 20 draws of random heads
+gain     one trained number a head
+vector   a trained scale vector a head
+offset   a trained offset a head
+slices   rank-1 updates of the heads' slices of W_O
+
+Heads: identified; random of the same layers, of any layer, with scores nearest to zero, the largest others (none shared
+with any role, see `headtune sweep --controls`), and the recall heads. Runs are under --work; what is needed of each is
+written to benchmarks/results/identification_pays/MODEL/PART-ARM.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from readme import cell, put
+from readme import rows as rows_of_table
+
+from headtune import identify, load_model, load_recipe, load_task, run_recipe
+from headtune.analysis.heads.head_set import provenance
+from headtune.analysis.tasks.task import Example, Task, to_jsonl
+from headtune.analysis.utils.files import write_json, write_text
+from headtune.analysis.utils.stats import percentile_interval, subject_shares
+from headtune.train.evaluation.run_reader import RunRecord, read_runs
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "identification_pays"
+DOCUMENT = "docs/heads-that-pay.md"
+TRAINED = ("List five cities in", "Here is a list of well-known cities in")
+HELD_OUT = ("Question: Which books by", "Some books by")
+PROMPTS, SEARCHED, IDENTIFIED_ON = 100, 48, 96  # of each held-out half; of validation; that heads are identified on
+RATE, RETENTION, STEPS = 0.2, 1.0, 24
+DRAWS = 3
+CONTROLS = ("random", "anywhere", "nearest_zero", "largest")
+METHODS: dict[str, dict[str, Any]] = {
+    "gain": {"scale": "head", "offset": False},
+    "vector": {"scale": "vector", "offset": False},
+    "offset": {"scale": "none", "offset": True},
+}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One run: a part, heads, and what is set in the recipe."""
+
+    part: str
+    name: str
+    recipe: str
+    overrides: tuple[str, ...]
+
+    @property
+    def file(self) -> str:
+        return f"{self.part}-{self.name}.json"
+
+
+# --- data and heads ---------------------------------------------------------------------------------------------------
+
+
+def wordings(part: str, beginnings: Sequence[str]) -> list[Example]:
+    return [each for each in load_task(f"one_to_many:{part}").examples if each.prompt.startswith(tuple(beginnings))]
+
+
+def write_tasks(work: Path) -> None:
+    """train.jsonl, validation.jsonl and test.jsonl (cities, then books), no subject in two of them."""
+    books = [each for part in ("train", "validation", "test") for each in wordings(part, HELD_OUT)]
+    tasks = {
+        "train": wordings("train", TRAINED),
+        "validation": Task("v", tuple(wordings("validation", TRAINED))).limited(SEARCHED, 0).examples,
+        "test": (
+            *Task("t", tuple(wordings("test", TRAINED))).limited(PROMPTS, 0).examples,
+            *Task("b", tuple(books)).limited(PROMPTS, 0).examples,
+        ),
+    }
+    for name, examples in tasks.items():
+        write_text(work / f"{name}.jsonl", to_jsonl(examples))
+
+
+def find_heads(model: str, work: Path) -> Path:
+    folder = work / "heads"
+    if not (folder / "heads.json").is_file():
+        task = load_task(str(work / "train.jsonl")).limited(IDENTIFIED_ON, 0)
+        identify(load_model(model), task, top=16).save(folder)
+    return folder
+
+
+# --- arms -------------------------------------------------------------------------------------------------------------
+
+
+def sources(heads: Path, k: int, draws: int = DRAWS) -> Iterator[tuple[str, str, int]]:
+    """Name of an arm's heads, its `heads` block, and its seed."""
+    chosen = {"role": "suppression", "top": k}
+    for seed in range(DRAWS):
+        yield f"identified-s{seed}", json.dumps({"from": str(heads), **chosen}), seed
+    for kind in CONTROLS:
+        for draw in range(draws if kind in ("random", "anywhere") else 1):
+            block = {"control": {"like": str(heads), "kind": kind, "seed": draw}, **chosen}
+            yield f"{kind}-s{draw}", json.dumps(block), draw % DRAWS
+    yield "recall-s0", json.dumps({"from": str(heads), "role": "recall", "top": k}), 0
+
+
+def arms(part: str, heads: Path, ks: Sequence[int], work: Path) -> Iterator[Arm]:
+    data = [f"task.train={work / 'train.jsonl'}", f"task.eval={work / 'test.jsonl'}"]
+    if part == "search":
+        data[1] = f"task.eval={work / 'validation.jsonl'}"
+        for k in ks:
+            for name, block, seed in sources(heads, k, draws=1):
+                if name in ("identified-s0", "random-s0"):
+                    for rate in (0.1, 0.2):
+                        for retention in (1.0, 4.0, 16.0):
+                            label = f"k{k}-{name}-rate{rate}-retention{retention}"
+                            yield Arm(
+                                part, label, "gain/one_to_many", trained("gain", block, seed, data, rate, retention)
+                            )
+        return
+    for k in ks:
+        if part == "factor":
+            for name, block, seed in sources(heads, k, draws=20):
+                if seed and name.startswith("identified"):
+                    continue  # nothing is drawn
+                yield Arm(part, f"k{k}-{name}", "steer/one_to_many", (f"heads={block}", "method.factor=2.0", *data))
+            continue
+        for name, block, seed in sources(heads, k):
+            recipe = "masked/rank" if part == "slices" else "gain/one_to_many"
+            yield Arm(part, f"k{k}-{name}", recipe, trained(part, block, seed, data))
+
+
+def trained(
+    part: str, block: str, seed: int, data: Sequence[str], rate: float | None = None, retention: float = RETENTION
+) -> tuple[str, ...]:
+    settings = [f"heads={block}", f"seed={seed}", *data, "task.max_train_examples=256"]
+    settings += [f"training.max_steps={STEPS}", "training.per_device_train_batch_size=8"]
+    if part == "slices":
+        rate = rate or 0.003
+        settings += [
+            "method.rank=1",
+            "method.parts=[o]",
+            "training.warmup_steps=4",
+            "training.lr_scheduler_type=linear",
+        ]
+        settings += ["method.answer_set={unlikelihood: 4.0, own_lists: 0.7, own_items: 4, retention: 1.0}"]
+        settings += ["method.objective=answer_set", "evaluation.n_items=3", "evaluation.batch_size=32"]
+    else:
+        settings += [f"method.{key}={json.dumps(value)}" for key, value in METHODS[part].items()]
+        settings += [f"method.answer_set.retention={retention}"]
+        rate = rate or {"gain": RATE, "vector": RATE, "offset": 0.03}[part]
+    return (*settings, f"training.learning_rate={rate}")
+
+
+def carry_out(arm: Arm, model: str, work: Path) -> None:
+    """Run it where its result is not there yet."""
+    target = RESULTS / model / arm.file
+    if target.is_file():
+        return
+    folder = work / "runs" / arm.file.removesuffix(".json")
+    if folder.is_dir():
+        shutil.rmtree(folder)
+    before = sorted((work / "runs").glob(f"{'search' if arm.part == 'search' else '[!s]*'}*/evaluation.json"))
+    settings = [f"model.name={model}", f"name={folder.name}", f"output_dir={folder}", "tracking.wandb=disabled"]
+    settings += [f"evaluation.before={before[0]}"] if before else []
+    print(f"{datetime.now(UTC):%H:%M:%S} {arm.part} {arm.name}", flush=True)
+    run_recipe(load_recipe(arm.recipe, (*arm.overrides, *settings)))
+    (run,) = [run for run in read_runs(folder.parent) if run.folder == folder]
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_json(target, compact(run))
+    for heavy in ("adapter", "checkpoint-*", "wandb", "model"):
+        for path in folder.glob(heavy):
+            shutil.rmtree(path)
+
+
+def compact(run: RunRecord) -> dict[str, Any]:
+    values = {name: [round(float(x), 5) for x in each] for name, each in sorted(run.values.items())}
+    before = {name: [round(float(x), 5) for x in each] for name, each in sorted(run.values_before.items())}
+    return {
+        "name": run.name,
+        "date": datetime.now(UTC).date().isoformat(),
+        "versions": provenance()["versions"],
+        "heads": sorted(run.heads),
+        "parameters": run.state.get("parameters"),
+        "seed": run.seed,
+        "measured": run.measured,
+        "perplexity": [run.before.get("neutral_perplexity"), run.after.get("neutral_perplexity")],
+        "subjects": list(run.subjects),
+        "before": before,
+        "values": values,
+    }
+
+
+# --- tables -----------------------------------------------------------------------------------------------------------
+
+KINDS = ("identified", *CONTROLS, "recall")
+METRICS = {"repeat_rate": "repeats", "correct_new_rate": "correct new", "missing_rate": "missing"}
+
+
+def read(model: str, part: str, k: int) -> dict[str, list[dict[str, Any]]]:
+    """kind of heads -> its runs."""
+    runs: dict[str, list[dict[str, Any]]] = {}
+    for path in sorted((RESULTS / model).glob(f"{part}-k{k}-*.json")):
+        kind = path.stem.split("-")[2]
+        runs.setdefault(kind, []).append(json.loads(path.read_text(encoding="utf-8")))
+    return {kind: runs[kind] for kind in KINDS if kind in runs}
+
+
+def halves(run: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Where the held-out cities are, and the books."""
+    n = len(run["subjects"])
+    cut = n // 2
+    return {"same": np.arange(cut), "transfer": np.arange(cut, n)}
+
+
+def draws_of(runs: Sequence[dict[str, Any]], metric: str, rows: np.ndarray, seed: int) -> tuple[float, np.ndarray]:
+    """The mean, and that of 2,000 resamplings of subjects and runs, each drawn independently."""
+    each = np.array([run["values"][metric] for run in runs])[:, rows]
+    shares = subject_shares([runs[0]["subjects"][i] for i in rows], 2000, seed=0)
+    weights = np.random.default_rng(seed).multinomial(len(each), np.full(len(each), 1 / len(each)), size=2000)
+    return float(each.mean()), ((shares @ each.T) * weights / len(each)).sum(1)
+
+
+def compared(
+    ours: Sequence[dict[str, Any]], theirs: Sequence[dict[str, Any]], metric: str, rows: np.ndarray
+) -> dict[str, Any]:
+    """Identified heads less a control: `{"mean", "ci"}`."""
+    (mean, first), (other, second) = draws_of(ours, metric, rows, 1), draws_of(theirs, metric, rows, 2)
+    return {"mean": mean - other, "ci": list(percentile_interval(first - second))}
+
+
+def table(model: str, part: str, k: int) -> str:
+    """Rows: base, identified heads, each control; repeats, correct new items, on both halves, and perplexity."""
+    runs = read(model, part, k)
+    first = runs["identified"][0]
+    parts = halves(first)
+    columns = ["heads", "runs", *(f"{name}, {half}" for half in parts for name in METRICS.values())]
+    columns += ["perplexity", "repeats less control's", "and on transfer"]
+    base = [f"{100 * np.mean(np.array(first['before'][m])[rows]):.1f}" for rows in parts.values() for m in METRICS]
+    lines = [["none (base)", "", *base, f"{first['perplexity'][0]:.2f}", "", ""]]
+    for kind, group in runs.items():
+        cells = [f"{100 * draws_of(group, m, rows, 1)[0]:.1f}" for rows in parts.values() for m in METRICS]
+        gaps = ["", ""]
+        if kind != "identified":
+            gaps = [cell(compared(runs["identified"], group, "repeat_rate", rows), "+") for rows in parts.values()]
+        perplexity = np.mean([run["perplexity"][1] for run in group])
+        lines.append([kind, str(len(group)), *cells, f"{perplexity:.2f}", *gaps])
+    return rows_of_table(columns, lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", nargs="+", default=["search", "gain", "factor", "vector", "offset", "slices"])
+    parser.add_argument("--k", nargs="+", type=int, default=[3])
+    parser.add_argument("--only", nargs="+", help="arms whose names begin so")
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--work", type=Path, default=Path("runs/identification_pays"))
+    parser.add_argument("--table", action="store_true")
+    arguments = parser.parse_args()
+    if arguments.table:
+        for part in arguments.part:
+            for k in arguments.k:
+                if read(arguments.model, part, k):
+                    text = table(arguments.model, part, k)
+                    print(part, k, text, sep="\n")
+                    put(DOCUMENT, f"{arguments.model} {part} {k}", text)
+        return
+    work = (arguments.work / arguments.model).resolve()
+    work.mkdir(parents=True, exist_ok=True)
+    if not (work / "test.jsonl").is_file():
+        write_tasks(work)
+    heads = find_heads(arguments.model, work)
+    for part in arguments.part:
+        for arm in arms(part, heads, arguments.k, work):
+            if arguments.only and not arm.name.split("-", 1)[1].startswith(tuple(arguments.only)):
+                continue
+            carry_out(arm, arguments.model, work)
+
+
+if __name__ == "__main__":
+    main()
