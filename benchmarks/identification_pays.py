@@ -49,7 +49,7 @@ DOCUMENT = "docs/heads-that-pay.md"
 TRAINED = ("List five cities in", "Here is a list of well-known cities in")
 HELD_OUT = ("Question: Which books by", "Some books by")
 PROMPTS, SEARCHED, IDENTIFIED_ON = 100, 48, 96  # of each held-out half; of validation; that heads are identified on
-RATE, RETENTION, STEPS = 0.2, 1.0, 24
+RATE, RETENTION, STEPS = 0.1, 4.0, 24  # by part search: least repeats with perplexity within 2%
 DRAWS = 3
 CONTROLS = ("random", "anywhere", "nearest_zero", "largest")
 METHODS: dict[str, dict[str, Any]] = {
@@ -174,7 +174,13 @@ def carry_out(arm: Arm, model: str, work: Path) -> None:
     folder = work / "runs" / arm.file.removesuffix(".json")
     if folder.is_dir():
         shutil.rmtree(folder)
-    before = sorted((work / "runs").glob(f"{'search' if arm.part == 'search' else '[!s]*'}*/evaluation.json"))
+    # The base model is measured once on each task.
+    searched = arm.part == "search"
+    before = [
+        path
+        for path in sorted((work / "runs").glob("*/evaluation.json"))
+        if path.parent.name.startswith("search-") == searched
+    ]
     settings = [f"model.name={model}", f"name={folder.name}", f"output_dir={folder}", "tracking.wandb=disabled"]
     settings += [f"evaluation.before={before[0]}"] if before else []
     print(f"{datetime.now(UTC):%H:%M:%S} {arm.part} {arm.name}", flush=True)

@@ -56,6 +56,11 @@ def test_demo_leaves_what_it_promises(quick: Path) -> None:
     assert sum(rates) == pytest.approx(1)
     assert any(e["before"] != e["after"] for e in evaluation["examples"]) or evaluation["before"] != evaluation["after"]
     assert "<html" in (quick / "run" / "report.html").read_text()
+    # One number a head, beside as many random heads of the same layers.
+    random = json.loads((quick / "random" / "run.json").read_text())
+    assert run["parameters"] == len(run["heads"]) == len(random["heads"]) == random["parameters"]
+    roles = {(head["layer"], head["head"]) for entries in heads["roles"].values() for head in entries}
+    assert {tuple(head) for head in run["heads"]} <= roles and not {tuple(head) for head in random["heads"]} & roles
 
 
 @pytest.mark.slow
@@ -64,7 +69,7 @@ def test_export_of_the_real_model_is_proven(quick: Path) -> None:
     assert proof["passed"] and proof["max_logit_difference"] < 1e-3
     assert proof["prompts"] == proof["identical_generations"] == 20
     config = json.loads((quick / "export" / "config.json").read_text())
-    assert config["model_type"] == "llama" and config["attention_bias"] is True
+    assert config["model_type"] == "llama" and not config["attention_bias"]
 
 
 def required_by(*packages: str) -> set[str]:

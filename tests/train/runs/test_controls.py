@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from headtune import identify, load_model, load_task
+from headtune import identify, load_model, load_task, run_recipe
 from headtune.analysis.heads.head_set import HeadSet
 from headtune.analysis.utils.errors import InputError
 from headtune.cli.main import main
@@ -18,7 +18,7 @@ from headtune.train.config.resolve_heads import resolve_heads
 from headtune.train.config.resolve_tasks import tasks_of
 from headtune.train.evaluation.identification_pays import identification_pays
 from headtune.train.evaluation.run_reader import read_runs
-from headtune.train.runs import controls
+from headtune.train.runs import controls, sweep
 from helpers.small_runs import save_planted, write_recipe
 
 
@@ -174,9 +174,20 @@ def test_without_controls_nothing_is_said(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_sweep_with_controls_end_to_end(path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_sweep_with_controls_end_to_end(
+    path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def in_this_process(name: str, grid: list[sweep.Cell], _notify: Any) -> list[sweep.Cell]:
+        for cell in grid:
+            run_recipe(recipe.load_recipe(cell.recipe or name, cell.overrides))
+        return []
+
+    monkeypatch.setattr(sweep, "carry_out", in_this_process)
     words = ["sweep", str(path), "--controls", "--draws", "1", "--out", str(tmp_path / "study"), "--json"]
     assert main([*words, "training.max_steps=1"]) == 0
     result = json.loads(capsys.readouterr().out)
     kinds = {each["control"] for each in result["identification"][0]["against"]}
     assert {"random heads of any layer", "the recall heads", "LoRA r=8", "the gains of all norms"} <= kinds
+    page = tmp_path / "page.html"
+    assert main(["compare", str(tmp_path), "--group", "study", "--html", str(page)]) == 0
+    assert "Did the choice of heads pay?" in page.read_text() and "LoRA r=1, layers" in capsys.readouterr().out
