@@ -70,7 +70,7 @@ def demo(out: Path | None = None, quick: bool = False, full: bool = False) -> di
     start = time.monotonic()
 
     console.notify(f"1/4 identify: which heads of {EMBEDDED} recall answers, which suppress those already given")
-    task = load_task("one_to_many:train").limited(32 if quick else 96)
+    task = load_task("one_to_many:train").limited(48 if quick else 96)
     silence_model_libraries()
     result = identify(load_model(EMBEDDED), task, top=8 if quick else 16, progress=console.progress)
     heads = folder / "heads"
