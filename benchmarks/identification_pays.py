@@ -49,6 +49,7 @@ DOCUMENT = "docs/heads-that-pay.md"
 TRAINED = ("List five cities in", "Here is a list of well-known cities in")
 HELD_OUT = ("Question: Which books by", "Some books by")
 PROMPTS, SEARCHED, IDENTIFIED_ON = 100, 48, 96  # of each held-out half; of validation; that heads are identified on
+FEW_PROMPTS = 48  # cities alone, where 20 draws are compared
 RATE, RETENTION, STEPS = 0.1, 4.0, 24  # by part search: least repeats with perplexity within 2%
 DRAWS = 3
 CONTROLS = ("random", "anywhere", "nearest_zero", "largest")
@@ -91,6 +92,7 @@ def write_tasks(work: Path) -> None:
             *Task("b", tuple(books)).limited(PROMPTS, 0).examples,
         ),
     }
+    tasks["cities"] = tasks["test"][:FEW_PROMPTS]
     for name, examples in tasks.items():
         write_text(work / f"{name}.jsonl", to_jsonl(examples))
 
@@ -134,6 +136,7 @@ def arms(part: str, heads: Path, ks: Sequence[int], work: Path) -> Iterator[Arm]
         return
     for k in ks:
         if part == "factor":
+            data[1] = f"task.eval={work / 'cities.jsonl'}"
             for name, block, seed in sources(heads, k, draws=20):
                 if seed and name.startswith("identified"):
                     continue  # nothing is drawn
@@ -175,11 +178,11 @@ def carry_out(arm: Arm, model: str, work: Path) -> None:
     if folder.is_dir():
         shutil.rmtree(folder)
     # The base model is measured once on each task.
-    searched = arm.part == "search"
+    kinds = {"search": "search", "factor": "factor"}
     before = [
         path
         for path in sorted((work / "runs").glob("*/evaluation.json"))
-        if path.parent.name.startswith("search-") == searched
+        if kinds.get(path.parent.name.split("-")[0]) == kinds.get(arm.part)
     ]
     settings = [f"model.name={model}", f"name={folder.name}", f"output_dir={folder}", "tracking.wandb=disabled"]
     settings += [f"evaluation.before={before[0]}"] if before else []
@@ -229,8 +232,9 @@ def read(model: str, part: str, k: int) -> dict[str, list[dict[str, Any]]]:
 def halves(run: dict[str, Any]) -> dict[str, np.ndarray]:
     """Where the held-out cities are, and the books."""
     n = len(run["subjects"])
-    cut = n // 2
-    return {"same": np.arange(cut), "transfer": np.arange(cut, n)}
+    if n == FEW_PROMPTS:
+        return {"same": np.arange(n)}
+    return {"same": np.arange(PROMPTS), "transfer": np.arange(PROMPTS, n)}
 
 
 def draws_of(runs: Sequence[dict[str, Any]], metric: str, rows: np.ndarray, seed: int) -> tuple[float, np.ndarray]:
@@ -255,12 +259,12 @@ def table(model: str, part: str, k: int) -> str:
     first = runs["identified"][0]
     parts = halves(first)
     columns = ["heads", "runs", *(f"{name}, {half}" for half in parts for name in METRICS.values())]
-    columns += ["perplexity", "repeats less control's", "and on transfer"]
+    columns += ["perplexity", *(f"repeats less control's, {half}" for half in parts)]
     base = [f"{100 * np.mean(np.array(first['before'][m])[rows]):.1f}" for rows in parts.values() for m in METRICS]
-    lines = [["none (base)", "", *base, f"{first['perplexity'][0]:.2f}", "", ""]]
+    lines = [["none (base)", "", *base, f"{first['perplexity'][0]:.2f}", *[""] * len(parts)]]
     for kind, group in runs.items():
         cells = [f"{100 * draws_of(group, m, rows, 1)[0]:.1f}" for rows in parts.values() for m in METRICS]
-        gaps = ["", ""]
+        gaps = [""] * len(parts)
         if kind != "identified":
             gaps = [cell(compared(runs["identified"], group, "repeat_rate", rows), "+") for rows in parts.values()]
         perplexity = np.mean([run["perplexity"][1] for run in group])

@@ -184,7 +184,8 @@ def comparison_json(comparison: Comparison) -> dict[str, Any]:
 def identification_text(comparison: Comparison) -> Text:
     """Whether the choice of heads paid, in words; empty where no controls were run beside identified heads."""
     results = identification_pays(runs_of(comparison))
-    return Text("\n".join(line for each in results for line in each.sentences()))
+    costs = dict.fromkeys(line for each in results for line in each.damage_sentences())
+    return Text("\n".join([*(line for each in results for line in each.sentences()), *costs]))
 
 
 def _comparison_cell(comparison: Comparison, group: Group, key: str) -> Text:

@@ -93,10 +93,15 @@ class Result:
                 f"  against {each.control} ({each.parameters:,} numbers, {each.runs} run{'s' * (each.runs != 1)}): "
                 f"{each.mean:.3g}, difference {each.difference:+.3g}{bounds}: {what}"
             )
+        return lines
+
+    def damage_sentences(self) -> list[str]:
+        """What it cost, beside each control; the same for every metric of a group."""
+        lines = []
         for metric, values in self.damage.items():
             others = "; ".join(f"{control} {value:.4g}" for control, value in values["controls"].items())
             base = "" if values["base"] is None else f"base {values['base']:.4g}, "
-            lines.append(f"  {METRIC_NAMES[metric]}: {base}identified {values['identified']:.4g}; {others}")
+            lines.append(f"{METRIC_NAMES[metric]}: {base}{self.group} {values['identified']:.4g}; {others}")
         return lines
 
     def to_json(self) -> dict[str, Any]:
