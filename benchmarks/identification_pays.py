@@ -114,7 +114,7 @@ def sources(heads: Path, k: int, draws: int = DRAWS) -> Iterator[tuple[str, str,
     for seed in range(DRAWS):
         yield f"identified-s{seed}", json.dumps({"from": str(heads), **chosen}), seed
     for kind in CONTROLS:
-        for draw in range(draws if kind in ("random", "anywhere") else 1):
+        for draw in range({"random": draws, "anywhere": DRAWS}.get(kind, 1)):
             block = {"control": {"like": str(heads), "kind": kind, "seed": draw}, **chosen}
             yield f"{kind}-s{draw}", json.dumps(block), draw % DRAWS
     yield "recall-s0", json.dumps({"from": str(heads), "role": "recall", "top": k}), 0

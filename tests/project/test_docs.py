@@ -360,8 +360,11 @@ def test_the_cells_of_the_notebook_on_a_tiny_model(
     cells = [cell for cell in json.loads(NOTEBOOK.read_text())["cells"] if cell["cell_type"] == "code"]
     (settings,) = (key for key in stand_in if "max_steps" in key)
     swapped = {key: value for key, value in stand_in.items() if key != settings}
-    swapped |= {'"tracking.wandb=disabled"]': f'"tracking.wandb=disabled", {stand_in[settings]}]'}
-    swapped |= {"heads={from: runs/heads, role: both, top: 4}": "heads={list: [[0, 1], [2, 3]]}"}
-    swapped |= {f'"{role}", 4': f'"{role}"' for role in ("recall", "suppression")}  # its heads may be none
+    swapped |= {'"training.learning_rate=0.2"]': f'"training.learning_rate=0.2", {stand_in[settings]}]'}
+    swapped |= {
+        "heads={from: runs/heads, role: suppression, top: 2}": "heads={list: [[0, 1], [2, 3]]}",
+        "heads={control: {like: runs/heads, kind: random}, role: suppression, top: 2}": "heads={list: [[0, 2]]}",
+    }
+    swapped |= {'"recall", 3': '"recall"', '"suppression", 2': '"suppression"'}  # its heads may be none
     run(NOTEBOOK, swapped, monkeypatch, tmp_path, ["".join(cell["source"]) for cell in cells])
     assert (tmp_path / "cities-model" / "export.json").is_file()
