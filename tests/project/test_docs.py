@@ -32,6 +32,7 @@ OTHERS = {
     "python3 -m venv .venv",
     "source .venv/bin/activate",
     "vllm serve cities-model --dtype float32",
+    "vllm serve BASE --enable-lora --max-lora-rank 16 --lora-modules heads=heads-lora",
 }
 PLACEHOLDERS = {"FAMILY", "query_lora"}  # the second is the plugin of docs/howto/plugins.md
 # Recipes that a reader writes; all others have to load, with their overrides.
@@ -164,7 +165,7 @@ def test_every_recipe_is_on_the_page_of_recipes() -> None:
         assert f"`{own}`" in front and f"{family}/README.md" in front, f"{name} is not in docs/recipes.md"
 
 
-RECIPES = 33
+RECIPES = 34
 
 
 def test_recipes_and_data_shown_on_pages() -> None:
