@@ -32,6 +32,7 @@ OTHERS = {
     "python3 -m venv .venv",
     "source .venv/bin/activate",
     "vllm serve cities-model --dtype float32",
+    "vllm serve BASE --enable-lora --max-lora-rank 16 --lora-modules heads=heads-lora",
 }
 PLACEHOLDERS = {"FAMILY", "query_lora"}  # the second is the plugin of docs/howto/plugins.md
 # Recipes that a reader writes; all others have to load, with their overrides.

@@ -25,7 +25,7 @@ from headtune.analysis.utils.errors import InputError
 from headtune.analysis.utils.secrets import is_secret_name, redact, require_no_secrets, secret_in
 from headtune.train.config import recipe
 from headtune.train.continual import learner as continual
-from headtune.train.export import checkpoint as export
+from headtune.train.export.adapter import export_adapter
 from headtune.train.export.model_card import Origin, adapter_card
 from headtune.train.runs.load_run import load_run
 from headtune.train.tracking import tracker as tracking
@@ -401,7 +401,7 @@ def test_a_link_out_of_a_run_is_not_followed(name: str, done: Path, tmp_path: Pa
     run, elsewhere = copied(done, tmp_path), tmp_path / "elsewhere"
     (run / name).rename(elsewhere) if (run / name).exists() else elsewhere.write_text("private")
     (run / name).symlink_to(elsewhere)
-    for use in (load_run, lambda run: export.export_adapter(run, tmp_path / "out")):
+    for use in (load_run, lambda run: export_adapter(run, tmp_path / "out")):
         with pytest.raises(InputError, match="leads out of"):
             use(run)
     assert not (tmp_path / "out").exists()
@@ -413,7 +413,7 @@ def test_links_within_a_run_and_to_it_are_followed(done: Path, tmp_path: Path) -
     weights.rename(run / "weights")
     weights.symlink_to("../weights")
     (tmp_path / "link").symlink_to(run)
-    export.export_adapter(tmp_path / "link", tmp_path / "out")
+    export_adapter(tmp_path / "link", tmp_path / "out")
     assert not (tmp_path / "out" / "adapter_model.safetensors").is_symlink()
     assert load_run(tmp_path / "link")[2].recipe == "lofit"
 

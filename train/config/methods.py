@@ -179,9 +179,19 @@ class JolaConfig(ObjectiveConfig):
 
 
 class MaskedConfig(ObjectiveConfig):
-    """Fine-tune the slices of W_Q, W_K, W_V, W_O that belong to chosen heads (K and V by KV group)."""
+    """Fine-tune the slices of W_Q, W_K, W_V, W_O that belong to chosen heads (K and V by KV group).
+
+    Attributes:
+        parts: which slices.
+        rank: train `(alpha / rank) B A` for each slice instead of the whole slice; it exports as a stock LoRA.
+        alpha: see rank.
+        share: `head`: B for each head. `layer`: one B for the heads of a layer, with `parts: [o]` (HeadMap).
+    """
 
     parts: Annotated[list[Literal["q", "k", "v", "o"]], Field(min_length=1)] = Field(default=["q", "k", "v", "o"])
+    rank: Annotated[int, Field(ge=1)] | None = None
+    alpha: Annotated[int, Field(ge=1)] = 16
+    share: Literal["head", "layer"] = "head"
 
 
 class LoraConfig(LoraSizes, ObjectiveConfig):

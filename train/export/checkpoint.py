@@ -3,7 +3,7 @@
 Adapters are folded into the weights (see `headtune.train.export.convert`): a scale into the columns of the output
 projection, an offset into its bias. The result is reloaded by plain transformers in a process that never imports
 headtune; logits and greedy generations are compared with those of the adapted model. Only then does the folder get its
-name. Where a family has no place for what was trained, the adapter alone can be written.
+name. Where a family has no place for what was trained, the adapter alone can be written (`adapter`).
 """
 
 from __future__ import annotations
@@ -16,13 +16,12 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -33,18 +32,15 @@ from headtune.analysis.tasks.task import Task
 from headtune.analysis.utils.errors import CheckError, InputError
 from headtune.analysis.utils.files import atomic_folder, require_new_folder, sha256_of, write_json, write_text
 from headtune.analysis.utils.progress import Notify, Progress, silent
-from headtune.analysis.utils.state_files import read_state
 from headtune.analysis.utils.verbosity import silence_libraries
 from headtune.train.config.methods import TaskConfig
-from headtune.train.config.recipe import load_recipe
 from headtune.train.config.resolve_tasks import tasks_of
 from headtune.train.continual.sequence import steps_of
 from headtune.train.runs.load_run import load_run
 from headtune.train.tracking.post_run_jobs import tracked_export
-from headtune.train.tuners.weights_io import ADAPTER, read_adapter
 
 from .convert import conversion, fold
-from .model_card import Origin, adapter_card, checkpoint_card, origin_of
+from .model_card import Origin, checkpoint_card, origin_of
 
 log = logging.getLogger(__name__)
 FLOAT32_TOLERANCE = (
@@ -56,18 +52,25 @@ _TOGETHER = 10  # prompts that are continued in one batch
 
 # Runs under `python -I`: no PYTHONPATH, no current folder, so nothing but installed packages can be imported.
 _RELOAD_SCRIPT = """
-import json, os, sys
+import json, os, sys, warnings
 import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 for job in json.load(open(sys.argv[1])):
     folder = job["folder"]
-    model, info = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True)
+    model, info = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=job["dtype"], revision=job["revision"], output_loading_info=True)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
-    config = json.load(open(os.path.join(folder, "config.json")))
-    assert config["architectures"] == [type(model).__name__], config["architectures"]
-    assert not {"auto_map", "quantization_config"} & config.keys(), sorted(config)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if job["adapter"] is None:
+        config = json.load(open(os.path.join(folder, "config.json")))
+        assert config["architectures"] == [type(model).__name__], config["architectures"]
+        assert not {"auto_map", "quantization_config"} & config.keys(), sorted(config)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    else:
+        from peft import PeftModel
+        # PEFT only warns of weights that it lacks.
+        warnings.filterwarnings("error", "Found missing adapter keys|Some weights of")
+        model = PeftModel.from_pretrained(model, job["adapter"])
     assert "headtune" not in {name.split(".")[0] for name in sys.modules}
     model.eval()
     result = {}
@@ -148,8 +151,13 @@ def model_outputs(model: Any, prompts: Prompts, progress: Progress = silent) -> 
     return ModelOutputs(logits, greedy)
 
 
-def reload_in_subprocess(folders: Sequence[Path], prompts: Prompts) -> list[ModelOutputs]:
+def reload_in_subprocess(
+    folders: Sequence[Path], prompts: Prompts, base: tuple[str, str | None] | None = None
+) -> list[ModelOutputs]:
     """What plain transformers computes from these folders, one after the other, in one process without headtune.
+
+    Args:
+        base: where folders hold adapters for PEFT: the model below them, a folder or a hub id with its revision.
 
     Raises:
         CheckError: a folder does not load there as it stands: parameters too many or too few, another tokenizer.
@@ -158,7 +166,10 @@ def reload_in_subprocess(folders: Sequence[Path], prompts: Prompts) -> list[Mode
         answers = [Path(temporary) / f"{index}.safetensors" for index in range(len(folders))]
         jobs = [
             {
-                "folder": str(folder.resolve()),  # the process may stand elsewhere
+                "folder": base[0] if base else str(folder.resolve()),  # the process may stand elsewhere
+                "revision": base[1] if base else None,
+                "dtype": "float32" if base else "auto",
+                "adapter": str(folder.resolve()) if base else None,
                 "answer": str(answer),
                 "prompts": prompts.rows,
                 "batches": prompts.batches(),
@@ -174,7 +185,8 @@ def reload_in_subprocess(folders: Sequence[Path], prompts: Prompts) -> list[Mode
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode != 0:
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            raise CheckError(f"the exported checkpoint does not load in plain transformers: {last}")
+            what = "adapter does not load in plain PEFT" if base else "checkpoint does not load in plain transformers"
+            raise CheckError(f"the exported {what}: {last}")
         results = [load_file(answer) for answer in answers]
     numbers = range(len(prompts.rows))
     return [
@@ -206,6 +218,24 @@ def compare(expected: ModelOutputs, reloaded: ModelOutputs, dtype: str) -> dict[
         "identical_generations": same,
         "passed": bool(largest <= tolerance and (same == len(gaps) or not exact)),
     }
+
+
+def require_equal(result: Mapping[str, Any], what: str) -> None:
+    """Refuse an export whose comparison did not pass.
+
+    Args:
+        result: of `compare`.
+        what: was exported, as the message calls it.
+
+    Raises:
+        CheckError: it differs.
+    """
+    if not result["passed"]:
+        raise CheckError(
+            f"the exported {what} differs: largest logit difference {result['max_logit_difference']:.3g} "
+            f"(allowed {result['tolerance']:.3g}), {result['identical_generations']} of {result['prompts']} "
+            "generations identical; nothing was written"
+        )
 
 
 def write_stock(
@@ -271,61 +301,11 @@ def export(
         write_stock(folded, tokenizer, temporary, max_shard_size)
         notify(f"reloading them in a process of its own, and comparing {len(prompts.rows)} prompts")
         result = compare(expected, reload_in_subprocess([temporary], prompts)[0], dtype)
-        if not result["passed"]:
-            raise CheckError(
-                f"the exported checkpoint differs: largest logit difference {result['max_logit_difference']:.3g} "
-                f"(allowed {result['tolerance']:.3g}), {result['identical_generations']} of {result['prompts']} "
-                "generations identical; nothing was written"
-            )
+        require_equal(result, "checkpoint")
         result |= {"conversion": converted, **origin.summary()}
         caveat = architecture_of(converted["written"]).bias_caveat if converted["flags"] else ""
         write_text(temporary / "README.md", checkpoint_card(origin, result, caveat))
-        _finish(temporary, result)
-    return result
-
-
-def export_adapter(run: Path, target: Path) -> dict[str, Any]:
-    """Write a run's adapter alone, as PEFT loads it, with a model card that says how.
-
-    The base model is named as the recipe names it, not by where this machine keeps it.
-
-    Returns:
-        The content of `export.json`: the adapter's type, the origin, the SHA-256 of every file written.
-
-    Raises:
-        InputError: the folder is not a run, has no adapter (full fine-tuning) or a damaged file, or `target` is not
-            free.
-        CheckError: the adapter's weights cannot be read, or hold numbers that are not finite.
-    """
-    if not (run / "recipe.yaml").is_file():
-        raise InputError(f"{str(run)!r} is not a run: it holds no recipe.yaml; give a folder that headtune train wrote")
-    if not (run / "adapter" / "adapter_config.json").is_file():
-        raise InputError(
-            f"run {str(run)!r} has no adapter: it is not finished, or trained the model itself; export the checkpoint "
-            "without --adapter"
-        )
-    require_new_folder(target, "choose another folder")
-    recipe = load_recipe(str(run / "recipe.yaml"))
-    origin = origin_of(run, recipe.dump())
-    return tracked_export(run, recipe, target, lambda: _write_adapter(run, target, origin))
-
-
-def _write_adapter(run: Path, target: Path, origin: Origin) -> dict[str, Any]:
-    config = read_state(run / "adapter" / "adapter_config.json")
-    config |= {"base_model_name_or_path": origin.base, "revision": origin.revision}
-    for name, tensor in read_adapter(run / "adapter").items():
-        if not tensor.isfinite().all():
-            raise CheckError(f"the adapter's {name} holds numbers that are not finite")
-    module = PEFT_TYPE_TO_CONFIG_MAPPING[config["peft_type"]].__module__
-    import_first = "headtune.train" if module.startswith("headtune.train.") else None
-    result = {"adapter": config["peft_type"], "import_first": import_first, **origin.summary()}
-    if target.is_dir():
-        target.rmdir()
-    with atomic_folder(target) as temporary:
-        (temporary / ADAPTER).write_bytes((run / "adapter" / ADAPTER).read_bytes())
-        write_json(temporary / "adapter_config.json", config)
-        write_text(temporary / "README.md", adapter_card(origin, import_first))
-        _finish(temporary, result)
+        finish(temporary, result)
     return result
 
 
@@ -350,7 +330,7 @@ def export_run(
     require_new_folder(target, "choose another folder")
     model, tokenizer, recipe = load_run(run)
     origin = origin_of(run, recipe.dump())
-    held_out = _held_out(recipe.task, n_prompts)
+    held_out = held_out_task(recipe.task, n_prompts)
 
     def make() -> dict[str, Any]:
         return export(
@@ -369,7 +349,7 @@ def export_run(
     return tracked_export(run, recipe, target, make)
 
 
-def _held_out(block: TaskConfig, n: int) -> Task:
+def held_out_task(block: TaskConfig, n: int) -> Task:
     """The held-out prompts to choose `n` from, however few the run was evaluated on; `n` of a sequence's by turns."""
     block = block.model_copy(update={"max_eval_examples": None})
     if block.sequence is None:
@@ -385,7 +365,7 @@ def _require_size(size: str) -> None:
         raise InputError(f"max shard size {size!r} is not a size; give a whole number of MB or GB, such as 5GB")
 
 
-def _finish(folder: Path, result: dict[str, Any]) -> None:
+def finish(folder: Path, result: dict[str, Any]) -> None:
     """Record the hash of every file and write export.json."""
     result["files"] = {path.name: sha256_of(path) for path in sorted(folder.iterdir()) if path.is_file()}
     write_json(folder / "export.json", result)

@@ -51,7 +51,7 @@ def fold(model: Any) -> PreTrainedModel:
         CheckError: merged weights that are not finite.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    _require_stock(base)
+    require_stock(base)
     if base is not model:
         _separate_trained_embeddings(base)
         try:
@@ -76,7 +76,12 @@ def conversion(source: PreTrainedConfig, written: PreTrainedConfig) -> dict[str,
     return {"source": source.model_type, "written": written.model_type, "flags": flags, "why": why}
 
 
-def _require_stock(model: PreTrainedModel) -> None:
+def require_stock(model: PreTrainedModel) -> None:
+    """Refuse a model that plain transformers cannot have as it stands.
+
+    Raises:
+        InputError: it is quantised, or its class is one of its own repository.
+    """
     config: Any = model.config
     if getattr(config, "quantization_config", None) is not None:
         raise InputError(

@@ -172,11 +172,12 @@ def checkpoint_card(origin: Origin, result: Mapping[str, Any], caveat: str = "")
     return redact("\n".join(lines))
 
 
-def adapter_card(origin: Origin, registered_by: str | None) -> str:
+def adapter_card(origin: Origin, registered_by: str | None, result: Mapping[str, Any] | None = None) -> str:
     """The card of an adapter alone.
 
     Args:
         registered_by: the module that makes the adapter's type known to PEFT; None for PEFT's own types.
+        result: the content of export.json of an adapter that was compared with the run's model.
     """
     if origin.base in builtin.BUILT_IN:
         load = [
@@ -205,10 +206,27 @@ def adapter_card(origin: Origin, registered_by: str | None) -> str:
             *load,
             'model = PeftModel.from_pretrained(base, "PATH")',
         ),
+        *(_equal_lora(result) if result else []),
         *_measured(origin),
         *_recipe(origin),
     ]
     return redact("\n".join(lines))
+
+
+def _equal_lora(result: Mapping[str, Any]) -> list[str]:
+    return [
+        "## Equal to the adapted model",
+        "",
+        f"A LoRA of rank {result['rank']}, zero outside the heads. Reloaded by plain PEFT and compared with the run's "
+        f"model in float32 on {result['prompts']} prompts: largest logit difference "
+        f"{result['max_logit_difference']:.2g} on a scale of {result['logit_scale']:.3g} (allowed "
+        f"{result['tolerance']:.2g}), {result['identical_generations']} of {result['prompts']} greedy generations "
+        "identical.",
+        "",
+        f"A server takes it beside the base model where it allows rank {result['rank']}; vLLM: `--enable-lora "
+        "--max-lora-rank N --lora-modules NAME=PATH`.",
+        "",
+    ]
 
 
 def _front_matter(origin: Origin, library: str, relation: str, *tags: str) -> list[str]:

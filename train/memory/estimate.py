@@ -178,6 +178,8 @@ def _layer(shape: Shape, trained: Trained, setup: Setup, layer: int) -> int:
         # Nothing before the heads' outputs asks for a gradient; a scale alone needs those outputs.
         return norm + mlp + (weights or c * shape.z * trained.scaled)
     if layer == trained.lowest and trained.kind == "slices":
+        if not trained.reads:  # as above
+            return norm + mlp + weights
         return norm + attention + mlp + weights
     return 2 * norm + attention + mlp + weights
 
@@ -189,9 +191,9 @@ def _inputs(shape: Shape, trained: Trained, setup: Setup, layer: int) -> int:
         return 0
     if trained.kind == "heads":  # in float32, whatever the model computes in
         return 4 * shape.z if casts and trained.scaled else 0
-    if trained.kind == "slices":  # and what is added to, or chosen of, each head's width; a mean over the layers
+    if trained.kind == "slices":
         copies = 3 if casts else 1  # queries, keys and values each cast what they read
-        return c * (copies * shape.d_model + trained.parameters // (shape.d_model * len(trained.layers)))
+        return c * (copies * shape.d_model * trained.reads + trained.width)
     if trained.kind == "norms":
         return 2 * _normalised(shape, setup)
     names = trained.targets or tuple(part.name for part in shape.linears)

@@ -192,6 +192,9 @@ class Trained:
         lowest: the lowest layer with any; autograd keeps nothing of the layers below it.
         layers: those with any.
         scaled: a scale is trained, whose gradient needs the heads' outputs.
+        width: of slices: numbers of a token, a mean over the layers, that are added to or chosen of the heads' widths,
+            and those between two factors.
+        reads: slices of queries, keys or values are among them, which read what the layer's first norm gives.
         targets: names of the linear layers with a LoRA; `rank`: its rank.
     """
 
@@ -200,6 +203,8 @@ class Trained:
     lowest: int
     layers: frozenset[int]
     scaled: bool = False
+    width: int = 0
+    reads: bool = True
     targets: tuple[str, ...] = ()
     rank: int = 0
 
@@ -220,11 +225,36 @@ def head_values(
 
 def head_slices(shape: Shape, pairs: Collection[tuple[int, int]], parts: Collection[str]) -> Trained:
     """Slices of W_Q, W_K, W_V, W_O of chosen heads, keys and values by KV group."""
-    group = shape.n_heads // shape.n_kv_heads
-    blocks = len(set(pairs)) * len({"q", "o"} & set(parts))
-    blocks += len({(layer, head // group) for layer, head in pairs}) * len({"k", "v"} & set(parts))
+    n = sum(_slices_of(shape, pairs, parts).values())
+    return _slices(shape, pairs, parts, n * shape.head_dim * shape.d_model, 0)
+
+
+def low_rank_slices(
+    shape: Shape, pairs: Collection[tuple[int, int]], parts: Collection[str], rank: int, share: bool = False
+) -> Trained:
+    """The same slices by factors: `rank (head_dim + d_model)` each; `share`: one B, `rank d_model`, for a layer."""
+    n = sum(_slices_of(shape, pairs, parts).values())
+    n_of_b = len({layer for layer, _ in pairs}) if share else n
+    parameters = rank * (n * shape.head_dim + n_of_b * shape.d_model)
+    return _slices(shape, pairs, parts, parameters, n_of_b * rank)
+
+
+def _slices(
+    shape: Shape, pairs: Collection[tuple[int, int]], parts: Collection[str], parameters: int, between: int
+) -> Trained:
+    """`between`: numbers of a token between two factors, over all layers."""
     layers = frozenset(layer for layer, _ in pairs)
-    return Trained("slices", blocks * shape.head_dim * shape.d_model, min(layers), layers)
+    numbers = sum(_slices_of(shape, pairs, parts).values()) * shape.head_dim + between
+    reads = not set(parts) <= {"o"}
+    return Trained("slices", parameters, min(layers), layers, width=numbers // len(layers), reads=reads)
+
+
+def _slices_of(shape: Shape, pairs: Collection[tuple[int, int]], parts: Collection[str]) -> dict[str, int]:
+    """How many slices of each part belong to chosen heads."""
+    group = shape.n_heads // shape.n_kv_heads
+    counts = {"q": len(set(pairs)), "k": len({(layer, head // group) for layer, head in pairs})}
+    counts |= {"v": counts["k"], "o": counts["q"]}
+    return {part: counts[part] for part in parts}
 
 
 def lora(shape: Shape, rank: int, targets: str | list[str], only: Collection[int] | None = None) -> Trained:

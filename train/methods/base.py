@@ -107,6 +107,10 @@ class TuningMethod(MethodRules):
             return None
         return f"run {str(folder)!r} did not keep its model; run it again with method.keep=true"
 
+    def has_stock_lora(self, config: Any) -> bool:
+        """Whether the adapter is head slices of low rank, which `headtune export --adapter` writes as PEFT's LoRA."""
+        return False
+
     # --- memory -------------------------------------------------------------------------------------------------------
 
     def trained_weights(self, config: Any, shape: Shape, pairs: Pairs) -> Trained:

@@ -144,9 +144,9 @@ def _addition(model: HeadModel, module: Any, name: str, weights: HeadWeights, sc
 
 
 def _of_slices(module: HeadSlicesLayer, name: str, weights: HeadWeights, index: Tensor) -> Tensor | None:
-    if name not in module.head_slices_delta:
+    if name not in module.head_slices_chosen:
         return None
-    delta = module.head_slices_delta[name].float()
+    delta = module.delta(name).float()
     within = torch.arange(module.head_dim, device=index.device)
     trained = (module.head_slices_chosen[name][:, None] * module.head_dim + within).flatten()
     place = torch.full((len(module.slices) * module.head_dim,), -1, device=index.device)

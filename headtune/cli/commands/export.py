@@ -22,7 +22,11 @@ def add_parsers(add: Add) -> None:
     p.add_argument("--dtype", default="float32", help="of the stored weights (default: float32)")
     p.add_argument("--prompts", type=positive, default=20, help="prompts compared (default: 20)")
     p.add_argument("--max-shard-size", default="5GB", help="of one file of weights (default: 5GB)")
-    p.add_argument("--adapter", action="store_true", help="write the PEFT adapter alone, with a card, as it is")
+    p.add_argument(
+        "--adapter",
+        action="store_true",
+        help="write the PEFT adapter alone, with a card; that of masked with rank as a stock LoRA, proven equal",
+    )
     volume_arguments(p)
     plugin_arguments(p)
     p.set_defaults(do=export_command)
@@ -30,13 +34,19 @@ def add_parsers(add: Add) -> None:
 
 def export_command(arguments: argparse.Namespace) -> int:
     silence_model_libraries()
-    from headtune.train.export import checkpoint
+    from headtune.train.export import adapter, checkpoint
 
     from ..console import console, notify, progress
 
     if arguments.adapter:
-        result = checkpoint.export_adapter(arguments.run, arguments.out)
+        result = adapter.export_adapter(arguments.run, arguments.out, arguments.prompts, progress, notify)
         line = f"{arguments.out}: the {result['adapter']} adapter alone"
+        if "rank" in result:
+            line += (
+                f", rank {result['rank']}, largest logit difference {result['max_logit_difference']:.2g} on a scale of "
+                f"{result['logit_scale']:.3g}, {result['identical_generations']} of {result['prompts']} greedy "
+                "generations identical"
+            )
         if result["import_first"]:
             line += f"; import {result['import_first']} before loading it with PEFT"
     else:

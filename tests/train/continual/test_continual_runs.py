@@ -23,7 +23,7 @@ from headtune.train.config.recipe import load_recipe
 from headtune.train.continual import learner
 from headtune.train.evaluation import compare
 from headtune.train.evaluation.run_reader import read_runs
-from headtune.train.export.checkpoint import _held_out
+from headtune.train.export.checkpoint import held_out_task
 from headtune.train.runs.load_run import load_run
 from helpers.small_runs import SENTENCES, train, write_recipe, write_sequence_recipe
 from helpers.tiny import FACTS
@@ -88,7 +88,7 @@ def test_an_export_is_the_model_after_the_last_task(name: str, runs: Path, tiny_
 
 def test_the_prompts_compared_are_of_all_tasks(runs: Path) -> None:
     block = load_recipe(str(runs / "full" / "recipe.yaml")).task
-    task = _held_out(block.model_copy(update={"max_eval_examples": 1}), 7)
+    task = held_out_task(block.model_copy(update={"max_eval_examples": 1}), 7)
     starts = [sentence.partition("{}")[0] for sentence in SENTENCES]
     counts = [sum(example.prompt.startswith(start) for example in task.examples) for start in starts]
     assert counts == [3, 2, 2]

@@ -23,12 +23,12 @@ from headtune.analysis.utils.errors import CheckError, InputError
 from headtune.analysis.utils.files import sha256_of, write_json
 from headtune.cli.main import main
 from headtune.train.export import checkpoint
+from headtune.train.export.adapter import export_adapter
 from headtune.train.export.checkpoint import (
     ModelOutputs,
     Prompts,
     compare,
     export,
-    export_adapter,
     export_run,
     model_outputs,
 )

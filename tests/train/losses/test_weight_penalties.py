@@ -140,7 +140,13 @@ def merged_change(model: PeftModel, kind: Kind) -> Tensor:
 @pytest.mark.parametrize("chosen", [HEADS, [(0, 0), (2, 3)]], ids=["all", "some"])
 def test_head_slices_and_head_tuning_count_as_what_they_merge_to(kind: Kind, chosen: list[tuple[int, int]]) -> None:
     """Whichever heads the adapter itself trains."""
-    for config in (HeadSlicesConfig(heads=[list(head) for head in chosen]), HeadTuningConfig(heads=chosen)):  # type: ignore[arg-type]
+    lists = [list(head) for head in chosen]
+    for config in (
+        HeadSlicesConfig(heads=lists),
+        HeadSlicesConfig(heads=lists, rank=3),
+        HeadSlicesConfig(heads=lists, rank=3, parts=["o"], share="layer"),
+        HeadTuningConfig(heads=lists),
+    ):
         heads = heads_of(kind)
         model = get_peft_model(heads.hf, config)
         shake([parameter for parameter in model.parameters() if parameter.requires_grad])

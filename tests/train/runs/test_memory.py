@@ -62,6 +62,12 @@ def adapted(kind: str, model: Any) -> tuple[Any, Trained]:
         case "gates":
             config = HeadTuningConfig(heads=heads, gates=True, task_type="CAUSAL_LM")
             trained = model_shape.head_values(sizes, PAIRS, gates=True)
+        case "low rank":
+            config = HeadSlicesConfig(heads=heads, rank=3, task_type="CAUSAL_LM")
+            trained = model_shape.low_rank_slices(sizes, PAIRS, "qkvo", 3)
+        case "shared":
+            config = HeadSlicesConfig(heads=heads, rank=3, parts=["o"], share="layer", task_type="CAUSAL_LM")
+            trained = model_shape.low_rank_slices(sizes, PAIRS, "o", 3, share=True)
         case _:
             config = HeadSlicesConfig(heads=heads, task_type="CAUSAL_LM")
             trained = model_shape.head_slices(sizes, PAIRS, "qkvo")
@@ -83,7 +89,9 @@ def test_published_sizes_are_the_published_parameter_counts() -> None:
     assert counts == {"llama-3.2-1b": 1_235_814_400, "llama-3.1-8b": 8_030_261_248}
 
 
-@pytest.mark.parametrize("kind", ["lora", "lora q,v", "scale and offset", "offset", "gates", "slices"])
+@pytest.mark.parametrize(
+    "kind", ["lora", "lora q,v", "scale and offset", "offset", "gates", "slices", "low rank", "shared"]
+)
 def test_trained_parameters_are_those_of_the_adapter(kind: str) -> None:
     model, trained = adapted(kind, gqa())
     assert trained.parameters == sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -110,16 +118,18 @@ def kept_bytes(model: Any, padded: bool, autocast: bool) -> int:
     return sum(tensor.untyped_storage().nbytes() for tensor in found.values())
 
 
-@pytest.mark.parametrize("kind", ["full", "lora", "scale and offset", "offset", "slices"])
+@pytest.mark.parametrize("kind", ["full", "lora", "scale and offset", "offset", "slices", "low rank", "shared"])
 @pytest.mark.parametrize(("padded", "autocast"), [(False, False), (True, False), (False, True)])
 def test_activations_are_what_autograd_keeps(kind: str, padded: bool, autocast: bool) -> None:
     model = gqa().train()
     sizes = shape(model)
     model, trained = adapted(kind, model)
     setup = Setup(batch=ROWS, length=LENGTH, padded=padded, autocast=autocast)
-    # Indices and the ids are left out of the formula, as are casts of an adapter's own weights.
+    # Indices and the ids are left out of the formula, as are casts of an adapter's own weights. Casts of the lowest
+    # layer's queries, keys and values are counted where only outputs are trained; in a model this small they weigh.
+    tolerance = 0.08 if kind == "shared" else 0.06
     planned, measured = memory.saved(sizes, trained, setup), kept_bytes(model, padded, autocast)
-    assert planned == pytest.approx(measured, rel=0.06 if autocast or kind == "slices" else 0.02)
+    assert planned == pytest.approx(measured, rel=tolerance if autocast or kind == "slices" else 0.02)
 
 
 def test_checkpointing_keeps_a_layers_input_alone() -> None:

@@ -63,6 +63,8 @@ FAMILIES: dict[str, tuple[str, Any, dict[str, Any], int]] = {
     "jola": ("jola", HEADS, SFT, 3 * (8 + 8 + 1 + 1)),
     # q and o: 8 x 32 a head; k and v: 8 x 32 a group, and both heads of layer 2 have a group of their own.
     "masked": ("masked", HEADS, SFT, 3 * 4 * 8 * 32),
+    # Of each slice rank x (8 + 32).
+    "masked, rank": ("masked", HEADS, SFT | {"rank": 2, "parts": ["q", "o"]}, 3 * 2 * 2 * (8 + 32)),
     "lora": ("lora", None, SFT | {"r": 2}, 0),
     "ln": ("ln", None, SFT, 7 * 32),
     "full": ("full", None, SFT, 0),
@@ -528,6 +530,11 @@ def test_attention_is_put_back() -> None:
         ({"recipe": "jola", "heads": None, "method": SFT}, ["heads is missing"]),
         ({"recipe": "masked", "method": SFT | {"parts": ["q", "x"]}}, ["method.parts"]),
         ({"recipe": "masked", "method": SFT | {"parts": []}}, ["method.parts"]),
+        ({"recipe": "masked", "method": SFT | {"rank": 0}}, ["method.rank"]),
+        ({"recipe": "masked", "method": SFT | {"rank": 2, "alpha": 0}}, ["method.alpha"]),
+        ({"recipe": "masked", "method": SFT | {"alpha": 8}}, ["method.alpha", "give method.rank"]),
+        ({"recipe": "masked", "method": SFT | {"share": "layer"}}, ["method.share", "give method.rank"]),
+        ({"recipe": "masked", "method": SFT | {"rank": 2, "share": "layer"}}, ["share layer", "[q, k, v, o]"]),
         ({"recipe": "full", "heads": None, "method": {}}, ["retention", "set it to 0"]),
         ({"method": SFT | {"select_only": True}}, ["select_only", "heads.lofit"]),
         ({"heads": {"lofit": {"l1": -1.0}}, "method": SFT}, ["heads.lofit.l1"]),

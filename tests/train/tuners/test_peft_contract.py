@@ -54,6 +54,11 @@ TUNERS = {
     "everything": Tuner(lambda heads, **o: HeadTuningConfig(heads=heads, gates=True, mlp_layers=mlps(heads), **o)),
     "slices": Tuner(lambda heads, **o: HeadSlicesConfig(heads=heads, **o), "head_slices_"),
     "slices-o": Tuner(lambda heads, **o: HeadSlicesConfig(heads=heads, parts=["o"], **o), "head_slices_"),
+    "slices-rank": Tuner(lambda heads, **o: HeadSlicesConfig(heads=heads, rank=2, alpha=2, **o), "head_slices_"),
+    "slices-shared": Tuner(
+        lambda heads, **o: HeadSlicesConfig(heads=heads, parts=["o"], rank=2, alpha=2, share="layer", **o),
+        "head_slices_",
+    ),
 }
 FAMILIES = ("llama-gqa", "gpt2", "phi3", "gpt_neox")
 
@@ -348,7 +353,7 @@ def trainer_of(tuner: Tuner, folder: Path, callbacks: list[TrainerCallback] | No
     )
 
 
-@pytest.mark.parametrize("name", ["everything", "slices"])
+@pytest.mark.parametrize("name", ["everything", "slices", "slices-rank"])
 def test_a_resumed_run_ends_where_it_would_have(name: str, tmp_path: Path) -> None:
     tuner = TUNERS[name]
     whole = trainer_of(tuner, tmp_path / "whole")

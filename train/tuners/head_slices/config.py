@@ -11,6 +11,7 @@ from headtune.analysis.utils.errors import InputError
 from ..base import HeadPeftType, HeadTunerConfig
 
 PARTS = ("q", "k", "v", "o")
+SHARES = ("head", "layer")
 SHARED = ("k", "v")  # one per KV group, not per head
 
 HeadSlice = tuple[str, int]  # a part and its index: that of a head for q and o, that of a KV group for k and v
@@ -18,16 +19,23 @@ HeadSlice = tuple[str, int]  # a part and its index: that of a head for q and o,
 
 @dataclass
 class HeadSlicesConfig(HeadTunerConfig):
-    """Which slices to train.
+    """Which slices to train, and how freely.
 
     Attributes:
         heads: `[[layer, head], ...]`.
         parts: any of `q`, `k`, `v`, `o`: the slices of W_Q, W_K, W_V, W_O.
+        rank: None trains every number of a slice; r trains a product of rank r, `D = (alpha / r) B A`.
+        alpha: of the product; not read without `rank`.
+        share: `head`: each slice has factors of its own. `layer`: the heads of a layer share B, for `parts: [o]` alone,
+            whose slices write to the same space (HeadMap); not read without `rank`.
         n_kv_heads: KV groups per layer; read from the model when left out.
         target_modules: the projections that hold the slices; read from the family's row when left out.
     """
 
     parts: list[str] = field(default_factory=lambda: list(PARTS))
+    rank: int | None = None
+    alpha: int = 16
+    share: str = "head"
     n_kv_heads: int | None = None
     target_modules: list[str] | None = None
 
@@ -37,6 +45,16 @@ class HeadSlicesConfig(HeadTunerConfig):
         if not self.parts or len(set(self.parts)) < len(self.parts) or not set(self.parts) <= set(PARTS):
             raise InputError(f"parts {self.parts} are not understood; give some of {', '.join(PARTS)}, each once")
         self.parts = [part for part in PARTS if part in self.parts]
+        for name, value in (("rank", self.rank), ("alpha", self.alpha)):
+            if value is not None and (type(value) is not int or value < 1):
+                raise InputError(f"{name} is {value!r}; expected a whole number from 1 up")
+        if self.share not in SHARES:
+            raise InputError(f"share {self.share!r} is unknown; choose one of {', '.join(SHARES)}")
+        if self.rank is not None and self.share == "layer" and self.parts != ["o"]:
+            raise InputError(
+                f"share 'layer' is for parts ['o'], found {self.parts}: heads write to one space and read through rows "
+                "of their own; use share 'head', or parts ['o']"
+            )
 
     def slices_of(self, layer: int) -> set[HeadSlice]:
         """The trained slices of a layer, each `head_dim` rows or columns wide."""
