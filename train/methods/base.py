@@ -55,6 +55,16 @@ class TuningMethod(MethodRules):
         """PEFT's configuration of the adapter that is trained; None trains all of the model's weights."""
         raise NotImplementedError(f"tuning method {self.name} has no peft_config")
 
+    def require_start(self, config: Any, model: HeadModel, pairs: Pairs | None) -> None:
+        """Refuse a start of the training that is not there or does not fit, before anything is written (InputError).
+
+        Args:
+            pairs: the heads; None where the run has yet to choose them.
+        """
+
+    def set_start(self, config: Any, model: HeadModel, adapted: Any) -> None:
+        """Change the first values of what is trained, which PEFT has made already."""
+
     def penalty(self, config: Any) -> Penalty | None:
         """A term of the loss that belongs to the method."""
         return None

@@ -86,6 +86,7 @@ def _prepare_single(recipe: Recipe, model: HeadModel, train: Task, held_out: Tas
     if method.trains:
         # Not kept: while a ZeRO-3 configuration lives, a generation waits for all ranks, and rank 0 measures alone.
         training.training_arguments(recipe)
+        method.require_start(recipe.method, model, None if heads is None else heads.pairs)
     identity = evaluation_identity(recipe.evaluation, model, held_out)
     if recipe.evaluation.before is not None:
         read_before(Path(recipe.evaluation.before), identity)
