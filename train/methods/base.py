@@ -49,18 +49,18 @@ class ComputedModel:
 class TuningMethod(MethodRules):
     """A way of tuning a model."""
 
+    def require_usable(self, recipe: Recipe, model: HeadModel, train: Task, pairs: Pairs | None) -> None:
+        """Refuse what does not fit the model or the task, before anything is written (InputError).
+
+        Args:
+            pairs: the heads; None where the run has yet to choose them.
+        """
+
     # --- training -----------------------------------------------------------------------------------------------------
 
     def peft_config(self, config: Any, pairs: Pairs, model: Any) -> PeftConfig | None:
         """PEFT's configuration of the adapter that is trained; None trains all of the model's weights."""
         raise NotImplementedError(f"tuning method {self.name} has no peft_config")
-
-    def require_start(self, config: Any, model: HeadModel, pairs: Pairs | None) -> None:
-        """Refuse a start of the training that is not there or does not fit, before anything is written (InputError).
-
-        Args:
-            pairs: the heads; None where the run has yet to choose them.
-        """
 
     def set_start(self, config: Any, model: HeadModel, adapted: Any) -> None:
         """Change the first values of what is trained, which PEFT has made already."""

@@ -15,6 +15,7 @@ from .base import Pairs, TuningMethod, as_lists
 
 if TYPE_CHECKING:
     from headtune.analysis.models.head_model import HeadModel
+    from headtune.analysis.tasks.task import Task
     from headtune.train.config.schema import Recipe
 
 
@@ -45,12 +46,12 @@ class Lofit(TuningMethod):
             task_type="CAUSAL_LM",
         )
 
-    def require_start(self, config: LofitConfig, model: HeadModel, pairs: Pairs | None) -> None:
-        if config.init is not None:
+    def require_usable(self, recipe: Recipe, model: HeadModel, train: Task, pairs: Pairs | None) -> None:
+        init = recipe.method.init
+        if init is not None:
             from headtune.train.tuners.head_tuning import start
 
-            offsets = start.read_offsets(config.init.source)
-            start.require_offsets(offsets, pairs or (), model.head_dim, config.init.source)
+            start.require_offsets(start.read_offsets(init.source), pairs or (), model.head_dim, init.source)
 
     def set_start(self, config: LofitConfig, model: HeadModel, adapted: Any) -> None:
         if config.init is not None:

@@ -14,6 +14,7 @@ from headtune.analysis.heads.head_set import HeadSet
 from headtune.analysis.tasks.task import to_jsonl
 from headtune.analysis.utils.files import write_text
 from headtune.train.runs.load_run import load_run
+from headtune.train.tracking.lineage import tree_sha256
 from headtune.train.tuners.head_tuning.start import read_offsets
 from helpers.copying import copying_model, copying_task
 from helpers.small_runs import train, write_recipe
@@ -69,6 +70,8 @@ def test_a_few_shot_prompt_becomes_a_run_and_a_training_starts_there(folder: Pat
     method = {"objective": "sft", "scale": "none", "init_std": 1.0, "init": {"from": str(run)}}
     changes = {"recipe": "lofit", "heads": {"from": str(run), "top": 2}, "method": method}
     assert train(recipe(folder, tmp_path / "c", **changes), "training.learning_rate=1e-9") == 0
+    inputs = json.loads((tmp_path / "c" / "run" / "run.json").read_text())["inputs"]
+    assert inputs["start"]["sha256"] == tree_sha256(run / "adapter")
     started = read_offsets(tmp_path / "c" / "run")
     assert sorted(started) == sorted(chosen.top("selected")[:2])
     for head, value in started.items():
@@ -81,6 +84,9 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(
     shown = steer(folder, tmp_path / "a", {"list": [[0, 1]]})
     assert train(shown, "method.shots=7") == 2
     assert "has 5 subjects, and 7 examples before a question need 8" in capsys.readouterr().err
+    assert train(steer(folder, tmp_path / "d", HEADS | {"in_context": {"shots": 6}})) == 2
+    assert "has 5 subjects, and 6 examples before a question need 7" in capsys.readouterr().err
+    assert not any((tmp_path / name / "run").exists() for name in "ad")
     assert train(recipe(folder, tmp_path / "b", method={"init": {"from": str(tmp_path)}})) == 2
     assert "holds no adapter to start from" in capsys.readouterr().err
     assert not (tmp_path / "b" / "run").exists()
