@@ -241,47 +241,28 @@ def task_of(data: Path, name: str, template: str) -> Task:
 
 # --- tables -----------------------------------------------------------------------------------------------------------
 
-COLUMNS = {
-    "zero-shot": "zero-shot",
-    "five-shot": "five-shot",
-    "shuffled five-shot": "shuffled",
-    "chosen": "offsets",
-    "last token": "last token",
-    "top 4": "top 4",
-    "top 1": "top 1",
-    "random": "random",
-    "function vector, last token": "function vector",
-    "perplexity": "perplexity",
-}
+COLUMNS = ("zero-shot", "five-shot", "shuffled", "offsets", "last token", "top 4", "top 2", "top 1", "random")
+VECTORS = ("vector, last token", "vector")
 
 
 def table(results: Mapping[str, Any], base: float) -> str:
+    """Right answers by pair set and form; perplexity behind them where the change is at all positions."""
+    names = {"shuffled": "shuffled five-shot"} | {name: f"function {name}" for name in VECTORS}
     lines = []
     for name, result in results.items():
-        rows = result["rows"]
-        cells = [name]
+        rows = dict(result["rows"])
         if "refused" not in result:
-            rows = rows | {"chosen": rows[f"in_context, factor {result['factor']:g}"]}
-        for key in COLUMNS:
-            if key == "perplexity":
-                shown = f"{rows['chosen']['perplexity']:.0f}" if "chosen" in rows else ""
-                shown += f" (random {_mean(rows['random'], 'perplexity'):.0f})" if "chosen" in rows else ""
-            elif key == "chosen" and key in rows:
-                shown = f"**{rows[key]['right']}** (x {result['factor']:g})"
-            elif key == "random" and key in rows:
-                shown = ", ".join(str(row["right"]) for row in rows[key])
-            elif key == "function vector, last token" and key in rows:
-                shown = f"{rows[key]['right']} (L{result['layer']})"
-            else:
-                shown = str(rows[key]["right"]) if key in rows else ""
-            cells.append(shown)
+            rows["offsets"] = rows[f"in_context, factor {result['factor']:g}"]
+        cells = [name, f"{result['factor']:g}" if "factor" in result else "refused"]
+        for key in (*COLUMNS, *VECTORS):
+            row = rows.get(names.get(key, key))
+            several = row if isinstance(row, list) else [row] if row else []
+            shown = ", ".join(str(each["right"]) for each in several)
+            if several and "perplexity" in several[0]:
+                shown += f" ({sum(each['perplexity'] for each in several) / len(several):.0f})"
+            cells.append(f"**{shown}**" if key == "offsets" and shown else shown)
         lines.append(cells)
-    header = ["pairs, form", *(f"{word} ({base:.0f})" if word == "perplexity" else word for word in COLUMNS.values())]
-    return readme.rows(header, lines)
-
-
-def _mean(rows: Sequence[Mapping[str, float]], key: str) -> float:
-    return sum(row[key] for row in rows) / len(rows)
+    return readme.rows([f"of {SETTINGS['held_out']} ({base:.0f})", "factor", *COLUMNS, *VECTORS], lines)
 
 
 def fill(check: bool = False) -> list[str]:
