@@ -9,7 +9,9 @@ import pytest
 from helpers.paths import ROOT
 
 
-@pytest.mark.parametrize("name", ["tuning", "continual", "protecting", "identification_noise", "plan_trackers"])
+@pytest.mark.parametrize(
+    "name", ["tuning", "continual", "protecting", "identification_noise", "plan_trackers", "in_context"]
+)
 def test_the_readme_shows_the_result_file(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     for module in ("tuning", "readme", name):

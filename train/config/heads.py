@@ -49,6 +49,31 @@ class ProbeConfig(StrictConfig):
     max_examples: Annotated[int, Field(ge=1)] | None = None
 
 
+class FewShotConfig(StrictConfig):
+    """Prompts of the task with examples before the question.
+
+    Attributes:
+        shots: examples before each question, of other subjects than it.
+        prompts: questions, drawn from the training examples.
+        separator: the text between two examples.
+    """
+
+    shots: Annotated[int, Field(ge=2)] = 5
+    prompts: Annotated[int, Field(ge=2)] = 100
+    separator: str = "\n\n"
+
+
+class InContextHeadsConfig(FewShotConfig):
+    """Rank heads by average indirect effect: how much the mean output of a head in few-shot prompts restores the right
+    answer where the examples' answers are shuffled (Todd et al. 2024).
+
+    Attributes:
+        scored: solved prompts whose shuffled forms are scored.
+    """
+
+    scored: Annotated[int, Field(ge=2)] = 25
+
+
 class RandomConfig(StrictConfig):
     """Random heads, as many in each layer as the heads chosen from `like` with this block's role and top."""
 
@@ -79,16 +104,18 @@ class ControlConfig(StrictConfig):
 
 
 class HeadsConfig(StrictConfig):
-    """Which heads: exactly one of `from`, `identify`, `lofit`, `probe`, `random`, `control`, `all`, `list`.
+    """Which heads: exactly one of `from`, `identify`, `lofit`, `probe`, `in_context`, `random`, `control`, `all`,
+    `list`.
 
     `role` and `top` choose from a head set; `both` takes the top recall and the top suppression heads. What `lofit`,
-    `probe` and JoLA's gates choose has the role `selected`.
+    `probe`, `in_context` and JoLA's gates choose has the role `selected`.
     """
 
     source: str | None = Field(None, alias="from")
     identify: IdentifyConfig | None = None
     lofit: FirstStageConfig | None = None
     probe: ProbeConfig | None = None
+    in_context: InContextHeadsConfig | None = None
     random: RandomConfig | None = None
     control: ControlConfig | None = None
     every: Literal[True] | None = Field(None, alias="all")
@@ -111,6 +138,7 @@ class HeadsConfig(StrictConfig):
             "identify": self.identify,
             "lofit": self.lofit,
             "probe": self.probe,
+            "in_context": self.in_context,
             "random": self.random,
             "control": self.control,
             "all": self.every,
@@ -126,4 +154,10 @@ class HeadsConfig(StrictConfig):
     @property
     def learnt(self) -> bool:
         """The heads come out of this run's own first stage."""
-        return self.lofit is not None or self.probe is not None
+        return self.first_stage is not None
+
+    @property
+    def first_stage(self) -> str | None:
+        """Which of this run's own first stages chooses the heads."""
+        stages = {"lofit": self.lofit, "probe": self.probe, "in_context": self.in_context}
+        return next((name for name, block in stages.items() if block is not None), None)

@@ -12,7 +12,16 @@ from pydantic import Field, model_validator
 
 from .base import LoraSizes, StrictConfig
 from .continual import DistilConfig, ReplayConfig, SeekrConfig
-from .heads import ControlConfig, FirstStageConfig, HeadsConfig, IdentifyConfig, ProbeConfig, RandomConfig
+from .heads import (
+    ControlConfig,
+    FewShotConfig,
+    FirstStageConfig,
+    HeadsConfig,
+    IdentifyConfig,
+    InContextHeadsConfig,
+    ProbeConfig,
+    RandomConfig,
+)
 from .objective_registry import ObjectiveName
 from .regularisers import (
     AnyRegulariser,
@@ -34,6 +43,7 @@ __all__ = [  # of the files beside
     "FirstStageConfig",
     "HeadsConfig",
     "IdentifyConfig",
+    "InContextHeadsConfig",
     "LoraSizes",
     "NegativeAttention",
     "OutputDrift",
@@ -148,16 +158,27 @@ class ObjectiveConfig(StrictConfig):
     regularisers: list[AnyRegulariser] = Field(default_factory=list)
 
 
+class StartConfig(StrictConfig):
+    """Offsets to start from: those of another run's adapter, such as one of steer."""
+
+    source: str = Field(alias="from")
+
+
 class LofitConfig(ObjectiveConfig):
     """The head adapter: scale and offset on chosen heads, everything else frozen.
 
     LoFiT as published trains offsets alone (`scale: none`, `init_std: 1e-3`) on the heads of its own first stage
     (`heads: {lofit: {...}}`). `select_only` stops after the choice of heads.
+
+    Attributes:
+        init_std: standard deviation of the first values; 0 starts at the base model.
+        init: start the offsets at those of another run instead, which must have one for every head.
     """
 
     scale: Literal["none", "head", "vector"] = "vector"
     offset: bool = True
     init_std: Annotated[float, Field(ge=0)] = 0.0
+    init: StartConfig | None = None
     select_only: bool = False
 
 
@@ -238,6 +259,16 @@ class ItiConfig(StrictConfig):
     max_examples: Annotated[int, Field(ge=1)] | None = None
 
 
+class InContextConfig(FewShotConfig):
+    """No training: a few-shot prompt as offsets, `z <- z + factor * (mean z with examples - mean z without)`.
+
+    The means are at the last token of the questions that the model solves with examples; the offset acts everywhere.
+    """
+
+    kind: Literal["in_context"]
+    factor: float = 1.0
+
+
 class SinkConfig(StrictConfig):
     """No training: last-layer heads that look at the first position more than `tau` are multiplied by `gamma`."""
 
@@ -257,6 +288,7 @@ class InterceptConfig(StrictConfig):
 STEERING: dict[str, type[StrictConfig]] = {
     "scale": ScaleConfig,
     "iti": ItiConfig,
+    "in_context": InContextConfig,
     "sink": SinkConfig,
     "intercept": InterceptConfig,
 }

@@ -128,7 +128,7 @@ def _heads_label(heads: HeadsConfig | None) -> str:
     if heads.pairs:
         return f"list{len(heads.pairs)}"
     if heads.learnt:
-        return f"{'lofit' if heads.lofit else 'probe'}{heads.top}"
+        return f"{heads.first_stage}{heads.top}"
     kind = "random-" if heads.random else f"{heads.control.kind}-" if heads.control else ""
     return f"{kind}{heads.role}{heads.top}"
 

@@ -203,7 +203,8 @@ def contradictions(recipe: Recipe) -> Iterator[Problem]:
 def _of_heads(recipe: Recipe, rules: MethodRules) -> Iterator[Problem]:
     method, heads = recipe.method, recipe.heads
     if heads is None and rules.needs_heads(method):
-        yield Problem(("heads",), "heads is missing; give from, identify, lofit, probe, random, control, all or list")
+        sources = "from, identify, lofit, probe, in_context, random, control, all or list"
+        yield Problem(("heads",), f"heads is missing; give {sources}")
     if heads is not None and not rules.takes_heads(method):
         yield Problem(("heads",), f"method.kind {method.kind!r} finds its own heads; remove heads")
     if heads is not None and heads.lofit is not None and not rules.trains:

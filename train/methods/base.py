@@ -49,11 +49,21 @@ class ComputedModel:
 class TuningMethod(MethodRules):
     """A way of tuning a model."""
 
+    def require_usable(self, recipe: Recipe, model: HeadModel, train: Task, pairs: Pairs | None) -> None:
+        """Refuse what does not fit the model or the task, before anything is written (InputError).
+
+        Args:
+            pairs: the heads; None where the run has yet to choose them.
+        """
+
     # --- training -----------------------------------------------------------------------------------------------------
 
     def peft_config(self, config: Any, pairs: Pairs, model: Any) -> PeftConfig | None:
         """PEFT's configuration of the adapter that is trained; None trains all of the model's weights."""
         raise NotImplementedError(f"tuning method {self.name} has no peft_config")
+
+    def set_start(self, config: Any, model: HeadModel, adapted: Any) -> None:
+        """Change the first values of what is trained, which PEFT has made already."""
 
     def penalty(self, config: Any) -> Penalty | None:
         """A term of the loss that belongs to the method."""

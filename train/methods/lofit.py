@@ -14,6 +14,8 @@ from headtune.train.memory import model_shape
 from .base import Pairs, TuningMethod, as_lists
 
 if TYPE_CHECKING:
+    from headtune.analysis.models.head_model import HeadModel
+    from headtune.analysis.tasks.task import Task
     from headtune.train.config.schema import Recipe
 
 
@@ -30,6 +32,8 @@ class Lofit(TuningMethod):
             fix = "use heads.lofit, probe or identify"
             message = f"method.select_only stops after choosing heads, and none are chosen; {fix}"
             yield Problem(("method", "select_only"), message)
+        if method.init is not None and not method.offset:
+            yield Problem(("method", "init"), "method.init starts offsets, and method.offset is false; leave init out")
 
     def peft_config(self, config: LofitConfig, pairs: Pairs, model: Any) -> Any:
         from headtune.train.tuners.head_tuning import HeadTuningConfig
@@ -41,6 +45,22 @@ class Lofit(TuningMethod):
             init_std=config.init_std,
             task_type="CAUSAL_LM",
         )
+
+    def require_usable(self, recipe: Recipe, model: HeadModel, train: Task, pairs: Pairs | None) -> None:
+        init = recipe.method.init
+        if init is not None:
+            from headtune.train.tuners.head_tuning import start
+
+            start.require_offsets(start.read_offsets(init.source), pairs or (), model.head_dim, init.source)
+
+    def set_start(self, config: LofitConfig, model: HeadModel, adapted: Any) -> None:
+        if config.init is not None:
+            from headtune.train.tuners.head_tuning import start
+
+            offsets = start.read_offsets(config.init.source)
+            pairs = [(layer, head) for layer, head in adapted.peft_config["default"].heads]
+            start.require_offsets(offsets, pairs, model.head_dim, config.init.source)
+            start.start_offsets(adapted, offsets)
 
     def why_no_model(self, config: LofitConfig, folder: Path) -> str | None:
         if not config.select_only:

@@ -1,4 +1,4 @@
-"""Steering: heads scaled, moved along probes' directions (ITI), or a last-layer intervention; nothing is trained."""
+"""Steering, without training: heads scaled, moved (ITI, a few-shot prompt's offsets), or a last-layer intervention."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 from headtune.train.config.base import StrictConfig
 from headtune.train.config.method_registry import register_tuning_method
-from headtune.train.config.methods import STEERING, InterceptConfig, ScaleConfig, SinkConfig
+from headtune.train.config.methods import STEERING, InContextConfig, InterceptConfig, ScaleConfig, SinkConfig
 
-from .base import ComputedModel, TuningMethod
+from .base import ComputedModel, Pairs, TuningMethod
 
 if TYPE_CHECKING:
     from headtune.analysis.identify.pipeline import Progress
     from headtune.analysis.models.head_model import HeadModel
     from headtune.analysis.tasks.task import Task
     from headtune.train.config.resolve_heads import ResolvedHeads
+    from headtune.train.config.schema import Recipe
 
 
 @register_tuning_method
@@ -31,6 +32,14 @@ class Steer(TuningMethod):
 
     def takes_heads(self, config: Any) -> bool:
         return not isinstance(config, SinkConfig | InterceptConfig)  # which find their own
+
+    def require_usable(self, recipe: Recipe, model: HeadModel, train: Task, pairs: Pairs | None) -> None:
+        config = recipe.method
+        if isinstance(config, InContextConfig):
+            from headtune.analysis.methods.in_context import few_shot_prompts
+
+            part = train.limited(recipe.task.max_train_examples, recipe.seed)
+            few_shot_prompts(model, part, config.shots, config.prompts, config.separator, recipe.seed)
 
     def compute(
         self, config: Any, model: HeadModel, resolved: ResolvedHeads, task: Task, seed: int, progress: Progress

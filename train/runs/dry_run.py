@@ -216,7 +216,7 @@ def _heads(block: HeadsConfig, ready: PreparedRun, notes: list[str]) -> tuple[li
         pairs = resolved.pairs
         names = [f"L{layer}H{head}" for layer, head in pairs]
         return pairs, f"{len(pairs)}: {' '.join(names[:16])}{' ...' if len(names) > 16 else ''}"
-    how = "identify" if block.identify else "lofit" if block.lofit else "probe"
+    how = "identify" if block.identify else block.first_stage
     pairs = memory_of_recipe.heads_of(block, model_shape.of_config(heads.hf.config, heads.name))
     notes.append(f"heads.{how} finds the heads when the run starts; parameters are counted for {len(pairs)} of them")
     return pairs, f"{'up to ' if block.role == 'both' else ''}{len(pairs)}, to be found by {how}"

@@ -1,7 +1,8 @@
-"""Heads that a run chooses by training or iti_probes."""
+"""Heads that a run chooses by training, by probes, or by few-shot prompts."""
 
 from __future__ import annotations
 
+import math
 import shutil
 from dataclasses import replace
 from typing import Any
@@ -9,6 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from headtune.analysis.heads.head_set import RankedHead
+from headtune.analysis.methods import in_context
+from headtune.analysis.methods.scores import Scores
 from headtune.analysis.tasks.task import Task
 from headtune.train import distributed
 from headtune.train.config.resolve_heads import ResolvedHeads, ranked_heads, selected
@@ -16,7 +20,7 @@ from headtune.train.trainer import training
 from headtune.train.trainer.objectives import objective_of
 from headtune.train.trainer.run_context import RunContext
 from headtune.train.tuners import head_tuning, iti_probes
-from headtune.train.types import Penalty
+from headtune.train.types import Penalty, require_enough
 
 NORM = "lofit.norm"
 
@@ -98,7 +102,40 @@ def probed_heads(context: RunContext, train: Task) -> ResolvedHeads:
     block = recipe.heads.probe
     part = train.limited(recipe.task.max_train_examples, recipe.seed).limited(block.max_examples, recipe.seed)
     probes = iti_probes.probe_heads(model, part, recipe.seed, block.folds, block.per_prompt, context.progress)
-    note = {"name": part.name, "sha256": part.sha256, "n_examples": len(part.examples), "n_dropped": 0, "dropped": {}}
     ranked, scores = probes.ranked(recipe.heads.top), {iti_probes.ACCURACY: probes.accuracy}
-    resolved = selected("probe", scores, ranked, recipe.seed, model, note, {"parameters": probes.note})
+    resolved = selected("probe", scores, ranked, recipe.seed, model, _summary(part), {"parameters": probes.note})
     return replace(resolved, probed=probes)
+
+
+def in_context_heads(context: RunContext, train: Task) -> ResolvedHeads:
+    """The heads whose mean output in few-shot prompts restores the right answer best (Todd et al. 2024)."""
+    recipe, model = context.recipe, context.model
+    assert recipe.heads is not None and recipe.heads.in_context is not None
+    block, top = recipe.heads.in_context, recipe.heads.top
+    require_enough(top, model.n_layers * model.n_heads)
+    part = train.limited(recipe.task.max_train_examples, recipe.seed)
+    prompts = in_context.few_shot_prompts(model, part, block.shots, block.prompts, block.separator, recipe.seed)
+    means = in_context.in_context_means(model, prompts, part.name, context.progress)
+    scores = in_context.indirect_effects(model, means, block.scored, context.progress)
+    parameters = {"shots": block.shots, "separator": block.separator, "scored": len(scores.subjects), **means.note}
+    effects = {in_context.CIE: torch.from_numpy(scores.mean(in_context.CIE))}
+    ranked = ranked_by_effect(scores, top)
+    return selected("in_context", effects, ranked, recipe.seed, model, _summary(part), {"parameters": parameters})
+
+
+def ranked_by_effect(scores: Scores, top: int) -> tuple[RankedHead, ...]:
+    """The `top` heads by average indirect effect, best first, with its interval where there are several subjects."""
+    mean, (low, high) = scores.mean(in_context.CIE), scores.interval(in_context.CIE)
+    order = (-mean).argsort(axis=None, kind="stable")[:top].tolist()
+    ranked = []
+    for layer, head in (divmod(index, mean.shape[1]) for index in order):
+        interval = float(low[layer, head]), float(high[layer, head])
+        finite = all(map(math.isfinite, interval))
+        ranked.append(RankedHead(layer, head, float(mean[layer, head]), interval if finite else None))
+    return tuple(ranked)
+
+
+def _summary(task: Task) -> dict[str, Any]:
+    """A head set's block `task`."""
+    examples = len(task.examples)
+    return {"name": task.name, "sha256": task.sha256, "n_examples": examples, "n_dropped": 0, "dropped": {}}

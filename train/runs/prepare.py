@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from headtune.analysis.methods.in_context import few_shot_prompts
 from headtune.analysis.models.head_model import HeadModel
 from headtune.analysis.models.loading import load_model
 from headtune.analysis.tasks.task import Task
@@ -86,6 +87,9 @@ def _prepare_single(recipe: Recipe, model: HeadModel, train: Task, held_out: Tas
     if method.trains:
         # Not kept: while a ZeRO-3 configuration lives, a generation waits for all ranks, and rank 0 measures alone.
         training.training_arguments(recipe)
+    method.require_usable(recipe, model, train, None if heads is None else heads.pairs)
+    if block is not None and block.in_context is not None:
+        few_shot_prompts(model, train, block.in_context.shots, 1)
     identity = evaluation_identity(recipe.evaluation, model, held_out)
     if recipe.evaluation.before is not None:
         read_before(Path(recipe.evaluation.before), identity)

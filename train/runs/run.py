@@ -227,6 +227,8 @@ def _resolve(context: RunContext, prepared: PreparedRun) -> ResolvedHeads:
         resolved = first_stage.lofit_heads(context, prepared.train, prepared.rows)
     elif block.probe is not None:
         resolved = first_stage.probed_heads(context, prepared.train)
+    elif block.in_context is not None:
+        resolved = first_stage.in_context_heads(context, prepared.train)
     else:
         for line in prepared.notes:
             context.notify(line)

@@ -126,9 +126,16 @@ def heads_name(path: Path) -> str:
 
 
 def inputs_of(recipe: Recipe) -> dict[str, dict[str, str]]:
-    """What a training takes besides data and weights: `{"heads": {"name", "sha256"}}`, or {}."""
-    path = head_set_of(recipe)
-    return {"heads": {"name": heads_name(path), "sha256": sha256_of(path)}} if path else {}
+    """What a training takes besides data and weights: `{"heads": {"name", "sha256"}}`, or {}.
+
+    Where offsets start at those of another run, its adapter is `start`.
+    """
+    path, init = head_set_of(recipe), getattr(recipe.method, "init", None)
+    inputs = {"heads": {"name": heads_name(path), "sha256": sha256_of(path)}} if path else {}
+    if init is not None and (Path(init.source) / "adapter").is_dir():
+        name = artifact_name(f"{Path(init.source).resolve().name}-adapter")
+        inputs["start"] = {"name": name, "sha256": tree_sha256(Path(init.source) / "adapter", Path(init.source))}
+    return inputs
 
 
 def input_artifacts(run: Path, state: Mapping[str, Any]) -> dict[str, dict[str, str]]:

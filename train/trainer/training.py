@@ -102,12 +102,14 @@ def train_adapter(
     resume: bool = False,
     regularised: Callable[[Any], contextlib.AbstractContextManager[Any]] | None = None,
     everywhere: bool = False,
+    start: Callable[[Any], None] | None = None,
 ) -> Any:
     """Train `model.hf` with an adapter of this configuration (None: the whole model); returns the finished trainer.
 
     Args:
         logs: takes the trainer's metrics.
         regularised: a block around the training, given the trainer (see `attach_regularisers.with_regularisers`).
+        start: changes the adapter's first values (see `TuningMethod.set_start`).
         everywhere: every process needs the trained model; otherwise rank 0 (see `distributed.gather_full_model`).
 
     Raises:
@@ -138,6 +140,8 @@ def train_adapter(
         raise
     except ValueError as error:  # such as packing with answer_set
         raise InputError(f"training: {str(error).splitlines()[0]}") from error
+    if start is not None:
+        start(trainer.model)
     trainer.penalty = penalty
     trainer.rates = method_named(recipe.recipe).learning_rates(method)
     # What the launch and the recipe do not allow together.
@@ -247,6 +251,7 @@ def train(context: RunContext, pairs: Pairs, task: Task, rows: Any) -> TrainingR
         penalty=tuning.penalty(method),
         resume=context.resume,
         regularised=regularised,
+        start=lambda adapted: tuning.set_start(method, model, adapted),
     )
     shutil.rmtree(_cache_folder(context), ignore_errors=True)  # of use to a broken run only
     context.tracker.log({"train/steps": trainer.state.global_step})

@@ -5,15 +5,18 @@
 
     scale       z[l, h] <- factor * z[l, h]                      the heads given
     iti         z[l, h] <- z[l, h] + alpha * sigma * theta       theta: from false towards true (Li et al. 2023)
+    in_context  z[l, h] <- z[l, h] + factor * (few - zero)       means with examples in the prompt and without
     sink        z[L, h] <- gamma * z[L, h]                       last-layer heads that look at the first position
     intercept   M_L <- M_L - beta * b_L                          what the last MLP adds whatever the input
 
-The last two are knobs of `headtune.analysis.interventions.last_layer` in a form that does not depend on the input, so
-that it can be folded into weights.
+`few` and `zero` are those of `headtune.analysis.methods.in_context`, after the function vectors of Todd et al. (2024),
+whose vector is the sum of `few` through W_O, added to the residual stream after one layer; the offset stays in its
+heads, and leaves out what they put out anyway. The last two are knobs of `headtune.analysis.interventions.last_layer`
+in a form that does not depend on the input, so that it can be folded into weights.
 
 `iti_probes` says what theta and sigma are. An offset on z lies before W_O, so the residual stream moves by
 alpha * sigma * W_O theta (through the norm after attention, in families that have one). The adapter adds it at every
-position, the paper at the last one of each step of decoding.
+position, the papers at the last one of each step of decoding.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ from torch import Tensor
 
 from headtune.analysis.interventions.last_layer import FIT, Intercept
 from headtune.analysis.interventions.mlp_regression import decompose
+from headtune.analysis.methods import in_context
 from headtune.analysis.models import hooks
 from headtune.analysis.models.attention import record_rows
 from headtune.analysis.models.head_model import HeadModel
@@ -35,7 +39,7 @@ from headtune.analysis.tasks.task import Task
 from headtune.analysis.tasks.tokenized import as_chat, encode
 from headtune.analysis.utils.errors import CheckError, InputError
 from headtune.analysis.utils.progress import Progress, silent
-from headtune.train.config.methods import InterceptConfig, ItiConfig, ScaleConfig, SinkConfig
+from headtune.train.config.methods import InContextConfig, InterceptConfig, ItiConfig, ScaleConfig, SinkConfig
 from headtune.train.types import ProbeResult
 
 from .head_tuning import HeadTuningConfig
@@ -47,7 +51,7 @@ from .iti_probes import (
 )
 
 Pairs = Sequence[tuple[int, int]]  # (layer, head)
-Settings = ScaleConfig | ItiConfig | SinkConfig | InterceptConfig
+Settings = ScaleConfig | ItiConfig | InContextConfig | SinkConfig | InterceptConfig
 
 
 # --- reading attention ------------------------------------------------------------------------------------------------
@@ -101,14 +105,15 @@ def steer(
 
     Args:
         model: the plain model, before any adapter and with the attention that `view` gave it.
-        pairs: the heads to scale, or to move along probes' directions; the others find theirs themselves: None.
+        pairs: the heads to scale or to move; the last two kinds find theirs themselves: None.
         task: whose answers, or prompts, are looked at; an intercept is fitted on its own `fit` instead.
-        seed: of what is drawn (see `probe_heads`).
+        seed: of what is drawn (see `probe_heads` and `few_shot_prompts`).
         probed: what probes have read already: ITI takes its directions over where they are of the same statements.
 
     Raises:
         InputError: heads missing, given needlessly, twice, or not in the model; no heads that attend to the first
-            position enough; a family whose MLP output has no projection to carry an offset; see also `statements`.
+            position enough; a family whose MLP output has no projection to carry an offset; see also `statements`,
+            `few_shot_prompts` and `in_context_means`.
     """
     match settings:
         case ScaleConfig():
@@ -116,6 +121,8 @@ def steer(
             return _scaled(model, _chosen_heads(model, pairs), settings.factor, note)
         case ItiConfig():
             return _iti(model, settings, _chosen_heads(model, pairs), task, seed, progress, probed)
+        case InContextConfig():
+            return _in_context(model, settings, _chosen_heads(model, pairs), task, seed, progress)
     if pairs:
         raise InputError(
             f"steering {settings.kind!r} finds what it changes itself; leave out the {len(pairs)} heads given"
@@ -194,8 +201,33 @@ def _iti(
         "statements": statements,
         "heads": heads,
     }
-    config = HeadTuningConfig(heads=[list(pair) for pair in pairs], scale="none", offset=True, task_type="CAUSAL_LM")
+    return moved(model, offsets, note)
+
+
+def moved(model: HeadModel, offsets: Mapping[tuple[int, int], Tensor], note: dict[str, Any]) -> Steered:
+    """An adapter that adds `[head_dim]` offsets to heads' outputs."""
+    heads = [list(pair) for pair in sorted(offsets)]
+    config = HeadTuningConfig(heads=heads, scale="none", offset=True, task_type="CAUSAL_LM")
     return Steered(config, _of_heads(model, "head_tuning_offset", offsets), note)
+
+
+def _in_context(
+    model: HeadModel, settings: InContextConfig, pairs: Pairs, task: Task, seed: int, progress: Progress
+) -> Steered:
+    prompts = in_context.few_shot_prompts(model, task, settings.shots, settings.prompts, settings.separator, seed)
+    means = in_context.in_context_means(model, prompts, task.name, progress)
+    offsets = means.offsets(pairs, settings.factor)
+    note = {
+        "kind": "in_context",
+        "factor": settings.factor,
+        "shots": settings.shots,
+        "separator": settings.separator,
+        "task": task.name,
+        "sha256": task.sha256,
+        **means.note,
+        "heads": [{"layer": layer, "head": head, "norm": float(offsets[layer, head].norm())} for layer, head in pairs],
+    }
+    return moved(model, offsets, note)
 
 
 def _sink(model: HeadModel, settings: SinkConfig, task: Task, progress: Progress) -> Steered:
