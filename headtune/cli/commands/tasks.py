@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -61,11 +61,11 @@ def _list_tasks(arguments: argparse.Namespace) -> int:
 
 def _show_task(arguments: argparse.Namespace) -> int:
     from headtune.analysis.tasks.loading import load_task
-    from headtune.analysis.tasks.task import scored
+    from headtune.analysis.tasks.task import scored, task_lines
 
     task = load_task(arguments.source)
     if arguments.all or arguments.json:
-        print("".join(f"{line}\n" for line in _lines(task)), end="")
+        print("".join(f"{line}\n" for line in task_lines(task)), end="")
         return 0
     print(f"{task.name}: {len(task.subjects)} subjects, {len(task.examples)} prompts, {scored(task.kind, _N_ITEMS)}")
     if task.split is None:
@@ -79,7 +79,12 @@ def _show_task(arguments: argparse.Namespace) -> int:
         print(hint)
     if arguments.model:
         print(f"{arguments.model}: {_scorable(task, arguments.model)}")
-    shown = list(_lines(task.limited(3)))
+    if task.about:
+        print("made by: " + ", ".join(f"{key} {json.dumps(value)}" for key, value in task.about.items()))
+    spans = Counter(name for example in task.examples for name in example.spans)
+    if spans:
+        print("spans: " + ", ".join(f"{name} in {count} prompts" for name, count in sorted(spans.items())))
+    shown = task_lines(replace(task.limited(3), about={}))
     print(f"\n{len(shown)} of {len(task.examples)} examples (--all prints them all):", *shown, sep="\n")
     return 0
 
@@ -92,16 +97,6 @@ def _scorable(task: Task, model: str) -> str:
     encoded = encode(task, load_tokenizer(model))
     left_out = f"; left out: {reasons(encoded.dropped)}" if encoded.dropped else ""
     return f"{len(encoded.examples)} of {len(task.examples)} prompts can be scored on first tokens{left_out}"
-
-
-def _lines(task: Task) -> Iterator[str]:
-    """A task as JSONL without the keys that say nothing; an empty `previous` says that a task is of lists."""
-    from headtune.analysis.tasks.task import to_jsonl
-
-    for example in task.examples:
-        row = json.loads(to_jsonl([example]))
-        silent = ("corrupt",) if task.kind == "lists" else ("corrupt", "previous")
-        yield json.dumps({k: v for k, v in row.items() if v or k not in silent}, ensure_ascii=False)
 
 
 def _split_sizes(task: Task) -> str:
