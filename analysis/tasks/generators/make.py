@@ -14,6 +14,9 @@ from headtune.analysis.utils.errors import InputError, nearest
 from headtune.analysis.utils.files import write_text
 
 from .base import Answerer, Draw, Generator
+from .conflict import conflict
+from .fewshot import antonyms, fewshot
+from .names import ioi
 from .needle import needle, passkey
 
 GENERATORS: dict[str, Generator] = {
@@ -21,6 +24,12 @@ GENERATORS: dict[str, Generator] = {
     for generator in (
         Generator("needle", "a code said once in a long text and asked for at the end", needle),
         Generator("passkey", "several passkeys in a long text, one of them asked for", passkey),
+        Generator(
+            "conflict", "facts that the prompt contradicts: memory against context", conflict, "lists", asks=True
+        ),
+        Generator("fewshot", "pairs of a file, a few as shots, with clean or shuffled labels", fewshot),
+        Generator("antonyms", "few-shot prompts of words and their opposites", antonyms),
+        Generator("ioi", "indirect objects: two names, the one that was not said again is to follow", ioi, "lists"),
     )
 }
 
@@ -35,6 +44,19 @@ def options_of(kind: str) -> dict[str, Any]:
         raise InputError(f"task kind {kind!r} is unknown; {nearest(kind, GENERATORS)}")
     parameters = list(inspect.signature(GENERATORS[kind].make).parameters.values())[1:]
     return {parameter.name: parameter.default for parameter in parameters}
+
+
+def check_options(kind: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a kind and their defaults; refuses what it does not take, and that one is missing (InputError)."""
+    parameters = options_of(kind)
+    for option in options:
+        if option not in parameters:
+            takes = ", ".join(parameters) or "no options"
+            raise InputError(f"task kind {kind!r} takes no {option!r}; it takes {takes}")
+    for option, default in parameters.items():
+        if default is inspect.Parameter.empty and options.get(option) is None:
+            raise InputError(f"task kind {kind!r} needs {option!r}; see: headtune task make --help")
+    return parameters
 
 
 def make_task(
@@ -61,14 +83,7 @@ def make_task(
     Raises:
         InputError: an unknown kind or option, one that is missing, or data that do not make as many prompts.
     """
-    parameters = options_of(kind)
-    for option in options:
-        if option not in parameters:
-            takes = ", ".join(parameters) or "no options"
-            raise InputError(f"task kind {kind!r} takes no {option!r}; it takes {takes}")
-    for option, default in parameters.items():
-        if default is inspect.Parameter.empty and options.get(option) is None:
-            raise InputError(f"task kind {kind!r} needs {option!r}")
+    parameters = check_options(kind, options)
     if n < 1:
         raise InputError(f"n={n}; expected at least 1 prompt")
     # The generator itself, and what it was made with.

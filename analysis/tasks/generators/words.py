@@ -31,7 +31,7 @@ def single_token_words(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
         base = tokenizer("x:", add_special_tokens=False).input_ids
         rows = tokenizer([f"x: {word}" for word in words], add_special_tokens=False).input_ids if words else []
         for word, ids in zip(words, rows, strict=True):
-            if ids[:-1] == base:
+            if ids[:-1] == base and str(tokenizer.decode(ids[-1:])).strip() == word:  # no token for unknown words
                 yield word
 
     nouns = tuple(usable(word_lists()["nouns"]))

@@ -1,4 +1,4 @@
-"""`headtune task`: build, show and list task files."""
+"""`headtune task`: build, make, show and list task files."""
 
 from __future__ import annotations
 
@@ -10,18 +10,33 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..arguments import Add, adder, completed, print_json
+from ..arguments import Add, adder, completed, positive, print_json
 
 if TYPE_CHECKING:
     from headtune.analysis.tasks.task import Task
 
+KINDS = ("needle", "passkey", "conflict", "fewshot", "antonyms", "ioi")  # of `generators.make`, which needs torch
+_MAKE_OPTIONS = (
+    "lengths",
+    "depths",
+    "words",
+    "needles",
+    "filler",
+    "facts",
+    "relation",
+    "template",
+    "pairs",
+    "shots",
+    "labels",
+)
 _N_ITEMS = 3  # of a list that are scored, unless evaluation.n_items or --items says otherwise
 
 
 def add_parsers(add: Add) -> None:
     p = add("task", "build and inspect task files", "task list", "task build facts.json --out my_task.jsonl")
     actions = adder(
-        p.add_subparsers(dest="action", metavar="ACTION", required=True, help="build, show or list"), "headtune task"
+        p.add_subparsers(dest="action", metavar="ACTION", required=True, help="build, make, show or list"),
+        "headtune task",
     )
     q = actions(
         "build",
@@ -38,6 +53,7 @@ def add_parsers(add: Add) -> None:
     q.add_argument("--seed", type=int, default=0)
     q.add_argument("--out", type=Path, required=True, help="a new file, such as my_task.jsonl")
     q.set_defaults(do=_build)
+    _add_make(actions)
     q = actions(
         "show", "say what is in a task", "show my.jsonl --model smollm2-135m", "show relation:FOLDER --all > my.jsonl"
     )
@@ -47,6 +63,73 @@ def add_parsers(add: Add) -> None:
     q.add_argument("--all", action="store_true", help="print every example, as JSONL (as does --json)")
     q.set_defaults(do=_show_task)
     actions("list", "list the built-in tasks", "list").set_defaults(do=_list_tasks)
+
+
+def _add_make(actions: Add) -> None:
+    q = actions(
+        "make",
+        "make prompts by a program: needles, conflicts, few-shot prompts, names",
+        "make needle --tokenizer smollm2-135m --lengths 256,384 --n 64 --out needle.jsonl",
+        "make conflict --model smollm2-135m --facts capitals.json --relation capital --out conflict.jsonl",
+        "make fewshot --tokenizer smollm2-135m --pairs antonym.json --shots 5 --out antonyms.jsonl",
+        "make ioi --tokenizer smollm2-135m --n 200 --out ioi.jsonl",
+    )
+    q.add_argument("kind", choices=KINDS, metavar="KIND", help=f"one of {', '.join(KINDS)}")
+    group = q.add_mutually_exclusive_group(required=True)
+    completed(group.add_argument("--tokenizer", metavar="MODEL", help="the model whose tokenizer counts"), "model")
+    completed(group.add_argument("--model", help="the same, and conflict asks the model which facts it knows"), "model")
+    q.add_argument("--n", type=positive, default=64, help="prompts (default: 64)")
+    q.add_argument("--seed", type=int, default=0)
+    q.add_argument("--out", type=Path, required=True, help="a new file, such as needle.jsonl")
+    options = q.add_argument_group("options of a kind")
+    options.add_argument("--lengths", type=_lengths, help="needle, passkey: tokens of a prompt, such as 256,384")
+    options.add_argument("--depths", type=positive, help="needle: at so many depths (default: 5)")
+    options.add_argument("--words", type=positive, help="needle, passkey: words of a code (default: 6, 8)")
+    options.add_argument("--needles", type=positive, help="passkey: passkeys in a prompt (default: 10)")
+    options.add_argument(
+        "--filler", type=Path, help="needle, passkey: a text to hide codes in (default: a neutral one)"
+    )
+    options.add_argument("--facts", type=Path, help="conflict: {subject: [object]}, or a relation of LRE")
+    options.add_argument("--relation", help="conflict: what the object is of the subject, such as capital")
+    options.add_argument("--template", help="conflict: default 'The {relation} of {subject} is'")
+    options.add_argument("--pairs", type=Path, help="fewshot: a file of input and output, see the format pairs")
+    options.add_argument("--shots", type=positive, help="fewshot, antonyms: pairs before the input (default: 5)")
+    options.add_argument("--labels", choices=("clean", "shuffled"), help="fewshot, antonyms: default clean")
+    q.set_defaults(do=_make)
+
+
+def _lengths(text: str) -> tuple[int, ...]:
+    return tuple(positive(part) for part in text.split(","))
+
+
+def _make(arguments: argparse.Namespace) -> int:
+    from headtune.analysis.tasks.generators.make import GENERATORS, check_options, make_task, write_task
+    from headtune.analysis.utils.errors import InputError
+
+    # What can be refused before a model is loaded.
+    if arguments.out.exists():
+        raise InputError(f"task file {str(arguments.out)!r} exists; choose another --out")
+    chosen = {name: value for name in _MAKE_OPTIONS if (value := getattr(arguments, name)) is not None}
+    check_options(arguments.kind, chosen)
+    # A kind that asks the model nothing needs its tokenizer alone.
+    if arguments.model and GENERATORS[arguments.kind].asks:
+        from headtune.analysis.models.loading import load_model
+
+        task = make_task(arguments.kind, load_model(arguments.model), arguments.n, arguments.seed, **chosen)
+    else:
+        from headtune.analysis.models.loading import load_tokenizer
+
+        tokenizer = load_tokenizer(arguments.model or arguments.tokenizer)
+        task = make_task(arguments.kind, tokenizer, arguments.n, arguments.seed, **chosen)
+    task = replace(task, about={**task.about, "tokenizer": arguments.model or arguments.tokenizer})
+    write_task(task, arguments.out)
+    if arguments.json:
+        print_json({"out": str(arguments.out), "n": len(task.examples), **task.about})
+        return 0
+    print(f"{arguments.out}: {len(task.examples)} examples, {len(task.subjects)} subjects")
+    for reason, count in task.about.get("dropped", {}).items():
+        print(f"left out: {count}, {reason}", file=sys.stderr)
+    return 0
 
 
 def _list_tasks(arguments: argparse.Namespace) -> int:
