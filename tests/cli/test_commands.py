@@ -170,6 +170,14 @@ def test_task_make_refused(refused: Refusals, tiny_llama: Path, tmp_path: Path) 
     assert "takes no 'shots'; it takes lengths, depths, words, filler" in refused(*make, "--shots", "3")
     conflict = [*make[:2], "conflict", *make[3:]]
     assert "task kind 'conflict' needs 'facts'" in refused(*conflict)
+    pairs = [*make[:2], "pairs", *make[3:]]
+    assert "takes no 'shots'; it takes task, silence, tokens" in refused(*pairs, "--shots", "3")
+    assert "needs --model" in refused(*pairs, "--task", "x.jsonl", "--silence", "runs/heads:recall:4")
+    pairs[3:5] = ["--model", tiny_llama]
+    assert "needs --silence" in refused(*pairs, "--task", "x.jsonl")
+    for silence in ("runs/heads:recall", "runs/heads:recall:0", "recall:4"):
+        assert repr(silence) in refused(*pairs, "--task", "x.jsonl", "--silence", silence)
+    assert "nowhere" in refused(*pairs, "--task", "x.jsonl", "--silence", "nowhere:recall:4")
     assert "'nowhere.json' does not exist" in refused(*conflict, "--facts", "nowhere.json", "--relation", "capital")
     assert not (tmp_path / "made.jsonl").exists()
     (tmp_path / "made.jsonl").write_text("mine")

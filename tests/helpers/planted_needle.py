@@ -24,7 +24,7 @@ def needle_tokenizer() -> PreTrainedTokenizerFast:
     """A token a word: w0, w1, ..."""
     backend = Tokenizer(models.WordLevel({f"w{i}": i for i in range(WORDS)}, unk_token="w0"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="w0", pad_token="w0")
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="w39", pad_token="w39")  # in no chain
 
 
 @functools.cache
@@ -37,8 +37,8 @@ def needle_model() -> HeadModel:
         n_head=N_HEADS,
         n_inner=4,
         tie_word_embeddings=False,
-        bos_token_id=0,
-        eos_token_id=0,
+        bos_token_id=WORDS - 1,
+        eos_token_id=WORDS - 1,
     )
     torch.manual_seed(0)
     model = GPT2LMHeadModel(config).eval()

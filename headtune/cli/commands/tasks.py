@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from headtune.analysis.tasks.task import Task
 
 KINDS = ("needle", "passkey", "conflict", "fewshot", "antonyms", "ioi")  # of `generators.make`, which needs torch
+_PAIRS = "pairs"  # of a model and itself with heads silenced
 _MAKE_OPTIONS = (
     "lengths",
     "depths",
@@ -28,6 +29,9 @@ _MAKE_OPTIONS = (
     "pairs",
     "shots",
     "labels",
+    "task",
+    "silence",
+    "tokens",
 )
 _N_ITEMS = 3  # of a list that are scored, unless evaluation.n_items or --items says otherwise
 
@@ -73,8 +77,10 @@ def _add_make(actions: Add) -> None:
         "make conflict --model smollm2-135m --facts capitals.json --relation capital --out conflict.jsonl",
         "make fewshot --tokenizer smollm2-135m --pairs antonym.json --shots 5 --out antonyms.jsonl",
         "make ioi --tokenizer smollm2-135m --n 200 --out ioi.jsonl",
+        "make pairs --model smollm2-135m --task needle.jsonl:train --silence runs/heads:recall:4 --out pairs.jsonl",
     )
-    q.add_argument("kind", choices=KINDS, metavar="KIND", help=f"one of {', '.join(KINDS)}")
+    kinds = (*KINDS, _PAIRS)
+    q.add_argument("kind", choices=kinds, metavar="KIND", help=f"one of {', '.join(kinds)}")
     group = q.add_mutually_exclusive_group(required=True)
     completed(group.add_argument("--tokenizer", metavar="MODEL", help="the model whose tokenizer counts"), "model")
     completed(group.add_argument("--model", help="the same, and conflict asks the model which facts it knows"), "model")
@@ -95,6 +101,11 @@ def _add_make(actions: Add) -> None:
     options.add_argument("--pairs", type=Path, help="fewshot: a file of input and output, see the format pairs")
     options.add_argument("--shots", type=positive, help="fewshot, antonyms: pairs before the input (default: 5)")
     options.add_argument("--labels", choices=("clean", "shuffled"), help="fewshot, antonyms: default clean")
+    completed(options.add_argument("--task", help="pairs: the prompts to write answers for"), "task")
+    options.add_argument(
+        "--silence", metavar="HEADS:ROLE:TOP", help="pairs: heads without which the wrong answers are written"
+    )
+    options.add_argument("--tokens", type=positive, help="pairs: written at most (default: as many as the answer has)")
     q.set_defaults(do=_make)
 
 
@@ -110,9 +121,14 @@ def _make(arguments: argparse.Namespace) -> int:
     if arguments.out.exists():
         raise InputError(f"task file {str(arguments.out)!r} exists; choose another --out")
     chosen = {name: value for name in _MAKE_OPTIONS if (value := getattr(arguments, name)) is not None}
-    check_options(arguments.kind, chosen)
+    if arguments.kind != _PAIRS:
+        check_options(arguments.kind, chosen)
+    elif unread := [name for name in chosen if name not in ("task", "silence", "tokens")]:
+        raise InputError(f"task kind 'pairs' takes no {unread[0]!r}; it takes task, silence, tokens")
     # A kind that asks the model nothing needs its tokenizer alone.
-    if arguments.model and GENERATORS[arguments.kind].asks:
+    if arguments.kind == _PAIRS:
+        task = _pairs(arguments)
+    elif arguments.model and GENERATORS[arguments.kind].asks:
         from headtune.analysis.models.loading import load_model
 
         task = make_task(arguments.kind, load_model(arguments.model), arguments.n, arguments.seed, **chosen)
@@ -130,6 +146,31 @@ def _make(arguments: argparse.Namespace) -> int:
     for reason, count in task.about.get("dropped", {}).items():
         print(f"left out: {count}, {reason}", file=sys.stderr)
     return 0
+
+
+def _pairs(arguments: argparse.Namespace) -> Task:
+    """What `make pairs` makes: see `self_contrast`."""
+    from headtune.analysis.heads.head_set import HeadSet
+    from headtune.analysis.heads.self_contrast import self_contrast
+    from headtune.analysis.models.loading import load_model
+    from headtune.analysis.tasks.loading import load_task
+    from headtune.analysis.utils.errors import InputError
+
+    from .. import console
+
+    for name in ("model", "task", "silence"):
+        if getattr(arguments, name) is None:
+            raise InputError(f"task kind 'pairs' needs --{name}: a model writes the answers, whole and silenced")
+    path, role, top = ["", "", *arguments.silence.rsplit(":", 2)][-3:]
+    if not path or not top.isdecimal() or not int(top):
+        raise InputError(f"--silence {arguments.silence!r} must look like runs/heads:recall:4, head set, role and top")
+    heads = HeadSet.load(path)
+    chosen = heads.top(role, int(top))
+    task = load_task(arguments.task).limited(arguments.n, arguments.seed)
+    model = load_model(arguments.model)
+    for warning in heads.check_model(model.identity()):
+        print(f"headtune: warning: {path}: {warning}", file=sys.stderr)
+    return self_contrast(model, task, chosen, arguments.tokens, console.progress)
 
 
 def _list_tasks(arguments: argparse.Namespace) -> int:

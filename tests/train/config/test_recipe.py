@@ -25,6 +25,7 @@ SHIPPED = [
     *("jola/relations", "masked/relations", "lora/one_to_many", "lora/relations", "full/relations", "ln/relations"),
     *("steer/one_to_many", "steer/iti", "steer/sink", "steer/intercept"),
     *("regularise/protect_recall", "regularise/reduce_suppression", "regularise/prune"),
+    *("full/retmask", "masked/retmask"),
     *("seekr/function_vectors", "seekr/relations", "seekr/trace", "seekr/superni", "seekr/own_tasks"),
 ]
 
