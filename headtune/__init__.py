@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from headtune.analysis.methods.registry import score as score
     from headtune.analysis.models.head_model import HeadModel as HeadModel
     from headtune.analysis.models.loading import load_model as load_model
+    from headtune.analysis.tasks.generators.make import make_task as make_task
     from headtune.analysis.tasks.loading import load_task as load_task
     from headtune.analysis.utils.errors import CheckError as CheckError
     from headtune.analysis.utils.errors import InputError as InputError
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
 _ROOMS = {
     "load_model": "analysis.models.loading",
     "load_task": "analysis.tasks.loading",
+    "make_task": "analysis.tasks.generators.make",
     "score": "analysis.methods.registry",
     "identify": "analysis.identify.pipeline",
     "HeadModel": "analysis.models.head_model",

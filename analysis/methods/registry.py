@@ -28,7 +28,7 @@ from headtune.analysis.tasks.tokenized import Encoded, EncodedTask, encode
 from headtune.analysis.utils.errors import InputError, nearest
 from headtune.analysis.utils.progress import Progress, silent
 
-from . import attribution_patching, eap_ig, head_gating, logit_attribution, patching
+from . import attribution_patching, eap_ig, head_gating, logit_attribution, patching, retrieval
 from .parallel_map import ParallelMap
 from .scores import Array, Scores, stack
 
@@ -49,6 +49,10 @@ class Method:
         prepare: what all examples share, computed once: (model, examples, seed) -> anything.
         whole: instead of `score`: quantities that only the task as a whole has.
         causal: an intervention, as against a reading or a linear estimate.
+        quantities: what it always has, without its name: `copy` is `<name>.copy`.
+        needs: the spans that every example must have.
+        check: refuses the scores of a model that does not do what the task asks.
+        left_out: why an example may have no scores, in words after "the others".
     """
 
     name: str
@@ -57,6 +61,10 @@ class Method:
     prepare: Prepare = lambda *_: None
     whole: Callable[[HeadModel, Sequence[Encoded], int, Progress], dict[str, Array]] | None = None
     causal: bool = True
+    quantities: tuple[str, ...] = ("target",)
+    needs: tuple[str, ...] = ()
+    check: Callable[[Scores, Sequence[Encoded]], None] = lambda *_: None
+    left_out: str = "have no counterpart of their length"
 
 
 def _patched(name: str, summary: str, reference: Callable[[Counterfactuals, int], Tensor]) -> Method:
@@ -172,6 +180,16 @@ _ALL = (
         "learned gates (causal head gating): facilitating, interfering and irrelevant heads",
         whole=head_gating.gate_scores,
     ),
+    Method(
+        "retrieval",
+        "how much of a needle each head looks at while the model copies it; the task needs the span 'needle'",
+        lambda model, examples, index, _shared: retrieval.copied(model, examples[index]),
+        causal=False,
+        quantities=("copy",),
+        needs=(retrieval.SPAN,),
+        check=retrieval.require_successes,
+        left_out="have an answer that the model does not write in full",
+    ),
 )
 METHODS: dict[str, Method] = {}
 
@@ -190,7 +208,12 @@ def add_method(method: Method) -> None:
 
 
 def register_scoring_method(
-    name: str, summary: str, prepare: Prepare = lambda *_: None, causal: bool = True
+    name: str,
+    summary: str,
+    prepare: Prepare = lambda *_: None,
+    causal: bool = True,
+    quantities: tuple[str, ...] = ("target",),
+    needs: tuple[str, ...] = (),
 ) -> Callable[[ScoreExample], ScoreExample]:
     """Decorator that makes a function a method: (model, examples, index, shared) -> quantities of that example.
 
@@ -199,14 +222,14 @@ def register_scoring_method(
             return {"norm.target": ...}  # [n_layers, n_heads] float32; `norm.previous` where there are such answers
 
     Args:
-        name, summary, prepare, causal: see `Method`.
+        name, summary, prepare, causal, quantities, needs: see `Method`.
 
     Raises:
         InputError: a name that is taken, or that `--method` could not hold.
     """
 
     def register(score: ScoreExample) -> ScoreExample:
-        add_method(Method(name, summary, score, prepare, causal=causal))
+        add_method(Method(name, summary, score, prepare, causal=causal, quantities=quantities, needs=needs))
         return score
 
     return register
@@ -248,6 +271,8 @@ def score_examples(
     """
     parallel = parallel or ParallelMap()
     methods = parse_method_names(names)
+    for method in methods:
+        _require_spans(method, examples)
     per_example = [method for method in methods if method.score is not None]
     shared = {method.name: method.prepare(model, examples, seed) for method in per_example}
 
@@ -264,12 +289,23 @@ def score_examples(
             whole |= parallel.once(method.name, partial(of_task, model, examples, seed, progress))
     scores = stack(rows, [example.example.subject for example in examples], whole)
     for method in methods:
-        if f"{method.name}.target" not in scores:
+        method.check(scores, examples)
+        if any(f"{method.name}.{quantity}" not in scores for quantity in method.quantities):
             raise InputError(
                 f"method {method.name!r} needs examples of other subjects with as many tokens, and there are none: add "
                 "examples or corrupt prompts of equal length, or use a method of the last token alone"
             )
     return scores
+
+
+def _require_spans(method: Method, examples: Sequence[Encoded]) -> None:
+    for span in method.needs:
+        lacking = [encoded for encoded in examples if span not in encoded.spans]
+        if lacking:
+            raise InputError(
+                f"method {method.name!r} needs the span {span!r}, and {len(lacking)} of {len(examples)} prompts have "
+                f"none, such as {lacking[0].example.prompt[:40]!r}...; see: headtune task make needle --help"
+            )
 
 
 def score(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -168,6 +168,15 @@ class HeadModel:
         """
         weight: Any = self.hf.get_output_embeddings().weight
         return self.norm_directions(self.final_norm, residual, weight[tokens.to(weight.device)])
+
+    def next_tokens(self, prompts: Sequence[str]) -> list[int]:
+        """The likeliest token after each prompt, one pass each."""
+        tokens = []
+        with torch.no_grad():
+            for prompt in prompts:
+                ids = torch.tensor([self.tokenizer(prompt).input_ids], device=self.device)
+                tokens.append(int(self.hf(ids, use_cache=False, logits_to_keep=1).logits[0, -1].argmax()))
+        return tokens
 
     def identity(self) -> dict[str, Any]:
         """The `model` block of heads.json: what a head set must match to be used again."""

@@ -1,8 +1,9 @@
 """Tasks: prompts whose next words are known answers, with the answers already given and where everything stands.
 
 A task is a JSONL file, a `datasets` hub id or a built-in name, with an optional split: `one_to_many:test`. One example
-a line: `{"prompt", "subject", "answers", "previous", "corrupt", "incorrect"}`; see the README for the format. Data of
-other layouts is named with its format: `truthfulqa:fold_0_test.csv` (see `formats`).
+a line: `{"prompt", "subject", "answers", "previous", "corrupt", "incorrect", "spans"}`; see the README for the format.
+The first line may say where they come from instead: `{"about": {"kind", ...}}`. Data of other layouts is named with its
+format: `truthfulqa:fold_0_test.csv` (see `formats`).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from headtune.analysis.utils.errors import InputError, nearest
 from . import formats
 from .build import Template, build
 from .readers import _utf8, hub_rows, json_lines
-from .task import Example, Kind, Task, parse_example, take_split
+from .task import Example, Kind, Task, header, parse_example, take_split
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +54,8 @@ def load_task(name: str, split_seed: int = 0) -> Task:
     """Load a task by built-in name, JSONL path, `datasets` hub id or `FORMAT:PATH`, each with an optional `:split`.
 
     The formats, and what `PATH` may be in each, are those of `formats`; a built-in task is one of lists. So are JSONL
-    and hub data where any row has `previous`, be it empty; else each row is a single fact, and `kind` is `exact_match`.
+    and hub data where any row has `previous`, be it empty; else each row is a single fact, and `kind` is `exact_match`;
+    the `about` line of a generated file says its kind itself.
 
     Raises:
         InputError: no such task or format, or a malformed line (named by its number).
@@ -92,11 +94,16 @@ def _parts(name: str) -> tuple[str, str, str]:
 def _of_rows(name: str, rows: Iterable[tuple[str, Any]]) -> Task:
     examples: list[Example] = []
     kind: Kind = "exact_match"
-    for place, row in rows:
+    about: dict[str, Any] = {}
+    for number, (place, row) in enumerate(rows):
+        if number == 0 and (first := header(row, place)) is not None:
+            about = dict(first)
+            continue
         examples.append(parse_example(row, place))
         if row.get("previous") is not None:
             kind = "lists"
-    return Task(name, tuple(examples), kind=kind)
+    kind = about.pop("kind", kind)
+    return Task(name, tuple(examples), kind=kind, about=about)
 
 
 def _require_lines(path: Path) -> None:

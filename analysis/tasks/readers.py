@@ -70,12 +70,12 @@ def _utf8(path: Path, what: str) -> str:
 
 
 def _is_task(text: str) -> bool:
-    """Whether the first line is an example by itself."""
+    """Whether the first line is an example by itself, or what a generated task file begins with."""
     try:
         row = json.loads(text.lstrip().split("\n", 1)[0])
     except json.JSONDecodeError:
         return False
-    return isinstance(row, dict) and {"prompt", "subject", "answers"} <= set(row)
+    return isinstance(row, dict) and ({"prompt", "subject", "answers"} <= set(row) or set(row) == {"about"})
 
 
 def json_lines(path: Path) -> Iterator[tuple[str, Any]]:

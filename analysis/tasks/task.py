@@ -6,11 +6,13 @@ import hashlib
 import json
 import random
 import unicodedata
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal, get_args
 
 from headtune.analysis.utils.errors import InputError, nearest
+
+from .spans import Spans, parse_spans
 
 SPLITS = {"train": 0.6, "validation": 0.15, "test": 0.25}
 
@@ -26,6 +28,7 @@ class Example:
         previous: the answers already given, in order; empty for single-fact prompts.
         corrupt: counterpart prompt for patching, if there is one.
         incorrect: wrong answers, for preference pairs and multiple choice; `answers[0]` is then the best right one.
+        spans: named parts of the prompt, as pieces: a text that occurs once, or (start, end) characters (see `spans`).
     """
 
     prompt: str
@@ -34,6 +37,7 @@ class Example:
     previous: tuple[str, ...] = ()
     corrupt: str | None = None
     incorrect: tuple[str, ...] = ()
+    spans: Spans = field(default_factory=dict, hash=False)
 
     @property
     def remaining(self) -> tuple[str, ...]:
@@ -62,6 +66,7 @@ class Task:
         chat_template: give the prompts to the model as a chat, in its tokenizer's own template (see `as_chat`).
         kind: how it is evaluated: the next items of a list, one answer, or a choice among `answers` and `incorrect`.
         split: which part of a larger task this is, if `take_split` made it.
+        about: where its examples come from: the first line of a generated task file (see `header`).
     """
 
     name: str
@@ -69,6 +74,7 @@ class Task:
     chat_template: bool = False
     kind: Kind = "lists"
     split: str | None = None
+    about: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     @property
     def subjects(self) -> list[str]:
@@ -114,9 +120,39 @@ def canonical(answer: str, subject: str) -> str:
 
 
 def to_jsonl(examples: Iterable[Example]) -> str:
-    # Without an empty `incorrect`, which came to the format later: files and digests from before stay what they were.
-    rows = ({k: v for k, v in asdict(example).items() if k != "incorrect" or v} for example in examples)
+    # Without the empty ones of what came to the format later: files and digests from before stay what they were.
+    late = ("incorrect", "spans")
+    rows = ({k: v for k, v in asdict(example).items() if k not in late or v} for example in examples)
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def task_lines(task: Task) -> list[str]:
+    """A task file's lines: `{"about": ...}` where the task has it, then the examples without keys that say nothing.
+
+    An empty `previous` says that a task is of lists.
+    """
+    silent = ("corrupt",) if task.kind == "lists" else ("corrupt", "previous")
+    lines = [json.dumps({"about": {"kind": task.kind, **task.about}}, ensure_ascii=False)] if task.about else []
+    for example in task.examples:
+        row = json.loads(to_jsonl([example]))
+        lines.append(json.dumps({k: v for k, v in row.items() if v or k not in silent}, ensure_ascii=False))
+    return lines
+
+
+def header(row: Any, place: str) -> dict[str, Any] | None:
+    """What a task file's first line says about it, if it is no example: `{"about": {"kind": ..., ...}}`.
+
+    Raises:
+        InputError: `about` is not an object, or its `kind` is unknown.
+    """
+    if not isinstance(row, dict) or set(row) != {"about"}:
+        return None
+    about = row["about"]
+    if not isinstance(about, dict):
+        raise InputError(f"{place}: 'about' must be an object, found {about!r}"[:300])
+    if (kind := about.get("kind", "lists")) not in get_args(Kind):
+        raise InputError(f"{place}: kind {kind!r} is unknown; {nearest(str(kind), get_args(Kind))}")
+    return about
 
 
 def split_subjects(subjects: Iterable[str], seed: int = 0) -> dict[str, list[str]]:
@@ -155,15 +191,17 @@ def parse_example(row: Any, place: str) -> Example:
 
     Raises:
         InputError: a missing, unknown or ill-typed key, a subject or previous answer that the prompt does not hold, a
-            prompt that ends in a space, or an answer with white space around it.
+            prompt that ends in a space, an answer with white space around it, or a span that is none of the prompt.
     """
     # The keys and the types of their values.
     if not isinstance(row, dict):
         raise InputError(f"{place}: expected a JSON object, found {type(row).__name__}")
     allowed = {"prompt": str, "subject": str, "answers": list, "previous": list, "corrupt": str, "incorrect": list}
     for key in row:
-        if key not in allowed:
-            raise InputError(f"{place}: unknown key {key!r}; {nearest(key, allowed)}")
+        if key not in (*allowed, "spans"):
+            if key == "about":
+                raise InputError(f"{place}: 'about' stands in the first line of a task file, alone; remove it here")
+            raise InputError(f"{place}: unknown key {key!r}; {nearest(key, [*allowed, 'spans'])}")
     for key, kind in allowed.items():
         if row.get(key) is None:
             if key in ("previous", "corrupt", "incorrect"):
@@ -186,6 +224,7 @@ def parse_example(row: Any, place: str) -> Example:
         tuple(row.get("previous") or ()),
         row.get("corrupt"),
         tuple(row.get("incorrect") or ()),
+        parse_spans(row.get("spans"), row["prompt"], place),
     )
     # The prompt holds what the example names, and leaves something to answer.
     if not example.subject or example.subject not in example.prompt:

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from headtune.analysis.utils.errors import InputError
 
+from .spans import Ranges, ranges
 from .task import Example, Task
 
 PERMUTATIONS = 100  # of the answers among subjects, at most
@@ -47,6 +48,7 @@ class Encoded:
     ambiguous: tuple[int, ...] = ()
     corrupt: Tensor | None = None
     others: tuple[tuple[int, float], ...] = ()
+    spans: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     @property
     def end(self) -> int:
@@ -91,6 +93,7 @@ class EncodedTask:
             "dropped": dict(self.dropped),
             "n_ambiguous_first_tokens": self.ambiguous_tokens,
             **({"chat_template": True} if self.task.chat_template else {}),
+            **({"about": dict(self.task.about)} if self.task.about else {}),
         }
 
 
@@ -128,8 +131,36 @@ def as_chat(task: Task, tokenizer: PreTrainedTokenizerBase) -> Task:
     for example in task.examples:
         user, reply = _turns(example)
         corrupt = None if example.corrupt is None else written(*_last_lines(example.corrupt, reply))
-        examples.append(replace(example, prompt=written(user, reply), corrupt=corrupt))
+        prompt = written(user, reply)
+        spans = _ranges_in_chat(example, user, reply, prompt)
+        examples.append(replace(example, prompt=prompt, corrupt=corrupt, spans=spans))
     return replace(task, examples=tuple(examples))
+
+
+def _ranges_in_chat(example: Example, user: str, reply: str, written: str) -> Ranges:
+    """An example's spans as characters of its prompt written as a chat.
+
+    Raises:
+        InputError: a piece that the template changes, or that lies in both turns.
+    """
+    place = _place(example)
+    begin, blank = written.find(user.strip()), len(user) - len(user.lstrip())
+    reply_begin = len(example.prompt) - len(reply)
+
+    def moved(start: int, end: int, span: str) -> tuple[int, int]:
+        shift = len(written) - len(example.prompt) if reply and start >= reply_begin else begin - blank
+        if start + shift < 0 or written[start + shift : end + shift] != example.prompt[start:end]:
+            text = example.prompt[start:end]
+            raise InputError(f"{place}: span {span!r}: the chat template does not keep {text!r} as it is"[:300])
+        return start + shift, end + shift
+
+    plain = ranges(example.spans, example.prompt, place)
+    return {name: tuple(moved(*piece, name) for piece in pieces) for name, pieces in plain.items()}
+
+
+def _place(example: Example) -> str:
+    """Which example a message is about."""
+    return f"prompt {example.prompt[:40]!r}... about {example.subject!r}"
 
 
 def _turns(example: Example) -> tuple[str, str]:
@@ -218,7 +249,8 @@ def encode(task: Task, tokenizer: PreTrainedTokenizerBase, positions: int | None
         positions: how many tokens the model takes (see `positions_of`); None: any number.
 
     Raises:
-        InputError: the tokenizer gives no offsets, a prompt is too long for the model, or no example is left.
+        InputError: the tokenizer gives no offsets, a prompt is too long for the model, a span has no tokens, or no
+            example is left.
     """
     if not tokenizer.is_fast:
         raise InputError(f"tokenizer {tokenizer.name_or_path!r} gives no character offsets; use its fast version")
@@ -266,9 +298,11 @@ def _encode_one(
     batch = tokenizer(example.prompt, return_offsets_mapping=True, add_special_tokens=special)
     ids, offsets = list(batch.input_ids), batch["offset_mapping"]
 
-    def span(start: int, text: str) -> tuple[int, ...]:
-        end = start + len(text)
+    def between(start: int, end: int) -> tuple[int, ...]:
         return tuple(i for i, (a, b) in enumerate(offsets) if a < end and b > start and b > a)
+
+    def span(start: int, text: str) -> tuple[int, ...]:
+        return between(start, start + len(text))
 
     # Which tokens the subject and the previous answers are.
     subject = span(example.prompt.index(example.subject, begin), example.subject)
@@ -283,6 +317,12 @@ def _encode_one(
         cursor = start
     if not subject or not all(spans):
         return None, "span without tokens"
+    named: dict[str, tuple[int, ...]] = {}
+    for name, pieces in ranges(example.spans, example.prompt, _place(example)).items():
+        parts = [between(*piece) for piece in pieces]
+        if not all(parts):
+            raise InputError(f"{_place(example)}: span {name!r} has a piece without tokens; name a longer text")
+        named[name] = tuple(sorted({position for part in parts for position in part}))
     # Which tokens answers begin with; those of a remaining and a previous answer count for neither.
     firsts = first_tokens(tokenizer, example.prompt, ids, [*example.remaining, *example.previous], special)
     targets = {token for answer in example.remaining if (token := firsts[answer]) is not None}
@@ -307,6 +347,7 @@ def _encode_one(
             previous,
             tuple(sorted(ambiguous)),
             corrupt,
+            spans=named,
         ),
         "",
     )

@@ -164,6 +164,57 @@ def test_a_task_file_that_cannot_be_written(refused: Refusals, tmp_path: Path) -
         refused("task", "build", "facts.json", "--out", place)
 
 
+def test_task_make_refused(refused: Refusals, tiny_llama: Path, tmp_path: Path) -> None:
+    make = ["task", "make", "needle", "--tokenizer", tiny_llama, "--n", "2", "--out", "made.jsonl"]
+    assert "cannot hold needle and question" in refused(*make, "--lengths", "20")
+    assert "takes no 'shots'; it takes lengths, depths, words, filler" in refused(*make, "--shots", "3")
+    conflict = [*make[:2], "conflict", *make[3:]]
+    assert "task kind 'conflict' needs 'facts'" in refused(*conflict)
+    pairs = [*make[:2], "pairs", *make[3:]]
+    assert "takes no 'shots'; it takes task, silence, tokens" in refused(*pairs, "--shots", "3")
+    assert "needs --model" in refused(*pairs, "--task", "x.jsonl", "--silence", "runs/heads:recall:4")
+    pairs[3:5] = ["--model", tiny_llama]
+    assert "needs --silence" in refused(*pairs, "--task", "x.jsonl")
+    for silence in ("runs/heads:recall", "runs/heads:recall:0", "recall:4"):
+        assert repr(silence) in refused(*pairs, "--task", "x.jsonl", "--silence", silence)
+    assert "nowhere" in refused(*pairs, "--task", "x.jsonl", "--silence", "nowhere:recall:4")
+    assert "'nowhere.json' does not exist" in refused(*conflict, "--facts", "nowhere.json", "--relation", "capital")
+    assert not (tmp_path / "made.jsonl").exists()
+    (tmp_path / "made.jsonl").write_text("mine")
+    assert "exists; choose another --out" in refused(*make)
+
+
+def test_task_make(tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    needle = [
+        "task",
+        "make",
+        "needle",
+        "--tokenizer",
+        str(tiny_llama),
+        "--n",
+        "4",
+        "--words",
+        "2",
+        "--lengths",
+        "150,160",
+    ]
+    assert main([*needle, "--out", "needle.jsonl"]) == 0
+    assert capsys.readouterr().out == "needle.jsonl: 4 examples, 4 subjects\n"
+    assert main(["task", "show", "needle.jsonl"]) == 0
+    shown = capsys.readouterr().out
+    assert "scored by exact match of one answer" in shown and "spans: needle in 4 prompts" in shown
+    assert 'made by: generator "needle", seed 0, n 4, options {"lengths": [150, 160]' in shown
+    assert main(["task", "show", "needle.jsonl", "--all"]) == 0
+    assert capsys.readouterr().out == (tmp_path / "needle.jsonl").read_text()
+    # With a model, conflicts are made of what it knows; a random one knows nothing.
+    (tmp_path / "facts.json").write_text(json.dumps({"Italy": ["Rome"], "Japan": ["Tokyo"]}))
+    conflict = ["task", "make", "conflict", "--facts", "facts.json", "--relation", "capital", "--n", "2", "--json"]
+    assert main([*conflict, "--tokenizer", str(tiny_llama), "--out", "conflict.jsonl"]) == 0
+    assert json.loads(capsys.readouterr().out)["options"]["relation"] == "capital"
+    assert main([*conflict, "--model", str(tiny_llama), "--out", "known.jsonl"]) == 2
+    assert "the model does not know it (2)" in capsys.readouterr().err
+
+
 def test_an_output_folder_that_exists(
     refused: Refusals, recipe: Path, task: Path, tiny_llama: Path, tmp_path: Path
 ) -> None:

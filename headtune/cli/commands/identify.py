@@ -158,6 +158,7 @@ def print_heads(result: IdentifyResult) -> None:
     """The dissociation table, what it says, and the ranked heads."""
     from rich.table import Table
 
+    from headtune.analysis.methods.registry import METHODS
     from headtune.analysis.reports.dissociation import next_step, verdicts
     from headtune.analysis.tasks.tokenized import reasons
 
@@ -193,7 +194,7 @@ def print_heads(result: IdentifyResult) -> None:
     for method, count in heads.method["parameters"]["examples_scored"].items():
         if count < task["n_examples"]:
             console.print(
-                f"{method}: {count} of {task['n_examples']} prompts; the others have no counterpart of their length",
+                f"{method}: {count} of {task['n_examples']} prompts; the others {METHODS[method].left_out}",
                 markup=False,
             )
     # What silencing them does, and what that says.

@@ -27,6 +27,7 @@ SHIPPED = [
     *("full/relations", "ln/relations"),
     *("steer/one_to_many", "steer/iti", "steer/in_context", "steer/sink", "steer/intercept"),
     *("regularise/protect_recall", "regularise/reduce_suppression", "regularise/prune"),
+    *("full/retmask", "masked/retmask"),
     *("seekr/function_vectors", "seekr/relations", "seekr/trace", "seekr/superni", "seekr/own_tasks"),
 ]
 
