@@ -285,27 +285,31 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="folder with function_vectors/")
     parser.add_argument("--only", nargs="+", choices=SETS)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--model", default=SETTINGS["model"], help="another one is written beside, without a table")
+    parser.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS))
     parser.add_argument("--table", action="store_true", help="write the table into the README, measure nothing")
     arguments = parser.parse_args()
     if not arguments.table:
         if arguments.data is None:
             parser.error("give --data")
         torch.set_num_threads(arguments.threads)
-        stored = json.loads(RESULT.read_text(encoding="utf-8")) if RESULT.is_file() else {}
-        stored = stored if stored.get("settings") == SETTINGS else {}
-        model = load_model(SETTINGS["model"])
+        settings = SETTINGS | {"model": arguments.model}
+        result = RESULT if settings == SETTINGS else RESULT.with_name(f"in_context_{arguments.model}.json")
+        stored = json.loads(result.read_text(encoding="utf-8")) if result.is_file() else {}
+        stored = stored if stored.get("settings") == settings else {}
+        model = load_model(arguments.model)
         results: dict[str, Any] = stored.get("results", {})
         code = code_sha256()
         base = stored.get("base_perplexity") or text_perplexity(model.hf, model.tokenizer)
         for form, (template, separator) in FORMS.items():
             for name in SETS:
                 key = f"{name}, `{form}`"
-                if key in results or (arguments.only and name not in arguments.only):
+                if key in results or form not in arguments.forms or (arguments.only and name not in arguments.only):
                     continue
                 results[key] = measure(model, task_of(arguments.data, name, template), separator)
                 results[key]["code_sha256"] = code
                 about = {
-                    "settings": SETTINGS,
+                    "settings": settings,
                     "model": model.identity(),
                     "threads": arguments.threads,
                     "machine": platform.machine(),
@@ -313,7 +317,7 @@ def main() -> None:
                     "versions": provenance()["versions"],
                     "base_perplexity": base,
                 }
-                write_json(RESULT, about | {"results": results})
+                write_json(result, about | {"results": results})
                 print(key, {k: v["right"] for k, v in results[key]["rows"].items() if k != "random"}, flush=True)
     fill()
 

@@ -85,14 +85,15 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=32, help="prompts")
     parser.add_argument("--length", type=int, default=384, help="tokens of a prompt")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=RESULT)
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--out", type=Path, default=RESULT, help="another one for another model")
     arguments = parser.parse_args()
     settings = {"n": arguments.n, "length": arguments.length, "seed": arguments.seed, "code_sha256": code_sha256()}
     stored = json.loads(arguments.out.read_text()) if arguments.out.is_file() else {}
     result: dict[str, Any] = stored if stored.get("settings") == settings else {"settings": settings, "success": {}}
 
     # Scores, prompt by prompt.
-    model = load_model("smollm2-135m")
+    model = load_model(arguments.model)
     task = make_task("needle", model, arguments.n, arguments.seed, lengths=(arguments.length,))
     examples = encode(task, model.tokenizer, model.positions).examples
     parallel = ParallelMap(arguments.out.with_suffix(".partial"), settings)
