@@ -16,7 +16,6 @@ import argparse
 import hashlib
 import json
 import platform
-import random
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from headtune.analysis.heads.controls import random_sets
 from headtune.analysis.heads.head_set import provenance
 from headtune.analysis.methods.behaviour import answer_success
 from headtune.analysis.methods.parallel_map import ParallelMap
@@ -58,17 +58,6 @@ def best(mean: Array, top: int) -> list[Head]:
 
 def overlap(first: Sequence[Head], second: Sequence[Head]) -> float:
     return len({*first} & {*second}) / len({*first} | {*second})
-
-
-def random_like(heads: Sequence[Head], n_heads: int, seed: int) -> list[Head]:
-    """As many other heads of the same layers."""
-    generator = random.Random(seed)
-    layers = [layer for layer, _ in heads]
-    result: list[Head] = []
-    for layer in dict.fromkeys(layers):
-        others = [(layer, head) for head in range(n_heads) if (layer, head) not in heads]
-        result += generator.sample(others, layers.count(layer))
-    return result
 
 
 def success(model: HeadModel, examples: Sequence[Encoded], heads: Sequence[Head]) -> float:
@@ -121,8 +110,9 @@ def main() -> None:
     for number, half in enumerate(halves):
         heads = best(of_halves[1 - number], SILENCED)
         sets[f"half {number + 1}: top {SILENCED}"] = (half, heads)
-        for seed in range(RANDOM_SETS):
-            sets[f"half {number + 1}: random {seed}"] = (half, random_like(heads, model.n_heads, seed))
+        shape = (model.n_layers, model.n_heads)
+        for seed, drawn in enumerate(random_sets(heads, shape, RANDOM_SETS, seed=0)):
+            sets[f"half {number + 1}: random {seed}"] = (half, drawn)
     right = ~np.isnan(scores.by_example["retrieval.copy"][:, 0, 0])
     for number, half in enumerate(halves):
         result["success"][f"half {number + 1}: nothing"] = {
