@@ -16,6 +16,7 @@ import numpy as np
 from headtune.analysis.methods.scores import Array, Scores
 
 from .ranking import rule_for
+from .roles import Role
 
 
 def random_like(heads: Sequence[tuple[int, int]], n_heads: int, seed: int) -> list[tuple[int, int]]:
@@ -105,7 +106,9 @@ def largest(norms: Array, like: Sequence[tuple[int, int]], exclude: Sequence[tup
     return drawn
 
 
-def lowest(scores: Scores, role: str, like: Sequence[tuple[int, int]], by: str = "contrast") -> list[tuple[int, int]]:
+def lowest(
+    scores: Scores, role: Role | str, like: Sequence[tuple[int, int]], by: str = "contrast"
+) -> list[tuple[int, int]]:
     """The control of least evidence: for each of `like`, the head of its layer with the score nearest to zero.
 
     None of `like`, none twice; fewer than asked for where a layer runs out of other heads.
