@@ -17,6 +17,7 @@ from headtune.analysis.methods.scores import Array, Scores
 from headtune.analysis.utils.errors import InputError
 
 from .ranking import rule_for
+from .roles import Role
 
 
 def random_like(heads: Sequence[tuple[int, int]], n_heads: int, seed: int) -> list[tuple[int, int]]:
@@ -123,7 +124,9 @@ def largest(norms: Array, like: Sequence[tuple[int, int]], exclude: Sequence[tup
     return best_in_layers(-norms, like, exclude)
 
 
-def lowest(scores: Scores, role: str, like: Sequence[tuple[int, int]], by: str = "contrast") -> list[tuple[int, int]]:
+def lowest(
+    scores: Scores, role: Role | str, like: Sequence[tuple[int, int]], by: str = "contrast"
+) -> list[tuple[int, int]]:
     """The control of least evidence: for each of `like`, the head of its layer with the score nearest to zero.
 
     None of `like`, none twice; fewer than asked for where a layer runs out of other heads.

@@ -20,11 +20,13 @@ from headtune.analysis.utils.files import write_json
 from headtune.analysis.utils.progress import Notify
 from headtune.analysis.utils.secrets import redact
 
+from .roles import DEFAULT_ROLES, ROLES_BY_NAME, Role, role_of
+
 log = logging.getLogger(__name__)
 
 SCHEMA = 1
 FILE_NAME = "heads.json"
-ROLES = ("recall", "suppression")
+ROLES = tuple(role.name for role in DEFAULT_ROLES)
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,12 @@ class HeadSet:
         """Layers and heads per layer of the model."""
         return self.model["n_layers"], self.model["n_heads"]
 
+    def role(self, name: str) -> Role | None:
+        """What a role is ranked by and what silencing its heads must do; None for heads chosen by other means."""
+        parameters = self.method.get("parameters") or {}
+        text = (parameters.get("roles") or {}).get(name)
+        return ROLES_BY_NAME.get(name) if text is None else role_of(f"{name}={text}")
+
     def top(self, role: str, k: int | None = None) -> list[tuple[int, int]]:
         """The best `k` heads of a role (all, when `k` is None), best first.
 
@@ -76,7 +84,7 @@ class HeadSet:
             InputError: no such role, or fewer heads than asked for.
         """
         if role not in self.roles:
-            raise InputError(f"head role {role!r} is not in this head set; {nearest(role, self.roles)}")
+            raise InputError(f"head role {role!r} is not in this head set; {nearest(role, self.roles, listed=True)}")
         ranked = self.roles[role]
         if k is not None and k > len(ranked):
             raise InputError(f"asked for the top {k} {role} heads, the head set holds {len(ranked)}; lower top")
@@ -100,6 +108,11 @@ class HeadSet:
         roles = ROLES if role == "both" else (role,)
         if role == "both" and set(self.roles) == {"selected"}:
             roles = ("selected",)  # there is no other role in such a set
+        elif role == "both" and not set(ROLES) <= set(self.roles):
+            raise InputError(
+                f"role 'both' takes recall and suppression heads, and {source} holds the roles "
+                f"{', '.join(self.roles) or 'none'}; name one of them (heads.role)"
+            )
         pairs = {pair for name in roles for pair in self.top(name, min(top, len(self.roles.get(name, ()))))}
         limit = self.method.get("parameters", {}).get("top")  # not of every set: heads may be chosen by other means
         for name in roles:

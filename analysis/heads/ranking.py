@@ -10,7 +10,7 @@ cumulative effect bends (`elbow`). What they are compared with is in `controls`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -21,11 +21,11 @@ from headtune.analysis.methods.scores import Array, Scores
 from headtune.analysis.utils.errors import InputError, nearest
 from headtune.analysis.utils.stats import false_discovery
 
-from .head_set import ROLES, RankedHead
+from .head_set import RankedHead
+from .roles import DEFAULT_ROLES, Role, role_of
 
-SIGNS = {"recall": 1.0, "suppression": -1.0}
-_QUANTITIES = {"recall": "target", "suppression": "previous"}
-FDR = 0.05  # of the heads that are confirmed, of both roles together, so many may be confirmed by chance
+SIGNS = {role.name: role.sign for role in DEFAULT_ROLES}
+FDR = 0.05  # of the heads that are confirmed, of all roles together, so many may be confirmed by chance
 RankBy = Literal["contrast", "centred", "raw"]
 RANKINGS = {
     "contrast": "less the other subjects' answers",
@@ -52,31 +52,71 @@ class Rule:
         return asdict(self) | {"confirm": list(self.confirm)}
 
 
-def rule_for(role: str, scores: Scores, by: str = "contrast") -> Rule:
+def with_differences(scores: Scores, roles: Sequence[Role]) -> Scores:
+    """The scores, and what roles that are a difference rank by: `<method>.A-B = <method>.A - <method>.B`.
+
+    NaN where an example lacks one of the two. Raw logits: what a contrast takes away, both terms have.
+    """
+    by_example, whole = dict(scores.by_example), dict(scores.whole)
+    for role in roles:
+        if role.less is None:
+            continue
+        for values in (by_example, whole):
+            for method in METHODS:
+                first, second = _name(method, role.quantity), _name(method, role.less)
+                if first in values and second in values:
+                    values[_difference(method, role)] = values[first] - values[second]
+    return replace(scores, by_example=by_example, whole=whole)
+
+
+def _name(method: str, quantity: str) -> str:
+    """The score's name: a quantity that names its method is the score itself."""
+    return quantity if "." in quantity else f"{method}.{quantity}"
+
+
+def _difference(method: str, role: Role) -> str:
+    return f"{_name(method, role.quantity)}-{role.less}"
+
+
+def rule_for(role: Role | str, scores: Scores, by: str = "contrast") -> Rule:
     """The quantities by which a role is ranked and confirmed on these scores, and the sign that counts.
 
     Recall heads raise the remaining answers (`.target`), suppression heads lower the previous ones (`.previous`); on
-    single facts, where there are none, they lower the correct answer. Ranked by direct attribution where it was run,
-    else by the first method that was, in the form `by` asks for, where the method has it (gates, for one, have the raw
-    form alone). Confirmed by exact ablation where it was run, else by the first intervention that was (and has values
-    by example, so a test), in the same form and in the log-probability of the answers, which is what a softmax makes
-    of it; else by the ranking itself.
+    single facts, where there are none, they lower the correct answer. For other roles see `roles`. Ranked by direct
+    attribution where it was run, else by the first method that was, in the form `by` asks for, where the method has it
+    (gates, for one, have the raw form alone). Confirmed by exact ablation where it was run, else by the first
+    intervention that was (and has values by example, so a test), in the same form and in the log-probability of the
+    answers, which is what a softmax makes of it; else by the ranking itself.
+
+    A difference ranks by itself, and is confirmed by that of the intervention and by the log-probability of its first
+    quantity, which the heads must raise (or lower) too. A quantity of one named method is confirmed by itself.
 
     Args:
+        scores: `with_differences` of the role, where it is one.
         by: `contrast`, `centred` or `raw`: see RANKINGS.
 
     Raises:
         InputError: no scores that rank heads, or an unknown `by`.
     """
+    role = role_of(role)
     if by not in RANKINGS:
         raise InputError(f"rank_by {by!r} is unknown; {nearest(by, RANKINGS)}")
-    quantity = _QUANTITIES[role]
+    if "." in role.quantity:
+        name = role.quantity if role.less is None else _difference("", role)
+        if name not in scores:
+            raise InputError(f"role {role.name}: the scores hold no {name!r}; {_held(scores)}")
+        return Rule(name, role.sign, (name,))
+
+    quantity = role.quantity if role.less is None else f"{role.quantity}-{role.less}"
     ran = [name for name in METHODS if f"{name}.{quantity}" in scores]
-    if not ran and quantity == "previous":
-        quantity = "target"
+    if not ran and role.without_previous:
+        quantity = role.without_previous
         ran = [name for name in METHODS if f"{name}.{quantity}" in scores]
     if not ran:
-        raise InputError(f"the scores hold no {quantity!r} quantity of any method, so heads cannot be ranked")
+        raise InputError(
+            f"the scores hold no {quantity!r} quantity of any method, so {role.name} heads cannot be ranked; "
+            f"{_held(scores)}" + (", and the task no previous answers" if "previous" in quantity else "")
+        )
 
     def form(method: str) -> str:
         name_of_form = f"{method}.{quantity}_{by}"
@@ -85,10 +125,16 @@ def rule_for(role: str, scores: Scores, by: str = "contrast") -> Rule:
     causal = [name for name in ran if METHODS[name].causal and f"{name}.{quantity}" in scores.by_example]
     finder = "dla" if "dla" in ran else ran[0]
     if not causal:
-        return Rule(form(finder), SIGNS[role], (form(finder),))
-    probability = f"{causal[0]}.{quantity}_logp"
+        return Rule(form(finder), role.sign, (form(finder),))
+    probability = f"{causal[0]}.{quantity if role.less is None else role.quantity}_logp"
     confirm = [form(causal[0]), *([probability] if probability in scores and by != "raw" else [])]
-    return Rule(form(finder), SIGNS[role], tuple(confirm))
+    return Rule(form(finder), role.sign, tuple(confirm))
+
+
+def _held(scores: Scores) -> str:
+    """What the scores hold, in short."""
+    names = sorted({*scores.by_example, *scores.whole})
+    return f"they hold {', '.join(names[:8])}{' and others' if len(names) > 8 else ''}"
 
 
 def p_values(scores: Scores, rule: Rule) -> NDArray[np.float64]:
@@ -108,11 +154,12 @@ def p_values(scores: Scores, rule: Rule) -> NDArray[np.float64]:
 
 def rank(
     scores: Scores,
-    role: str,
+    role: Role | str,
     top: int | None,
     threshold: float | None = None,
     by: str = "contrast",
     fdr: float | None = FDR,
+    roles: Sequence[Role] = DEFAULT_ROLES,
 ) -> list[RankedHead]:
     """The heads of a role: by attribution, among those whose effects are confirmed to have the role's sign.
 
@@ -121,17 +168,20 @@ def rank(
 
     Args:
         top: at most so many; None = all that are confirmed.
-        threshold: only heads whose score is at least this far from zero, in the score's unit.
+        threshold: only heads whose score is at least this far from zero, in the score's unit; default: the role's.
         fdr: None: the signs of the means are enough, nothing is tested. For heads that others are to be judged on.
+        roles: all that are asked for, over which the false discovery rate is.
 
     Returns:
         Best first; fewer than `top` where fewer are confirmed. `effect` holds the means of all methods' quantities, `p`
         and `q`.
     """
+    role = role_of(role)
     rule = rule_for(role, scores, by)
+    threshold = role.threshold if threshold is None else threshold
     means = scores.means()
     mean = means[rule.rank]
-    p, q = _tested(scores, role, by)
+    p, q = _tested(scores, role, by, roles)
     eligible = np.logical_and.reduce([rule.sign * means[name] > 0 for name in (rule.rank, *rule.confirm)])
     if fdr is not None:
         eligible &= q <= fdr
@@ -154,14 +204,19 @@ def rank(
     return ranked
 
 
-def _tested(scores: Scores, role: str, by: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _tested(
+    scores: Scores, role: Role, by: str, roles: Sequence[Role]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """p and q of every head for a role; q over all roles together."""
-    p = {each: p_values(scores, rule_for(each, scores, by)) for each in ROLES}
-    q = false_discovery(np.stack([p[each] for each in ROLES]))
-    return p[role], q[ROLES.index(role)]
+    everyone = tuple(roles) if role in roles else (*roles, role)
+    p = np.stack([p_values(scores, rule_for(each, scores, by)) for each in everyone])
+    index = everyone.index(role)
+    return p[index], false_discovery(p)[index]
 
 
-def stability(scores: Scores, role: str, top: int, n: int = 200, seed: int = 0, by: str = "contrast") -> float | None:
+def stability(
+    scores: Scores, role: Role | str, top: int, n: int = 200, seed: int = 0, by: str = "contrast"
+) -> float | None:
     """Mean Jaccard overlap between the top heads by attribution and those of `n` resamplings of the subjects.
 
     Confirmation is by the signs of the effects, in the whole sample and in each resampling. 0 where no head is

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from headtune.analysis.heads.head_set import ROLES, HeadSet, RankedHead, provenance
-from headtune.analysis.heads.ranking import FDR, RANKINGS, elbow, rank, rule_for, stability
+from headtune.analysis.heads.head_set import HeadSet, RankedHead, provenance
+from headtune.analysis.heads.ranking import FDR, RANKINGS, elbow, rank, rule_for, stability, with_differences
+from headtune.analysis.heads.roles import DEFAULT_ROLES, Role, roles_of
 from headtune.analysis.methods.parallel_map import ParallelMap
 from headtune.analysis.methods.registry import parse_method_names, score_examples
 from headtune.analysis.methods.scores import Scores
@@ -104,8 +105,9 @@ def identify(
     partial: Path | None = None,
     share: bool = False,
     rank_by: str = "contrast",
+    roles: Sequence[Role | str] | None = None,
 ) -> IdentifyResult:
-    """Score every head, rank recall and suppression heads, verify them on other subjects against controls.
+    """Score every head, rank the heads of each role, verify them on other subjects against controls.
 
     The heads are those of all subjects; the verdict is of heads chosen on one half and silenced on the other, both
     ways.
@@ -123,12 +125,15 @@ def identify(
             arguments goes on there.
         share: divide the examples among the processes of `accelerate launch`.
         rank_by: `contrast` (less the other subjects' answers), `centred` (less the vocabulary's mean) or `raw`.
+        roles: names in `roles.ROLES_BY_NAME`, such as `memory`, or `NAME=QUANTITY:+|-`; default: recall and
+            suppression.
 
     Raises:
-        InputError: an unknown method, a `top` beyond the model's heads, a control of another model, a task that
+        InputError: an unknown method or role, a `top` beyond the model's heads, a control of another model, a task that
             cannot be scored on this model, or one of a single subject.
     """
     names = [each.name for each in parse_method_names(method)]
+    asked = roles_of(roles)
     # What can be refused before the model runs.
     if top != "elbow" and (isinstance(top, str) or top < 1):
         raise InputError(f"top {top!r} must be at least 1, or 'elbow'")
@@ -155,6 +160,7 @@ def identify(
             encoded.n_subjects,
             ENOUGH_SUBJECTS,
         )
+    _require_previous(asked, encoded)
     silenced = {name: control.roles for name, control in (controls or {}).items()}
     alone = {example.example.subject for example in encoded.examples if not example.others}
     if rank_by == "contrast" and alone:
@@ -166,21 +172,24 @@ def identify(
             else f"the answers of {len(alone)} of {encoded.n_subjects} subjects hold all others'",
             "" if everywhere else " there",
         )
-    options = (names, verify_top, n_random, seed, top, threshold, silenced, rank_by)
+    in_words = {} if asked == DEFAULT_ROLES else {role.name: str(role) for role in asked}
+    options = (names, verify_top, n_random, seed, top, threshold, silenced, rank_by, *([in_words] if in_words else []))
     parallel = ParallelMap(partial, _key(model, encoded, *options), share)
     # Score every head, rank each role, cut at the elbow where it is asked for.
-    scores = score_examples(model, encoded.examples, method, seed, progress, parallel)
-    rules = {role: rule_for(role, scores, rank_by) for role in ROLES}
-    if rank_by != "raw" and (raw := {rule.rank for rule in rules.values() if not rule.rank.endswith(f"_{rank_by}")}):
+    scores = with_differences(score_examples(model, encoded.examples, method, seed, progress, parallel), asked)
+    rules = {role.name: rule_for(role, scores, rank_by) for role in asked}
+    formed = [rules[role.name].rank for role in asked if role.less is None and "." not in role.quantity]
+    if rank_by != "raw" and (raw := {name for name in formed if not name.endswith(f"_{rank_by}")}):
         log.warning(
             "%s: the method has no %s scores; heads are ranked by raw ones, which a softmax may not feel",
             ", ".join(sorted(raw)),
             rank_by,
         )
-    ranked = {role: rank(scores, role, ELBOW_UP_TO if top == "elbow" else top, threshold, rank_by) for role in ROLES}
+    at_most = ELBOW_UP_TO if top == "elbow" else top
+    ranked = {role.name: rank(scores, role, at_most, threshold, rank_by, roles=asked) for role in asked}
     if top == "elbow":
         ranked = {
-            role: _to_elbow(model, encoded.examples, heads, role, parallel, progress) for role, heads in ranked.items()
+            role.name: _to_elbow(model, encoded.examples, ranked[role.name], role, parallel, progress) for role in asked
         }
     # The head set, and its causal proof.
     heads = HeadSet(
@@ -198,21 +207,37 @@ def identify(
                 "rank_by": rank_by,
                 "false_discovery_rate": FDR,
                 "rules": {role: rule.to_json() for role, rule in rules.items()},
+                **({"roles": in_words} if in_words else {}),
             },
             "seed": seed,
         },
         roles={role: tuple(entries) for role, entries in ranked.items()},
         stability={
-            role: stability(scores, role, max(1, len(ranked[role])) if top == "elbow" else top, seed=seed, by=rank_by)
-            for role in ROLES
+            role.name: stability(
+                scores, role, max(1, len(ranked[role.name])) if top == "elbow" else top, seed=seed, by=rank_by
+            )
+            for role in asked
         }
         | {"bootstrap": 200},
         **provenance(),
     )
     verified = verify(
-        model, heads, encoded.examples, scores, verify_top, n_random, seed, progress, controls, parallel, rank_by
+        model, heads, encoded.examples, scores, verify_top, n_random, seed, progress, controls, parallel, rank_by, asked
     )
     return IdentifyResult(model, verified, scores, encoded.examples, parallel)
+
+
+def _require_previous(roles: Sequence[Role], encoded: EncodedTask) -> None:
+    """Refuse roles of previous answers on a task without any (InputError)."""
+    if any(example.previous_tokens for example in encoded.examples):
+        return
+    for role in roles:
+        of_previous = "previous" in (name.rpartition(".")[2].split("_")[0] for name in (role.quantity, role.less or ""))
+        if of_previous and role.without_previous is None:
+            raise InputError(
+                f"role {role.name}={role} is about previous answers, and no prompt of task {encoded.task.name!r} has "
+                "one; give a task with `previous`, or another role"
+            )
 
 
 def _key(model: HeadModel, task: EncodedTask, *options: Any) -> dict[str, Any]:
@@ -232,7 +257,7 @@ def _to_elbow(
     model: HeadModel,
     examples: Sequence[Encoded],
     ranked: list[RankedHead],
-    role: str,
+    role: Role,
     parallel: ParallelMap,
     progress: Progress,
 ) -> list[RankedHead]:
@@ -240,7 +265,7 @@ def _to_elbow(
     if not ranked:
         return ranked
     sets = {str(k): [(entry.layer, entry.head) for entry in ranked[:k]] for k in range(len(ranked) + 1)}
-    values = probabilities(model, examples, sets, parallel, progress, f"elbow {role}")
+    values = probabilities(model, examples, sets, parallel, progress, f"elbow {role.name}")
     listing = [index for index, encoded in enumerate(examples) if encoded.previous_tokens]
-    curve = values[:, 1, listing] if role == "suppression" and listing else values[:, 0]
+    curve = values[:, 1, listing] if role.probability == "p_previous" and listing else values[:, 0]
     return ranked[: elbow(curve.mean(-1).tolist())]

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from headtune.analysis.heads.head_set import HeadSet
+from headtune.analysis.heads.roles import Role, role_of
 from headtune.analysis.methods.scores import Array
 from headtune.analysis.utils.stats import Floats, by_subject, change_interval, t_quantile
 
@@ -21,7 +22,7 @@ FEWEST_SETS = 19  # of which none may reach the chosen heads, for p = 0.05
 
 
 def dissociation(
-    role: str,
+    role: Role | str,
     heads: HeadSet,
     block: Mapping[str, Any],
     by_name: Mapping[str, Array],
@@ -32,7 +33,8 @@ def dissociation(
     """Compare what silencing a role's heads does with what it should do, and with the controls.
 
     Silencing suppression heads must raise p(previous) (on single facts p(remaining)), silencing recall heads must lower
-    p(remaining). It holds if all of these do:
+    p(remaining); silencing others must lower (or raise) the probability of their quantity, see `Role.probability`:
+    p(remaining) falls for memory heads, p(previous) for context heads. It holds if all of these do:
 
     - p <= LEVEL, the share of random sets (and the chosen one) that go as far: `(1 + #{as far}) / (1 + sets)`;
     - the ratio of the means is SMALLEST_RATIO or more in the role's direction, and its 95% interval over subjects is on
@@ -53,10 +55,12 @@ def dissociation(
     Returns:
         `verdict`, `held` (verdict == holds), `reason` (empty where it holds) and, where anything was silenced,
         `quantity`, `baseline`, `ablated`, `ratio`, `ratio_ci`, `change`, `change_ci`, `most_extreme_random_set`,
-        `largest_other`, `p_value`, `sets`.
+        `largest_other`, `p_value`, `sets`. `expected` says what silencing must do (`lower p_remaining`), of roles other
+        than recall and suppression.
     """
-    raises = role == "suppression"
-    quantity = "p_previous" if raises and "p_previous" in rows_of else "p_remaining"
+    tested = role_of(role)
+    role, raises = tested.name, tested.raises
+    quantity = tested.probability if tested.probability in rows_of else "p_remaining"
     n_subjects = len({subjects[i] for i in rows_of[quantity]})
     few = f"{n_subjects} subjects are few to choose heads on one half and test them on the other; give more"
     nothing = UNKNOWN if n_subjects < SUBJECTS_TO_FAIL else FAILS

@@ -12,8 +12,9 @@ import numpy as np
 import torch
 
 from headtune.analysis.heads.controls import largest, lowest, random_sets
-from headtune.analysis.heads.head_set import ROLES, HeadSet
+from headtune.analysis.heads.head_set import HeadSet
 from headtune.analysis.heads.ranking import rank
+from headtune.analysis.heads.roles import DEFAULT_ROLES, Role
 from headtune.analysis.methods.parallel_map import ParallelMap
 from headtune.analysis.methods.patching import set_probabilities
 from headtune.analysis.methods.scores import Array, Scores
@@ -114,6 +115,7 @@ def verify(
     controls: Mapping[str, HeadSet] | None = None,
     parallel: ParallelMap | None = None,
     by: str = "contrast",
+    roles: Sequence[Role] = DEFAULT_ROLES,
 ) -> HeadSet:
     """Choose heads on each half of the subjects and silence them together on the other half, and the controls there.
 
@@ -133,12 +135,16 @@ def verify(
         dissociation                    what was expected and whether it was seen: see `verdict`
 
     p(previous) is over the examples that have previous answers.
+
+    Args:
+        roles: those of `heads`.
     """
     subjects = [example.example.subject for example in examples]
     split = halves(subjects, seed)
     whole = any(rule["rank"] in scores.whole for rule in heads.method["parameters"]["rules"].values())
     norms = output_norms(model, examples)
-    confirmed = [role for role in ROLES if heads.roles[role]]
+    by_role = {role.name: role for role in roles}
+    confirmed = [role for role in by_role if heads.roles[role]]
     for name, other in (controls or {}).items():
         for role in confirmed:
             if not other.roles.get(role):
@@ -150,9 +156,9 @@ def verify(
             chosen: dict[str, Heads] = {role: heads.top(role)[:top] for role in confirmed}
         else:
             counts = {role: min(top, len(heads.roles[role])) for role in confirmed}
-            ranked = {role: rank(part, role, count, by=by, fdr=None) for role, count in counts.items()}
+            ranked = {role: rank(part, by_role[role], n, by=by, fdr=None, roles=roles) for role, n in counts.items()}
             chosen = {role: [(entry.layer, entry.head) for entry in entries] for role, entries in ranked.items()}
-        folds.append(_fold(model, part, chosen, norms, n_random, seed + index, controls or {}, top, by))
+        folds.append(_fold(model, part, chosen, by_role, norms, n_random, seed + index, controls or {}, top, by))
 
     # What every example is run with: the sets of the half that it is not in.
     names = list(dict.fromkeys(name for fold in folds for name in fold.named))
@@ -190,7 +196,9 @@ def verify(
         block[f"ablate_{role}"]["heads"] = [list(pair) for pair in heads.top(role)[:top]]
         block[f"ablate_random_like_{role}"] = _random_block(by_name, role, n_sets[role], rows_of, numbers, n_random)
     block["dissociation"] = {
-        role: dissociation(role, heads, block, by_name, rows_of, subjects, n_sets.get(role, 0)) for role in ROLES
+        name: dissociation(role, heads, block, by_name, rows_of, subjects, n_sets.get(name, 0))
+        | ({} if role in DEFAULT_ROLES else {"expected": role.effect})
+        for name, role in by_role.items()
     }
     return replace(heads, verification=block)
 
@@ -199,6 +207,7 @@ def _fold(
     model: HeadModel,
     scores: Scores,
     chosen: dict[str, Heads],
+    by_role: Mapping[str, Role],
     norms: Array,
     n_random: int,
     seed: int,
@@ -216,7 +225,7 @@ def _fold(
             continue
         named[f"ablate_{role}"] = pairs
         named[f"ablate_largest_like_{role}"] = largest(norms, pairs, everyone)
-        named[f"ablate_lowest_like_{role}"] = lowest(scores, role, pairs, by)
+        named[f"ablate_lowest_like_{role}"] = lowest(scores, by_role[role], pairs, by)
         for name, other in controls.items():
             if theirs := [(entry.layer, entry.head) for entry in other.roles.get(role, ())[:top]]:
                 named[f"ablate_control_{name}_{role}"] = theirs

@@ -17,8 +17,8 @@ from __future__ import annotations
 import contextlib
 import inspect
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,11 +29,7 @@ from headtune.analysis.models.attention import AttentionCall, attend_with, softc
 from headtune.analysis.models.head_model import HeadModel
 from headtune.analysis.tasks.loading import load_task
 from headtune.analysis.tasks.task import Task
-from headtune.analysis.tasks.tokenized import encode
-from headtune.analysis.utils.errors import CheckError, InputError, nearest
-from headtune.analysis.utils.progress import Progress, silent
-
-from .mlp_regression import decompose
+from headtune.analysis.utils.errors import CheckError, InputError
 
 FIT = "one_to_many:train"  # what an intercept is fitted on by default: several wordings, training subjects
 _FIT_EXAMPLES = 200
@@ -69,7 +65,7 @@ def scale_sink_heads(
 
     # What hooks do: note where prompts begin, look at the attention, scale the outputs.
     def before_model(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        first[:] = [_first_from_end(backbone, args, kwargs)]
+        first[:] = [first_from_end(backbone, args, kwargs, "scale_sink_heads")]
         factors.clear()
 
     def look(call: AttentionCall) -> None:
@@ -107,21 +103,28 @@ def _layer(model: HeadModel, layer: int | None) -> int:
     return chosen
 
 
-def _first_from_end(backbone: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """`[batch]` how many positions a forward pass knows of, from the first that is not padding to its last."""
+def first_from_end(backbone: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], what: str) -> Tensor:
+    """`[batch]` how many positions a forward pass knows of, from the first that is not padding to its last.
+
+    Args:
+        backbone: the module that holds the layers.
+        args, kwargs: what it is called with.
+        what: the intervention, for errors.
+
+    Raises:
+        InputError: an attention mask that is not `[batch, positions]`, or a cache other than DynamicCache.
+    """
     bound = inspect.signature(backbone.forward).bind_partial(*args, **kwargs).arguments
     inputs = bound["input_ids"] if bound.get("input_ids") is not None else bound["inputs_embeds"]
     cache, mask = bound.get("past_key_values"), bound.get("attention_mask")
     if cache is not None and not isinstance(cache, DynamicCache):
-        raise InputError(
-            f"scale_sink_heads works with a DynamicCache, not a {type(cache).__name__}; leave the cache out"
-        )
+        raise InputError(f"{what} works with a DynamicCache, not a {type(cache).__name__}; leave the cache out")
     total = inputs.shape[1] + (0 if cache is None else cache.get_seq_length())
     if mask is None:
         return torch.full((len(inputs),), total, device=inputs.device)
     if mask.ndim != 2 or mask.shape[1] != total:
         raise InputError(
-            f"scale_sink_heads got an attention mask of shape {tuple(mask.shape)}; expected [batch, {total}], padding 0"
+            f"{what} got an attention mask of shape {tuple(mask.shape)}; expected [batch, {total}], padding 0"
         )
     positions: Tensor = total - (mask != 0).int().argmax(1)
     return positions
@@ -220,72 +223,3 @@ class Intercept:
     def task(self) -> Task:
         """The task fitted on; InputError if there is no such task."""
         return load_task(self.fit).limited(_FIT_EXAMPLES)
-
-
-LastLayerIntervention = Sink | Intercept
-INTERVENTIONS: dict[str, type[LastLayerIntervention]] = {"sink": Sink, "intercept": Intercept}
-
-
-def parse(texts: Sequence[str]) -> list[LastLayerIntervention]:
-    """Knobs as the command line gives them: `NAME` or `NAME:key=value,key=value`, each name once.
-
-    Raises:
-        InputError: an unknown name, key or task, a value that is no number or out of range, a name given twice.
-    """
-    knobs: dict[str, LastLayerIntervention] = {}
-    for text in texts:
-        name, _, settings = text.partition(":")
-        if name not in INTERVENTIONS:
-            raise InputError(f"knob {name!r} is unknown; {nearest(name, INTERVENTIONS)}")
-        if name in knobs:
-            raise InputError(f"knob {name!r} is given twice; give it once, with all of its settings")
-        knobs[name] = _parse_one(name, settings)
-    return list(knobs.values())
-
-
-def _parse_one(name: str, settings: str) -> LastLayerIntervention:
-    allowed = {field.name: field for field in fields(INTERVENTIONS[name])}
-    values: dict[str, Any] = {}
-    for setting in filter(None, settings.split(",")):
-        key, equals, value = setting.partition("=")
-        if key not in allowed:
-            raise InputError(f"knob {name}: unknown setting {key!r}; {nearest(key, allowed)}")
-        if key in values or not (equals and value):
-            raise InputError(f"knob {name}: setting {setting!r} must be {key}=VALUE, once")
-        try:
-            values[key] = value if key == "fit" else float(value)
-        except ValueError:
-            raise InputError(f"knob {name}: {key}={value!r} is not a number; write for example {key}=0.5") from None
-    return INTERVENTIONS[name](**values)
-
-
-@contextlib.contextmanager
-def applied(
-    model: HeadModel,
-    knobs: Sequence[LastLayerIntervention],
-    progress: Progress = silent,
-) -> Iterator[list[dict[str, Any]]]:
-    """Turn knobs on, all together, on the last layer; intercepts are fitted first, with every knob off.
-
-    Yields:
-        What was set, JSON-able, one dictionary a knob; an intercept's says what it was fitted on and how well.
-    """
-    notes: list[dict[str, Any]] = []
-    with contextlib.ExitStack() as stack:
-        blocks: list[contextlib.AbstractContextManager[None]] = []
-        for knob in knobs:
-            note: dict[str, Any] = {"layer": model.n_layers - 1}
-            if isinstance(knob, Sink):
-                blocks.append(scale_sink_heads(model, knob.tau, knob.gamma))
-                note = {"knob": "sink", "tau": knob.tau, "gamma": knob.gamma, **note}
-            else:
-                decomposition, r2 = decompose(
-                    model, encode(knob.task(), model.tokenizer, model.positions).examples, progress=progress
-                )
-                blocks.append(subtract_mlp_intercept(model, decomposition.intercept[-1], knob.beta))
-                note = {"knob": "intercept", "beta": knob.beta, "fit": knob.fit, **note}
-                note |= {"fit_examples": decomposition.n, "held_out_r2": r2[-1]}
-            notes.append(note)
-        for block in blocks:
-            stack.enter_context(block)
-        yield notes

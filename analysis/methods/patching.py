@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -19,8 +20,12 @@ from headtune.analysis.interventions.intervention import CLEAN, Head, Interventi
 from headtune.analysis.interventions.last_token import LastTokenRunner
 from headtune.analysis.models.head_model import HeadModel
 from headtune.analysis.tasks.tokenized import Encoded
+from headtune.analysis.utils.errors import InputError, nearest
 
 from .scores import Array
+
+Metric = Literal["logit", "logit_difference", "probability", "kl"]
+METRICS: tuple[Metric, ...] = ("logit", "logit_difference", "probability", "kl")
 
 
 @dataclass(frozen=True)
@@ -101,7 +106,9 @@ def silenced_logits(
     return LastTokenRunner(model, tokens).run([silenced(row) for row in rows], max_rows=max_rows).logits
 
 
-def effects(method: str, model: HeadModel, logits: Tensor, encoded: Encoded) -> dict[str, Array]:
+def effects(
+    method: str, model: HeadModel, logits: Tensor, encoded: Encoded, metric: Metric = "logit"
+) -> dict[str, Array]:
     """Clean minus changed, for every head.
 
     Args:
@@ -112,8 +119,16 @@ def effects(method: str, model: HeadModel, logits: Tensor, encoded: Encoded) -> 
         first tokens, the unit of direct attribution), `.target_contrast` / `.previous_contrast` less the mean logit of
         the other subjects' answers, `.target_centred` / `.previous_centred` less that of the vocabulary,
         `.target_logp` / `.previous_logp` in nats of the answers' total probability, `.target_p` / `.previous_p` in
-        probability. The `previous` ones are absent where there are no previous answers.
+        probability. The `previous` ones are absent where there are no previous answers. With another `metric` than
+        `logit`: `<method>.<metric>` alone, see `metric_of`.
+
+    Raises:
+        InputError: an unknown metric, or a difference from previous answers where there are none.
     """
+    if metric != "logit":
+        value = metric_of(metric, logits, encoded)
+        change = value[1:] if metric == "kl" else value[0] - value[1:]
+        return {f"{method}.{metric}": change.reshape(model.n_layers, model.n_heads).cpu().numpy()}
     result = answer_probabilities(logits, encoded)
     quantities: dict[str, Tensor] = {}
     for name, probability in (("target", result.target), ("previous", result.previous)):
@@ -131,21 +146,55 @@ def effects(method: str, model: HeadModel, logits: Tensor, encoded: Encoded) -> 
     }
 
 
-def ablation_effects(model: HeadModel, encoded: Encoded, max_rows: int | None = None) -> dict[str, Array]:
+def metric_of(metric: Metric, logits: Tensor, encoded: Encoded) -> Tensor:
+    """`[rows]` what a causal method compares, of `[rows, vocabulary]` logits whose first row is the clean run.
+
+        logit               mean logit of the remaining answers' first tokens
+        logit_difference    that less the mean logit of the previous answers'
+        probability         total probability of the remaining answers' first tokens
+        kl                  sum_t p_clean(t) (log p_clean(t) - log p(t)) in nats: 0 in the clean run, and without a sign
+
+    Which metric is used decides which heads come first (Zhang & Nanda 2024, arXiv 2309.16042).
+
+    Raises:
+        InputError: an unknown metric, or a difference from previous answers where there are none.
+    """
+    if metric not in METRICS:
+        raise InputError(f"metric {metric!r} is unknown; {nearest(metric, METRICS, listed=True)}")
+    if metric == "kl":
+        log_p = logits.float().log_softmax(-1)
+        return (log_p[:1].exp() * (log_p[:1] - log_p)).sum(-1)
+    result = answer_probabilities(logits, encoded)
+    if metric == "probability":
+        return result.target
+    if metric == "logit":
+        return result.logits["target"]
+    if "previous" not in result.logits:
+        raise InputError(
+            f"metric logit_difference needs previous answers, and {encoded.example.prompt[:40]!r} has none; use another"
+        )
+    return result.logits["target"] - result.logits["previous"]
+
+
+def ablation_effects(
+    model: HeadModel, encoded: Encoded, max_rows: int | None = None, metric: Metric = "logit"
+) -> dict[str, Array]:
     """What every head does to the answers at the last token, by silencing it: see `effects`, names `ablation.*`."""
     rows: list[list[Head]] = [[], *([head] for head in every_head(model))]
-    return effects("ablation", model, silenced_logits(model, encoded.tokens, rows, max_rows), encoded)
+    return effects("ablation", model, silenced_logits(model, encoded.tokens, rows, max_rows), encoded, metric)
 
 
-def patching_effects(method: str, model: HeadModel, encoded: Encoded, reference: Tensor) -> dict[str, Array]:
+def patching_effects(
+    method: str, model: HeadModel, encoded: Encoded, reference: Tensor, metric: Metric = "logit"
+) -> dict[str, Array]:
     """What every head does to the answers at the last token, by putting `reference` (`[n_layers, n_heads, head_dim]`)
     in its place."""
     rows = [CLEAN, *(Intervention(outputs={head: reference[head]}) for head in every_head(model))]
-    return effects(method, model, LastTokenRunner(model, encoded.tokens).run(rows).logits, encoded)
+    return effects(method, model, LastTokenRunner(model, encoded.tokens).run(rows).logits, encoded, metric)
 
 
 def everywhere_effects(
-    method: str, model: HeadModel, encoded: Encoded, reference: Tensor | None = None
+    method: str, model: HeadModel, encoded: Encoded, reference: Tensor | None = None, metric: Metric = "logit"
 ) -> dict[str, Array]:
     """What every head does at all positions together.
 
@@ -154,7 +203,7 @@ def everywhere_effects(
     """
     pairs = every_head(model)
     rows = [{head: 0.0 if reference is None else reference[head]} for head in pairs]
-    return effects(method, model, everywhere(model, encoded.tokens, [{}, *rows]), encoded)
+    return effects(method, model, everywhere(model, encoded.tokens, [{}, *rows]), encoded, metric)
 
 
 # --- path patching ----------------------------------------------------------------------------------------------------
@@ -176,9 +225,11 @@ def path_logits(model: HeadModel, encoded: Encoded, reference: Tensor) -> Tensor
     return LastTokenRunner(model, encoded.tokens).run([CLEAN, *rows]).logits
 
 
-def path_effects(method: str, model: HeadModel, encoded: Encoded, reference: Tensor) -> dict[str, Array]:
+def path_effects(
+    method: str, model: HeadModel, encoded: Encoded, reference: Tensor, metric: Metric = "logit"
+) -> dict[str, Array]:
     """What every head does to the answers on the path to the logits that passes no other head: see `effects`."""
-    return effects(method, model, path_logits(model, encoded, reference), encoded)
+    return effects(method, model, path_logits(model, encoded, reference), encoded, metric)
 
 
 INPUTS = ("query", "key", "value")

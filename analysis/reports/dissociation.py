@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,7 +50,7 @@ class Condition:
 
 
 def dissociation_table(heads: HeadSet) -> list[Condition]:
-    """Baseline, then for suppression and recall the chosen heads silenced, and the controls (see `identify`).
+    """Baseline, then for each role the chosen heads silenced, and the controls (see `identify`).
 
     Empty for a head set that was not verified; a role without confirmed heads has no rows; without previous answers
     there is no `p_previous`.
@@ -70,9 +70,11 @@ def dissociation_table(heads: HeadSet) -> list[Condition]:
         return Condition(name, cells)
 
     rows = [condition("nothing silenced", baseline)]
-    for role, extreme in (("suppression", "highest_set"), ("recall", "lowest_set")):
+    for role in _in_order(heads.roles):
         if f"ablate_{role}" not in block:
             continue
+        definition = heads.role(role)
+        extreme = "highest_set" if definition is not None and definition.raises else "lowest_set"
         chosen, matched = block[f"ablate_{role}"], block[f"ablate_random_like_{role}"]
         n, sets = len(chosen["heads"]), matched["sets"]
         rows.append(condition(f"top {n} {role} heads silenced", chosen))
@@ -95,6 +97,13 @@ def dissociation_table(heads: HeadSet) -> list[Condition]:
     return rows
 
 
+def _in_order(roles: Iterable[str]) -> list[str]:
+    """Suppression first, then recall, then other roles as they come."""
+    names = list(roles)
+    first = [role for role in ("suppression", "recall") if role in names]
+    return first + [role for role in names if role not in first]
+
+
 def quantities_of(rows: Sequence[Condition]) -> list[str]:
     """The quantities that some row has."""
     return [quantity for quantity in QUANTITIES if any(quantity in row.cells for row in rows)]
@@ -103,7 +112,7 @@ def quantities_of(rows: Sequence[Condition]) -> list[str]:
 def verdicts(heads: HeadSet) -> list[tuple[str, str]]:
     """For each role tested `holds`, `does not hold` or `cannot be told`, and the same in a sentence with numbers."""
     tests = heads.verification.get("dissociation") or {}
-    roles = [role for role in ("suppression", "recall") if role in tests]
+    roles = _in_order(tests)
     return [(verdict_of(tests[role]), _role_verdict(heads, role, tests[role])) for role in roles]
 
 
@@ -125,7 +134,7 @@ def _count(n: int, kind: str) -> str:
 def next_step(heads: HeadSet) -> str:
     """What to do about roles that do not hold or cannot be told; empty where all hold or none was tested."""
     tests = heads.verification.get("dissociation") or {}
-    tested = {role: verdict_of(tests[role]) for role in ("suppression", "recall") if role in tests}
+    tested = {role: verdict_of(tests[role]) for role in _in_order(tests)}
     held = [role for role, result in tested.items() if result == "holds"]
     lines = []
     for role, result in tested.items():
@@ -149,9 +158,16 @@ def next_step(heads: HeadSet) -> str:
     return " ".join(lines)
 
 
+def _named(effect: str) -> str:
+    """`lower p(remaining)` of `lower p_remaining`."""
+    verb, _, quantity = effect.partition(" ")
+    return f"{verb} {QUANTITIES[quantity]}"
+
+
 def _role_verdict(heads: HeadSet, role: str, result: dict[str, Any]) -> str:
     """The verdict, why it is not a better one, what silencing changes, and how far chance and the controls go."""
-    opening = f"{role.capitalize()} {verdict_of(result)}: "
+    meaning = f" (silencing must {_named(result['expected'])})" if "expected" in result else ""
+    opening = f"{role.capitalize()}{meaning} {verdict_of(result)}: "
     if "quantity" not in result:
         return f"{opening}{result['reason']}."
     opening += f"{result['reason']}. Silencing" if result.get("reason") else "silencing"

@@ -12,7 +12,7 @@ from typing import Any
 
 from numpy.typing import ArrayLike
 
-from headtune.analysis.heads.head_set import ROLES, HeadSet
+from headtune.analysis.heads.head_set import HeadSet
 
 from .dissociation import QUANTITIES, dissociation_table, next_step, quantities_of, verdict, verdicts
 from .evaluation_view import evaluation_view, in_words
@@ -46,7 +46,7 @@ def write_report(
         lead=_lead(heads),
         evaluation=None if evaluation is None else evaluation_view(evaluation),
         # Heads that a training chose have no role whose loss could be told apart.
-        proof=_proof(heads) if set(heads.roles) & set(ROLES) else None,
+        proof=_proof(heads) if set(heads.roles) - {"selected"} else None,
         stability=_stability(heads),
         resamplings=heads.stability.get("bootstrap", "?"),
         profiled=bool(profiles),
@@ -131,7 +131,8 @@ def _role(heads: HeadSet, role: str, profiles: Mapping[tuple[int, int], HeadProf
     for rank, head in enumerate(ranked, start=1):
         profile = profiles.get((head.layer, head.head))
         pairs.append((head, None if profile is None else dashboard(head, role, rank, profile)))
-    note = "Scores are positive where a head raises the quantity." if role in ROLES else ""
+    definition = heads.role(role)
+    note = "Scores are positive where a head raises the quantity." if definition is not None else ""
     if rule:
         note = f"Ranked by {rule['rank']}, confirmed by {' and '.join(confirms)}. {note}"
     if confirmed_by == "ablation" and effects:

@@ -40,7 +40,9 @@ LENSES = {"lens.subject.target": "target", "lens.previous.previous": "previous"}
 FIRST = ("dla", "lens", "ablation")  # methods in the order in which they are best read; then the others
 LOGITS = "logits"
 UNITS = {"gates": "gate openings"}  # method -> unit, where it is not logits
-COLOURS = {"recall": "#111111", "suppression": "#00b84a"}  # outlines that stand out from red, white and blue
+# Outlines that stand out from red, white and blue; other roles take the others, in turn.
+COLOURS = {"recall": "#111111", "suppression": "#00b84a"}
+OTHER_COLOURS = ("#8e44ad", "#e67e00", "#008080", "#7a5c00")
 QUANTILE = 0.995  # of the sizes on the page: the few beyond it would leave everything else white
 
 
@@ -68,7 +70,8 @@ def heat_maps(means: Mapping[str, ArrayLike], heads: HeadSet, folder: Path) -> d
 
 def marked_heads(heads: HeadSet) -> dict[str, list[tuple[int, int]]]:
     """The heads of each role, for outlines."""
-    return {role: heads.top(role) for role in ROLES if heads.roles.get(role)}
+    marked = dict.fromkeys((*ROLES, *heads.roles))
+    return {role: heads.top(role) for role in marked if role != "selected" and heads.roles.get(role)}
 
 
 def _png(matrix: ArrayLike, title: str, marked: Marked) -> bytes:
@@ -105,20 +108,23 @@ def _draw(axes: Axes, values: NDArray[np.float64], limit: float, marked: Marked,
         inset = 0.04 + 0.1 * index  # a head of two roles shows both outlines
         for layer, head in pairs:
             corner, size = (head - 0.5 + inset, layer - 0.5 + inset), 1 - 2 * inset
-            axes.add_patch(Rectangle(corner, size, size, fill=False, linewidth=linewidth, edgecolor=_colour(role)))
+            axes.add_patch(
+                Rectangle(corner, size, size, fill=False, linewidth=linewidth, edgecolor=_colour(role, index))
+            )
     return image
 
 
 def _legend(figure: Any, marked: Marked) -> None:
     from matplotlib.patches import Patch
 
-    handles = [Patch(fill=False, edgecolor=_colour(role), linewidth=2, label=role) for role, p in marked.items() if p]
+    colours = {role: _colour(role, index) for index, role in enumerate(marked)}
+    handles = [Patch(fill=False, edgecolor=colours[role], linewidth=2, label=role) for role, p in marked.items() if p]
     if handles:
         figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
 
 
-def _colour(role: str) -> str:
-    return COLOURS.get(role, "#8e44ad")
+def _colour(role: str, index: int) -> str:
+    return COLOURS.get(role, OTHER_COLOURS[index % len(OTHER_COLOURS)])
 
 
 # --- all methods ------------------------------------------------------------------------------------------------------

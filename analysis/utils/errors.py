@@ -21,8 +21,11 @@ class CheckError(RuntimeError):
     exit_code = 1
 
 
-def nearest(word: str, choices: Iterable[str]) -> str:
-    """`", did you mean 'x'?"` with the closest of `choices`, or the sorted list of all of them."""
+def nearest(word: str, choices: Iterable[str], listed: bool = False) -> str:
+    """`", did you mean 'x'?"` with the closest of `choices`, or the sorted list of all of them (`listed`: both)."""
     names = sorted(choices)
     close = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
-    return f"did you mean {close[0]!r}?" if close else "known: " + ", ".join(names)
+    every = "known: " + (", ".join(names) or "none")
+    if not close:
+        return every
+    return f"did you mean {close[0]!r}?" + (f" ({every})" if listed else "")

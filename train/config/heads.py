@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
+
+from headtune.analysis.heads.roles import RESERVED, ROLES_BY_NAME
+from headtune.analysis.utils.errors import nearest
 
 from .base import StrictConfig
 
@@ -107,8 +111,9 @@ class HeadsConfig(StrictConfig):
     """Which heads: exactly one of `from`, `identify`, `lofit`, `probe`, `in_context`, `random`, `control`, `all`,
     `list`.
 
-    `role` and `top` choose from a head set; `both` takes the top recall and the top suppression heads. What `lofit`,
-    `probe`, `in_context` and JoLA's gates choose has the role `selected`.
+    `role` and `top` choose from a head set: any role that it holds; `both` takes the top recall and the top suppression
+    heads. `identify` takes `recall`, `suppression`, `memory`, `context` or `retrieval`. What `lofit`, `probe`,
+    `in_context` and JoLA's gates choose has the role `selected`.
     """
 
     source: str | None = Field(None, alias="from")
@@ -120,7 +125,7 @@ class HeadsConfig(StrictConfig):
     control: ControlConfig | None = None
     every: Literal[True] | None = Field(None, alias="all")
     pairs: Annotated[list[tuple[int, int]], Field(min_length=1)] | None = Field(None, alias="list")
-    role: Literal["recall", "suppression", "both", "selected"] = "both"
+    role: str = "both"
     top: Annotated[int, Field(ge=1)] = 8
 
     @model_validator(mode="before")
@@ -130,6 +135,18 @@ class HeadsConfig(StrictConfig):
         if isinstance(data, dict) and isinstance(data.get("list"), list):
             data = data | {"list": [tuple(pair) if isinstance(pair, list) else pair for pair in data["list"]]}
         return data
+
+    @field_validator("role")
+    @classmethod
+    def _known_role(cls, value: str, info: ValidationInfo) -> str:
+        if not re.fullmatch(r"\w+", value):  # it is part of the run's name
+            raise ValueError(f"role {value!r} is not a name of letters, digits and underscores")
+        # A head set names its roles itself: those of `from` and `random` are checked where it is read.
+        if info.data.get("source") is None and info.data.get("random") is None:
+            roles = (*RESERVED, *ROLES_BY_NAME)
+            if value not in roles:
+                raise ValueError(f"no role {value!r}; {nearest(value, roles, listed=True)}")
+        return value
 
     @model_validator(mode="after")
     def _one_source(self) -> HeadsConfig:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from headtune.analysis.heads.controls import best_in_layers, random_anywhere, random_like, random_sets
-from headtune.analysis.heads.head_set import HeadSet, RankedHead, provenance
+from headtune.analysis.heads.head_set import ROLES, HeadSet, RankedHead, provenance
 from headtune.analysis.identify import pipeline
 from headtune.analysis.identify.verification import output_norms
 from headtune.analysis.methods.scores import Scores, load_means
@@ -77,7 +77,9 @@ def resolve_heads(
         return ResolvedHeads(sorted(block.pairs))
     if block.identify is not None:
         part = task.limited(block.identify.max_examples)
-        result = pipeline.identify(model, part, block.identify.method, top=block.top, progress=progress)
+        # Roles beyond the two that every head set has are ranked where the recipe asks for one.
+        roles = None if block.role in ("both", *ROLES) else [block.role]
+        result = pipeline.identify(model, part, block.identify.method, top=block.top, progress=progress, roles=roles)
         pairs = result.heads.top_heads(block.role, block.top, notify=notify)
         return ResolvedHeads(pairs, result.heads, result.scores.means(), scores=result.scores)
     source = block.random or block.control

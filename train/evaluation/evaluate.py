@@ -12,7 +12,6 @@ Intervals are over subjects: see `stats.mean_interval`.
 
 from __future__ import annotations
 
-import importlib.resources
 import math
 import re
 from collections.abc import Sequence
@@ -24,6 +23,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
 from headtune.analysis.models.head_model import positions_of
+from headtune.analysis.tasks.neutral import neutral_text
 from headtune.analysis.tasks.task import Example, Task, canonical, normalise
 from headtune.analysis.tasks.tokenized import EncodedTask, as_chat, check_prompt_length, encode
 from headtune.analysis.utils.errors import InputError
@@ -260,11 +260,6 @@ def answer_mass(model: PreTrainedModel, encoded: EncodedTask) -> tuple[list[floa
         remaining.append(p[list(example.target_tokens)].sum().item())
         previous.append(p[sorted(set(example.previous_tokens))].sum().item())
     return remaining, previous
-
-
-def neutral_text() -> str:
-    """The text, written for this project, on which perplexity is measured."""
-    return (importlib.resources.files("headtune.recipes") / "data" / "neutral.txt").read_text(encoding="utf-8")
 
 
 @torch.no_grad()

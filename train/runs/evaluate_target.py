@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from headtune.analysis.interventions import last_layer
+from headtune.analysis.heads import at_test_time
 from headtune.analysis.tasks.loading import load_task
 from headtune.analysis.tasks.task import Kind, Task, scored
 from headtune.analysis.utils.errors import InputError
@@ -34,7 +34,7 @@ class Target:
     Attributes:
         name: a run's folder, a model's folder, a built-in name or a hub id.
         recipe: the run's; None for a model.
-        knobs: interventions on the last layer that are on while it is measured, as the command line gives them.
+        knobs: interventions that are on while it is measured, as the command line gives them.
     """
 
     name: str
@@ -71,7 +71,7 @@ def target_of(
     Args:
         task: built-in name, JSONL file, hub id, or FORMAT:PATH; NAME:test takes a split.
         kind: how answers are scored.
-        knobs: `sink:tau=0.5,gamma=0.5` and `intercept:beta=0.5`, see `last_layer`.
+        knobs: such as `silence:from=runs/heads,role=recall,top=4`, see `headtune.analysis.heads.at_test_time`.
 
     Raises:
         InputError: a head set in place of a run, no such task, a damaged recipe, an unknown knob.
@@ -86,7 +86,7 @@ def target_of(
             f"(heads.from={folder}), or a model"
         )
     loaded = load_task(task, seed).limited(max_examples)
-    last_layer.parse(knobs)
+    at_test_time.parse(knobs)
     return Target(str(name), replace(loaded, kind=kind) if kind else loaded, recipe, tuple(knobs))
 
 
@@ -120,10 +120,10 @@ def evaluate_target(
     from headtune.train.tracking.post_run_jobs import keep_evaluation
 
     model, tokenizer = _load(target)
-    task, interventions = target.task, last_layer.parse(target.knobs)
+    task, interventions = target.task, at_test_time.parse(target.knobs)
     switched_on: contextlib.AbstractContextManager[list[dict[str, Any]]] = contextlib.nullcontext([])
     if interventions:
-        switched_on = last_layer.applied(wrap_model(model, tokenizer, target.name), interventions, progress)
+        switched_on = at_test_time.applied(wrap_model(model, tokenizer, target.name), interventions, progress)
     with switched_on as notes:
         notify(f"evaluating on {len(task.examples)} prompts, {scored(task.kind, n_items)}")
         metrics, answers = evaluate(model, tokenizer, task, n_items, batch_size, preamble, scoring)
@@ -131,7 +131,7 @@ def evaluate_target(
     if out is not None:
         measured = {"name": task.name, "sha256": task.sha256, "n_examples": len(task.examples)}
         measured |= {"scoring": scoring} if scoring != "harness" else {}
-        keep_evaluation(out, target.name, target.recipe, measured, metrics, generations, target.knobs)
+        keep_evaluation(out, target.name, target.recipe, measured, metrics, generations, target.knobs, notes)
     return TargetEvaluation(task, metrics, generations, notes)
 
 

@@ -165,6 +165,8 @@ def _read(block: HeadsConfig, shape: Shape) -> list[tuple[int, int]]:
     roles = ("recall", "suppression") if block.role == "both" else (block.role,)
     if block.role == "both" and set(heads.roles) == {"selected"}:
         roles = ("selected",)
+    if block.role != "both":
+        heads.top(block.role)  # which refuses roles that the set does not hold
     pairs = {(entry.layer, entry.head) for role in roles for entry in heads.roles.get(role, ())[: block.top]}
     if not pairs or max(layer for layer, _ in pairs) >= shape.n_layers:
         raise InputError(f"heads.from {block.source!r} holds no {' or '.join(roles)} heads of {shape.name}")

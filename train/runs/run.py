@@ -244,7 +244,7 @@ def _show_heads(context: RunContext, resolved: ResolvedHeads) -> None:
     """Tell whether the heads are what they are called, and show them."""
     if resolved.head_set is None:
         return
-    if set(head_set.ROLES) & set(resolved.head_set.roles):
+    if set(resolved.head_set.roles) - {"selected"}:  # which a training chose, without a quantity to test
         context.notify(verdict(resolved.head_set))
         if advice := next_step(resolved.head_set):
             context.notify(advice)

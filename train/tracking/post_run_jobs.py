@@ -71,6 +71,7 @@ def keep_evaluation(
     metrics: Mapping[str, Any],
     generations: Sequence[Mapping[str, Any]],
     knobs: Sequence[Any],
+    interventions: Sequence[Mapping[str, Any]] = (),
 ) -> None:
     """Write a measurement into `out` (evaluation.json, metrics.jsonl) and file it with job type `evaluate`.
 
@@ -79,11 +80,13 @@ def keep_evaluation(
         recipe: the run's; None for a model, which is filed in the project `headtune`.
         task: `{"name", "sha256", "n_examples"}`.
         generations: `{"prompt", "text", "kinds", "values"}` of every prompt.
-        knobs: what was switched on.
+        knobs: what was switched on, as the command line has it.
+        interventions: the same with what came of it: the heads that were silenced, how well an intercept fits.
     """
     run = Path(target)
     inputs = _inputs(run) if recipe else {}
-    content = {"target": target, "task": dict(task), "knobs": list(knobs), "inputs": inputs}
+    content: dict[str, Any] = {"target": target, "task": dict(task), "knobs": list(knobs), "inputs": inputs}
+    content |= {"interventions": list(interventions)} if interventions else {}
     write_json(out / "evaluation.json", content | {"metrics": dict(metrics), "generations": list(generations)})
     base = run.resolve().name
     config: dict[str, Any] = config_keys("none", None, None, None) | {"model": {"name": target}}

@@ -17,7 +17,8 @@ def add_parsers(add: Add) -> None:
         "evaluate runs/NAME --task one_to_many:test",
         "evaluate runs/NAME --task country_cities --out runs/NAME-cities",
         "evaluate smollm2-135m --task country_cities --max-examples 50 --json",
-        "evaluate smollm2-135m --task country_cities --knob sink:tau=0.5,gamma=0.5",
+        "evaluate smollm2-135m --task country_cities --intervene sink:tau=0.5,gamma=0.5",
+        "evaluate smollm2-135m --task country_cities --intervene silence:from=runs/heads,role=recall,top=4",
     )
     completed(p.add_argument("target", help="run folder, model folder, built-in name or hub id"), "model")
     task = p.add_argument(
@@ -36,12 +37,16 @@ def add_parsers(add: Add) -> None:
     p.add_argument("--batch-size", type=positive, default=16)
     p.add_argument("--max-examples", type=positive)
     p.add_argument(
+        "--intervene",
         "--knob",
+        dest="knob",
         action="append",
         default=[],
         metavar="NAME:KEY=VALUE,...",
         help="switch on, once or more: sink:tau=0.5,gamma=0.5 (scale last-layer heads that look at the first "
-        "position), intercept:beta=0.5[,fit=TASK] (take away the last MLP's intercept)",
+        "position), intercept:beta=0.5[,fit=TASK] (take away the last MLP's intercept), "
+        "silence:from=RUN_OR_HEADSET,role=R,top=K[,how=zero|mean|uniform|streaming][,random=SEED] (silence heads, or "
+        "random ones of the same layers)",
     )
     out = p.add_argument("--out", type=Path, help="new folder to keep the result in, filed in W&B as the run is")
     completed(out, "folder")

@@ -37,6 +37,7 @@ def add_parsers(add: Add) -> None:
         "find and verify heads",
         "identify smollm2-135m --task country_cities --out runs/heads",
         "identify smollm2-135m --task my_task.jsonl:train --max-examples 64 --top elbow --out runs/mine",
+        "identify smollm2-135m --task conflict.jsonl:train --role memory --role context --out runs/conflict",
     )
     model_and_task_arguments(p, "new folder for heads.json, scores.safetensors, report.html")
     p.add_argument("--method", default="all", help="all (dla and ablation) or names with commas; see --list-methods")
@@ -48,6 +49,14 @@ def add_parsers(add: Add) -> None:
         choices=("contrast", "centred", "raw"),
         help="scores less the other subjects' answers (default), less the vocabulary's mean, or as they are: raw "
         "logits rank heads high that lift all tokens alike, which changes no probability",
+    )
+    p.add_argument(
+        "--role",
+        action="append",
+        default=[],
+        metavar="NAME[=QUANTITY:+|-]",
+        help="heads to rank, once or more: recall, suppression (the default two), memory, context, retrieval, or a "
+        "role by its quantity and sign, such as memory=target-previous:+",
     )
     p.add_argument("--threshold", type=float, help="keep only heads whose ranking score is at least this far from zero")
     p.add_argument("--verify-top", type=positive, default=4, help="heads silenced together (default: 4)")
@@ -90,6 +99,7 @@ def identify_command(arguments: argparse.Namespace) -> int:
     controls = _controls(arguments.control)
     task = load_task_for(arguments)
     silence_model_libraries()
+    from headtune.analysis.heads.roles import roles_of
     from headtune.analysis.identify.pipeline import identify, partial_folder
     from headtune.analysis.methods.registry import parse_method_names
     from headtune.analysis.utils.errors import InputError
@@ -97,6 +107,7 @@ def identify_command(arguments: argparse.Namespace) -> int:
     from headtune.train.tracking.identify_run import track_identify
 
     parse_method_names(arguments.method)  # before the model is loaded
+    roles_of(arguments.role)
     if arguments.device_map and world_size() > 1:
         raise InputError(
             f"--device-map {arguments.device_map} spreads one model over all devices; with several processes leave it "
@@ -118,6 +129,7 @@ def identify_command(arguments: argparse.Namespace) -> int:
             partial=partial_folder(arguments.out),
             share=True,
             rank_by=arguments.rank_by,
+            roles=arguments.role or None,
         )
         result.save(arguments.out)
         if is_main():

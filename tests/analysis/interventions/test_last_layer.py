@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, StaticCache
 
-from headtune.analysis.interventions import last_layer, mlp_regression
+from headtune.analysis.heads import at_test_time
+from headtune.analysis.interventions import mlp_regression
 from headtune.analysis.interventions.intervention import CLEAN
 from headtune.analysis.interventions.last_layer import Intercept, Sink, scale_sink_heads, subtract_mlp_intercept
 from headtune.analysis.interventions.last_token import LastTokenRunner
@@ -206,17 +207,17 @@ def test_it_refuses_what_it_cannot_see(llama: HeadModel) -> None:
 )
 def test_bad_settings_are_refused_in_one_line(text: str, words: list[str]) -> None:
     with pytest.raises(InputError) as error:
-        last_layer.parse([text])
+        at_test_time.parse([text])
     assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)
 
 
 def test_settings_are_read() -> None:
-    assert last_layer.parse([]) == []
-    assert last_layer.parse(["sink"]) == [Sink()]
-    found = last_layer.parse(["sink:tau=0.6,gamma=0", "intercept:beta=0.5,fit=country_cities:train"])
+    assert at_test_time.parse([]) == []
+    assert at_test_time.parse(["sink"]) == [Sink()]
+    found = at_test_time.parse(["sink:tau=0.6,gamma=0", "intercept:beta=0.5,fit=country_cities:train"])
     assert found == [Sink(0.6, 0.0), Intercept(0.5, "country_cities:train")]
     with pytest.raises(InputError, match="twice"):
-        last_layer.parse(["sink", "sink:tau=1"])
+        at_test_time.parse(["sink", "sink:tau=1"])
 
 
 def test_knobs_turned_together_are_the_blocks_opened_together(llama: HeadModel, tmp_path: Path) -> None:
@@ -226,7 +227,7 @@ def test_knobs_turned_together_are_the_blocks_opened_together(llama: HeadModel, 
     found, r2 = mlp_regression.decompose(llama, tokenized.encode(tiny_task(), llama.tokenizer).examples)
     with torch.no_grad(), scale_sink_heads(llama, TAU, GAMMA), subtract_mlp_intercept(llama, found.intercept[-1], 0.7):
         expected = llama.hf(tokens, use_cache=False).logits
-    with last_layer.applied(llama, [Sink(TAU, GAMMA), Intercept(0.7, str(path))]) as notes, torch.no_grad():
+    with at_test_time.applied(llama, [Sink(TAU, GAMMA), Intercept(0.7, str(path))]) as notes, torch.no_grad():
         torch.testing.assert_close(llama.hf(tokens, use_cache=False).logits, expected)
     assert notes == [
         {"knob": "sink", "tau": TAU, "gamma": GAMMA, "layer": LAST},

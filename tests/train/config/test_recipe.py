@@ -116,6 +116,7 @@ def test_published_hyperparameters_of_seekr(name: str, ratio: float, weight: flo
 VARIANTS = {
     "defaults": lofit(),
     "from": lofit(heads={"from": "runs/x", "role": "suppression", "top": 3}),
+    "from a role of the set's own": lofit(heads={"from": "runs/x", "role": "mine"}),
     "identify": lofit(heads={"identify": {"method": "dla", "max_examples": 7}}),
     "random": lofit(heads={"random": {"like": "runs/x", "seed": 4}}),
     "list": lofit(heads={"list": [[0, 1], [2, 3]]}),
@@ -213,7 +214,9 @@ def test_the_name_tells_content_apart() -> None:
         (lofit(heads={"all": False}), ["heads.all", "False"]),
         (lofit(heads={"all": True, "top": 0}), ["heads.top", "0"]),
         (lofit(heads={"all": True, "top": "8"}), ["heads.top", "'8'"]),
-        (lofit(heads={"all": True, "role": "recal"}), ["heads.role", "'recal'"]),
+        (lofit(heads={"all": True, "role": "recal"}), ["heads.role", "'recal'", "did you mean 'recall'", "memory"]),
+        (lofit(heads={"from": "runs/x", "role": "../x"}), ["heads.role", "'../x'", "letters, digits"]),
+        (lofit(heads={"identify": {}, "role": "mine"}), ["heads.role", "'mine'", "known: both, context"]),
         (lofit(heads={"list": []}), ["heads.list"]),
         (lofit(heads={"list": [[0]]}), ["heads.list.0"]),
         (lofit(heads={"list": [[0, "1"]]}), ["heads.list.0.1", "'1'"]),

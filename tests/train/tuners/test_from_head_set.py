@@ -77,6 +77,27 @@ def test_any_role_and_options(model: Any) -> None:
     assert HeadSlicesConfig.from_head_set(heads, "selected", 1, parts=["o"]).parts == ["o"]
 
 
+def test_a_recipe_takes_any_role_that_the_head_set_has(model: Any, tmp_path: Path) -> None:
+    heads = head_set({"memory": [(2, 3)], "context": [(0, 0), (1, 2)], "mine": [(0, 3)]}, model)
+    heads.save(tmp_path)
+
+    def pairs(**block: Any) -> list[tuple[int, int]]:
+        return resolve_heads(HeadsConfig.model_validate({"from": str(tmp_path)} | block), model, tiny_task()).pairs
+
+    assert (pairs(role="context"), pairs(role="mine")) == ([(0, 0), (1, 2)], [(0, 3)])
+    like = HeadsConfig.model_validate({"random": {"like": str(tmp_path)}, "role": "context", "top": 1})
+    ((layer, head),) = resolve_heads(like, model, tiny_task()).pairs
+    assert layer == 0 and head != 0
+    refused = {
+        "contex": r"head role 'contex' is not in this head set; did you mean 'context'\? \(known: context, mem",
+        "both": "'both' takes recall and suppression heads, and .* holds the roles memory, context, mine; name one",
+    }
+    for role, words in refused.items():
+        with pytest.raises(InputError, match=words) as caught:
+            pairs(role=role)
+        assert "\n" not in str(caught.value)
+
+
 def test_fewer_heads_than_asked_for_are_told(model: Any, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
         HeadTuningConfig.from_head_set(head_set(TWO_ROLES, model), "suppression", 4)
