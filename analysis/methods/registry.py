@@ -264,7 +264,7 @@ def score_examples(
             whole |= parallel.once(method.name, partial(of_task, model, examples, seed, progress))
     scores = stack(rows, [example.example.subject for example in examples], whole)
     for method in methods:
-        if not any(name.startswith(f"{method.name}.") for name in (*scores.by_example, *scores.whole)):
+        if f"{method.name}.target" not in scores:
             raise InputError(
                 f"method {method.name!r} needs examples of other subjects with as many tokens, and there are none: add "
                 "examples or corrupt prompts of equal length, or use a method of the last token alone"

@@ -23,7 +23,7 @@ SHIPPED = [
     *PUBLISHED,
     *("lofit/one_to_many", "lofit/truthfulqa", "lofit/mquake", "lofit/relations"),
     *("jola/relations", "masked/relations", "lora/one_to_many", "lora/relations", "full/relations", "ln/relations"),
-    *("steer/one_to_many", "steer/iti", "steer/sink", "steer/intercept"),
+    *("steer/one_to_many", "steer/iti", "steer/sink", "steer/intercept", "steer/conflict"),
     *("regularise/protect_recall", "regularise/reduce_suppression", "regularise/prune"),
     *("seekr/function_vectors", "seekr/relations", "seekr/trace", "seekr/superni", "seekr/own_tasks"),
 ]
