@@ -115,7 +115,7 @@ def rule_for(role: Role | str, scores: Scores, by: str = "contrast") -> Rule:
     if not ran:
         raise InputError(
             f"the scores hold no {quantity!r} quantity of any method, so {role.name} heads cannot be ranked; "
-            f"{_held(scores)}" + (", and the task no previous answers" if "previous" in quantity else "")
+            f"{_held(scores)}; run another method, or ask for a role of these (--role NAME=QUANTITY:+)"
         )
 
     def form(method: str) -> str:

@@ -21,11 +21,11 @@ PUBLISHED = [
 ] + ["seekr/llama2_7b_trace_1pct", "seekr/llama2_7b_trace_10pct"]
 SHIPPED = [
     *PUBLISHED,
-    "gain/one_to_many",
+    *("gain/one_to_many", "gain/needle"),
     *("lofit/one_to_many", "lofit/truthfulqa", "lofit/mquake", "lofit/relations"),
     *("jola/relations", "masked/relations", "masked/rank", "lora/one_to_many", "lora/relations"),
     *("full/relations", "ln/relations"),
-    *("steer/one_to_many", "steer/iti", "steer/in_context", "steer/sink", "steer/intercept"),
+    *("steer/one_to_many", "steer/iti", "steer/in_context", "steer/sink", "steer/intercept", "steer/conflict"),
     *("regularise/protect_recall", "regularise/reduce_suppression", "regularise/prune"),
     *("full/retmask", "masked/retmask"),
     *("seekr/function_vectors", "seekr/relations", "seekr/trace", "seekr/superni", "seekr/own_tasks"),

@@ -324,6 +324,17 @@ def test_heads_are_identified_where_a_recipe_asks_for_it(tmp_path: Path) -> None
     assert found["task"]["name"].endswith(":train"), "heads are found on what is trained on"
 
 
+def test_a_role_beyond_the_two_is_identified_and_silenced(tmp_path: Path) -> None:
+    model, task = save_planted(tmp_path / "model")
+    block = {"identify": {"method": "dla", "max_examples": 24}, "role": "memory", "top": 2}
+    assert train(steer(tmp_path, model, block, task=task), "method.factor=0.0") == 0
+    run = tmp_path / "run"
+    assert list(read(run / "heads.json")["roles"]) == ["memory"]
+    entries = read(run / "heads.json")["roles"]["memory"]
+    assert heads_of(run) == sorted([entry["layer"], entry["head"]] for entry in entries) and entries
+    assert "dla.target-previous" in entries[0]["effect"]
+
+
 @pytest.mark.parametrize(
     ("block", "words"),
     [
