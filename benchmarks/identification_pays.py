@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -272,6 +273,16 @@ def table(model: str, part: str, k: int) -> str:
     return rows_of_table(columns, lines)
 
 
+def fill(check: bool = False) -> list[str]:
+    """Write the tables of the document, or (`check`) only say which are not what they should be."""
+    stale = []
+    for name in re.findall(r"<!-- table (\S+ \w+ \d+) -->", (ROOT / DOCUMENT).read_text(encoding="utf-8")):
+        model, part, k = name.split()
+        if not put(DOCUMENT, name, table(model, part, int(k)), check):
+            stale.append(name)
+    return stale
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", nargs="+", default=["search", "gain", "factor", "vector", "offset", "slices"])
@@ -282,12 +293,7 @@ def main() -> None:
     parser.add_argument("--table", action="store_true")
     arguments = parser.parse_args()
     if arguments.table:
-        for part in arguments.part:
-            for k in arguments.k:
-                if read(arguments.model, part, k):
-                    text = table(arguments.model, part, k)
-                    print(part, k, text, sep="\n")
-                    put(DOCUMENT, f"{arguments.model} {part} {k}", text)
+        fill()
         return
     work = (arguments.work / arguments.model).resolve()
     work.mkdir(parents=True, exist_ok=True)

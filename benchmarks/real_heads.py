@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from readme import put, rows
 from speed_analysis import code_sha256
 
 from headtune.analysis.heads.head_set import ROLES, provenance
@@ -82,14 +83,34 @@ def measure(model: HeadModel, task: Task, seed: int) -> dict[str, Any]:
     }
 
 
-def row(name: str, result: dict[str, Any]) -> str:
-    cells = [name, str(result["task"]["n_examples"])]
-    for role in ROLES:
-        tested = result["verification"]["dissociation"][role]
-        cells.append(str(len(result["heads"][role])))
-        effect = f"×{tested['ratio']:.2f}, p = {tested['p_value']:.2g}, " if "ratio" in tested else ""
-        cells.append(effect + tested["verdict"])
-    return "| " + " | ".join(cells) + " |"
+def table(tasks: dict[str, Any]) -> str:
+    """One line a task and role: the heads, what silencing the top ones does on other subjects, and the controls."""
+    columns = ["task", "prompts", "role", "confirmed, best first", "nothing silenced", "silenced (other subjects)"]
+    columns += ["most extreme of 50 random sets", "largest others", "p", "verdict"]
+    lines = []
+    for name, result in tasks.items():
+        for each in ROLES:
+            tested = result["verification"]["dissociation"][each]
+            found = [f"L{head['layer']}H{head['head']}" for head in result["heads"][each]]
+            named = ", ".join(found[:VERIFY_TOP]) + (
+                f" and {len(found) - VERIFY_TOP} more" if found[VERIFY_TOP:] else ""
+            )
+            cells = [name, str(result["task"]["n_examples"]), each, named]
+            if "ratio" in tested:
+                low, high = tested["change_ci"]
+                change = f"{tested['change']:+.3f} [{low:+.3f}, {high:+.3f}]"
+                cells += [f"{tested['baseline']:.3f}", f"{tested['ablated']:.3f} (×{tested['ratio']:.2f}; {change})"]
+                cells += [f"{tested[key]:.3f}" for key in ("most_extreme_random_set", "largest_other", "p_value")]
+            else:
+                cells += [""] * 5
+            lines.append([*cells, tested["verdict"]])
+    return rows(columns, lines)
+
+
+def fill(check: bool = False) -> list[str]:
+    """Write the table of docs/concepts.md, or (`check`) only say whether it is not what it should be."""
+    tasks = json.loads(RESULT.read_text(encoding="utf-8"))["tasks"]
+    return [] if put("docs/concepts.md", "real heads", table(tasks), check) else ["real heads"]
 
 
 def main() -> None:
@@ -98,7 +119,11 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=TASKS)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=RESULT)
+    parser.add_argument("--table", action="store_true", help="write the table of docs/concepts.md, measure nothing")
     arguments = parser.parse_args()
+    if arguments.table:
+        fill()
+        return
     settings = {"seed": arguments.seed, "prompts": PROMPTS, "code_sha256": code_sha256()}
     stored = json.loads(arguments.out.read_text()) if arguments.out.is_file() else {}
     results: dict[str, Any] = stored["tasks"] if stored.get("settings") == settings else {}
@@ -119,9 +144,7 @@ def main() -> None:
             "versions": provenance()["versions"],
         }
         write_json(arguments.out, about | {"tasks": results})
-    print("| task | prompts | recall heads | silenced | suppression heads | silenced |")
-    print("|---|---|---|---|---|---|")
-    print("\n".join(row(name, result) for name, result in results.items()))
+    print(table(results))
 
 
 if __name__ == "__main__":

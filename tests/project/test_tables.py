@@ -10,7 +10,11 @@ from helpers.paths import ROOT
 
 
 @pytest.mark.parametrize(
-    "name", ["tuning", "continual", "protecting", "identification_noise", "plan_trackers", "in_context"]
+    "name",
+    [
+        *("tuning", "continual", "protecting", "identification_noise", "plan_trackers", "in_context"),
+        *("real_heads", "identification_pays"),
+    ],
 )
 def test_the_readme_shows_the_result_file(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))

@@ -163,7 +163,9 @@ def _pairs(arguments: argparse.Namespace) -> Task:
             raise InputError(f"task kind 'pairs' needs --{name}: a model writes the answers, whole and silenced")
     path, role, top = ["", "", *arguments.silence.rsplit(":", 2)][-3:]
     if not path or not top.isdecimal() or not int(top):
-        raise InputError(f"--silence {arguments.silence!r} must look like runs/retrieval:retrieval:5, head set, role and top")
+        raise InputError(
+            f"--silence {arguments.silence!r} must look like runs/retrieval:retrieval:5, head set, role and top"
+        )
     heads = HeadSet.load(path)
     chosen = heads.top(role, int(top))
     task = load_task(arguments.task).limited(arguments.n, arguments.seed)
