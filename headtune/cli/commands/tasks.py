@@ -77,7 +77,7 @@ def _add_make(actions: Add) -> None:
         "make conflict --model smollm2-135m --facts capitals.json --relation capital --out conflict.jsonl",
         "make fewshot --tokenizer smollm2-135m --pairs antonym.json --shots 5 --out antonyms.jsonl",
         "make ioi --tokenizer smollm2-135m --n 200 --out ioi.jsonl",
-        "make pairs --model smollm2-135m --task needle.jsonl:train --silence runs/retrieval:retrieval:5 --out pairs.jsonl",
+        "make pairs --model smollm2-135m --task needle.jsonl --silence runs/heads:retrieval:5 --out pairs.jsonl",
     )
     kinds = (*KINDS, _PAIRS)
     q.add_argument("kind", choices=kinds, metavar="KIND", help=f"one of {', '.join(kinds)}")
@@ -164,7 +164,7 @@ def _pairs(arguments: argparse.Namespace) -> Task:
     path, role, top = ["", "", *arguments.silence.rsplit(":", 2)][-3:]
     if not path or not top.isdecimal() or not int(top):
         raise InputError(
-            f"--silence {arguments.silence!r} must look like runs/retrieval:retrieval:5, head set, role and top"
+            f"--silence {arguments.silence!r} must look like runs/heads:retrieval:5, head set, role and top"
         )
     heads = HeadSet.load(path)
     chosen = heads.top(role, int(top))
