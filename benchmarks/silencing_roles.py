@@ -5,8 +5,8 @@
     python benchmarks/silencing_roles.py --table                            write the table of docs/heads-that-pay.md
 
 lists       country_cities (built in): recall and suppression
-conflict    "The capital city of X is WRONG. The capital city of X is", of countries whose capital the model knows without
-            the statement (LRE's country_capital_city.json in DATA/relations): memory and context
+conflict    "The capital city of X is WRONG. The capital city of X is", of countries whose capital the model knows by
+            itself (LRE's country_capital_city.json in DATA/relations): memory and context
 needle      a code of six words in 256 tokens: retrieval
 
 Heads chosen on one half of the subjects are silenced at the last token on the other, both ways; 50 random sets of heads
