@@ -273,12 +273,28 @@ def table(model: str, part: str, k: int) -> str:
     return rows_of_table(columns, lines)
 
 
+def frontier(model: str, k: int) -> str:
+    """What rate and retention give on validation prompts."""
+    lines = []
+    for path in sorted((RESULTS / model).glob(f"search-k{k}-*.json")):
+        heads, _, rate, retention = path.stem.removeprefix(f"search-k{k}-").split("-")
+        run = json.loads(path.read_text(encoding="utf-8"))
+        if not lines:
+            first = [f"{100 * np.mean(run['before'][name]):.1f}" for name in METRICS]
+            lines.append(["none (base)", "", "", *first, f"{run['perplexity'][0]:.2f}"])
+        rates = [f"{100 * np.mean(run['values'][name]):.1f}" for name in METRICS]
+        settings = [heads, rate.removeprefix("rate"), retention.removeprefix("retention")]
+        lines.append([*settings, *rates, f"{run['perplexity'][1]:.2f}"])
+    return rows_of_table(["heads", "rate", "retention", *METRICS.values(), "perplexity"], lines)
+
+
 def fill(check: bool = False) -> list[str]:
     """Write the tables of the document, or (`check`) only say which are not what they should be."""
     stale = []
     for name in re.findall(r"<!-- table (\S+ \w+ \d+) -->", (ROOT / DOCUMENT).read_text(encoding="utf-8")):
         model, part, k = name.split()
-        if not put(DOCUMENT, name, table(model, part, int(k)), check):
+        text = frontier(model, int(k)) if part == "search" else table(model, part, int(k))
+        if not put(DOCUMENT, name, text, check):
             stale.append(name)
     return stale
 
