@@ -212,7 +212,7 @@ def _tune(context: RunContext, prepared: PreparedRun, run_file: RunFile) -> tupl
         resolved = chosen
         keep_heads(resolved, folder)
         _show_head_set(context, resolved)
-    notify(f"evaluating the adapted model ({trained} parameters, {100 * trained / total:.4f}% of the model)")
+    notify(f"evaluating the adapted model ({trained:,} of {total:,} parameters were trained)")
     after, rows_after = measured(tuned)
     return write_evaluation(folder, prepared.identity, before, after, rows_before, rows_after), resolved
 
