@@ -6,7 +6,8 @@
 
 lists       country_cities (built in): recall and suppression
 conflict    "The capital city of X is WRONG. The capital city of X is", of countries whose capital the model knows by
-            itself (LRE's country_capital_city.json in DATA/relations): memory and context
+            itself (LRE's country_capital_city.json in DATA/relations; for Gemma "The capital of X is the city of"): memory
+            and context
 needle      a code of six words in 256 tokens: retrieval
 
 Heads chosen on one half of the subjects are silenced at the last token on the other, both ways; 50 random sets of heads
@@ -38,10 +39,16 @@ VERIFY_TOP = {"lists": 4, "conflict": 3, "needle": 4}
 ROLES = {"lists": ("recall", "suppression"), "conflict": ("memory", "context"), "needle": ("retrieval",)}
 
 
+# How each model is asked for a capital that it knows: the first form is one that Gemma answers for one country of 24.
+FORMS = {
+    "smollm2-135m": {"relation": "capital city"},
+    "gemma3-270m": {"relation": "capital", "template": "The capital of {subject} is the city of"},
+}
+
+
 def conflict(model: HeadModel, data: Path) -> Task:
-    return make_task(
-        "conflict", model, n=48, facts=data / "relations" / "country_capital_city.json", relation="capital city"
-    )
+    facts = data / "relations" / "country_capital_city.json"
+    return make_task("conflict", model, n=48, facts=facts, **FORMS[model.name])
 
 
 TASKS: dict[str, Callable[[HeadModel, Path], Task]] = {
