@@ -76,7 +76,7 @@ SETTINGS: dict[str, Any] = {
     "held_out": 40,
     "top": [10, 4, 2, 1],
     "factors": [0.5, 1.0],
-    "layers": [10, 14, 18],
+    "layers": [10, 14, 18],  # of 30, and of others in proportion
     "random": 3,
     "perplexity_tokens": 256,
     "seed": 0,
@@ -182,7 +182,10 @@ def measure(model: HeadModel, task: Task, separator: str) -> dict[str, Any]:
     factors = {f: tried_with(offsets_edit(model, means.offsets(top, f))) for f in SETTINGS["factors"]}
     factor = max(factors, key=lambda f: (factors[f], -f))
     vector = sum(means.few[layer, head] @ model.output_weight(layer)[head] for layer, head in top)
-    layers = {at: tried_with(residual_edit(model, vector, at, last_only=True)) for at in SETTINGS["layers"]}
+    layers = {
+        at: tried_with(residual_edit(model, vector, at, last_only=True))
+        for at in (each * model.n_layers // 30 for each in SETTINGS["layers"])
+    }
     layer = max(layers, key=lambda at: layers[at])
 
     # What is measured on held-out pairs.

@@ -6,7 +6,7 @@
 
 lists       country_cities (built in): recall and suppression
 conflict    "The capital city of X is WRONG. The capital city of X is", of countries whose capital the model knows by
-            itself (LRE's country_capital_city.json in DATA/relations; for Gemma "The capital of X is the city of"): memory
+            itself (LRE's country_capital_city.json in DATA/relations; Gemma: "The capital of X is the city of"): memory
             and context
 needle      a code of six words in 256 tokens: retrieval
 
