@@ -178,7 +178,7 @@ def _result(chosen: Group, metric: str, controls: Sequence[Group], compared: dic
         entry = compared[control.name][chosen.name].metrics[metric]
         if metric not in control.metrics or entry.minus is None:
             continue
-        difference, interval, _ = entry.minus
+        difference, interval = round(entry.minus[0], 12), entry.minus[1]
         better = None
         if interval is not None and not interval[0] <= 0 <= interval[1]:
             better = (difference < 0) == (metric in LOWER_IS_BETTER)
