@@ -267,6 +267,18 @@ def _minus(
     return gap, percentile_interval(draws), p
 
 
+def difference(
+    runs: Sequence[RunRecord], key: str, reference: Sequence[RunRecord]
+) -> tuple[float, tuple[float, float] | None, float | None] | None:
+    """A metric of one group's runs less that of another's: the difference, its interval and p, as in `Metric.minus`.
+
+    None where they were measured on different prompts, or one has no such metric.
+    """
+    if not all(key in run.after for run in (*runs, *reference)):
+        return None
+    return _minus(runs, key, subject_shares(runs[0].subjects, DRAWS, seed=0), _by_example(runs, key), reference)
+
+
 def _base(first: RunRecord, reference: Sequence[RunRecord] | None) -> Group:
     """The model before training, as the first run of a task measured it."""
     weights = subject_shares(first.subjects, DRAWS, seed=0)
