@@ -102,8 +102,9 @@ def few_shot_prompts(
         shown = [generator.choice(by_subject[name]) for name in subjects]
         answers = [example.remaining[0] for example in shown]
         rotated = [*answers[1:], answers[0]]
-        texts["clean"].append(replace(question, prompt=few_shot_text(question, shown, answers, separator)))
-        texts["shuffled"].append(replace(question, prompt=few_shot_text(question, shown, rotated, separator)))
+        for kind, labels in (("clean", answers), ("shuffled", rotated)):
+            prompt = few_shot_text(question, shown, labels, separator)
+            texts[kind].append(replace(question, prompt=prompt, spans={}))  # spans are those of the question alone
         texts["zero"].append(question)
     usable = {kind: _by_place(model, replace(task, examples=tuple(texts[kind]))) for kind in texts}
     places = sorted(set.intersection(*(set(encoded) for encoded in usable.values())))

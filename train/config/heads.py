@@ -141,8 +141,8 @@ class HeadsConfig(StrictConfig):
     def _known_role(cls, value: str, info: ValidationInfo) -> str:
         if not re.fullmatch(r"\w+", value):  # it is part of the run's name
             raise ValueError(f"role {value!r} is not a name of letters, digits and underscores")
-        # A head set names its roles itself: those of `from` and `random` are checked where it is read.
-        if info.data.get("source") is None and info.data.get("random") is None:
+        # A head set names its roles itself: those of `from`, `random` and `control` are checked where it is read.
+        if all(info.data.get(name) is None for name in ("source", "random", "control")):
             roles = (*RESERVED, *ROLES_BY_NAME)
             if value not in roles:
                 raise ValueError(f"no role {value!r}; {nearest(value, roles, listed=True)}")

@@ -257,7 +257,7 @@ def _minus(
         other, there = _by_example(runs, key, before=True), _mean(runs[0].before[key])
     else:
         other, there = _by_example(reference, key), float(np.mean([_mean(run.after[key]) for run in reference]))
-    gap = float(np.mean([_mean(run.after[key]) for run in runs])) - there
+    gap = round(float(np.mean([_mean(run.after[key]) for run in runs])) - there, 12)
     if each is None or other is None or each.shape[1] != other.shape[1]:
         return gap, None, None
     before = weights @ other.mean(0) if reference is None else _resampled(weights, other, seed=2)
@@ -265,6 +265,18 @@ def _minus(
     draws: NDArray[np.float64] = (_resampled(weights, each, seed=1) - before).round(12)
     p = min(1.0, 2 * float(min((draws <= 0).sum(), (draws >= 0).sum()) + 1) / (DRAWS + 1))
     return gap, percentile_interval(draws), p
+
+
+def difference(
+    runs: Sequence[RunRecord], key: str, reference: Sequence[RunRecord]
+) -> tuple[float, tuple[float, float] | None, float | None] | None:
+    """A metric of one group's runs less that of another's: the difference, its interval and p, as in `Metric.minus`.
+
+    None where they were measured on different prompts, or one has no such metric.
+    """
+    if not all(key in run.after for run in (*runs, *reference)):
+        return None
+    return _minus(runs, key, subject_shares(runs[0].subjects, DRAWS, seed=0), _by_example(runs, key), reference)
 
 
 def _base(first: RunRecord, reference: Sequence[RunRecord] | None) -> Group:

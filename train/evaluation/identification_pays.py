@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from .compare import LOWER_IS_BETTER, Group, compare
+from .compare import LOWER_IS_BETTER, Group, compare, difference
 from .metric_names import METRIC_NAMES
 from .run_reader import RunRecord
 
@@ -121,13 +121,7 @@ def identification_pays(runs: Sequence[RunRecord]) -> list[Result]:
         controls = [group for group in groups if group is not chosen and _is_control(chosen, group)]
         if source is None or not any(_kind(group) in CONTROLS for group in controls):
             continue
-        compared = {
-            control.name: {group.name: group for group in compare(runs, against=control.runs[0].name).groups}
-            for control in controls
-        }
-        for metric in GAINS:
-            if metric in chosen.metrics:
-                results.append(_result(chosen, metric, controls, compared))
+        results += [_result(chosen, metric, controls) for metric in GAINS if metric in chosen.metrics]
     return results
 
 
@@ -152,10 +146,8 @@ def _is_control(chosen: Group, group: Group) -> bool:
     like = theirs.get("heads.from") or theirs.get("heads.control.like") or theirs.get("heads.random.like")
     if like != ours.get("heads.from"):
         return False
-    if kind == "role":
-        if theirs.get("heads.role") == ours.get("heads.role"):
-            return False
-    elif theirs.get("heads.role") != ours.get("heads.role") or theirs.get("heads.top") != ours.get("heads.top"):
+    same_role = theirs.get("heads.role") == ours.get("heads.role")
+    if same_role == (kind == "role") or theirs.get("heads.top") != ours.get("heads.top"):
         return False
     skip = ("seed", "name", "output_dir", "evaluation.before")
     keys = {key for key in (*ours, *theirs) if key not in skip and not key.startswith(("heads.", "tracking."))}
@@ -172,26 +164,37 @@ def _name(group: Group) -> str:
     return CONTROLS.get(kind, "the gains of all norms" if kind == "ln" else group.name)
 
 
-def _result(chosen: Group, metric: str, controls: Sequence[Group], compared: dict[str, dict[str, Group]]) -> Result:
+def _names(groups: Sequence[Group]) -> list[str]:
+    """What controls are called, with the group's name where two are called alike (LoRA at two rates)."""
+    names = [_name(group) for group in groups]
+    return [
+        f"{name} ({group.name})" if names.count(name) > 1 else name for name, group in zip(names, groups, strict=True)
+    ]
+
+
+def _result(chosen: Group, metric: str, controls: Sequence[Group]) -> Result:
     against = []
-    for control in controls:
-        entry = compared[control.name][chosen.name].metrics[metric]
-        if metric not in control.metrics or entry.minus is None:
+    names = _names(controls)
+    for name, control in zip(names, controls, strict=True):
+        minus = difference(chosen.runs, metric, control.runs)
+        if metric not in control.metrics or minus is None:
             continue
-        difference, interval = round(entry.minus[0], 12), entry.minus[1]
+        gap, interval, _ = minus
         better = None
         if interval is not None and not interval[0] <= 0 <= interval[1]:
-            better = (difference < 0) == (metric in LOWER_IS_BETTER)
+            better = (gap < 0) == (metric in LOWER_IS_BETTER)
         heads = _kind(control) in (*CONTROLS, "role")
         mean = control.metrics[metric].mean
-        against.append(
-            Against(_name(control), heads, len(control.runs), control.parameters, mean, difference, interval, better)
-        )
+        against.append(Against(name, heads, len(control.runs), control.parameters, mean, gap, interval, better))
     damage = {
         name: {
             "base": _base(chosen, name),
             "identified": chosen.metrics[name].mean,
-            "controls": {_name(each): each.metrics[name].mean for each in controls if name in each.metrics},
+            "controls": {
+                called: each.metrics[name].mean
+                for called, each in zip(names, controls, strict=True)
+                if name in each.metrics
+            },
         }
         for name in DAMAGE
         if name in chosen.metrics

@@ -37,6 +37,8 @@ from headtune.train.config.schema import Recipe
 from .sweep import Cell, cells
 
 DRAWS = 3
+_MEASURED = ("model", "task", "evaluation")  # blocks of a recipe that the base model's numbers depend on
+_SHARED = ("model", "task", "evaluation", "training", "tracking", "plugins")  # blocks of LoRA's and norms' recipes
 # Found best on validation prompts of lists and of relations: see benchmarks/tuning.py.
 RATES = {"lora": 5e-4, "lora_smallest": 5e-3, "norms": 3e-3}
 
@@ -61,7 +63,7 @@ def head_set_of(recipe: Recipe, out: Path, notify: Notify) -> Path:
     """The head set of a recipe's heads: the one it names, or identified now on its training task, into `out`/heads.
 
     Raises:
-        InputError: heads of another source.
+        InputError: heads of another source; `out`/heads holds heads of another model, method or role.
     """
     block = recipe.heads
     if block is not None and block.source is not None:
@@ -69,12 +71,31 @@ def head_set_of(recipe: Recipe, out: Path, notify: Notify) -> Path:
     if block is None or block.identify is None:
         raise InputError("--controls compares identified heads; give heads: {from: ...} or heads: {identify: ...}")
     folder = out / "heads"
-    if not (folder / "heads.json").is_file():
+    if (folder / "heads.json").is_file():
+        _require_asked(HeadSet.load(folder), recipe, block, folder)
+    else:
         notify(f"identifying heads once for all runs, into {folder}")
         named = recipe.model
         model = load_model(named.name, named.dtype, None, named.revision, named.trust_remote_code)
         write_head_set(resolve_heads(block, model, tasks_of(recipe.task)[0], notify=notify), folder)
     return folder
+
+
+def _require_asked(heads: HeadSet, recipe: Recipe, block: HeadsConfig, folder: Path) -> None:
+    """Refuse heads that an earlier call identified otherwise (InputError)."""
+    assert block.identify is not None
+    settings = {
+        "model": (heads.model.get("name"), recipe.model.name),
+        "method": (heads.method.get("name"), block.identify.method),
+    }
+    changed = [name for name, (old, new) in settings.items() if old != new]
+    if block.role not in ("both", *heads.roles):
+        changed.append("role")
+    if changed:
+        raise InputError(
+            f"{str(folder)!r} holds heads that were identified with another {', '.join(changed)}; choose another "
+            "--out, or remove it"
+        )
 
 
 def control_cells(
@@ -85,12 +106,15 @@ def control_cells(
     overrides: Sequence[str] = (),
     n_draws: int = DRAWS,
     notify: Notify = print,
+    in_turn: bool = True,
 ) -> list[Cell]:
-    """The runs of a recipe and of its controls, all checked; the first measures the base model for all.
+    """The runs of a recipe and of its controls, all checked.
 
     Args:
         n_seeds: seeds of every arm; of a recipe that does not train, one.
         n_draws: of the random heads: run i of an arm has draw i and seed i modulo `n_seeds`.
+        in_turn: they are run one after the other, and the first one measures the base model for all that measure it
+            alike; else each measures it.
 
     Raises:
         InputError: as `sweep.cells`; heads that are not identified; a grid over the heads themselves.
@@ -114,9 +138,19 @@ def control_cells(
             source = name if arm.recipe is None else str(arm.recipe)
             made = cells(source, axes, 1, out, settings, seeds=[run % seeds], prefix=label)
             result += [replace(cell, recipe=source) for cell in made]
-    # Measured once, by the first run.
-    before = f"evaluation.before={json.dumps(str(result[0].folder / 'evaluation.json'))}"
-    return [result[0], *(replace(cell, overrides=(*cell.overrides, before)) for cell in result[1:])]
+    return _measured_once(result) if in_turn else result
+
+
+def _measured_once(every: Sequence[Cell]) -> list[Cell]:
+    """The first of each model, task and way of measuring measures the base model for the others."""
+    first: dict[str, Cell] = {}
+    result = []
+    for cell in every:
+        varied = {key: value for key, value in cell.values.items() if key.partition(".")[0] in _MEASURED}
+        other = first.setdefault(json.dumps(varied, sort_keys=True), cell)
+        before = f"evaluation.before={json.dumps(str(other.folder / 'evaluation.json'))}"
+        result.append(cell if other is cell else replace(cell, overrides=(*cell.overrides, before)))
+    return result
 
 
 def _arms(recipe: Recipe, block: HeadsConfig, path: Path, out: Path) -> Iterator[Arm]:
@@ -136,8 +170,7 @@ def _arms(recipe: Recipe, block: HeadsConfig, path: Path, out: Path) -> Iterator
     head_set = HeadSet.load(path)
     for role, entries in head_set.roles.items():
         if role != block.role and block.role != "both" and entries:
-            top = min(block.top, len(entries))
-            other = {"from": str(path), "role": role, "top": top}
+            other = {"from": str(path), "role": role, "top": block.top}
             yield Arm(f"role_{role}", lambda _, other=other: [f"heads={json.dumps(other)}"])  # type: ignore[misc]
     if method_rules(recipe.recipe).trains:
         yield from _without_heads(recipe, head_set, block, out)
@@ -155,7 +188,7 @@ def _without_heads(recipe: Recipe, head_set: HeadSet, block: HeadsConfig, out: P
         "norms": {},
     }
     for name, size in sizes.items():
-        content: dict[str, Any] = {key: data[key] for key in ("model", "task", "evaluation", "training") if key in data}
+        content: dict[str, Any] = {key: data[key] for key in _SHARED if key in data}
         content["training"] = {**content.get("training", {}), "learning_rate": RATES[name]}
         content |= {"recipe": "ln" if name == "norms" else "lora", "method": {**method, **size}}
         yield Arm(name, lambda _: [], recipe=out / "recipes" / f"{name}.yaml", content=content)

@@ -22,6 +22,7 @@ from .base import Draw, require_length
 from .words import word_lists
 
 LABELS = ("clean", "shuffled")
+TRIES = 50  # draws of shots, until shuffling leaves none its label
 
 
 def fewshot(draw: Draw, pairs: Path | str, shots: int = 5, labels: str = "clean") -> list[Example]:
@@ -69,9 +70,15 @@ def _prompts(draw: Draw, queries: Sequence[Example], shots: int, labels: str, wh
         if len(usable) < shots:
             draw.dropped["too few pairs without its words"] += 1
             continue
-        drawn = generator.sample(usable, shots)
-        own_labels = [shot.answers[0] for shot in drawn]
-        shuffled = _deranged(own_labels, generator)
+        for _ in range(TRIES):
+            drawn = generator.sample(usable, shots)
+            own_labels = [shot.answers[0] for shot in drawn]
+            shuffled = _deranged(own_labels, generator)
+            if not any(own == other for own, other in zip(own_labels, shuffled, strict=True)):
+                break
+        else:
+            draw.dropped["too many shots with one label to shuffle them"] += 1
+            continue
         texts = {"clean": _text(drawn, own_labels, query), "shuffled": _text(drawn, shuffled, query)}
         other = LABELS[1 - LABELS.index(labels)]
         prompt, ranges = texts[labels]

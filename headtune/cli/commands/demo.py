@@ -81,12 +81,13 @@ def demo(out: Path | None = None, quick: bool = False, full: bool = False) -> di
     name, role, top = FULL if full else FEW
     top = min(top, 8) if quick else top
     chosen = {"role": role, "top": top}
-    settings = [f"tracking.group={folder.name}"]
+    settings = [f"tracking.group={json.dumps(folder.name)}"]
     if quick:
         settings += ["training.max_steps=2", "task.max_train_examples=32", "task.max_eval_examples=8"]
 
     def train(run: str, source: dict[str, Any], *more: str) -> dict[str, Any]:
-        places = [f"heads={json.dumps({**source, **chosen})}", f"output_dir={folder / run}", f"name={run}", *more]
+        places = [f"heads={json.dumps({**source, **chosen})}", f"name={run}", *more]
+        places.append(f"output_dir={json.dumps(str(folder / run))}")
         return run_recipe(load_recipe(name, [*settings, *places]), progress=console.progress, notify=console.notify)
 
     what = "a scale and an offset on those heads" if full else "one number on each of three suppression heads"
@@ -94,7 +95,7 @@ def demo(out: Path | None = None, quick: bool = False, full: bool = False) -> di
     evaluation = train("run", {"from": str(heads)})
     console.notify("3/4 the same on random heads of the same layers, which could do as well")
     like = {"random": {"like": str(heads)}} if full else {"control": {"like": str(heads), "kind": "random"}}
-    control = train("random", like, f"evaluation.before={folder / 'run' / 'evaluation.json'}")
+    control = train("random", like, f"evaluation.before={json.dumps(str(folder / 'run' / 'evaluation.json'))}")
 
     console.notify("4/4 export: folded into a stock checkpoint, reloaded by plain transformers and compared")
     exported = checkpoint.export_run(

@@ -46,7 +46,7 @@ def sweep_command(arguments: argparse.Namespace) -> int:
         raise InputError("--controls runs several recipes, and a W&B sweep file is of one; use --print slurm")
     asked = (arguments.recipe, arguments.grid, arguments.seeds, arguments.out, arguments.overrides)
     if arguments.controls:
-        grid = controls.control_cells(*asked, arguments.draws, console.notify)
+        grid = controls.control_cells(*asked, arguments.draws, console.notify, in_turn=arguments.printed is None)
     else:
         grid = sweep.cells(*asked)
     if arguments.printed == "wandb":

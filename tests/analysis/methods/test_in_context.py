@@ -68,6 +68,9 @@ def test_the_three_forms_of_a_question() -> None:
         assert sorted(answer for _, answer in others) == sorted(answer for _, answer in pairs)
         assert all(a != b for (_, a), (_, b) in zip(pairs, others, strict=True))
         assert prompt.clean.target_tokens == prompt.shuffled.target_tokens == prompt.zero.target_tokens
+    marked = tuple(replace(example, spans={"start": ((0, 1),)}) for example in task.examples)
+    few = few_shot_prompts(model, replace(task, examples=marked), shots=3, n=5, separator="\n")
+    assert all(not prompt.clean.spans and not prompt.shuffled.spans and prompt.zero.spans for prompt in few)
     again = few_shot_prompts(model, task, shots=3, n=5, separator="\n")
     assert [p.clean.example for p in again] == [p.clean.example for p in prompts]
     elsewhere = replace(task, examples=task.examples[:3])

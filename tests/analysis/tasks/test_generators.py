@@ -216,6 +216,20 @@ def test_few_shots_refused(pairs: Path, tokenizer: PreTrainedTokenizerBase) -> N
         make_task("fewshot", tokenizer, pairs=pairs, labels="mixed")
 
 
+def test_no_shot_stays_with_its_label_where_labels_recur(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    rows = [{"input": f"i{k}", "output": f"o{k % 3}"} for k in range(9)]
+    (tmp_path / "three.json").write_text(json.dumps(rows))
+    made = make_task("fewshot", tokenizer, n=6, pairs=tmp_path / "three.json", shots=4)
+    for example in made.examples:
+        assert example.corrupt is not None
+        clean, shuffled = (prompt.split("\n\n")[:-1] for prompt in (example.prompt, example.corrupt))
+        assert not set(clean) & set(shuffled)
+    few = [{"input": f"i{k}", "output": "x" if k else "y"} for k in range(9)]
+    (tmp_path / "one.json").write_text(json.dumps(few))
+    with pytest.raises(InputError, match="too many shots with one label to shuffle them"):
+        make_task("fewshot", tokenizer, n=9, pairs=tmp_path / "one.json", shots=3)
+
+
 def test_antonyms(tokenizer: PreTrainedTokenizerBase) -> None:
     task = make_task("antonyms", tokenizer, n=60)
     assert len(task.examples) == 60 and len(task.subjects) > 45

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,33 @@ def test_every_arm_is_a_checked_recipe(path: Path, planted: Any, tmp_path: Path)
     assert [each.evaluation.before for each in loaded.values()] == [None] + [first] * (len(cells) - 1)
 
 
+def test_runs_measured_otherwise_have_a_base_of_their_own(path: Path, tmp_path: Path) -> None:
+    asked = (str(path), ["evaluation.n_items=1,2"], 1, tmp_path / "study")
+    cells = controls.control_cells(*asked, n_draws=1)
+    loaded = {cell.folder.name: recipe.load_recipe(cell.recipe, cell.overrides) for cell in cells}
+    for name, each in loaded.items():
+        first = f"identified-n_items_{each.evaluation.n_items}-s0"
+        expected = None if name == first else str(tmp_path / "study" / first / "evaluation.json")
+        assert each.evaluation.before == expected, name
+    apart = controls.control_cells(*asked, n_draws=1, in_turn=False)  # jobs that may all start at once
+    assert not any("evaluation.before" in override for cell in apart for override in cell.overrides)
+
+
+def test_runs_without_heads_are_filed_as_the_others(path: Path, tmp_path: Path) -> None:
+    overrides = ["tracking.wandb=disabled", "tracking.project=mine"]
+    for cell in controls.control_cells(str(path), [], 1, tmp_path / "study", overrides, n_draws=1):
+        tracking = recipe.load_recipe(cell.recipe, cell.overrides).tracking
+        assert (tracking.wandb, tracking.project, tracking.group) == ("disabled", "mine", "study"), cell.folder.name
+
+
+def test_a_head_set_names_its_roles_itself(path: Path, planted: Any, tmp_path: Path) -> None:
+    heads = HeadSet.load(planted[2])
+    replace(heads, roles={"mine": heads.roles["suppression"]}).save(tmp_path / "mine")
+    block = {"from": str(tmp_path / "mine"), "role": "mine", "top": 1}
+    cells = controls.control_cells(str(path), [], 1, tmp_path / "study", [f"heads={json.dumps(block)}"], n_draws=1)
+    assert "random-d0-s0" in [cell.folder.name for cell in cells]
+
+
 def test_controls_share_no_head_with_any_role(path: Path, planted: Any) -> None:
     model, heads = load_model(str(planted[0])), HeadSet.load(planted[2])
     roles = {(entry.layer, entry.head) for entries in heads.roles.values() for entry in entries}
@@ -112,6 +140,9 @@ def test_heads_that_a_recipe_identifies_are_identified_once(path: Path, tmp_path
     notes.clear()
     controls.control_cells(*asked, notify=notes.append)
     assert not [note for note in notes if "identifying" in note]
+    other = [f"heads={json.dumps(block | {'identify': {'method': 'ablation', 'max_examples': 24}})}"]
+    with pytest.raises(InputError, match="holds heads that were identified with another method"):
+        controls.control_cells(str(path), [], 1, tmp_path / "study", other)
 
 
 def write_run(folder: Path, name: str, seed: int, repeats: list[float], parameters: int = 1, **blocks: Any) -> None:
@@ -165,6 +196,24 @@ def test_it_pays_where_every_control_of_heads_is_beaten(largest: float, tmp_path
     words = "\n".join(result.sentences())
     assert ("identification paid:" in words) is (largest == 0.5)
     assert "against random heads of the same layers (1 numbers, 3 runs): 0.5, difference -0.4" in words
+
+
+def test_sweeps_of_two_models_are_told_apart(tmp_path: Path) -> None:
+    for model in ("small", "large"):
+        for role, top in (("suppression", 2), ("recall", 2), ("recall", 4)):
+            write_run(tmp_path / model, f"{role}{top}-s0", 0, [0.1] * 20, heads=IDENTIFIED | {"role": role, "top": top})
+        write_run(tmp_path / model, "random-s0", 0, [0.4, 0.6] * 10, heads=control("random"))
+        for rate in (1, 2):
+            blocks: dict[str, Any] = {"recipe": "lora", "method": {"r": 8}, "training": {"learning_rate": rate}}
+            write_run(tmp_path / model, f"lora{rate}-s0", 0, [0.0] * 20, **blocks)
+        for file in (tmp_path / model).glob("*/evaluation.json"):
+            file.write_text(json.dumps(json.loads(file.read_text()) | {"weights_sha256": model}))
+    results = identification_pays(read_runs(tmp_path))
+    assert len(results) == 2
+    for result in results:
+        names = [each.control for each in result.against]
+        assert len(set(names)) == 4 and names.count("the recall heads") == 1  # as many heads, not 4
+        assert len(result.damage["neutral_perplexity"]["controls"]) == 4
 
 
 def test_without_controls_nothing_is_said(tmp_path: Path) -> None:
