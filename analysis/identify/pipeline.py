@@ -135,6 +135,13 @@ def identify(
     names = [each.name for each in parse_method_names(method)]
     asked = roles_of(roles)
     # What can be refused before the model runs.
+    for role in asked:
+        needed = role.quantity.partition(".")[0] if "." in role.quantity else None
+        if needed is not None and needed not in names:
+            raise InputError(
+                f"role {role.name!r} is {role}, and the method {method!r} does not measure it; give --method {needed} "
+                "(in Python: method=...)"
+            )
     if top != "elbow" and (isinstance(top, str) or top < 1):
         raise InputError(f"top {top!r} must be at least 1, or 'elbow'")
     if top != "elbow" and top > (total := model.n_layers * model.n_heads):

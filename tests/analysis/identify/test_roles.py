@@ -100,3 +100,11 @@ def test_roles_of_previous_answers_want_some(conflict: tuple[PlantedModel, HeadM
         with pytest.raises(InputError, match=f"role {role.partition('=')[0]}=.* is about previous answers"):
             identify(model, single, roles=[role])
     assert list(identify(model, single, "dla", n_random=2, roles=["suppression"]).heads.roles) == ["suppression"]
+
+
+def test_a_role_of_a_method_that_does_not_run_is_refused_at_once(
+    conflict: tuple[PlantedModel, HeadModel, Task],
+) -> None:
+    _, model, task = conflict
+    with pytest.raises(InputError, match=r"role 'retrieval' is retrieval.copy:.*give --method retrieval"):
+        identify(model, task, "dla", roles=["retrieval"])
