@@ -265,7 +265,25 @@ def table(results: Mapping[str, Any], base: float) -> str:
                 shown += f" ({sum(each['perplexity'] for each in several) / len(several):.0f})"
             cells.append(f"**{shown}**" if key == "offsets" and shown else shown)
         lines.append(cells)
+    lines += [mean_row(form, results) for form in FORMS if sum(name.endswith(f"`{form}`") for name in results) > 1]
     return readme.rows([f"of {SETTINGS['held_out']} ({base:.0f})", "factor", *COLUMNS, *VECTORS], lines)
+
+
+def mean_row(form: str, results: Mapping[str, Any]) -> list[str]:
+    """Right answers by the mean over pair sets of a form; a set that is refused is left as it is, at zero-shot's."""
+    cells = []
+    sets = [result["rows"] for name, result in results.items() if name.endswith(f"`{form}`")]
+    factors = [result.get("factor") for name, result in results.items() if name.endswith(f"`{form}`")]
+    for key in (*COLUMNS, *VECTORS):
+        names = {"shuffled": "shuffled five-shot"} | {name: f"function {name}" for name in VECTORS}
+        right = []
+        for rows, factor in zip(sets, factors, strict=True):
+            name = f"in_context, factor {factor:g}" if key == "offsets" and factor is not None else names.get(key, key)
+            row = rows.get(name) or rows["zero-shot"]
+            several = row if isinstance(row, list) else [row]
+            right.append(sum(each["right"] for each in several) / len(several))
+        cells.append(f"{sum(right) / len(right):.1f}")
+    return [f"**mean of {len(sets)}**, `{form}`", "", *cells]
 
 
 def fill(check: bool = False) -> list[str]:
