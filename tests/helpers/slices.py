@@ -2,8 +2,28 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
+from torch import Tensor
+
 from headtune.train.tuners.head_slices import PARTS
 from helpers.tiny import D_MODEL, N_HEADS, Kind
+
+
+def batch() -> Tensor:
+    return torch.randint(3, 300, (2, 9), generator=torch.Generator().manual_seed(1))
+
+
+def logits(model: Any) -> Tensor:
+    with torch.no_grad():
+        found: Tensor = model(batch(), use_cache=False).logits
+    return found
+
+
+def loss_of(model: Any) -> Tensor:
+    loss: Tensor = model(batch(), labels=batch(), use_cache=False).loss
+    return loss
 
 
 def slice_of(kind: Kind, layer: int, head: int, part: str) -> tuple[str, int, int]:

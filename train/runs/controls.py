@@ -39,7 +39,7 @@ from .sweep import Cell, cells
 DRAWS = 3
 _MEASURED = ("model", "task", "evaluation")  # blocks of a recipe that the base model's numbers depend on
 _SHARED = ("model", "task", "evaluation", "training", "tracking", "plugins")  # blocks of LoRA's and norms' recipes
-# Found best on validation prompts of lists and of relations: see benchmarks/tuning.py.
+# Those of recipes lora/one_to_many and ln/relations; ten times LoRA's for the smallest one. Not searched.
 RATES = {"lora": 5e-4, "lora_smallest": 5e-3, "norms": 3e-3}
 
 

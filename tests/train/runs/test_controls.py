@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,25 @@ def test_what_has_no_controls_is_refused(
 ) -> None:
     with pytest.raises(InputError, match=message):
         controls.control_cells(str(path), grid, 1, tmp_path / "study", [override])
+
+
+@pytest.mark.parametrize("kind", ["random", "anywhere", "nearest_zero", "largest"])
+def test_a_layer_whose_other_heads_all_have_roles_is_left(kind: str, path: Path, planted: Any, tmp_path: Path) -> None:
+    """The nearest layers stand in, which is said; heads of a role never do."""
+    model, heads = load_model(str(planted[0])), HeadSet.load(planted[2])
+    chosen = heads.roles["suppression"][0]
+    others = [head for head in range(model.n_heads) if head != chosen.head]
+    taken = tuple(replace(chosen, head=head) for head in others)
+    folder = tmp_path / "crowded"
+    shutil.copytree(planted[2], folder)
+    replace(heads, roles={"suppression": (chosen,), "recall": taken}, verification={}).save(folder)
+    block = {"control": {"like": str(folder), "kind": kind}, "role": "suppression", "top": 1}
+    loaded = recipe.load_recipe(str(path), [f"heads={json.dumps(block)}"])
+    assert loaded.heads is not None
+    notes: list[str] = []
+    ((layer, _),) = resolve_heads(loaded.heads, model, tasks_of(loaded.task)[0], notify=notes.append).pairs
+    assert layer != chosen.layer
+    assert kind == "anywhere" or "have too few others" in notes[-1]
 
 
 def test_a_head_set_without_scores_has_none_nearest_to_zero(path: Path, planted: Any, tmp_path: Path) -> None:

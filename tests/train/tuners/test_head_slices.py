@@ -25,7 +25,7 @@ from headtune.analysis.models.loading import EMBEDDED, cache_folder, load_model
 from headtune.analysis.utils.errors import InputError
 from headtune.train.tuners.head_slices import PARTS, HeadSlicesConfig, HeadSlicesLayer
 from helpers.close import close
-from helpers.slices import masks_of, slice_of
+from helpers.slices import batch, logits, loss_of, masks_of, slice_of
 from helpers.tiny import D_MODEL, HARD_KINDS, KINDS, N_HEADS, N_LAYERS, Kind, tiny_model
 
 HEADS = [[0, 1], [2, 0], [2, 3]]  # one layer without, one with one, one with two: of two KV groups where there are two
@@ -44,21 +44,6 @@ def family(request: pytest.FixtureRequest) -> Kind:
 
 def build(kind: Kind, **options: Any) -> Any:
     return tiny_model(kind.family, **kind.config, **options)
-
-
-def batch() -> Tensor:
-    return torch.randint(3, 300, (2, 9), generator=torch.Generator().manual_seed(1))
-
-
-def logits(model: Any) -> Tensor:
-    with torch.no_grad():
-        found: Tensor = model(batch(), use_cache=False).logits
-    return found
-
-
-def loss_of(model: Any) -> Tensor:
-    loss: Tensor = model(batch(), labels=batch(), use_cache=False).loss
-    return loss
 
 
 # --- where the slices are ---------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from headtune.analysis.utils.errors import InputError
 from headtune.train.tuners.head_slices import HeadSlicesConfig, HeadSlicesLayer, stock_lora
 from headtune.train.tuners.head_tuning import HeadTuningConfig
 from helpers.close import close
-from helpers.slices import masks_of
+from helpers.slices import logits, loss_of, masks_of
 from helpers.tiny import D_MODEL, HARD_KINDS, KINDS, Kind, tiny_model
 
 HEADS = [[0, 1], [2, 0], [2, 3]]  # one layer without, one with one, one with two
@@ -39,21 +39,6 @@ def options(request: pytest.FixtureRequest) -> dict[str, Any]:
 
 def build(kind: Kind) -> Any:
     return tiny_model(kind.family, **kind.config)
-
-
-def batch() -> Tensor:
-    return torch.randint(3, 300, (2, 9), generator=torch.Generator().manual_seed(1))
-
-
-def logits(model: Any) -> Tensor:
-    with torch.no_grad():
-        found: Tensor = model(batch(), use_cache=False).logits
-    return found
-
-
-def loss_of(model: Any) -> Tensor:
-    loss: Tensor = model(batch(), labels=batch(), use_cache=False).loss
-    return loss
 
 
 def randomise(model: nn.Module) -> None:
