@@ -9,12 +9,15 @@ Lists of cities are trained on, in two wordings; heads are identified on the sam
 of other subjects in these wordings, (b) transfer: books by authors, a relation and wordings that nothing was chosen or
 trained on. Parts:
 
-search   rates and retention of the gains, on subjects of neither training nor test, identified and random heads
-factor   no training: a factor on the heads; 20 draws of random heads
-gain     one trained number a head
-vector   a trained scale vector a head
-offset   a trained offset a head
-slices   rank-1 updates of the heads' slices of W_O
+search    rates and retention of the gains, on subjects of neither training nor test, identified and random heads
+factor    no training: a factor on the heads; 20 draws of random heads
+gain      one trained number a head
+prompts   the same from 4, 16 and 64 training prompts; identified and random heads
+steps     the same after 100 steps
+put_back  the same, then each learnt number put back to 1 by itself
+vector    a trained scale vector a head
+offset    a trained offset a head
+slices    rank-1 updates of the heads' slices of W_O
 
 Heads: identified; random of the same layers, of any layer, with scores nearest to zero, the largest others (none shared
 with any role, see `headtune sweep --controls`), and the recall heads. Runs are under --work; what is needed of each is
@@ -37,7 +40,7 @@ import numpy as np
 from readme import cell, put
 from readme import rows as rows_of_table
 
-from headtune import identify, load_model, load_recipe, load_task, run_recipe
+from headtune import evaluate, identify, load_model, load_recipe, load_run, load_task, run_recipe
 from headtune.analysis.heads.head_set import provenance
 from headtune.analysis.tasks.task import Example, Task, to_jsonl
 from headtune.analysis.utils.files import write_json, write_text
@@ -54,6 +57,9 @@ FEW_PROMPTS = 48  # cities alone, where 20 draws are compared
 RATE, RETENTION, STEPS = 0.1, 4.0, 24  # by part search: least repeats with perplexity within 2%
 DRAWS = 3
 CONTROLS = ("random", "anywhere", "nearest_zero", "largest")
+TRAINING_PROMPTS = (4, 16, 64)
+MORE_STEPS = 100
+PARTS = ["search", "gain", "factor", "prompts", "steps", "put_back", "vector", "offset", "slices"]
 METHODS: dict[str, dict[str, Any]] = {
     "gain": {"scale": "head", "offset": False},
     "vector": {"scale": "vector", "offset": False},
@@ -143,9 +149,26 @@ def arms(part: str, heads: Path, ks: Sequence[int], work: Path) -> Iterator[Arm]
                     continue  # nothing is drawn
                 yield Arm(part, f"k{k}-{name}", "steer/one_to_many", (f"heads={block}", "method.factor=2.0", *data))
             continue
+        if part in ("prompts", "steps", "put_back"):
+            yield from variants(part, heads, k, data)
+            continue
         for name, block, seed in sources(heads, k):
             recipe = "masked/rank" if part == "slices" else "gain/one_to_many"
             yield Arm(part, f"k{k}-{name}", recipe, trained(part, block, seed, data))
+
+
+def variants(part: str, heads: Path, k: int, data: Sequence[str]) -> Iterator[Arm]:
+    """The gains on identified and random heads: with fewer prompts, after more steps, or (identified alone) as is."""
+    settings = {
+        "prompts": {f"n{n}": f"task.max_train_examples={n}" for n in TRAINING_PROMPTS},
+        "steps": {f"steps{MORE_STEPS}": f"training.max_steps={MORE_STEPS}"},
+        "put_back": {"trained": ""},
+    }[part]
+    for name, block, seed in sources(heads, k, draws=1):
+        if name in ("identified-s0", "random-s0") and not (part == "put_back" and name == "random-s0"):
+            for label, override in settings.items():
+                overrides = (*trained("gain", block, seed, data), *([override] if override else []))
+                yield Arm(part, f"k{k}-{name.removesuffix('-s0')}-{label}", "gain/one_to_many", overrides)
 
 
 def trained(
@@ -179,7 +202,7 @@ def carry_out(arm: Arm, model: str, work: Path) -> None:
     if folder.is_dir():
         shutil.rmtree(folder)
     # The base model is measured once on each task.
-    kinds = {"search": "search", "factor": "factor"}
+    kinds = {"search": "search", "factor": "factor"}  # the others share a test set
     before = [
         path
         for path in sorted((work / "runs").glob("*/evaluation.json"))
@@ -192,9 +215,31 @@ def carry_out(arm: Arm, model: str, work: Path) -> None:
     (run,) = [run for run in read_runs(folder.parent) if run.folder == folder]
     target.parent.mkdir(parents=True, exist_ok=True)
     write_json(target, compact(run))
+    if arm.part == "put_back":
+        put_back(arm, compact(run), folder, work, model)
     for heavy in ("adapter", "checkpoint-*", "wandb", "model"):
         for path in folder.glob(heavy):
             shutil.rmtree(path)
+
+
+def put_back(arm: Arm, result: dict[str, Any], folder: Path, work: Path, model: str) -> None:
+    """Measure the trained model again with each head's factor at 1: what is lost is that head's share."""
+    adapted, tokenizer, _ = load_run(folder)
+    task = load_task(str(work / "test.jsonl"))
+    scales = [each for name, each in adapted.named_parameters() if "scale" in name and each.numel()]
+    places = [(parameter, index) for parameter in scales for index in range(parameter.numel())]
+    if len(places) != len(result["heads"]):
+        raise SystemExit(f"{len(places)} factors on {len(result['heads'])} heads; expected one a head")
+    for number, ((parameter, index), head) in enumerate(zip(places, result["heads"], strict=True)):
+        flat = parameter.data.view(-1)
+        learnt, flat[index] = float(flat[index]), 1.0
+        metrics, scored = evaluate(adapted, tokenizer, task, n_items=3, batch_size=32)
+        flat[index] = learnt
+        values = {name: [round(float(each.values[name]), 5) for each in scored] for name in METRICS}
+        path = RESULTS / model / arm.file.replace("-trained", f"-without{number}")
+        perplexity = [result["perplexity"][0], metrics["neutral_perplexity"]]
+        changed = {"put_back": list(head), "learnt": learnt, "values": values, "perplexity": perplexity}
+        write_json(path, result | changed)
 
 
 def compact(run: RunRecord) -> dict[str, Any]:
@@ -301,7 +346,7 @@ def fill(check: bool = False) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", nargs="+", default=["search", "gain", "factor", "vector", "offset", "slices"])
+    parser.add_argument("--part", nargs="+", default=PARTS)
     parser.add_argument("--k", nargs="+", type=int, default=[3])
     parser.add_argument("--only", nargs="+", help="arms whose names begin so")
     parser.add_argument("--model", default="smollm2-135m")
