@@ -144,7 +144,7 @@ def control_heads(
 
 
 def _ranking_scores(heads: HeadSet, path: Path) -> Any:
-    """`[n_layers, n_heads]`: the largest of the roles' ranking scores, in absolute value."""
+    """`[n_layers, n_heads]`: the largest of the roles' ranking scores, each `|score| / max |score|` over all heads."""
     file = (path.parent if path.is_file() else path) / "scores.safetensors"
     if not file.is_file():
         raise InputError(
@@ -154,7 +154,9 @@ def _ranking_scores(heads: HeadSet, path: Path) -> Any:
     means = load_means(file, heads.shape)
     rules = heads.method.get("parameters", {}).get("rules", {})
     names = [rule["rank"] for rule in rules.values() if rule.get("rank") in means] or sorted(means)[:1]
-    return np.max([np.abs(means[name]) for name in names], axis=0)
+    sizes = [np.abs(np.asarray(means[name])) for name in names]
+    # Roles may be ranked by quantities of different scales (a logit and an attention weight).
+    return np.max([size / max(float(size.max()), np.finfo(float).tiny) for size in sizes], axis=0)
 
 
 def _moved(chosen: Sequence[tuple[int, int]], pairs: Sequence[tuple[int, int]]) -> str:

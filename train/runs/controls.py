@@ -22,6 +22,7 @@ from typing import Any
 
 import yaml
 
+from headtune.analysis.heads.controls import random_sets
 from headtune.analysis.heads.head_set import HeadSet
 from headtune.analysis.models.architectures import architecture_of
 from headtune.analysis.models.loading import load_model
@@ -84,9 +85,11 @@ def head_set_of(recipe: Recipe, out: Path, notify: Notify) -> Path:
 def _require_asked(heads: HeadSet, recipe: Recipe, block: HeadsConfig, folder: Path) -> None:
     """Refuse heads that an earlier call identified otherwise (InputError)."""
     assert block.identify is not None
+    task = tasks_of(recipe.task)[0].limited(block.identify.max_examples)
     settings = {
         "model": (heads.model.get("name"), recipe.model.name),
         "method": (heads.method.get("name"), block.identify.method),
+        "training task or max_examples": (heads.task.get("sha256"), task.sha256),
     }
     changed = [name for name, (old, new) in settings.items() if old != new]
     if block.role not in ("both", *heads.roles):
@@ -95,6 +98,19 @@ def _require_asked(heads: HeadSet, recipe: Recipe, block: HeadsConfig, folder: P
         raise InputError(
             f"{str(folder)!r} holds heads that were identified with another {', '.join(changed)}; choose another "
             "--out, or remove it"
+        )
+
+
+def _tell_equal_draws(block: HeadsConfig, path: Path, n_draws: int, notify: Notify) -> None:
+    """Say so where the layers of the chosen heads hold fewer random sets than are drawn."""
+    heads = HeadSet.load(path)
+    chosen = heads.top_heads(block.role, block.top, notify=lambda _: None)
+    roles = [(entry.layer, entry.head) for entries in heads.roles.values() for entry in entries]
+    draws = [tuple(random_sets(chosen, heads.shape, 1, draw, roles)) for draw in range(n_draws)]
+    if (different := len({*draws})) < n_draws:
+        notify(
+            f"{n_draws} draws of random heads are only {different} different: these layers hold few other heads; "
+            "the interval over draws is too narrow, so choose fewer heads or look at anywhere"
         )
 
 
@@ -124,6 +140,7 @@ def control_cells(
         raise InputError("--controls sets heads itself; give --grid heads.top=... or heads.role=...")
     path = head_set_of(recipe, out, notify)
     assert recipe.heads is not None
+    _tell_equal_draws(recipe.heads, path, max(n_seeds, n_draws), notify)
     trains = method_rules(recipe.recipe).trains
     result: list[Cell] = []
     for arm in _arms(recipe, recipe.heads, path, out):

@@ -158,7 +158,8 @@ def state_of(folder: Path) -> str | None:
 
 
 def carry_out(name: str, grid: Sequence[Cell], notify: Notify) -> list[Cell]:
-    """Run what is not finished, one after the other; returns those that failed. Their words are in FOLDER.log.
+    """Run what is not finished, one after the other; returns those that failed, and those
+    that need one of these. Their words are in FOLDER.log.
 
     A run that is interrupted (SIGTERM, Ctrl-C: both are passed on to it) interrupts the sweep.
 
@@ -167,8 +168,15 @@ def carry_out(name: str, grid: Sequence[Cell], notify: Notify) -> list[Cell]:
     """
     for cell in grid:
         _require_same(name, cell)
-    failed = []
+    failed: list[Cell] = []
     for index, cell in enumerate(grid):
+        if lacking := [each for each in failed if _needs(cell, each)]:
+            notify(
+                f"{index + 1}/{len(grid)} {cell.folder.name}: left out, since it takes the base model's numbers from "
+                f"{lacking[0].folder.name}, which failed; mend that one and run the same sweep again"
+            )
+            failed.append(cell)
+            continue
         if state_of(cell.folder) == "done":
             notify(f"{index + 1}/{len(grid)} {cell.folder.name}: finished before")
             continue
@@ -187,6 +195,11 @@ def carry_out(name: str, grid: Sequence[Cell], notify: Notify) -> list[Cell]:
             notify(f"{cell.folder.name} failed with exit code {code}: {' '.join(last)} (all of it in {path})")
             failed.append(cell)
     return failed
+
+
+def _needs(cell: Cell, other: Cell) -> bool:
+    """Whether a run reads the other's measurement of the base model."""
+    return f"evaluation.before={_yaml(str(other.folder / 'evaluation.json'))}" in cell.overrides
 
 
 def _require_same(name: str, cell: Cell) -> None:

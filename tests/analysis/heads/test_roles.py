@@ -78,6 +78,7 @@ def test_what_silencing_must_do() -> None:
         ("x=target-target:+", "a difference of two quantities"),
         ("both=target:+", "the name 'both' is taken"),
         ("selected=target:+", "the name 'selected' is taken"),
+        ("bootstrap=target:+", "the name 'bootstrap' is taken"),
     ],
 )
 def test_refused_in_one_line(text: str, words: str) -> None:

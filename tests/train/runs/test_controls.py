@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
@@ -16,7 +17,7 @@ from headtune.analysis.heads.head_set import HeadSet
 from headtune.analysis.utils.errors import InputError
 from headtune.cli.main import main
 from headtune.train.config import recipe
-from headtune.train.config.resolve_heads import resolve_heads
+from headtune.train.config.resolve_heads import _ranking_scores, resolve_heads
 from headtune.train.config.resolve_tasks import tasks_of
 from headtune.train.evaluation.identification_pays import identification_pays
 from headtune.train.evaluation.run_reader import read_runs
@@ -163,6 +164,34 @@ def test_heads_that_a_recipe_identifies_are_identified_once(path: Path, tmp_path
     other = [f"heads={json.dumps(block | {'identify': {'method': 'ablation', 'max_examples': 24}})}"]
     with pytest.raises(InputError, match="holds heads that were identified with another method"):
         controls.control_cells(str(path), [], 1, tmp_path / "study", other)
+    fewer = [f"heads={json.dumps(block | {'identify': {'method': 'dla,ablation', 'max_examples': 3}})}"]
+    with pytest.raises(InputError, match="identified with another training task or max_examples"):
+        controls.control_cells(str(path), [], 1, tmp_path / "study", fewer)
+
+
+def test_equal_draws_are_told(path: Path, planted: Any, tmp_path: Path) -> None:
+    """One head of a layer of four, another of a role: two other heads, so that four draws cannot all differ."""
+    notes: list[str] = []
+    controls.control_cells(str(path), [], 1, tmp_path / "study", n_draws=40, notify=notes.append)
+    assert any("40 draws of random heads are only" in note for note in notes)
+
+
+def test_scores_of_roles_are_brought_to_one_scale(path: Path, planted: Any, tmp_path: Path) -> None:
+    """A role whose quantity is tiny counts as much: its best head is far from zero."""
+    folder = tmp_path / "heads"
+    shutil.copytree(planted[2], folder)
+    heads = HeadSet.load(folder)
+    names = ("dla.target_contrast", "dla.previous_contrast")
+    rules = {role: {"rank": name} for role, name in zip(("recall", "suppression"), names, strict=True)}
+    means = {name: np.zeros(heads.shape) for name in names}
+    means[names[0]][1, :4] = [100.0, 60.0, 50.0, 40.0]
+    means[names[1]][1, -1] = 1e-3
+    parameters = {**heads.method.get("parameters", {}), "rules": rules}
+    monkey = replace(heads, method={**heads.method, "parameters": parameters})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("headtune.train.config.resolve_heads.load_means", lambda *_: means)
+        sizes = _ranking_scores(monkey, folder)
+    assert sizes[1, -1] == 1.0 and sizes[1, 0] == 1.0 and sizes[1, 2] == 0.5 and sizes[0, 0] == 0.0
 
 
 def write_run(folder: Path, name: str, seed: int, repeats: list[float], parameters: int = 1, **blocks: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,27 @@ def test_what_is_finished_is_not_run_again_and_what_failed_is_named(
     ends[grid[3].folder] = "interrupted"  # by SIGTERM, with exit code 0
     with pytest.raises(KeyboardInterrupt, match="interrupted in scale_none-s1; run the same sweep again"):
         sweep.carry_out(str(path), grid, told.append)
+
+
+def test_runs_that_need_a_failed_one_are_left_out(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that take the base model's numbers from it would fail one by one."""
+    grid = sweep.cells(str(path), ["method.scale=vector,none"], 1, tmp_path / "study")
+    before = f"evaluation.before={json.dumps(str(grid[0].folder / 'evaluation.json'))}"
+    grid[1] = replace(grid[1], overrides=(*grid[1].overrides, before))
+    started = []
+
+    class Process:
+        def __init__(self, command: list[str], stdout: Any, **_: Any) -> None:
+            started.append(command)
+            stdout.write("headtune: no luck\n")
+
+        def wait(self) -> int:
+            return 2
+
+    monkeypatch.setattr(subprocess, "Popen", Process)
+    notes: list[str] = []
+    assert sweep.carry_out(str(path), grid, notes.append) == grid
+    assert len(started) == 1 and "left out, since it takes the base model's numbers" in notes[-1]
 
 
 def test_a_folder_with_another_recipe_is_refused(path: Path, tmp_path: Path) -> None:
