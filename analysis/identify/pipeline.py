@@ -137,7 +137,7 @@ def identify(
     # What can be refused before the model runs.
     for role in asked:
         needed = role.quantity.partition(".")[0] if "." in role.quantity else None
-        if needed is not None and needed not in names:
+        if needed is not None and needed not in [each.partition("@")[0] for each in names]:
             raise InputError(
                 f"role {role.name!r} is {role}, and the method {method!r} does not measure it; give --method {needed} "
                 "(in Python: method=...)"

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -53,6 +53,8 @@ class Method:
         needs: the spans that every example must have.
         check: refuses the scores of a model that does not do what the task asks.
         left_out: why an example may have no scores, in words after "the others".
+        by_metric: the same method by another metric than logits, for `NAME@METRIC`: `<name>.<metric>` is all that it
+            has, see `patching.metric_of`; None where it has none.
     """
 
     name: str
@@ -65,30 +67,69 @@ class Method:
     needs: tuple[str, ...] = ()
     check: Callable[[Scores, Sequence[Encoded]], None] = lambda *_: None
     left_out: str = "have no counterpart of their length"
+    by_metric: Callable[[patching.Metric], Method] | None = None
+
+
+def _with_metrics(build: Callable[[patching.Metric], Method]) -> Method:
+    """A causal method by logits, which `NAME@METRIC` measures by another metric."""
+
+    def by_metric(metric: patching.Metric) -> Method:
+        method = build(metric)
+        summary = f"{method.summary}; by {metric.replace('_', ' ')}"
+        return replace(method, name=f"{method.name}@{metric}", summary=summary, quantities=(), check=_has(metric))
+
+    return replace(build("logit"), by_metric=by_metric)
+
+
+def _has(metric: str) -> Callable[[Scores, Sequence[Encoded]], None]:
+    def check(scores: Scores, _examples: Sequence[Encoded]) -> None:
+        if not any(name.endswith(f".{metric}") for name in scores.by_example):
+            raise InputError(f"no example has a counterpart of its length, so nothing has the metric {metric}")
+
+    return check
+
+
+def _ablation(name: str, summary: str) -> Method:
+    def build(metric: patching.Metric) -> Method:
+        def one(model: HeadModel, examples: Sequence[Encoded], index: int, _shared: Shared) -> dict[str, Array]:
+            return patching.ablation_effects(model, examples[index], metric=metric)
+
+        return Method(name, summary, one)
+
+    return _with_metrics(build)
 
 
 def _patched(name: str, summary: str, reference: Callable[[Counterfactuals, int], Tensor]) -> Method:
-    def one(model: HeadModel, examples: Sequence[Encoded], index: int, shared: Counterfactuals) -> dict[str, Array]:
-        return patching.patching_effects(name, model, examples[index], reference(shared, index))
+    def build(metric: patching.Metric) -> Method:
+        def one(model: HeadModel, examples: Sequence[Encoded], index: int, shared: Counterfactuals) -> dict[str, Array]:
+            return patching.patching_effects(name, model, examples[index], reference(shared, index), metric)
 
-    return Method(name, summary, one, prepare=Counterfactuals)
+        return Method(name, summary, one, prepare=Counterfactuals)
+
+    return _with_metrics(build)
 
 
 def _everywhere(name: str, summary: str, reference: Counterfactual | None) -> Method:
-    def one(model: HeadModel, examples: Sequence[Encoded], index: int, shared: Counterfactuals) -> dict[str, Array]:
-        if reference is None:
-            return patching.everywhere_effects(name, model, examples[index])
-        values = reference(shared, index)
-        return {} if values is None else patching.everywhere_effects(name, model, examples[index], values)
+    def build(metric: patching.Metric) -> Method:
+        def one(model: HeadModel, examples: Sequence[Encoded], index: int, shared: Counterfactuals) -> dict[str, Array]:
+            values = None if reference is None else reference(shared, index)
+            if reference is not None and values is None:
+                return {}
+            return patching.everywhere_effects(name, model, examples[index], values, metric)
 
-    return Method(name, summary, one, prepare=(lambda *_: None) if reference is None else Counterfactuals)
+        return Method(name, summary, one, prepare=(lambda *_: None) if reference is None else Counterfactuals)
+
+    return _with_metrics(build)
 
 
 def _path(name: str, summary: str, reference: Callable[[Counterfactuals, int], Tensor]) -> Method:
-    def one(model: HeadModel, examples: Sequence[Encoded], index: int, shared: Counterfactuals) -> dict[str, Array]:
-        return patching.path_effects(name, model, examples[index], reference(shared, index))
+    def build(metric: patching.Metric) -> Method:
+        def one(model: HeadModel, examples: Sequence[Encoded], index: int, shared: Counterfactuals) -> dict[str, Array]:
+            return patching.path_effects(name, model, examples[index], reference(shared, index), metric)
 
-    return Method(name, summary, one, prepare=Counterfactuals)
+        return Method(name, summary, one, prepare=Counterfactuals)
+
+    return _with_metrics(build)
 
 
 def _eap_ig(name: str, summary: str, estimate: Callable[..., dict[str, Array]]) -> Method:
@@ -107,11 +148,7 @@ _ALL = (
         prepare=lambda model, *_: logit_attribution.mean_unembedding(model),
         causal=False,
     ),
-    Method(
-        "ablation",
-        "exact: each head silenced at the last token",
-        lambda model, examples, index, _shared: patching.ablation_effects(model, examples[index]),
-    ),
+    _ablation("ablation", "exact: each head silenced at the last token"),
     _patched("mean", "exact: each head at the last token set to its mean over other subjects", Counterfactuals.mean),
     _patched(
         "resample", "exact: each head at the last token set to what it is in another example", Counterfactuals.resample
@@ -242,18 +279,32 @@ DEFAULT = ("dla", "ablation")
 
 
 def parse_method_names(names: str) -> list[Method]:
-    """The methods behind `--method`: names with commas; `all` is the pair that identify ranks by.
+    """The methods behind `--method`: names with commas; `all` is the pair that identify ranks by; `NAME@METRIC`
+    (`ablation@kl`) is a causal method by another metric, see `patching.metric_of`.
 
     Raises:
-        InputError: an unknown name.
+        InputError: an unknown name or metric, or a metric of a method that has none.
     """
     requested = list(DEFAULT) if names == "all" else [name.strip() for name in names.split(",")]
-    if not METHODS.keys() >= set(requested):
+    if not METHODS.keys() >= {name.partition("@")[0] for name in requested}:
         plugins.load_installed()
-    for name in requested:
-        if name not in METHODS:
-            raise InputError(f"method {name!r} is unknown; {nearest(name, ['all', *METHODS])}")
-    return [METHODS[name] for name in dict.fromkeys(requested)]
+    return [_method_named(name) for name in dict.fromkeys(requested)]
+
+
+def _method_named(text: str) -> Method:
+    name, by, metric = text.partition("@")
+    if name not in METHODS:
+        raise InputError(f"method {name!r} is unknown; {nearest(name, ['all', *METHODS])}")
+    method = METHODS[name]
+    if not by:
+        return method
+    if method.by_metric is None:
+        having = ", ".join(other.name for other in METHODS.values() if other.by_metric is not None)
+        raise InputError(f"method {text!r}: {name} has no other metric; those that have one: {having}")
+    others = [each for each in patching.METRICS if each != "logit"]
+    if metric not in others:
+        raise InputError(f"method {text!r}: metric {metric!r} is unknown; {nearest(metric, others, listed=True)}")
+    return method.by_metric(metric)
 
 
 def score_examples(

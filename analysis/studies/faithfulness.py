@@ -89,10 +89,12 @@ def faithfulness(
     CPR is the area under f with heads ranked by signed score, CMD the area of |1 - f| with heads ranked by absolute
     score (0 is best; lead with CMD, CPR is not bounded by 1). After Mueller et al. 2025 (MIB), on heads, at END.
     """
+    names = [method.name for method in parse_method_names(methods)]
+    if other := [name for name in names if "@" in name]:
+        raise InputError(f"method {other[0]!r} ranks by another metric than logits, which f is not; leave the @ out")
     scores = score_examples(model, examples, methods, seed, progress)
     references = Counterfactuals(model, examples, seed)
     rankings: dict[str, list[Head]] = {}
-    names = [method.name for method in parse_method_names(methods)]
     for name in names:
         values = scores.mean(f"{name}.target")
         rankings[f"{name} signed"] = order(values)

@@ -40,7 +40,12 @@ def add_parsers(add: Add) -> None:
         "identify smollm2-135m --task conflict.jsonl:train --role memory --role context --out runs/conflict",
     )
     model_and_task_arguments(p, "new folder for heads.json, scores.safetensors, report.html")
-    p.add_argument("--method", default="all", help="all (dla and ablation) or names with commas; see --list-methods")
+    p.add_argument(
+        "--method",
+        default="all",
+        help="all (dla and ablation) or names with commas, NAME@METRIC for a causal one by logit_difference, "
+        "probability or kl; see --list-methods",
+    )
     p.add_argument("--list-methods", action=_ListMethods, nargs=0, help="print the methods and exit")
     p.add_argument("--top", type=_top, default=8, help="heads kept per role, or 'elbow' (default: 8)")
     p.add_argument(

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from headtune import identify, score
 from headtune.analysis.methods import patching
 from headtune.analysis.methods.patching import METRICS, ablation_effects, effects, every_head, silenced_logits
+from headtune.analysis.methods.registry import METHODS, parse_method_names
 from headtune.analysis.models.head_model import HeadModel
 from headtune.analysis.models.loading import wrap_model
 from headtune.analysis.tasks.tokenized import Encoded, encode
@@ -64,3 +66,38 @@ def test_refused_in_one_line(model: HeadModel, encoded: Encoded) -> None:
             effects("ablation", model, logits, example, metric)  # type: ignore[arg-type]
         assert "\n" not in str(caught.value)
     assert METRICS[0] == "logit"
+
+
+def test_every_causal_method_has_them_by_name(model: HeadModel) -> None:
+    """`NAME@METRIC` is what the function gives with that metric, beside the method itself."""
+    task = tiny_task(subjects=3)
+    examples = encode(task, model.tokenizer).examples
+    for name in ("ablation", "mean", "corrupt", "mean_all", "path"):
+        assert METHODS[name].by_metric is not None
+        scores = score(model, task, f"{name}@kl,{name}@probability")
+        assert {*scores.by_example} == {f"{name}.kl", f"{name}.probability"}, name
+    both = score(model, task, "ablation,ablation@kl")
+    expected = ablation_effects(model, examples[2], metric="kl")["ablation.kl"]
+    assert np.array_equal(both.by_example["ablation.kl"][2], expected) and "ablation.target" in both
+
+
+def test_heads_are_ranked_by_them(model: HeadModel) -> None:
+    result = identify(model, tiny_task(), "ablation@kl", 2, 1, n_random=1, roles=["loud=ablation.kl:+"])
+    assert [*result.heads.roles] == ["loud"]
+    means = result.scores.mean("ablation.kl")
+    ranked = [means[each.layer, each.head] for each in result.heads.roles["loud"]]
+    assert ranked == sorted(ranked, reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("dla@kl", "dla has no other metric; those that have one: ablation, mean"),
+        ("ablation@klt", "metric 'klt' is unknown; did you mean 'kl'"),
+        ("ablation@", "metric '' is unknown"),
+        ("ablations@kl", "method 'ablations' is unknown"),
+    ],
+)
+def test_names_that_no_method_has(name: str, words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        parse_method_names(name)
