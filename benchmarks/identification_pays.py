@@ -333,12 +333,102 @@ def frontier(model: str, k: int) -> str:
     return rows_of_table(["heads", "rate", "retention", *METRICS.values(), "perplexity"], lines)
 
 
+def lines_of_variants(model: str, part: str, k: int) -> str:
+    """What fewer prompts, more steps, or a factor put back to 1 give; the gains of part gain beside them."""
+    lines = []
+    for path in sorted((RESULTS / model).glob(f"{part}-k{k}-*.json")):
+        run = json.loads(path.read_text(encoding="utf-8"))
+        _, _, kind, label = path.stem.split("-")
+        if "put_back" in run:
+            label = f"{run['learnt']:.2f} of L{run['put_back'][0]}H{run['put_back'][1]} put back to 1"
+        same, other = halves(run)["same"], halves(run)["transfer"]
+        cells = [f"{100 * np.mean(np.array(run['values'][m])[rows]):.1f}" for rows in (same, other) for m in METRICS]
+        lines.append((path.stem, [label, kind, *cells, f"{run['perplexity'][1]:.2f}"]))
+    columns = ["", "heads", *(f"{name}, {half}" for half in ("same", "transfer") for name in METRICS.values())]
+    return rows_of_table(
+        [*columns, "perplexity"], [line for _, line in sorted(lines, key=lambda each: _natural(each[0]))]
+    )
+
+
+def _natural(text: str) -> list[Any]:
+    return [int(each) if each.isdigit() else each for each in re.split(r"(\d+)", text)]
+
+
+def draws_table(model: str, k: int) -> str:
+    """A factor of 2 without training: the identified heads among every draw of the others."""
+    runs = read(model, "factor", k)
+    mine = runs["identified"][0]
+    rows = halves(mine)["same"]
+    repeats = {
+        kind: [np.array(run["values"]["repeat_rate"])[rows].mean() for run in group] for kind, group in runs.items()
+    }
+    base = np.array(mine["before"]["repeat_rate"])[rows].mean()
+    lines = [["none (base)", "", f"{100 * base:.1f}", "", f"{mine['perplexity'][0]:.2f}", ""]]
+    for kind, group in runs.items():
+        values = 100 * np.array(repeats[kind])
+        spread = f"{values.min():.1f} to {values.max():.1f}" if len(values) > 1 else ""
+        below = (1 + int((values <= values.dtype.type(100 * repeats["identified"][0])).sum())) / (1 + len(values))
+        perplexity = np.mean([run["perplexity"][1] for run in group])
+        p = f"{below:.3f}" if kind in ("random", "anywhere") else ""
+        lines.append([kind, str(len(group)), f"{values.mean():.1f}", spread, f"{perplexity:.2f}", p])
+    return rows_of_table(["heads", "sets", "repeats", "lowest to highest", "perplexity", "p"], lines)
+
+
+def figures(model: str) -> None:
+    """docs/images: repeats against K, and the price of it: identified heads and every control."""
+    from matplotlib import pyplot as plt
+
+    plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "1"})
+    figure, axes = plt.subplots(1, 2, figsize=(8, 3.2), layout="constrained", sharey=True)
+    ks = [k for k in (1, 2, 3) if read(model, "gain", k)]
+    for axis, half in zip(axes, ("same", "transfer"), strict=True):
+        for kind, color in (("random", "0.55"), ("identified", "tab:blue")):
+            centre, low, high = [], [], []
+            for k in ks:
+                group = read(model, "gain", k)[kind]
+                mean, draws = draws_of(group, "repeat_rate", halves(group[0])[half], 1)
+                ends = percentile_interval(draws)
+                centre, low, high = [*centre, 100 * mean], [*low, 100 * ends[0]], [*high, 100 * ends[1]]
+            axis.fill_between(ks, low, high, color=color, alpha=0.2, linewidth=0)
+            axis.plot(ks, centre, "o-", color=color, label=f"{kind} heads")
+        base = 100 * np.array(group[0]["before"]["repeat_rate"])[halves(group[0])[half]].mean()
+        axis.axhline(base, color="0.2", linewidth=0.8, linestyle=":")
+        axis.annotate("base", (ks[0], base), xytext=(0, 3), textcoords="offset points")
+        axis.set(
+            xticks=ks, xlabel="heads, one trained number each", title={"same": "other countries"}.get(half, "books")
+        )
+    axes[0].set(ylabel="repeated items, %, 95%", ylim=(0, None))
+    axes[0].legend(frameon=False)
+    figure.savefig(ROOT / "docs" / "images" / "gain_against_k.svg", metadata={"Date": None})
+    figure, axis = plt.subplots(figsize=(5, 3.4), layout="constrained")
+    for path in sorted((RESULTS / model).glob("*-k*.json")):
+        part, _, kind, *_ = path.stem.split("-")
+        run = json.loads(path.read_text(encoding="utf-8"))
+        if part not in ("gain", "vector", "offset", "slices", "steps"):
+            continue
+        change = 100 * (np.mean(run["values"]["repeat_rate"]) - np.mean(run["before"]["repeat_rate"]))
+        cost = 100 * (run["perplexity"][1] / run["perplexity"][0] - 1)
+        mine = kind == "identified"
+        axis.plot(cost, change, "o" if mine else "x", color="tab:blue" if mine else "0.55", markersize=5)
+    axis.axhline(0, color="0.2", linewidth=0.8, linestyle=":")
+    for marker, color, label in (("o", "tab:blue", "identified heads"), ("x", "0.55", "controls")):
+        axis.plot([], [], marker, color=color, label=label)
+    axis.set(xlabel="neutral perplexity, change in %", ylabel="repeated items, change in points")
+    axis.legend(frameon=False)
+    figure.savefig(ROOT / "docs" / "images" / "gain_damage.svg", metadata={"Date": None})
+
+
 def fill(check: bool = False) -> list[str]:
     """Write the tables of the document, or (`check`) only say which are not what they should be."""
     stale = []
     for name in re.findall(r"<!-- table (\S+ \w+ \d+) -->", (ROOT / DOCUMENT).read_text(encoding="utf-8")):
         model, part, k = name.split()
-        text = frontier(model, int(k)) if part == "search" else table(model, part, int(k))
+        if part in ("prompts", "steps", "put_back"):
+            text = lines_of_variants(model, part, int(k))
+        elif part == "factor":
+            text = draws_table(model, int(k))
+        else:
+            text = frontier(model, int(k)) if part == "search" else table(model, part, int(k))
         if not put(DOCUMENT, name, text, check):
             stale.append(name)
     return stale
@@ -355,6 +445,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.table:
         fill()
+        figures(arguments.model)
         return
     work = (arguments.work / arguments.model).resolve()
     work.mkdir(parents=True, exist_ok=True)
