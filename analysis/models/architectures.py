@@ -120,12 +120,20 @@ ARCHITECTURES: dict[str, Architecture] = {
 }
 
 
+# Families without a row, as `structure` found them in a model of this process.
+FOUND: dict[str, Architecture] = {}
+
+
 def architecture_of(model_type: str) -> Architecture:
-    """The row of `model_type` (a transformers config's `model_type`).
+    """The row of `model_type` (a transformers config's `model_type`), or what was found in a model of this process.
 
     Raises:
-        InputError: the family is not in the table; the message lists those that are.
+        InputError: the family is not in the table, and no model of it was looked at.
     """
-    if model_type not in ARCHITECTURES:
-        raise InputError(f"model family {model_type!r} is not supported; supported: {', '.join(ARCHITECTURES)}")
-    return ARCHITECTURES[model_type]
+    if model_type in ARCHITECTURES:
+        return ARCHITECTURES[model_type]
+    if model_type in FOUND:
+        return FOUND[model_type]
+    raise InputError(
+        f"model family {model_type!r} has no row; load a model of it first; rows: {', '.join(ARCHITECTURES)}"
+    )

@@ -14,17 +14,18 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from headtune.analysis.utils.errors import InputError, nearest
 from headtune.analysis.utils.paths import check_weights_are_safe
 from headtune.analysis.utils.processes import local_rank
 
 from . import builtin
-from .architectures import architecture_of
+from .architectures import Architecture
 from .attention import IMPLEMENTATION
 from .head_model import HeadModel
 from .self_check import check, probe, probe_logits
+from .structure import architecture_for, architecture_of_config, auto_class
 
 EMBEDDED = "smollm2-135m"  # the built-in model that the demo and the recipes use
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -41,7 +42,10 @@ def wrap_model(
     """
     # Refuse what cannot be taken apart into heads.
     config = model.config.get_text_config()
-    architecture = architecture_of(config.model_type)
+    try:
+        architecture = architecture_for(model)
+    except InputError as error:
+        raise InputError(f"model {name!r}: {error}" if name else str(error)) from None
     if getattr(config, "word_embed_proj_dim", config.hidden_size) != config.hidden_size or not getattr(
         config, "do_layer_norm_before", True
     ):
@@ -55,13 +59,7 @@ def wrap_model(
             f"model {name!r}: {len(offloaded)} weights, such as {offloaded[0]}, are offloaded and cannot be read; "
             "use a device_map that keeps every layer in a device's memory, or a smaller dtype"
         )
-    try:
-        layers: Any = model.get_submodule(architecture.layers)
-    except AttributeError:
-        raise InputError(
-            f"model {name!r}: a {type(model).__name__} has no {architecture.layers!r}, where {config.model_type!r} has "
-            "its layers; give the text-only checkpoint of the family"
-        ) from None
+    layers: Any = model.get_submodule(architecture.layers)
     # Sizes, from the modules themselves.
     projection: Any = layers[0].get_submodule(architecture.attention).get_submodule(architecture.output_projection)
     in_features, d_model = projection.weight.shape if architecture.in_out_weight else projection.weight.shape[::-1]
@@ -85,6 +83,17 @@ def wrap_model(
     )
     check(heads, reference)
     return heads
+
+
+def load_architecture(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Architecture:
+    """Where a named model has its heads, from its configuration alone.
+
+    Raises:
+        InputError: there is no such model, or no heads can be told apart in it.
+    """
+    with _refused_by_name(name):
+        options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+        return architecture_of_config(AutoConfig.from_pretrained(resolve(name), **options))
 
 
 def cache_folder() -> Path:
@@ -166,9 +175,10 @@ def load_plain(
     else:
         _require_on_hub(name, revision)
     with _refused_by_name(name):
-        architecture_of(AutoConfig.from_pretrained(source, **options).get_text_config().model_type)
+        config = AutoConfig.from_pretrained(source, **options)
+        architecture_of_config(config)
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = auto_class(config).from_pretrained(
             source,
             dtype=parse_dtype(dtype),
             device_map=device_map,

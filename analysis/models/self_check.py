@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from headtune.analysis.utils.errors import CheckError
 
 from . import hooks
-from .attention import record_rows, softcapped
+from .attention import look_with, record_rows, softcapped
 from .head_model import HeadModel
 
 
@@ -34,12 +34,13 @@ def probe_logits(model: PreTrainedModel, tokens: Tensor) -> Tensor:
 def check(model: HeadModel, reference: Tensor | None = None) -> None:
     """Verify on a tiny batch that the view describes the model.
 
-    Logits equal the untouched model's; every layer's head contributions plus bias sum to the attention block's output;
-    what attention and MLP are said to add to the residual stream is what a layer changes; recorded attention rows sum
-    to 1; every norm that attribution passes, linearised at its input, gives its output, and the unembedding of that the
-    logits; silencing a head takes what it writes, and nothing else, out of its block's output (a head that writes
-    nothing, such as a pruned one, may stay without effect). Tolerance 1e-5 of the largest value in float32 (rounding of
-    a sum over at most a few thousand terms), 2e-2 in half precision.
+    Logits equal the untouched model's; every layer's head contributions plus bias sum to the attention block's
+    output; what attention and MLP are said to add to the residual stream is what a layer changes; recorded attention
+    rows sum to 1 and have the key heads of the configuration; every norm that attribution passes, linearised at its
+    input, gives its output, and the unembedding of that the logits; silencing a head takes what it writes, and
+    nothing else, out of its block's output (a head that writes nothing, such as a pruned one, may stay without
+    effect). Tolerance 1e-5 of the largest value in float32 (rounding of a sum over at most a few thousand terms),
+    2e-2 in half precision.
 
     Raises:
         CheckError: naming the module that failed.
@@ -55,8 +56,10 @@ def check(model: HeadModel, reference: Tensor | None = None) -> None:
             norms[f"{model.architecture.layers}.{layer}.{model.architecture.post_attention_norm}"] = norm
     blocks = [model.attention(layer) for layer in range(model.n_layers)]
     mlps = [model.mlp(layer) for layer in range(model.n_layers)]
+    key_heads: dict[int, int] = {}
     with (
         record_rows(last) as rows,
+        look_with(lambda call: key_heads.update({call.layer: call.key.shape[1]})),
         hooks.capture(model) as z,
         hooks.watch([*model.layers, *blocks, *mlps, *norms.values(), unembedding]) as seen,
     ):
@@ -84,6 +87,10 @@ def check(model: HeadModel, reference: Tensor | None = None) -> None:
             )
         if layer not in rows.pattern:
             raise CheckError(f"{path}: does not go through the attention interface, so its rows cannot be read")
+        if key_heads[layer] != model.n_kv_heads:
+            raise CheckError(
+                f"{path}: attends with {key_heads[layer]} key heads, and the configuration says {model.n_kv_heads}"
+            )
         if not (rows.pattern[layer].sum(-1) - 1).abs().max().item() <= 1e-5:
             raise CheckError(f"{path}: attention rows do not sum to 1")
     # Norms and unembedding, linearised; and an edit of a head reaches the logits.

@@ -55,10 +55,13 @@ _RELOAD_SCRIPT = """
 import json, os, sys, warnings
 import torch
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer)
 for job in json.load(open(sys.argv[1])):
     folder = job["folder"]
-    model, info = AutoModelForCausalLM.from_pretrained(
+    known = type(AutoConfig.from_pretrained(folder, revision=job["revision"])) in MODEL_FOR_CAUSAL_LM_MAPPING
+    auto = AutoModelForCausalLM if known else AutoModelForImageTextToText
+    model, info = auto.from_pretrained(
         folder, dtype=job["dtype"], revision=job["revision"], output_loading_info=True)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
     if job["adapter"] is None:

@@ -22,9 +22,9 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from headtune.analysis.models.architectures import architecture_of
+from headtune.analysis.models.structure import architecture_of_config, auto_class
 from headtune.analysis.utils.errors import CheckError, InputError
 
 ALTERNATIVE = (
@@ -63,8 +63,8 @@ def fold(model: Any) -> PreTrainedModel:
 
 def conversion(source: PreTrainedConfig, written: PreTrainedConfig) -> dict[str, Any]:
     """What `fold` did to the configuration: `{"source": family, "written": family, "flags": [...], "why": ...}`."""
-    row = architecture_of(written.model_type)
-    flags = [flag for flag in row.bias_flags if getattr(written, flag) and not getattr(source, flag, False)]
+    row, before, after = architecture_of_config(written), source.get_text_config(), written.get_text_config()
+    flags = [flag for flag in row.bias_flags if getattr(after, flag) and not getattr(before, flag, False)]
     why = "the family stays what it is: no parameter was added"
     if written.model_type != source.model_type:
         why = (
@@ -120,9 +120,9 @@ def as_stock(merged: PreTrainedModel) -> PreTrainedModel:
         return merged
     # What a file would hold: nothing of how this model was loaded is carried over.
     config = type(config).from_dict(copy.deepcopy(config.to_dict()))
-    row = architecture_of(config.model_type)
+    row = architecture_of_config(config)
     stock = _announced(config, state)
-    if stock is None and row.twin is not None:
+    if stock is None and row.twin is not None and config.get_text_config() is config:
         twin = _as_twin(config, row.twin)
         stock = _announced(twin, _unfused(state, row.layers, row.fused, twin))
     if stock is None:
@@ -147,7 +147,7 @@ def _shares_embeddings(model: PreTrainedModel) -> bool:
 
 def _on_meta(config: PreTrainedConfig, dtype: torch.dtype | None = None) -> Any:
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+        return auto_class(config).from_config(config, dtype=dtype)
 
 
 def _places(config: PreTrainedConfig) -> set[str]:
@@ -156,12 +156,13 @@ def _places(config: PreTrainedConfig) -> set[str]:
 
 def _announced(config: PreTrainedConfig, state: Mapping[str, Tensor]) -> PreTrainedModel | None:
     """`state` in a model of this family, with the fewest bias flags that announce all of it; None if none do."""
-    off = [flag for flag in architecture_of(config.model_type).bias_flags if not getattr(config, flag)]
+    text = config.get_text_config()  # the configuration itself, but where a model has other towers
+    off = [flag for flag in architecture_of_config(config).bias_flags if not getattr(text, flag)]
     for count in range(1, len(off) + 1):
         for flags in combinations(off, count):
             wider = copy.deepcopy(config)
             for flag in flags:
-                setattr(wider, flag, True)
+                setattr(wider.get_text_config(), flag, True)
             if state.keys() <= _places(wider):
                 return _filled(wider, state)
     return None

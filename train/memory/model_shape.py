@@ -133,12 +133,12 @@ def of_config(config: Any, name: str = "") -> Shape:
     from transformers import AutoModelForCausalLM
     from transformers.pytorch_utils import Conv1D
 
-    from headtune.analysis.models.architectures import architecture_of
+    from headtune.analysis.models.structure import architecture_for
 
     text = config.get_text_config()
-    row = architecture_of(text.model_type)
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(text)
+    row = architecture_for(model)
     layers = model.get_submodule(row.layers)
     linear_layers: list[tuple[str, int, int]] = []
     for path, module in layers[0].named_modules():

@@ -24,8 +24,7 @@ import yaml
 
 from headtune.analysis.heads.controls import random_sets
 from headtune.analysis.heads.head_set import HeadSet
-from headtune.analysis.models.architectures import architecture_of
-from headtune.analysis.models.loading import load_model
+from headtune.analysis.models.loading import load_architecture, load_model
 from headtune.analysis.utils.errors import InputError
 from headtune.analysis.utils.progress import Notify
 from headtune.train.config import recipe as recipes
@@ -198,7 +197,8 @@ def _without_heads(recipe: Recipe, head_set: HeadSet, block: HeadsConfig, out: P
     data = recipe.dump()
     method = {key: data["method"][key] for key in ("objective", "answer_set", "dpo") if key in data["method"]}
     layer = max(layer for layer, _ in head_set.top_heads(block.role, block.top, notify=lambda _: None))
-    projection = architecture_of(str(head_set.model.get("model_type"))).output_projection
+    named = recipe.model
+    projection = load_architecture(named.name, named.revision, named.trust_remote_code).output_projection
     sizes: dict[str, dict[str, Any]] = {
         "lora_smallest": {"r": 1, "alpha": 2, "target_modules": [projection], "layers": [layer]},
         "lora": {"r": 8, "alpha": 16},

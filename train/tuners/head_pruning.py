@@ -37,7 +37,7 @@ from transformers import TrainerCallback
 from transformers.pytorch_utils import Conv1D
 from transformers.trainer_callback import ExportableState
 
-from headtune.analysis.models.architectures import architecture_of
+from headtune.analysis.models.structure import architecture_for
 from headtune.analysis.utils.errors import CheckError, InputError
 from headtune.train import distributed
 
@@ -201,7 +201,7 @@ def _projections(model: Any) -> tuple[list[nn.Module], int, int]:
     """The output projections by layer, adapters around them included; query heads and KV groups of a layer."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     sizes = base.config.get_text_config()
-    row = architecture_of(sizes.model_type)
+    row = architecture_for(base)
     path = f"{row.attention}.{row.output_projection}"
     projections = [layer.get_submodule(path) for layer in base.get_submodule(row.layers)]
     n_heads = int(sizes.num_attention_heads)

@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from headtune.analysis.methods.logit_attribution import attribute
 from headtune.analysis.methods.patching import (
@@ -31,17 +30,36 @@ from headtune.analysis.models.loading import check, wrap_model
 from headtune.analysis.tasks.tokenized import Encoded, encode
 from headtune.analysis.utils.errors import CheckError, InputError
 from helpers.close import close
-from helpers.tiny import HARD_KINDS, KINDS, N_HEADS, N_LAYERS, Kind, tiny_model, tiny_task, tiny_tokenizer
+from helpers.tiny import FOUND_KINDS, HARD_KINDS, KINDS, N_HEADS, N_LAYERS, Kind, tiny_model, tiny_task, tiny_tokenizer
 
 # What each family adds to a norm's weight, written down here once more.
-GAIN_OFFSETS = {"gemma": 1.0, "gemma2": 1.0, "gemma3_text": 1.0}
+GAIN_OFFSETS = {"gemma": 1.0, "gemma2": 1.0, "gemma3_text": 1.0, "nemotron": 1.0}
 # The module whose output is what an MLP adds to the residual stream.
-MLPS = {"opt": "fc2", "gemma2": "post_feedforward_layernorm", "gemma3_text": "post_feedforward_layernorm"}
+MLPS = {
+    "opt": "fc2",
+    "glm4": "post_mlp_layernorm",
+    "llama4_text": "feed_forward",
+    **dict.fromkeys(("gemma2", "gemma3_text", "olmo2", "olmo3", "exaone4"), "post_feedforward_layernorm"),
+}
+# The norm between the attention block and the residual stream.
+POST_NORMS = {
+    "glm4": "post_self_attn_layernorm",
+    **dict.fromkeys(("gemma2", "gemma3_text", "olmo2", "olmo3", "exaone4"), "post_attention_layernorm"),
+}
 
 
-@pytest.fixture(scope="module", params=KINDS)
+def paths(family: str) -> tuple[str, str, str, str]:
+    """Layers, attention, output projection and final norm, where a family found by its structure has them."""
+    if family in ARCHITECTURES:
+        row = ARCHITECTURES[family]
+        return row.layers, row.attention, row.output_projection, row.final_norm
+    others = {"persimmon": ("model.layers", "self_attn", "dense", "model.final_layernorm")}
+    return others.get(family, ("model.layers", "self_attn", "o_proj", "model.norm"))
+
+
+@pytest.fixture(scope="module", params=[*KINDS, *FOUND_KINDS])
 def kind(request: pytest.FixtureRequest) -> Kind:
-    return KINDS[request.param]
+    return (KINDS | FOUND_KINDS)[request.param]
 
 
 # The view's own contract holds for every kind; what is computed through it is tested on the hard ones.
@@ -89,8 +107,9 @@ def test_contributions_and_bias_are_the_attention_output(model: HeadModel, kind:
     seen: dict[int, tuple[Tensor, Tensor]] = {}
     handles = []
     for layer in range(N_LAYERS):
-        block = model.layers[layer].get_submodule(ARCHITECTURES[kind.family].attention)
-        projection = block.get_submodule(ARCHITECTURES[kind.family].output_projection)
+        _, attention, output_projection, _ = paths(kind.family)
+        block = model.layers[layer].get_submodule(attention)
+        projection = block.get_submodule(output_projection)
         inputs: list[Tensor] = []
         handles.append(projection.register_forward_pre_hook(lambda _m, args, inputs=inputs: inputs.append(args[0])))
         handles.append(
@@ -216,14 +235,57 @@ def test_half_precision(family: str) -> None:
             assert score == pytest.approx(exact[name], abs=0.1 * max(1, abs(exact[name]).max())), name
 
 
-@pytest.mark.parametrize("family", ["bloom", "gpt_bigcode"])
-def test_an_unsupported_family_is_refused_with_those_that_are(family: str) -> None:
-    sizes = {"vocab_size": 50, "hidden_size": 16, "n_layer": 1, "n_head": 2, "n_positions": 16}
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes))
-    with pytest.raises(InputError) as refusal:
-        wrap_model(model, tiny_tokenizer())
-    assert repr(family) in str(refusal.value)
-    assert all(name in str(refusal.value) for name in ARCHITECTURES)
+REFUSED = {
+    "bloom": ({"n_layer": 3, "n_head": 4}, "does not go through transformers' attention interface"),
+    "gpt_neo": (
+        {"num_layers": 3, "num_heads": 4, "attention_types": [[["global", "local", "global"], 1]]},
+        "does not go through transformers' attention interface",
+    ),
+    "gptj": (
+        {"n_embd": 32, "n_layer": 3, "n_head": 4, "rotary_dim": 8},
+        "does not go through transformers' attention interface",
+    ),
+    "falcon": ({"num_kv_heads": 4}, "does not go through transformers' attention interface"),
+    "mpt": ({"d_model": 32, "n_layers": 3, "n_heads": 4}, "does not go through transformers' attention interface"),
+    "codegen": (
+        {"n_embd": 32, "n_layer": 3, "n_head": 4, "rotary_dim": 8},
+        "does not go through transformers' attention interface",
+    ),
+    "cohere2": ({}, "the linearised norm differs"),
+    "gpt_oss": ({"num_local_experts": 4, "head_dim": 8}, "its attention has sinks"),
+    "mamba": ({}, "no list of 3 layers holds attention blocks"),
+    "qwen3_next": (
+        {
+            "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 16,
+            "shared_expert_intermediate_size": 16,
+            "head_dim": 8,
+            "linear_num_value_heads": 4,
+            "linear_num_key_heads": 2,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+        },
+        "layers 0, 2 have no attention heads",
+    ),
+    "olmo": ({}, "no norm with a gain after its layers"),
+    "granite": ({"residual_multiplier": 0.22}, "such as a multiple of them"),
+    "biogpt": ({}, r"beside its attention a layer must have one MLP, and here is \['fc1', 'fc2'\]"),
+    "cohere": ({}, "the linearised norm differs"),
+    "gpt_bigcode": (
+        {"n_embd": 32, "n_layer": 3, "n_head": 4},
+        "attends with 1 key heads, and the configuration says",
+    ),
+}
+
+
+@pytest.mark.parametrize("family", REFUSED)
+def test_families_without_a_view_are_refused_with_the_reason(family: str) -> None:
+    config, reason = REFUSED[family]
+    with pytest.raises((InputError, CheckError), match=reason) as refusal:
+        wrap_model(tiny_model(family, **config), tiny_tokenizer())
+    assert "\n" not in str(refusal.value)
 
 
 @pytest.mark.parametrize("config", [{"word_embed_proj_dim": 16}, {"do_layer_norm_before": False}])
@@ -469,7 +531,6 @@ def linearised(norm: Any, x: Tensor, gain_offset: float) -> Callable[[Tensor], T
 
 @torch.no_grad()
 def frozen_run(model: HeadModel, kind: Kind, prompt: Encoded) -> Frozen:
-    row = ARCHITECTURES[kind.family]
     offset = GAIN_OFFSETS.get(kind.family, 0.0)
     inputs: dict[str, Tensor] = {}
     outputs: dict[str, Tensor] = {}
@@ -483,12 +544,12 @@ def frozen_run(model: HeadModel, kind: Kind, prompt: Encoded) -> Frozen:
         return hook
 
     output = model.hf.get_output_embeddings()
-    watched = {"final": model.hf.get_submodule(row.final_norm), "unembedding": output}
+    watched = {"final": model.hf.get_submodule(paths(kind.family)[3]), "unembedding": output}
     for index, layer in enumerate(model.layers):
         watched[f"layer {index}"] = layer
         watched[f"mlp {index}"] = layer.get_submodule(MLPS.get(kind.family, "mlp"))
-        if kind.family in ("gemma2", "gemma3_text"):
-            watched[f"norm {index}"] = layer.get_submodule("post_attention_layernorm")
+        if kind.family in POST_NORMS:
+            watched[f"norm {index}"] = layer.get_submodule(POST_NORMS[kind.family])
     handles = [module.register_forward_hook(keep(name), with_kwargs=True) for name, module in watched.items()]
     with hooks.capture(model, positions=torch.tensor([prompt.end])) as z:
         model_logits = model.hf(prompt.tokens[None]).logits[0, -1]

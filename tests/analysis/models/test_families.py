@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, Gemma3Config
 
 from headtune.analysis.methods.logit_attribution import attribute
 from headtune.analysis.methods.patching import silenced_logits
@@ -198,17 +197,6 @@ def test_the_post_attention_norm_matters() -> None:
     without = replace(model, architecture=replace(model.architecture, post_attention_norm=None))
     right, wrong = attribute(model, example)["dla.target"], attribute(without, example)["dla.target"]
     assert abs(right - wrong).max() > 0.05
-
-
-def test_a_model_with_vision_is_refused() -> None:
-    text = tiny_model("gemma3_text").config.to_dict()
-    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    vision |= {"image_size": 28, "patch_size": 14}
-    model = AutoModelForCausalLM.from_config(Gemma3Config(text_config=text, vision_config=vision))
-    with pytest.raises(
-        InputError, match=r"a Gemma3ForConditionalGeneration has no 'model\.layers'.*text-only checkpoint"
-    ):
-        wrap_model(model, tiny_tokenizer(), "seeing")
 
 
 # --- caps -------------------------------------------------------------------------------------------------------------

@@ -434,7 +434,7 @@ def test_refused(options: dict[str, Any], words: list[str]) -> None:
 def test_a_family_outside_the_table_is_refused() -> None:
     sizes = {"vocab_size": 50, "hidden_size": 16, "n_layer": 1, "n_head": 2}
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("bloom", **sizes))
-    with pytest.raises(InputError, match="'bloom' is not supported; supported: llama"):
+    with pytest.raises(InputError, match="'bloom' is not supported: its attention does not go through"):
         get_peft_model(model, HeadTuningConfig(heads=[[0, 0]]))
 
 

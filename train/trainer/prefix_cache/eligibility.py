@@ -9,7 +9,7 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from headtune.analysis.models.architectures import architecture_of
+from headtune.analysis.models.structure import architecture_for
 from headtune.analysis.utils.errors import InputError
 from headtune.train import distributed
 from headtune.train.losses.activation_capture import dropout_of
@@ -27,7 +27,7 @@ class ModelParts:
 
 def model_parts(model: Any) -> ModelParts:
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    row = architecture_of(base.config.get_text_config().model_type)
+    row = architecture_for(base)
     path, _, name = row.layers.rpartition(".")
     backbone: nn.Module = base.get_submodule(path)
     layers: Any = backbone.get_submodule(name)

@@ -76,6 +76,11 @@ def projection_slices(architecture: Architecture, projection: str, n_heads: int,
 
 def target_projections(architecture: Architecture, parts: Sequence[str]) -> list[str]:
     """Paths, within a layer, of the projections that hold any of the parts."""
+    if not architecture.qkv and (lacking := [part for part in parts if part != "o"]):
+        raise InputError(
+            f"parts {lacking}: this family was found by its structure, and its projections to queries, keys and values "
+            "are not three of plain heads; give parts: [o]"
+        )
     names = [*architecture.qkv, architecture.output_projection]
     parts_in = {name: {part for part, _ in projection_slices(architecture, name, 1, 1)} for name in names}
     return [f"{architecture.attention}.{name}" for name in names if parts_in[name] & set(parts)]

@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from headtune.analysis.models.architectures import ARCHITECTURES, architecture_of
+from headtune.analysis.models.architectures import ARCHITECTURES
+from headtune.analysis.models.structure import architecture_for
 from headtune.analysis.utils.errors import InputError
 
 from ..base import HeadTunerModel, require_heads_in_range
@@ -29,7 +30,7 @@ class HeadSlicesModel(HeadTunerModel):
         config: HeadSlicesConfig = peft_config
         # The object and not its dict, which has the family's own names for sizes (gpt2: n_head).
         sizes = self.model.config.get_text_config()
-        architecture = architecture_of(sizes.model_type)
+        architecture = architecture_for(self.model)
         n_heads, n_layers = int(sizes.num_attention_heads), int(sizes.num_hidden_layers)
         expected = {
             "n_heads": n_heads,
@@ -61,6 +62,6 @@ class HeadSlicesModel(HeadTunerModel):
     ) -> HeadSlicesLayer:
         match = re.search(r"\.(\d+)\.", current_key)
         assert match is not None
-        architecture = architecture_of(self.model.config.get_text_config().model_type)
+        architecture = architecture_for(self.model)
         slices = projection_slices(architecture, target_name, config.n_heads, config.n_kv_heads)
         return HeadSlicesLayer(target, adapter_name, int(match.group(1)), slices, config)

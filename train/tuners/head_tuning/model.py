@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from headtune.analysis.models.architectures import ARCHITECTURES, architecture_of
+from headtune.analysis.models.architectures import ARCHITECTURES
+from headtune.analysis.models.structure import architecture_for
 from headtune.analysis.utils.errors import InputError
 
 from ..base import HeadTunerModel, require_heads_in_range
@@ -31,7 +32,7 @@ class HeadTuningModel(HeadTunerModel):
         config: HeadTuningConfig = peft_config
         # The object and not its dict, which has the family's own names for sizes (gpt2: n_head).
         sizes = self.model.config.get_text_config()
-        architecture = architecture_of(sizes.model_type)
+        architecture = architecture_for(self.model)
         n_heads, n_layers = int(sizes.num_attention_heads), int(sizes.num_hidden_layers)
         if config.n_heads not in (None, n_heads):
             raise InputError(
@@ -47,7 +48,8 @@ class HeadTuningModel(HeadTunerModel):
             if not 0 <= layer < n_layers:
                 raise InputError(f"mlp_layers has {layer}, and the model has layers 0-{n_layers - 1}")
         if config.target_modules is None:
-            config.target_modules = list(self.target_module_mapping[sizes.model_type]) if config.heads else []
+            path = f"{architecture.attention}.{architecture.output_projection}"
+            config.target_modules = [path] if config.heads else []
         if config.mlp_layers and config.mlp_projection is None:
             config.mlp_projection = architecture.mlp_projection
             if config.mlp_projection is None:
