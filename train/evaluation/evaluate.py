@@ -24,6 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCrite
 
 from headtune.analysis.models.head_model import positions_of
 from headtune.analysis.tasks.neutral import neutral_text
+from headtune.analysis.tasks.prompt_tokens import prefix_ids, token_ids
 from headtune.analysis.tasks.task import Example, Task, canonical, normalise
 from headtune.analysis.tasks.tokenized import EncodedTask, as_chat, check_prompt_length, encode
 from headtune.analysis.utils.errors import InputError
@@ -266,15 +267,26 @@ def answer_mass(model: PreTrainedModel, encoded: EncodedTask) -> tuple[list[floa
 def perplexity(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str | None = None, window: int = 512
 ) -> float:
-    """`exp(mean negative log-likelihood)` per token of `text` in consecutive windows of `window` tokens."""
-    window = min(window, positions_of(model) or window)
-    tokens = tokenizer(neutral_text() if text is None else text, return_tensors="pt").input_ids[0].to(model.device)
+    """`exp(mean negative log-likelihood)` per token of `text` in consecutive windows of `window` tokens.
+
+    In front of every window stands what the tokenizer puts in front of a text (see `prompt_tokens`); it is not scored.
+    Families that need it (Gemma) are broken without.
+    """
+    prefix = prefix_ids(tokenizer)
+    if (positions := positions_of(model)) is not None:
+        window = min(window, positions - len(prefix))
+    ids = token_ids(tokenizer, [neutral_text() if text is None else text])[0]
+    tokens, front = torch.tensor(ids, device=model.device), torch.tensor(prefix, dtype=torch.long, device=model.device)
     total, count = 0.0, 0
     for start in range(0, len(tokens) - 1, window):
-        part = tokens[start : start + window + 1][None]
-        log_p = model(part[:, :-1], use_cache=False).logits[0].float().log_softmax(-1)
-        total -= log_p.gather(-1, part[0, 1:, None]).sum().item()
-        count += part.shape[1] - 1
+        part = tokens[start : start + window + 1]
+        inputs = torch.cat([front, part[:-1]]) if start else part[:-1]
+        # Places whose next token is scored: in the first window the prefix is part of the text's tokens.
+        first = max(0, len(prefix) - 1) if start == 0 else len(prefix)
+        targets = part[1:] if start else part[1 + first :]
+        log_p = model(inputs[None], use_cache=False).logits[0, first:].float().log_softmax(-1)
+        total -= log_p.gather(-1, targets[:, None]).sum().item()
+        count += len(targets)
     return math.exp(total / count)
 
 
