@@ -19,6 +19,7 @@ from torch import Tensor
 
 from headtune.analysis.models import hooks
 from headtune.analysis.models.head_model import HeadModel
+from headtune.analysis.tasks.prompt_tokens import token_ids
 from headtune.analysis.tasks.task import Example, Task
 from headtune.analysis.tasks.tokenized import as_chat, check_prompt_length, continuation
 from headtune.analysis.utils.errors import InputError
@@ -49,14 +50,15 @@ def self_contrast(
     if not heads:
         raise InputError("self-contrast without heads to silence; choose at least one")
     hooks.require_heads(model, heads)
-    check_prompt_length(task, model.tokenizer, model.positions, more=max_tokens or TOKENS)
+    more = max_tokens or TOKENS
+    check_prompt_length(task, model.tokenizer, model.positions, more, vocabulary=model.vocabulary)
     special = not task.chat_template
     dropped: Counter[str] = Counter()
     examples: list[Example] = []
     written = as_chat(task, model.tokenizer).examples
     for index in progress(list(range(len(written))), "writing pairs"):
         prompt = written[index].prompt
-        ids = torch.tensor(model.tokenizer(prompt, add_special_tokens=special).input_ids)
+        ids = torch.tensor(token_ids(model.tokenizer, [prompt], special)[0])
         n = max_tokens or _length(model, written[index], ids, special)
         chosen = _write(model, ids, n)
         with hooks.ablate(model, heads):
@@ -82,7 +84,7 @@ def self_contrast(
 def _length(model: HeadModel, example: Example, ids: Tensor, special: bool) -> int:
     """Tokens of the first answer after the prompt."""
     text = example.prompt + continuation(example.prompt, example.remaining[0])
-    return max(1, len(model.tokenizer(text, add_special_tokens=special).input_ids) - len(ids))
+    return max(1, len(token_ids(model.tokenizer, [text], special)[0]) - len(ids))
 
 
 def _write(model: HeadModel, ids: Tensor, n: int) -> str:

@@ -141,7 +141,9 @@ def run(name: str, model: HeadModel, task: Task | EncodedTask, progress: Progres
         InputError: an unknown study or option, or a task that cannot be scored on this model.
     """
     options = check_options(name, options)
-    encoded = task if isinstance(task, EncodedTask) else encode(task, model.tokenizer, model.positions)
+    encoded = (
+        task if isinstance(task, EncodedTask) else encode(task, model.tokenizer, model.positions, model.vocabulary)
+    )
     analysis: Analysis = _study(name).load()(model, encoded.examples, progress, **options)
     defaults = {key: parameter.default for key, parameter in options_of(name).items()}
     about = {"model": model.identity(), "task": encoded.summary(), "options": defaults | options}

@@ -3,7 +3,7 @@
     ids = prefix + tokens of the text
 
 The prefix is what the tokenizer puts in front (BOS, or nothing), once. What it appends (the end of the text, with
-`add_eos_token` and the like) is left out: behind it a model begins another text, and an answer would come after the end.
+`add_eos_token` and the like) is left out: an answer would come after the end.
 """
 
 from __future__ import annotations

@@ -129,7 +129,7 @@ def prepare(recipe: Recipe, model: HeadModel, steps: list[Step]) -> PreparedSequ
             raise InputError(
                 f"task {steps[0].name!r} is multiple choice, on which heads cannot be identified; use heads.from"
             )
-        encode(steps[0].train, model.tokenizer, model.positions)
+        encode(steps[0].train, model.tokenizer, model.positions, model.vocabulary)
     distil = method.distil
     everywhere = model.n_layers * model.n_heads
     if method.strategy == "seekr" and recipe.heads is None:

@@ -90,7 +90,7 @@ class AnswerSet(TrainingObjective):
     def prepare(self, recipe: Recipe, model: HeadModel, train: Task) -> None:
         if train.kind == "multiple_choice":
             raise InputError(no_first_tokens(train))
-        encode(train, model.tokenizer, model.positions)
+        encode(train, model.tokenizer, model.positions, model.vocabulary)
 
     def data(self, recipe: Recipe, model: HeadModel, train: Task, rows: Any, notify: Notify) -> TrainingData:
         method: Any = recipe.method
@@ -105,7 +105,7 @@ class AnswerSet(TrainingObjective):
             recipe.evaluation.batch_size,
             model.weights_sha256,
         )
-        encoded = encode(task, model.tokenizer, model.positions)
+        encoded = encode(task, model.tokenizer, model.positions, model.vocabulary)
         rows = training_rows.answer_set_rows(encoded)
         collator = answer_set_trainer.AnswerSetCollator(model.tokenizer.pad_token_id)
         arguments = {"train_dataset": rows, "data_collator": collator, "block": method.answer_set}
