@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from headtune.analysis.models import hooks
+from headtune.analysis.models.generation import generate, padding_id
 from headtune.analysis.models.head_model import HeadModel
 from headtune.analysis.tasks.prompt_tokens import token_ids
 from headtune.analysis.tasks.task import Example, Task
@@ -90,14 +91,6 @@ def _length(model: HeadModel, example: Example, ids: Tensor, special: bool) -> i
 def _write(model: HeadModel, ids: Tensor, n: int) -> str:
     """The first line of at most `n` tokens, without the space before it."""
     tokens = ids[None].to(model.device)
-    with torch.no_grad():
-        output: Any = model.hf.generate(  # type: ignore[operator]
-            input_ids=tokens,
-            attention_mask=torch.ones_like(tokens),
-            max_new_tokens=n,
-            do_sample=False,
-            num_beams=1,
-            pad_token_id=model.tokenizer.pad_token_id or model.tokenizer.eos_token_id,
-        )
+    output = generate(model.hf, tokens, torch.ones_like(tokens), n, padding_id(model.hf, model.tokenizer))
     text = str(model.tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True))
     return text.split("\n", 1)[0].strip()
