@@ -3,8 +3,8 @@
     chosen      what the model writes after the prompt, greedily
     rejected    what it writes with the heads' outputs set to zero (z = 0, that is their columns of W_O)
 
-Prompts on which the two are equal, or either is empty, say nothing and are dropped. With retrieval heads this is
-RetMask (arXiv 2601.11020), whose pairs train by DPO; any head set will do.
+Prompts on which the two are equal (as answers are compared), or either is empty, say nothing and are dropped. With
+retrieval heads this is RetMask (arXiv 2601.11020), whose pairs train by DPO; any head set will do.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from headtune.analysis.models import hooks
 from headtune.analysis.models.generation import generate, padding_id
 from headtune.analysis.models.head_model import HeadModel
 from headtune.analysis.tasks.prompt_tokens import token_ids
-from headtune.analysis.tasks.task import Example, Task
+from headtune.analysis.tasks.task import Example, Task, normalise
 from headtune.analysis.tasks.tokenized import as_chat, check_prompt_length, continuation
 from headtune.analysis.utils.errors import InputError
 from headtune.analysis.utils.progress import Progress, silent
@@ -66,7 +66,7 @@ def self_contrast(
             rejected = _write(model, ids, n)
         if not chosen or not rejected:
             dropped["nothing is written"] += 1
-        elif chosen == rejected:
+        elif normalise(chosen) == normalise(rejected):
             dropped["both write the same"] += 1
         else:
             example = task.examples[index]
