@@ -343,6 +343,7 @@ def score_task(
         metrics |= _masses(model, encoded := encode(task, tokenizer, positions_of(model), vocabulary_of(model)))
         counts["items"] = len(scored) * n_items
         counts |= {"first_token_examples": len(encoded.examples), "dropped": dict(encoded.dropped)}
+        counts |= {"n_started": encoded.n_started} if encoded.n_started else {}
     elif task.kind == "multiple_choice":
         counts["choices"] = sum(len(choices(one.example)) for one in scored)
     metrics["n"] = counts

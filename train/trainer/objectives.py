@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from headtune.analysis.models.head_model import HeadModel
+from headtune.analysis.tasks.answer_starts import beginnings
 from headtune.analysis.tasks.task import Task
 from headtune.analysis.tasks.tokenized import encode
 from headtune.analysis.utils.errors import InputError
@@ -107,6 +108,8 @@ class AnswerSet(TrainingObjective):
             model.weights_sha256,
         )
         encoded = encode(task, model.tokenizer, model.positions, model.vocabulary)
+        if note := beginnings(encoded.summary()):
+            notify(note)
         rows = training_rows.answer_set_rows(encoded)
         collator = answer_set_trainer.AnswerSetCollator(model.tokenizer.pad_token_id)
         arguments = {"train_dataset": rows, "data_collator": collator, "block": method.answer_set}

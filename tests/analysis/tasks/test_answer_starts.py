@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from headtune.analysis.interventions.logit_lens import answer_tokens
@@ -142,6 +143,30 @@ def test_what_is_white_space_alone(tokenizer: PreTrainedTokenizerFast) -> None:
     blank = BlankTokens(tokenizer)
     vocabulary = tokenizer.get_vocab()
     assert [token for token in ("Ġ", "Ċ", "ĠRome", "9", "<eos>", "Ã") if blank(vocabulary[token])] == ["Ġ", "Ċ"]
+
+
+def test_sentencepiece_likewise() -> None:
+    """Its bare space is a token that decodes to nothing where it stands alone."""
+    pieces = [
+        "<unk>",
+        "\u2581",
+        *"98",
+        "\u2581The",
+        "\u2581war",
+        "\u2581fall",
+        "\u2581happened",
+        "\u2581in",
+        "\u2581Rome",
+        "a",
+    ]
+    backend = Tokenizer(models.Unigram([(piece, -1.0 - index / 10) for index, piece in enumerate(pieces)], unk_id=0))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
+    assert tokenizer.decode([1]) == ""
+    result = encode(single({"war": "98", "fall": "89"}), tokenizer)
+    assert [each.tokens.tolist()[-1] for each in result.examples] == [1, 1]
+    assert [each.target_tokens for each in result.examples] == [(2,), (3,)]
+    assert encode(single({"war": "Rome"}), tokenizer).examples[0].n_start == 0
 
 
 def test_generators_tell_answers_apart_by_the_same_tokens(tokenizer: PreTrainedTokenizerFast) -> None:
