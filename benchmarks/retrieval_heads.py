@@ -84,7 +84,7 @@ def main() -> None:
     # Scores, prompt by prompt.
     model = load_model(arguments.model)
     task = make_task("needle", model, arguments.n, arguments.seed, lengths=(arguments.length,))
-    examples = encode(task, model.tokenizer, model.positions).examples
+    examples = encode(task, model.tokenizer, model.positions, model.vocabulary).examples
     parallel = ParallelMap(arguments.out.with_suffix(".partial"), settings)
     scores = score_examples(model, examples, "retrieval", arguments.seed, progress, parallel)
     mean = scores.mean("retrieval.copy")

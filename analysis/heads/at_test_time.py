@@ -158,7 +158,9 @@ def applied(
                 note |= {"heads": [list(head) for head in heads]}
             else:
                 decomposition, r2 = decompose(
-                    model, encode(knob.task(), model.tokenizer, model.positions).examples, progress=progress
+                    model,
+                    encode(knob.task(), model.tokenizer, model.positions, model.vocabulary).examples,
+                    progress=progress,
                 )
                 blocks.append(subtract_mlp_intercept(model, decomposition.intercept[-1], knob.beta))
                 note = {"knob": "intercept", "beta": knob.beta, "fit": knob.fit, **note}

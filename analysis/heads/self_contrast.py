@@ -3,8 +3,8 @@
     chosen      what the model writes after the prompt, greedily
     rejected    what it writes with the heads' outputs set to zero (z = 0, that is their columns of W_O)
 
-Prompts on which the two are equal, or either is empty, say nothing and are dropped. With retrieval heads this is
-RetMask (arXiv 2601.11020), whose pairs train by DPO; any head set will do.
+Prompts on which the two are equal (as answers are compared), or either is empty, say nothing and are dropped. With
+retrieval heads this is RetMask (arXiv 2601.11020), whose pairs train by DPO; any head set will do.
 """
 
 from __future__ import annotations
@@ -18,8 +18,10 @@ import torch
 from torch import Tensor
 
 from headtune.analysis.models import hooks
+from headtune.analysis.models.generation import generate, padding_id
 from headtune.analysis.models.head_model import HeadModel
-from headtune.analysis.tasks.task import Example, Task
+from headtune.analysis.tasks.prompt_tokens import token_ids
+from headtune.analysis.tasks.task import Example, Task, normalise
 from headtune.analysis.tasks.tokenized import as_chat, check_prompt_length, continuation
 from headtune.analysis.utils.errors import InputError
 from headtune.analysis.utils.progress import Progress, silent
@@ -49,21 +51,22 @@ def self_contrast(
     if not heads:
         raise InputError("self-contrast without heads to silence; choose at least one")
     hooks.require_heads(model, heads)
-    check_prompt_length(task, model.tokenizer, model.positions, more=max_tokens or TOKENS)
+    more = max_tokens or TOKENS
+    check_prompt_length(task, model.tokenizer, model.positions, more, vocabulary=model.vocabulary)
     special = not task.chat_template
     dropped: Counter[str] = Counter()
     examples: list[Example] = []
     written = as_chat(task, model.tokenizer).examples
     for index in progress(list(range(len(written))), "writing pairs"):
         prompt = written[index].prompt
-        ids = torch.tensor(model.tokenizer(prompt, add_special_tokens=special).input_ids)
+        ids = torch.tensor(token_ids(model.tokenizer, [prompt], special)[0])
         n = max_tokens or _length(model, written[index], ids, special)
         chosen = _write(model, ids, n)
         with hooks.ablate(model, heads):
             rejected = _write(model, ids, n)
         if not chosen or not rejected:
             dropped["nothing is written"] += 1
-        elif chosen == rejected:
+        elif normalise(chosen) == normalise(rejected):
             dropped["both write the same"] += 1
         else:
             example = task.examples[index]
@@ -82,20 +85,12 @@ def self_contrast(
 def _length(model: HeadModel, example: Example, ids: Tensor, special: bool) -> int:
     """Tokens of the first answer after the prompt."""
     text = example.prompt + continuation(example.prompt, example.remaining[0])
-    return max(1, len(model.tokenizer(text, add_special_tokens=special).input_ids) - len(ids))
+    return max(1, len(token_ids(model.tokenizer, [text], special)[0]) - len(ids))
 
 
 def _write(model: HeadModel, ids: Tensor, n: int) -> str:
     """The first line of at most `n` tokens, without the space before it."""
     tokens = ids[None].to(model.device)
-    with torch.no_grad():
-        output: Any = model.hf.generate(  # type: ignore[operator]
-            input_ids=tokens,
-            attention_mask=torch.ones_like(tokens),
-            max_new_tokens=n,
-            do_sample=False,
-            num_beams=1,
-            pad_token_id=model.tokenizer.pad_token_id or model.tokenizer.eos_token_id,
-        )
+    output = generate(model.hf, tokens, torch.ones_like(tokens), n, padding_id(model.hf, model.tokenizer))
     text = str(model.tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True))
     return text.split("\n", 1)[0].strip()

@@ -153,7 +153,9 @@ def identify(
     for name, control in (controls or {}).items():
         for warning in control.check_model(model.identity()):
             log.warning("control %s: %s", name, warning)
-    encoded = task if isinstance(task, EncodedTask) else encode(task, model.tokenizer, model.positions)
+    encoded = (
+        task if isinstance(task, EncodedTask) else encode(task, model.tokenizer, model.positions, model.vocabulary)
+    )
     if encoded.n_subjects < 2:
         raise InputError(
             f"task {encoded.task.name!r} has prompts about one subject alone, "

@@ -21,6 +21,7 @@ from transformers import DynamicCache, PreTrainedTokenizerBase
 from headtune.analysis.models import hooks
 from headtune.analysis.models.attention import AttentionCall, attend_with, masked, softcapped
 from headtune.analysis.models.head_model import HeadModel
+from headtune.analysis.tasks.answer_starts import answer_rows
 from headtune.analysis.tasks.tokenized import Encoded, continuation
 from headtune.analysis.utils.errors import InputError
 
@@ -133,12 +134,12 @@ def token_lens(runner: LastTokenRunner, sources: Mapping[str, Sequence[int]], to
 
 
 def answer_tokens(tokenizer: PreTrainedTokenizerBase, encoded: Encoded, answer: str) -> tuple[int, ...] | None:
-    """All tokens of an answer after its prompt; None where tokens merge across the border, so that there are none."""
-    prompt, before = encoded.example.prompt, encoded.tokens.tolist()
+    """All tokens of an answer after `encoded.tokens`; None where tokens merge across the border: there are none."""
+    prompt = encoded.example.prompt
+    texts = {answer: prompt + continuation(prompt, answer)}
     for special in (True, False):  # a chat template has written its own special tokens
-        whole = list(tokenizer(prompt + continuation(prompt, answer), add_special_tokens=special).input_ids)
-        if len(whole) > len(before) and whole[: len(before)] == before:
-            return tuple(whole[len(before) :])
+        if row := answer_rows(tokenizer, texts, encoded.tokens.tolist(), special)[answer]:
+            return row
     return None
 
 

@@ -26,6 +26,7 @@ from headtune.analysis.models import hooks
 from headtune.analysis.models.attention import AttentionCall, head_log_rows, look_with
 from headtune.analysis.models.head_model import HeadModel
 from headtune.analysis.tasks.neutral import neutral_text
+from headtune.analysis.tasks.prompt_tokens import prefix_ids, token_ids
 from headtune.analysis.utils.errors import CheckError, InputError, nearest
 
 from .intervention import Head
@@ -67,17 +68,21 @@ def silence(model: HeadModel, heads: Sequence[Head], how: str = "zero") -> conte
 def mean_outputs(model: HeadModel, heads: Sequence[Head], text: str | None = None) -> dict[Head, Tensor]:
     """Head -> `[head_dim]` float32, its mean output over all positions of a text, in windows of 512 tokens.
 
+    In front of every window stands what the tokenizer puts in front of a text; the mean leaves it out.
+
     Args:
         text: default: the neutral text, which no task is about.
     """
-    tokens = model.tokenizer(neutral_text() if text is None else text, return_tensors="pt").input_ids[0]
-    window = min(_WINDOW, model.positions or _WINDOW)
+    prefix = prefix_ids(model.tokenizer)
+    tokens = token_ids(model.tokenizer, [neutral_text() if text is None else text])[0][len(prefix) :]
+    window = min(_WINDOW, model.positions or _WINDOW) - len(prefix)
     total = {(layer, head): torch.zeros(model.head_dim) for layer, head in heads}
     for start in range(0, len(tokens), window):
+        inputs = torch.tensor([prefix + tokens[start : start + window]], device=model.device)
         with hooks.capture(model, {layer for layer, _ in heads}) as z:
-            model.hf(tokens[None, start : start + window].to(model.device), use_cache=False, logits_to_keep=1)
+            model.hf(inputs, use_cache=False, logits_to_keep=1)
         for layer, head in total:
-            total[layer, head] += z[layer][0, :, head].float().sum(0).cpu()
+            total[layer, head] += z[layer][0, len(prefix) :, head].float().sum(0).cpu()
     return {head: value / len(tokens) for head, value in total.items()}
 
 

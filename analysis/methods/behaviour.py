@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from headtune.analysis.models.head_model import HeadModel
+from headtune.analysis.tasks.prompt_tokens import BlankTokens, token_ids
 from headtune.analysis.tasks.task import Example
 from headtune.analysis.tasks.tokenized import Encoded, continuation, first_tokens
 from headtune.analysis.utils.errors import InputError
@@ -124,7 +125,7 @@ def answer_tokens(model: HeadModel, encoded: Encoded) -> Tensor:
     """
     example = encoded.example
     text = example.prompt + continuation(example.prompt, example.remaining[0])
-    rows = _with_answer(model, encoded, text)
+    rows = token_ids(model.tokenizer, [text], encoded.special)[0]
     n = len(encoded.tokens)
     if len(rows) <= n or rows[:n] != encoded.tokens.tolist():
         raise InputError(
@@ -139,19 +140,13 @@ def answer_tokens(model: HeadModel, encoded: Encoded) -> Tensor:
     return torch.tensor(rows[n:])
 
 
-def _with_answer(model: HeadModel, encoded: Encoded, text: str) -> list[int]:
-    """Special tokens are added as they were for the prompt: a chat template writes its own."""
-    plain: list[int] = model.tokenizer(encoded.example.prompt, add_special_tokens=False).input_ids
-    special = len(plain) != len(encoded.tokens)
-    ids: list[int] = model.tokenizer(text, add_special_tokens=special).input_ids
-    return ids
-
-
 def _wrong_tokens(model: HeadModel, encoded: Encoded) -> list[int]:
     """First tokens of the previous and the incorrect answers, less those of the right ones."""
     example: Example = encoded.example
-    firsts = first_tokens(model.tokenizer, example.prompt, encoded.tokens.tolist(), example.incorrect)
-    tokens = {*encoded.previous_tokens, *(token for token in firsts.values() if token is not None)}
+    before = encoded.tokens.tolist()
+    firsts = first_tokens(model.tokenizer, example.prompt, before, example.incorrect, encoded.special)
+    blank = BlankTokens(model.tokenizer)
+    tokens = {*encoded.previous_tokens, *(t for t in firsts.values() if t is not None and not blank(t))}
     return sorted(tokens - set(encoded.target_tokens))
 
 

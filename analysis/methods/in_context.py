@@ -116,7 +116,7 @@ def few_shot_prompts(
 def _by_place(model: HeadModel, task: Task) -> dict[int, Encoded]:
     """Those of a task's examples that can be encoded, by their places in it."""
     places = {id(example): place for place, example in enumerate(task.examples)}
-    return {places[id(e.example)]: e for e in encode(task, model.tokenizer, model.positions).examples}
+    return {places[id(e.example)]: e for e in encode(task, model.tokenizer, model.positions, model.vocabulary).examples}
 
 
 # --- means ------------------------------------------------------------------------------------------------------------

@@ -371,5 +371,7 @@ def score(
     Raises:
         InputError: an unknown method, or a task that cannot be scored on this model.
     """
-    encoded = task if isinstance(task, EncodedTask) else encode(task, model.tokenizer, model.positions)
+    encoded = (
+        task if isinstance(task, EncodedTask) else encode(task, model.tokenizer, model.positions, model.vocabulary)
+    )
     return score_examples(model, encoded.examples, method, seed, progress)

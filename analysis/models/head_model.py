@@ -27,6 +27,13 @@ def positions_of(model: PreTrainedModel) -> int | None:
     return limit
 
 
+def vocabulary_of(model: PreTrainedModel) -> int | None:
+    """How many tokens a model has embeddings for; None where it does not say. A tokenizer may know more."""
+    embeddings: Any = model.get_input_embeddings()
+    size = getattr(embeddings, "num_embeddings", None) or getattr(model.config.get_text_config(), "vocab_size", None)
+    return None if size is None else int(size)
+
+
 @dataclass
 class HeadModel:
     """A causal language model seen as `n_layers x n_heads` attention heads.
@@ -59,6 +66,11 @@ class HeadModel:
     def positions(self) -> int | None:
         """How many tokens the model takes; None where its configuration does not say."""
         return positions_of(self.hf)
+
+    @property
+    def vocabulary(self) -> int | None:
+        """How many tokens the model has embeddings for."""
+        return vocabulary_of(self.hf)
 
     def record_attention(self, on: bool) -> None:
         """Switch between the attention whose rows can be recorded and the model's own, which training uses."""
@@ -169,12 +181,12 @@ class HeadModel:
         weight: Any = self.hf.get_output_embeddings().weight
         return self.norm_directions(self.final_norm, residual, weight[tokens.to(weight.device)])
 
-    def next_tokens(self, prompts: Sequence[str]) -> list[int]:
-        """The likeliest token after each prompt, one pass each."""
+    def next_tokens(self, rows: Sequence[Sequence[int]]) -> list[int]:
+        """The likeliest token after each prompt, given as token ids, one pass each."""
         tokens = []
         with torch.no_grad():
-            for prompt in prompts:
-                ids = torch.tensor([self.tokenizer(prompt).input_ids], device=self.device)
+            for row in rows:
+                ids = torch.tensor([list(row)], device=self.device)
                 tokens.append(int(self.hf(ids, use_cache=False, logits_to_keep=1).logits[0, -1].argmax()))
         return tokens
 

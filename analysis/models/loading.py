@@ -207,6 +207,21 @@ def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bo
         return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
 
 
+def sizes_of(name: str, revision: str | None = None, trust_remote_code: bool = False) -> tuple[int | None, int | None]:
+    """How many tokens a model takes, and for how many it has embeddings, from its configuration alone.
+
+    Raises:
+        InputError: there is no such model, or its configuration cannot be read.
+    """
+    source = resolve(name)
+    if not Path(source).is_dir():
+        _require_on_hub(name, revision)
+    with _refused_by_name(name):
+        config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
+    text = config.get_text_config()
+    return getattr(text, "max_position_embeddings", None), getattr(text, "vocab_size", None)
+
+
 @contextlib.contextmanager
 def _refused_by_name(name: str) -> Iterator[None]:
     try:

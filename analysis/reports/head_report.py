@@ -13,6 +13,7 @@ from typing import Any
 from numpy.typing import ArrayLike
 
 from headtune.analysis.heads.head_set import HeadSet
+from headtune.analysis.tasks.answer_starts import beginnings
 
 from .dissociation import QUANTITIES, dissociation_table, next_step, quantities_of, verdict, verdicts
 from .evaluation_view import evaluation_view, in_words
@@ -87,6 +88,7 @@ def _about(heads: HeadSet) -> dict[str, Any]:
         + (f", about {task['n_subjects']} subjects" if "n_subjects" in task else "")
         + f", {task.get('n_dropped', 0)} left out"
         + (f": {dropped}" if dropped else ""),
+        "Answers": beginnings(task) or None,
         "Method": method.get("name"),
         "Parameters": in_words(method.get("parameters") or {}),
         "Seed": method.get("seed"),

@@ -24,6 +24,7 @@ from typing import Any
 from headtune.analysis.heads.head_set import provenance
 from headtune.analysis.models.head_model import HeadModel
 from headtune.analysis.reports.html import render_page
+from headtune.analysis.tasks.answer_starts import beginnings
 from headtune.analysis.tasks.task import Task
 from headtune.analysis.tasks.tokenized import EncodedTask, encode
 from headtune.analysis.utils.errors import InputError, nearest
@@ -141,7 +142,9 @@ def run(name: str, model: HeadModel, task: Task | EncodedTask, progress: Progres
         InputError: an unknown study or option, or a task that cannot be scored on this model.
     """
     options = check_options(name, options)
-    encoded = task if isinstance(task, EncodedTask) else encode(task, model.tokenizer, model.positions)
+    encoded = (
+        task if isinstance(task, EncodedTask) else encode(task, model.tokenizer, model.positions, model.vocabulary)
+    )
     analysis: Analysis = _study(name).load()(model, encoded.examples, progress, **options)
     defaults = {key: parameter.default for key, parameter in options_of(name).items()}
     about = {"model": model.identity(), "task": encoded.summary(), "options": defaults | options}
@@ -181,5 +184,6 @@ def _facts(about: Mapping[str, Any]) -> dict[str, str]:
     return {
         "Model": about["model"]["name"],
         "Task": f"{task['name']}, {task['n_examples']} examples ({task['n_dropped']} left out)",
+        **({"Answers": note} if (note := beginnings(task)) else {}),
         "Options": ", ".join(f"{key} {value}" for key, value in about["options"].items()) or "none",
     }

@@ -191,7 +191,8 @@ def parse_example(row: Any, place: str) -> Example:
 
     Raises:
         InputError: a missing, unknown or ill-typed key, a subject or previous answer that the prompt does not hold, a
-            prompt that ends in a space, an answer with white space around it, or a span that is none of the prompt.
+            prompt that ends in a space, an answer with white space around it, one that is incorrect as well, or a span
+            that is none of the prompt.
     """
     # The keys and the types of their values.
     if not isinstance(row, dict):
@@ -236,4 +237,11 @@ def parse_example(row: Any, place: str) -> Example:
             raise InputError(f"{place}: the prompt does not contain the previous answer {answer!r}")
     if not example.remaining:
         raise InputError(f"{place}: every accepted answer is already given; add the remaining ones to 'answers'")
+    right = {normalise(answer) or answer: answer for answer in example.remaining}
+    for answer in example.incorrect:
+        if (same := right.get(normalise(answer) or answer)) is not None:
+            raise InputError(
+                f"{place}: incorrect answer {answer!r} is the answer {same!r} as well (compared without case, accents "
+                "and outer punctuation); remove it from one of the two"
+            )
     return example

@@ -60,17 +60,19 @@ def _trained() -> str:
     return str(backend.to_str())
 
 
-def tiny_tokenizer(bos: bool = False, trim_offsets: bool = False) -> PreTrainedTokenizerFast:
+def tiny_tokenizer(bos: bool = False, trim_offsets: bool = False, eos: bool = False) -> PreTrainedTokenizerFast:
     """A fast tokenizer that behaves like GPT-2's: " Rome" is one token, another one than "Rome".
 
     Args:
         bos: put `<bos>` in front, as llama's tokenizers do.
         trim_offsets: leave the leading space out of a token's character offsets.
+        eos: append `<eos>`, as tokenizers with `add_eos_token` do.
     """
     backend = Tokenizer.from_str(_trained())
     steps: list[Any] = [processors.ByteLevel(trim_offsets=trim_offsets)]
-    if bos:
-        steps.append(processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)]))
+    if bos or eos:
+        single = "<bos> " * bos + "$A" + " <eos>" * eos
+        steps.append(processors.TemplateProcessing(single=single, special_tokens=[("<bos>", 1), ("<eos>", 2)]))
     backend.post_processor = processors.Sequence(steps)
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,

@@ -131,7 +131,7 @@ def control_heads(
     if control.kind == "random":
         pairs = next(iter(random_sets(chosen, shape, 1, control.seed, roles)), ())
     elif control.kind == "largest":
-        examples = encode(task, model.tokenizer, model.positions).examples
+        examples = encode(task, model.tokenizer, model.positions, model.vocabulary).examples
         pairs = best_in_layers(-output_norms(model, examples), chosen, roles, neighbours=True)
     else:
         pairs = best_in_layers(np.abs(_ranking_scores(heads, path)), chosen, roles, neighbours=True)

@@ -24,6 +24,7 @@ from headtune.analysis.heads.head_set import HeadSet, RankedHead
 from headtune.analysis.methods.scores import load_means
 from headtune.analysis.models.head_model import HeadModel
 from headtune.analysis.tasks.loading import load_task
+from headtune.analysis.tasks.prompt_tokens import require_embeddings
 from headtune.analysis.tasks.task import Task
 from headtune.analysis.tasks.tokenized import encode
 from headtune.analysis.utils.errors import InputError
@@ -129,7 +130,7 @@ def prepare(recipe: Recipe, model: HeadModel, steps: list[Step]) -> PreparedSequ
             raise InputError(
                 f"task {steps[0].name!r} is multiple choice, on which heads cannot be identified; use heads.from"
             )
-        encode(steps[0].train, model.tokenizer, model.positions)
+        encode(steps[0].train, model.tokenizer, model.positions, model.vocabulary)
     distil = method.distil
     everywhere = model.n_layers * model.n_heads
     if method.strategy == "seekr" and recipe.heads is None:
@@ -147,6 +148,8 @@ def prepare(recipe: Recipe, model: HeadModel, steps: list[Step]) -> PreparedSequ
     rows = rows_of(recipe, model, steps)
     for step, step_rows in zip(steps, rows, strict=True):
         training_rows.check_lengths(step.name, [row.length for row in step_rows], model.positions)
+        tokens = [row.input_ids for row in step_rows]
+        require_embeddings(model.tokenizer, tokens, model.vocabulary, f"task {step.name!r}")
     for key in ("packing", "loss_type", "label_smoothing_factor", "completion_only_loss", "assistant_only_loss"):
         if recipe.training.get(key):
             raise InputError(f"training.{key} is not read by recipe seekr, whose loss is its own; remove it")

@@ -22,8 +22,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
-from headtune.analysis.models.head_model import positions_of
+from headtune.analysis.models.generation import generate, padding_id
+from headtune.analysis.models.head_model import positions_of, vocabulary_of
 from headtune.analysis.tasks.neutral import neutral_text
+from headtune.analysis.tasks.prompt_tokens import prefix_ids, token_ids
 from headtune.analysis.tasks.task import Example, Task, canonical, normalise
 from headtune.analysis.tasks.tokenized import EncodedTask, as_chat, check_prompt_length, encode
 from headtune.analysis.utils.errors import InputError
@@ -110,45 +112,24 @@ def _generate(
     sample_seed: int | None = None,
 ) -> list[str]:
     """Continue every prompt, in the task's order, until `lines` line breaks after some text."""
-    # Padding on the left, so that every row of a batch goes on at its end; the tokenizer is left as it was.
-    side, pad = tokenizer.padding_side, tokenizer.pad_token
-    tokenizer.padding_side = "left"
-    if pad is None:
-        tokenizer.pad_token = tokenizer.eos_token
     if sample_seed is not None:
         torch.manual_seed(sample_seed)
     model.eval()
     prompts = [example.prompt for example in as_chat(task, tokenizer).examples]
+    ids, pad = token_ids(tokenizer, prompts, special=not task.chat_template), padding_id(model, tokenizer)
     # Prompts of about one length share a batch.
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     texts: dict[int, str] = {}
-    try:
-        for start in range(0, len(order), batch_size):
-            indices = order[start : start + batch_size]
-            batch = tokenizer(
-                [prompts[i] for i in indices],
-                return_tensors="pt",
-                padding=True,
-                add_special_tokens=not task.chat_template,
-            )
-            batch = batch.to(model.device)
-            length = batch["input_ids"].shape[1]
-            generate: Any = model.generate
-            output = generate(
-                input_ids=batch["input_ids"],
-                attention_mask=batch["attention_mask"],
-                do_sample=sample_seed is not None,
-                top_k=0 if sample_seed is not None else None,
-                temperature=1.0 if sample_seed is not None else None,
-                top_p=None,
-                max_new_tokens=max_new_tokens,
-                pad_token_id=tokenizer.pad_token_id,
-                stopping_criteria=StoppingCriteriaList([_EnoughLines(tokenizer, length, lines)]),
-            )
-            written = tokenizer.batch_decode(output[:, length:], skip_special_tokens=True)
-            texts |= dict(zip(indices, written, strict=True))
-    finally:
-        tokenizer.padding_side, tokenizer.pad_token = side, pad
+    for start in range(0, len(order), batch_size):
+        indices = order[start : start + batch_size]
+        # Padding on the left, so that every row of a batch goes on at its end.
+        length = max(len(ids[i]) for i in indices)
+        rows = torch.tensor([[pad] * (length - len(ids[i])) + ids[i] for i in indices], device=model.device)
+        mask = torch.tensor([[0] * (length - len(ids[i])) + [1] * len(ids[i]) for i in indices], device=model.device)
+        stop = StoppingCriteriaList([_EnoughLines(tokenizer, length, lines)])
+        output = generate(model, rows, mask, max_new_tokens, pad, sample_seed is not None, stopping_criteria=stop)
+        written = tokenizer.batch_decode(output[:, length:], skip_special_tokens=True)
+        texts |= dict(zip(indices, written, strict=True))
     return [texts[i] for i in range(len(prompts))]
 
 
@@ -216,7 +197,7 @@ def generate_answers(
 
 def _tokens_of_answer(tokenizer: PreTrainedTokenizerBase, task: Task) -> int:
     answers = sorted({answer for example in task.examples for answer in example.answers})
-    return max(len(ids) for ids in tokenizer([" " + answer for answer in answers]).input_ids) + 8
+    return max(len(ids) for ids in token_ids(tokenizer, [" " + answer for answer in answers])) + 8
 
 
 def check_generation_length(
@@ -228,7 +209,7 @@ def check_generation_length(
     """
     if task.kind != "multiple_choice":
         more = TOKENS_OF_ITEM * n_items if task.kind == "lists" else _tokens_of_answer(tokenizer, task)
-        check_prompt_length(task, tokenizer, positions_of(model), more)
+        check_prompt_length(task, tokenizer, positions_of(model), more, vocabulary=vocabulary_of(model))
 
 
 def score_choices(
@@ -266,15 +247,26 @@ def answer_mass(model: PreTrainedModel, encoded: EncodedTask) -> tuple[list[floa
 def perplexity(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str | None = None, window: int = 512
 ) -> float:
-    """`exp(mean negative log-likelihood)` per token of `text` in consecutive windows of `window` tokens."""
-    window = min(window, positions_of(model) or window)
-    tokens = tokenizer(neutral_text() if text is None else text, return_tensors="pt").input_ids[0].to(model.device)
+    """`exp(mean negative log-likelihood)` per token of `text` in consecutive windows of `window` tokens.
+
+    In front of every window stands what the tokenizer puts in front of a text (see `prompt_tokens`); it is not scored.
+    Families that need it (Gemma) are broken without.
+    """
+    prefix = prefix_ids(tokenizer)
+    if (positions := positions_of(model)) is not None:
+        window = min(window, positions - len(prefix))
+    ids = token_ids(tokenizer, [neutral_text() if text is None else text])[0]
+    tokens, front = torch.tensor(ids, device=model.device), torch.tensor(prefix, dtype=torch.long, device=model.device)
     total, count = 0.0, 0
     for start in range(0, len(tokens) - 1, window):
-        part = tokens[start : start + window + 1][None]
-        log_p = model(part[:, :-1], use_cache=False).logits[0].float().log_softmax(-1)
-        total -= log_p.gather(-1, part[0, 1:, None]).sum().item()
-        count += part.shape[1] - 1
+        part = tokens[start : start + window + 1]
+        inputs = torch.cat([front, part[:-1]]) if start else part[:-1]
+        # Places whose next token is scored: in the first window the prefix is part of the text's tokens.
+        first = max(0, len(prefix) - 1) if start == 0 else len(prefix)
+        targets = part[1:] if start else part[1 + first :]
+        log_p = model(inputs[None], use_cache=False).logits[0, first:].float().log_softmax(-1)
+        total -= log_p.gather(-1, targets[:, None]).sum().item()
+        count += len(targets)
     return math.exp(total / count)
 
 
@@ -348,9 +340,10 @@ def score_task(
     }
     counts: dict[str, Any] = {"examples": len(scored), "subjects": len(set(subjects))}
     if task.kind == "lists":
-        metrics |= _masses(model, encoded := encode(task, tokenizer))
+        metrics |= _masses(model, encoded := encode(task, tokenizer, positions_of(model), vocabulary_of(model)))
         counts["items"] = len(scored) * n_items
         counts |= {"first_token_examples": len(encoded.examples), "dropped": dict(encoded.dropped)}
+        counts |= {"n_started": encoded.n_started} if encoded.n_started else {}
     elif task.kind == "multiple_choice":
         counts["choices"] = sum(len(choices(one.example)) for one in scored)
     metrics["n"] = counts

@@ -33,7 +33,8 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from headtune.analysis.models.head_model import positions_of
+from headtune.analysis.models.head_model import positions_of, vocabulary_of
+from headtune.analysis.tasks.prompt_tokens import require_embeddings, token_ids
 from headtune.analysis.tasks.task import Example, Task
 from headtune.analysis.tasks.tokenized import as_chat, continuation
 from headtune.analysis.utils.errors import InputError
@@ -90,11 +91,13 @@ def multiple_choice(
 def choice_tokens(
     tokenizer: PreTrainedTokenizerBase, context: str, choice: str, special: bool = True
 ) -> tuple[list[int], list[int]]:
-    """Token ids of a context and of the choice after it; white space that ends the context goes to the choice."""
-    bare = context.rstrip()
-    whole = bare + context[len(bare) :] + choice
-    before = tokenizer(bare, add_special_tokens=special).input_ids
-    return before, tokenizer(whole, add_special_tokens=special).input_ids[len(before) :]
+    """Token ids of a context and of the choice after it; white space that ends the context goes to the choice.
+
+    Args:
+        special: put the tokenizer's prefix in front (see `prompt_tokens`).
+    """
+    before, whole = token_ids(tokenizer, [context.rstrip(), context + choice], special)
+    return before, whole[len(before) :]
 
 
 @torch.no_grad()
@@ -128,7 +131,7 @@ def choice_log_likelihoods(
         raise InputError(f"task {task.name!r} is given as a chat, where a preamble has no place; leave one of them out")
     model.eval()
     before = f"{preamble.strip()}\n\n" if preamble.strip() else ""
-    limit = positions_of(model) or math.inf
+    limit, vocabulary = positions_of(model) or math.inf, vocabulary_of(model)
     # Tokens of every context and of its choices.
     contexts: list[list[int]] = []
     options: list[list[list[int]]] = []
@@ -147,6 +150,7 @@ def choice_log_likelihoods(
                     f"prompt and choice {choice!r:.100} take {length} tokens, the model takes {limit}; shorten the "
                     "preamble or the prompt"
                 )
+            require_embeddings(tokenizer, [context, option], vocabulary, f"task {task.name!r}")
             options[-1].append(option)
         contexts.append(context)
     # What all contexts begin with runs once; its keys and values serve them all.

@@ -121,7 +121,7 @@ def _write_lora(
     # What the adapted model computes, and its adapter arranged anew.
     model, tokenizer, _ = load_run(run)
     require_stock(model.get_base_model())
-    prompts = export_prompts(tokenizer, held_out_task(recipe.task, n_prompts), n_prompts)
+    prompts = export_prompts(model, tokenizer, held_out_task(recipe.task, n_prompts), n_prompts)
     notify(f"logits and generations of the adapted model on {len(prompts.rows)} prompts")
     expected = model_outputs(model, prompts, progress)
     lora, weights = stock_lora(model)

@@ -27,7 +27,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from headtune.analysis.models.architectures import architecture_of
+from headtune.analysis.models.generation import generate, padding_id
 from headtune.analysis.models.loading import parse_dtype
+from headtune.analysis.tasks.prompt_tokens import token_ids
 from headtune.analysis.tasks.task import Task
 from headtune.analysis.utils.errors import CheckError, InputError
 from headtune.analysis.utils.files import atomic_folder, require_new_folder, sha256_of, write_json, write_text
@@ -56,7 +58,8 @@ import json, os, sys, warnings
 import torch
 from safetensors.torch import save_file
 from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer)
+    MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer,
+    GenerationConfig)
 for job in json.load(open(sys.argv[1])):
     folder = job["folder"]
     known = type(AutoConfig.from_pretrained(folder, revision=job["revision"])) in MODEL_FOR_CAUSAL_LM_MAPPING
@@ -76,15 +79,23 @@ for job in json.load(open(sys.argv[1])):
         model = PeftModel.from_pretrained(model, job["adapter"])
     assert "headtune" not in {name.split(".")[0] for name in sys.modules}
     model.eval()
+    # Greedy, whatever generation_config.json asks for; what settings leave open is filled in from the model's.
+    base = model if job["adapter"] is None else model.get_base_model()
+    settings = GenerationConfig(
+        do_sample=False, max_new_tokens=job["new_tokens"], bos_token_id=base.generation_config.bos_token_id,
+        eos_token_id=base.generation_config.eos_token_id, pad_token_id=job["pad"])
+    base.generation_config = GenerationConfig()
     result = {}
     with torch.no_grad():
         for index, row in enumerate(job["prompts"]):
-            assert job["texts"] is None or tokenizer(job["texts"][index]).input_ids == row, "the tokenizer has changed"
+            if job["texts"] is not None:
+                ids = tokenizer(job["texts"][index]).input_ids  # without what it appends, or a second BOS
+                skipped = int(ids[:1] == row[:1] != row[1:2] and ids[1:2] == row[:1])
+                assert row == ids[skipped:len(row) + skipped], "the tokenizer has changed"
             result[f"logits.{index}"] = model(torch.tensor([row])).logits[0].float().contiguous()
         for first, rows, mask in job["batches"]:
             generated = model.generate(
-                torch.tensor(rows), attention_mask=torch.tensor(mask), do_sample=False,
-                max_new_tokens=job["new_tokens"], pad_token_id=job["pad"])
+                torch.tensor(rows), attention_mask=torch.tensor(mask), generation_config=settings)
             result |= {f"greedy.{first + i}": row.clone() for i, row in enumerate(generated)}
     save_file(result, job["answer"])
 """
@@ -131,11 +142,12 @@ class ModelOutputs:
     greedy: Sequence[Tensor]
 
 
-def export_prompts(tokenizer: PreTrainedTokenizerBase, task: Task, n: int = 20, new_tokens: int = 24) -> Prompts:
+def export_prompts(
+    model: Any, tokenizer: PreTrainedTokenizerBase, task: Task, n: int = 20, new_tokens: int = 24
+) -> Prompts:
     """The first prompts of a task's seeded order."""
     texts = [example.prompt for example in task.limited(n).examples]
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    return Prompts([tokenizer(text).input_ids for text in texts], texts, new_tokens, pad)
+    return Prompts(token_ids(tokenizer, texts), texts, new_tokens, padding_id(model, tokenizer))
 
 
 @torch.no_grad()
@@ -147,10 +159,9 @@ def model_outputs(model: Any, prompts: Prompts, progress: Progress = silent) -> 
         for row in progress(prompts.rows, "asking the adapted model")
     ]
     greedy: list[Tensor] = []
-    settings = {"do_sample": False, "max_new_tokens": prompts.new_tokens, "pad_token_id": prompts.pad}
     for _, *batch in progress(prompts.batches(), "letting it go on"):
         tokens, mask = (torch.tensor(part, device=model.device) for part in batch)
-        greedy += model.generate(input_ids=tokens, attention_mask=mask, **settings).cpu()
+        greedy += generate(model, tokens, mask, prompts.new_tokens, prompts.pad).cpu()
     return ModelOutputs(logits, greedy)
 
 
@@ -289,7 +300,7 @@ def export(
     require_new_folder(target, "choose another folder")
     origin = origin or Origin()
     # What the adapted model computes, before it is used up.
-    prompts = export_prompts(tokenizer, task, n_prompts, new_tokens)
+    prompts = export_prompts(model, tokenizer, task, n_prompts, new_tokens)
     notify(f"logits and generations of the adapted model on {len(prompts.rows)} prompts")
     expected = model_outputs(model, prompts, progress)
     # Fold, write beside the target, reload and compare; the folder gets its name at the end.

@@ -17,6 +17,7 @@ from peft import get_peft_model
 from transformers import set_seed
 
 from headtune.analysis.heads.head_set import ROLES, HeadSet
+from headtune.analysis.models.generation import with_padding_token
 from headtune.analysis.models.head_model import HeadModel
 from headtune.analysis.reports.dissociation import next_step, verdict_of
 from headtune.analysis.tasks.task import scored
@@ -127,8 +128,7 @@ def _trained(
     notes: list[str],
 ) -> DryRun:
     heads, method = ready.model, recipe.method
-    if heads.tokenizer.pad_token is None:
-        heads.tokenizer.pad_token = heads.tokenizer.eos_token
+    with_padding_token(heads.hf, heads.tokenizer)
     limit = recipe.task.max_train_examples
     shown_recipe = recipe
     if method.objective == "answer_set" and method.answer_set.own_lists:

@@ -79,7 +79,7 @@ def _prepare_single(recipe: Recipe, model: HeadModel, train: Task, held_out: Tas
     if block is not None and block.identify is not None:
         if train.kind == "multiple_choice":
             raise InputError(no_first_tokens(train))
-        encode(train, model.tokenizer, model.positions)
+        encode(train, model.tokenizer, model.positions, model.vocabulary)
     require_choices(held_out)
     check_generation_length(model.hf, model.tokenizer, held_out, recipe.evaluation.n_items)
     if block is not None and block.identify is None and not block.learnt:

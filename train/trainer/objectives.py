@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from headtune.analysis.models.head_model import HeadModel
+from headtune.analysis.tasks.answer_starts import beginnings
 from headtune.analysis.tasks.task import Task
 from headtune.analysis.tasks.tokenized import encode
 from headtune.analysis.utils.errors import InputError
@@ -39,11 +40,11 @@ class TrainingObjective(ObjectiveRules):
     trainer: Any = penalised_trainers.SFT
 
     def rows(self, recipe: Recipe, task: Task, tokenizer: Any) -> Any:
-        """The training rows, a Dataset: text, which TRL tokenises and ends, or, of lists, tokens without an end."""
+        """The training rows, a Dataset of tokens; answers end with the end of the text, but not the items of lists."""
         rows = training_rows.sft_rows(task, recipe.seed)
-        if task.kind != "lists":
-            return rows
-        return training_rows.open_rows(rows, tokenizer, whole=recipe.training.get("completion_only_loss") is False)
+        whole = recipe.training.get("completion_only_loss") is False
+        end = "" if task.kind == "lists" else _end_of_text(recipe, tokenizer)
+        return training_rows.open_rows(rows, tokenizer, whole, end=end)
 
     def prepare(self, recipe: Recipe, model: HeadModel, train: Task) -> Any:
         """The rows, checked before the run begins and taken up by `data` when it trains.
@@ -53,7 +54,7 @@ class TrainingObjective(ObjectiveRules):
         """
         part = train.limited(recipe.task.max_train_examples, recipe.seed)
         rows = self.rows(recipe, part, model.tokenizer)
-        training_rows.check_row_length(train.name, rows, model.tokenizer, model.positions)
+        training_rows.check_row_length(train.name, rows, model.tokenizer, model.positions, model.vocabulary)
         return rows
 
     def data(self, recipe: Recipe, model: HeadModel, train: Task, rows: Any, notify: Notify) -> TrainingData:
@@ -78,7 +79,8 @@ class Dpo(TrainingObjective):
 
     def rows(self, recipe: Recipe, task: Task, tokenizer: Any) -> Any:
         method: Any = recipe.method
-        return training_rows.dpo_rows(task, method.dpo.pairs)
+        rows = training_rows.dpo_rows(task, method.dpo.pairs)
+        return training_rows.dpo_tokens(rows, tokenizer, end=_end_of_text(recipe, tokenizer))
 
 
 @register_objective
@@ -90,7 +92,7 @@ class AnswerSet(TrainingObjective):
     def prepare(self, recipe: Recipe, model: HeadModel, train: Task) -> None:
         if train.kind == "multiple_choice":
             raise InputError(no_first_tokens(train))
-        encode(train, model.tokenizer, model.positions)
+        encode(train, model.tokenizer, model.positions, model.vocabulary)
 
     def data(self, recipe: Recipe, model: HeadModel, train: Task, rows: Any, notify: Notify) -> TrainingData:
         method: Any = recipe.method
@@ -105,11 +107,18 @@ class AnswerSet(TrainingObjective):
             recipe.evaluation.batch_size,
             model.weights_sha256,
         )
-        encoded = encode(task, model.tokenizer, model.positions)
+        encoded = encode(task, model.tokenizer, model.positions, model.vocabulary)
+        if note := beginnings(encoded.summary()):
+            notify(note)
         rows = training_rows.answer_set_rows(encoded)
         collator = answer_set_trainer.AnswerSetCollator(model.tokenizer.pad_token_id)
         arguments = {"train_dataset": rows, "data_collator": collator, "block": method.answer_set}
         return TrainingData(self.trainer, arguments, len(rows), encoded.summary())
+
+
+def _end_of_text(recipe: Recipe, tokenizer: Any) -> str:
+    """What TRL would put behind a text."""
+    return str(recipe.training.get("eos_token") or tokenizer.eos_token or "")
 
 
 def no_first_tokens(task: Task) -> str:

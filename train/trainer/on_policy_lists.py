@@ -96,7 +96,10 @@ def answer_set_task(
             rows = write_lists()
         else:
             version = importlib.metadata.version("headtune")
-            key = f"{version}/{weights_sha256}/{prompts.sha256}/{block.own_items}/{batch_size}/{model.device.type}"
+            # "greedy": until it was, a model's generation_config.json had its part in what lists say.
+            key = (
+                f"{version}/greedy/{weights_sha256}/{prompts.sha256}/{block.own_items}/{batch_size}/{model.device.type}"
+            )
             name = hashlib.sha256(key.encode()).hexdigest()[:24] + ".jsonl"
             rows = _cached(cache_folder() / "own-lists" / name, write_lists)
         if not rows:

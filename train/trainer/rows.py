@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from headtune.analysis.tasks.prompt_tokens import token_ids
 from headtune.analysis.tasks.task import Task
 from headtune.analysis.tasks.tokenized import continuation
 from headtune.analysis.utils.errors import InputError
@@ -50,8 +51,8 @@ def rows_of(task: Task, tokenizer: PreTrainedTokenizerBase, index: int, seed: in
     rows = []
     for place, example in enumerate(task.examples):
         answer = generator.choice(example.remaining) if task.kind == "lists" else example.remaining[0]
-        prompt: list[int] = tokenizer(example.prompt).input_ids
-        whole: list[int] = tokenizer(example.prompt + continuation(example.prompt, answer) + "\n").input_ids
+        text = example.prompt + continuation(example.prompt, answer) + "\n"
+        prompt, whole = token_ids(tokenizer, [example.prompt, text])
         if whole[: len(prompt)] != prompt:
             raise InputError(
                 f"task {task.name!r}: the tokens of {example.prompt[-40:]!r} change when {answer!r} follows; end "

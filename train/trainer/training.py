@@ -14,6 +14,7 @@ import torch
 from peft import PeftConfig, PeftModel
 from transformers import PrinterCallback, TrainerState, set_seed
 
+from headtune.analysis.models.generation import with_padding_token
 from headtune.analysis.models.head_model import HeadModel
 from headtune.analysis.tasks.task import Task
 from headtune.analysis.utils.errors import InputError
@@ -273,9 +274,8 @@ def train(context: RunContext, pairs: Pairs, task: Task, rows: Any) -> TrainingR
 
 
 def set_pad_token(model: HeadModel) -> None:
-    """Let the end of text pad rows where the tokenizer has no token for that."""
-    if model.tokenizer.pad_token is None:
-        model.tokenizer.pad_token = model.tokenizer.eos_token
+    """Let the end of text pad rows where the tokenizer has no token for that, or one that the model lacks."""
+    with_padding_token(model.hf, model.tokenizer)
 
 
 def unwrapped(trainer: Any) -> Any:

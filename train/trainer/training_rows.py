@@ -10,6 +10,7 @@ from typing import Literal
 import datasets
 from transformers import PreTrainedTokenizerBase
 
+from headtune.analysis.tasks.prompt_tokens import require_embeddings, token_ids
 from headtune.analysis.tasks.task import Task
 from headtune.analysis.tasks.tokenized import EncodedTask, continuation
 from headtune.analysis.utils.errors import InputError
@@ -66,35 +67,74 @@ def dpo_rows(task: Task, pairs: Literal["one", "all"]) -> datasets.Dataset:
     return datasets.Dataset.from_list(rows)
 
 
-def open_rows(rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, whole: bool = False) -> datasets.Dataset:
+def open_rows(
+    rows: datasets.Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    whole: bool = False,
+    special: bool = True,
+    end: str = "",
+) -> datasets.Dataset:
     """Rows of `sft_rows` as tokens, columns `input_ids` and `labels`, which TRL takes as they are.
 
-    To a text it adds the end-of-text token; trained on that, a model ends its list after one item.
+    A text it would give to the tokenizer, with all that the tokenizer appends, or puts in front a second time.
 
     Args:
         whole: the loss is on the prompt, too.
+        special: put the tokenizer's prefix in front (see `prompt_tokens`).
+        end: behind each completion, such as the end-of-text token. Trained on it, a model ends a list after one item.
     """
     result = []
     for row in rows:
-        before = tokenizer(row["prompt"]).input_ids
-        ids = tokenizer(row["prompt"] + row["completion"]).input_ids
-        same = next((n for n, (a, b) in enumerate(zip(before, ids, strict=False)) if a != b), len(before))
-        n_ignored = 0 if whole else same
+        before, ids = token_ids(tokenizer, [row["prompt"], row["prompt"] + row["completion"] + end], special)
+        n_ignored = 0 if whole else _shared(before, ids)
         result.append({"input_ids": ids, "labels": [-100] * n_ignored + ids[n_ignored:]})
     return datasets.Dataset.from_list(result)
 
 
+def dpo_tokens(
+    rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, special: bool = True, end: str = ""
+) -> datasets.Dataset:
+    """Rows of `dpo_rows` as tokens, columns `prompt_ids`, `chosen_ids`, `rejected_ids`: see `open_rows`.
+
+    As in TRL, the prompt ends where it and the two sides part, if tokens merge across its end.
+    """
+    result = []
+    for row in rows:
+        texts = [row["prompt"], *(row["prompt"] + row[side] + end for side in ("chosen", "rejected"))]
+        before, chosen, rejected = token_ids(tokenizer, texts, special)
+        n = min(_shared(before, chosen), _shared(before, rejected))
+        result.append({"prompt_ids": before[:n], "chosen_ids": chosen[n:], "rejected_ids": rejected[n:]})
+    return datasets.Dataset.from_list(result)
+
+
+def _shared(before: Sequence[int], ids: Sequence[int]) -> int:
+    """How many tokens two rows begin with alike."""
+    return next((n for n, (a, b) in enumerate(zip(before, ids, strict=False)) if a != b), min(len(before), len(ids)))
+
+
 def check_row_length(
-    name: str, rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, positions: int | None
+    name: str,
+    rows: datasets.Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    positions: int | None,
+    vocabulary: int | None = None,
 ) -> None:
-    """Refuse rows of `sft_rows`, `open_rows` or `dpo_rows` that are too long for the model (InputError)."""
+    """Refuse rows that are too long for the model, or have a token that it lacks: of `open_rows`, `dpo_tokens` or text.
+
+    Raises:
+        InputError: see `check_lengths` and `require_embeddings`.
+    """
     if "input_ids" in rows.column_names:
-        check_lengths(name, [len(ids) for ids in rows["input_ids"]], positions)
-        return
-    answers = [column for column in ("completion", "chosen", "rejected") if column in rows.column_names]
-    for column in answers if positions is not None else ():
-        texts = [prompt + answer for prompt, answer in zip(rows["prompt"], rows[column], strict=True)]
-        check_lengths(name, [len(ids) + 1 for ids in tokenizer(texts).input_ids], positions)  # TRL adds the end
+        whole = list(rows["input_ids"])
+    elif "prompt_ids" in rows.column_names:
+        sides = [rows[side] for side in ("chosen_ids", "rejected_ids")]
+        whole = [before + ids for side in sides for before, ids in zip(rows["prompt_ids"], side, strict=True)]
+    else:
+        answers = [column for column in ("completion", "chosen", "rejected") if column in rows.column_names]
+        texts = [prompt + row for column in answers for prompt, row in zip(rows["prompt"], rows[column], strict=True)]
+        whole = [ids + ids[:1] for ids in token_ids(tokenizer, texts)]  # TRL adds the end
+    check_lengths(name, [len(ids) for ids in whole], positions)
+    require_embeddings(tokenizer, whole, vocabulary, f"task {name!r}")
 
 
 def check_lengths(name: str, lengths: Sequence[int], positions: int | None) -> None:

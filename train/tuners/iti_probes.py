@@ -30,6 +30,7 @@ from torch.nn import functional
 from headtune.analysis.methods.scores import Scores
 from headtune.analysis.models import hooks
 from headtune.analysis.models.head_model import HeadModel
+from headtune.analysis.tasks.prompt_tokens import require_embeddings, token_ids
 from headtune.analysis.tasks.task import Example, Task, canonical
 from headtune.analysis.tasks.tokenized import as_chat, continuation
 from headtune.analysis.utils.errors import CheckError, InputError
@@ -181,7 +182,9 @@ def end_batches(model: HeadModel, rows: Sequence[Sequence[int]]) -> list[tuple[l
 
 def tokenised(model: HeadModel, texts: Sequence[str], task: Task) -> list[list[int]]:
     """Texts in tokens, as the model gets a task's prompts: a chat template writes its own special tokens."""
-    return [model.tokenizer(text, add_special_tokens=not task.chat_template).input_ids for text in texts]
+    rows = token_ids(model.tokenizer, texts, special=not task.chat_template)
+    require_embeddings(model.tokenizer, rows, model.vocabulary, f"task {task.name!r}")
+    return rows
 
 
 @torch.no_grad()

@@ -265,7 +265,7 @@ def _intercept(model: HeadModel, settings: InterceptConfig, progress: Progress) 
             "carries an offset on its output; use the intercept knob of headtune.analysis.interventions.last_layer"
         )
     fit = settings.fit or FIT
-    encoded = encode(Intercept(settings.beta, fit).task(), model.tokenizer, model.positions)
+    encoded = encode(Intercept(settings.beta, fit).task(), model.tokenizer, model.positions, model.vocabulary)
     regression, r2 = decompose(model, encoded.examples, progress=progress)
     config = HeadTuningConfig(heads=[], mlp_layers=[last], scale="none", offset=True, task_type="CAUSAL_LM")
     offset = -settings.beta * regression.intercept[-1]

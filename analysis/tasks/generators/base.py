@@ -10,8 +10,10 @@ from typing import Any, Protocol
 
 from transformers import PreTrainedTokenizerBase
 
+from headtune.analysis.tasks.answer_starts import answer_rows, blank_start
+from headtune.analysis.tasks.prompt_tokens import BlankTokens, token_ids
 from headtune.analysis.tasks.task import Example, Kind
-from headtune.analysis.tasks.tokenized import first_tokens
+from headtune.analysis.tasks.tokenized import continuation
 from headtune.analysis.utils.errors import InputError
 
 
@@ -20,8 +22,8 @@ class Answerer(Protocol):
 
     tokenizer: PreTrainedTokenizerBase
 
-    def next_tokens(self, prompts: Sequence[str]) -> list[int]:
-        """The likeliest token after each prompt."""
+    def next_tokens(self, rows: Sequence[Sequence[int]]) -> list[int]:
+        """The likeliest token after each prompt, given as token ids."""
 
 
 @dataclass
@@ -49,13 +51,21 @@ class Draw:
         return random.Random("/".join(map(str, (self.seed, *key))))
 
     def ids(self, text: str) -> list[int]:
-        """With the tokenizer's special tokens, as prompts are encoded."""
-        ids: list[int] = self.tokenizer(text).input_ids
-        return ids
+        """As prompts are encoded."""
+        return token_ids(self.tokenizer, [text])[0]
 
-    def first_token(self, prompt: str, answer: str) -> int | None:
-        """The first token of an answer after a prompt; None where tokens merge across the border."""
-        return first_tokens(self.tokenizer, prompt, self.ids(prompt), [answer])[answer]
+    def first_tokens(self, prompt: str, answers: Sequence[str]) -> list[tuple[int, ...] | None]:
+        """Of each answer after a prompt, the token that is scored, and before it any of white space alone.
+
+        These are as many as all of the answers begin with (see `answer_starts`). None where there is no such token:
+        tokens merge across the border, or only some answers begin with white space alone.
+        """
+        blank = BlankTokens(self.tokenizer)
+        texts = {answer: prompt + continuation(prompt, answer) for answer in answers}
+        rows = answer_rows(self.tokenizer, texts, self.ids(prompt))
+        n = blank_start(rows, blank)
+        firsts = [rows[answer][: n + 1] for answer in answers]
+        return [first if first and not blank(first[-1]) else None for first in firsts]
 
 
 @dataclass(frozen=True)

@@ -41,11 +41,13 @@ def conflict(draw: Draw, facts: Path | str, relation: str, template: str = _TEMP
         return template.replace("{relation}", relation).replace("{subject}", subject)
 
     # Facts whose objects can be told apart, and which the model knows.
-    first = {subject: draw.first_token(statement(subject), thing) for subject, thing in table.items()}
+    first = {subject: draw.first_tokens(statement(subject), [thing])[0] for subject, thing in table.items()}
     subjects = [subject for subject in table if first[subject] is not None]
     if draw.model is not None:
-        written = dict(zip(subjects, draw.model.next_tokens([statement(subject) for subject in subjects]), strict=True))
-        known_by_heart = [subject for subject in subjects if written[subject] == first[subject]]
+        tokens = {subject: first[subject] or () for subject in subjects}
+        prompts = [draw.ids(statement(subject)) + list(tokens[subject][:-1]) for subject in subjects]
+        written = dict(zip(subjects, draw.model.next_tokens(prompts), strict=True))
+        known_by_heart = [subject for subject in subjects if written[subject] == tokens[subject][-1]]
         draw.dropped["the model does not know it"] += len(subjects) - len(known_by_heart)
         draw.about["asked"] = {"subjects": len(subjects), "right": len(known_by_heart)}
         subjects = known_by_heart
@@ -53,7 +55,10 @@ def conflict(draw: Draw, facts: Path | str, relation: str, template: str = _TEMP
     others: dict[str, list[str]] = {}
     for subject in subjects:
         thing = table[subject]
-        different = {other for s, other in table.items() if first[s] not in (None, first[subject])}
+        alike = [
+            s for s in table if len(first[s] or ()) == len(first[subject] or ())
+        ]  # both, or neither, after a space
+        different = {table[s] for s in alike if first[s] != first[subject]}
         usable = sorted(
             other
             for other in different

@@ -43,7 +43,9 @@ def ioi(draw: Draw) -> list[Example]:
             corrupt, _ = _filled(text, names | {"{S}": third})
             if len(draw.ids(prompt)) != len(draw.ids(corrupt)):
                 draw.dropped["the counterpart has another length"] += 1
-            elif draw.first_token(prompt, indirect) == draw.first_token(prompt, subject):
+            elif None in (firsts := draw.first_tokens(prompt, [indirect, subject])):
+                draw.dropped["a name has no first token of its own"] += 1
+            elif firsts[0] == firsts[1]:
                 draw.dropped["the names begin with the same token"] += 1
             else:
                 mentions = {"{A}": marks["{A}"], "{B}": marks["{B}"]}

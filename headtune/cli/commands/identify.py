@@ -177,6 +177,7 @@ def print_heads(result: IdentifyResult) -> None:
 
     from headtune.analysis.methods.registry import METHODS
     from headtune.analysis.reports.dissociation import next_step, verdicts
+    from headtune.analysis.tasks.answer_starts import beginnings
     from headtune.analysis.tasks.tokenized import reasons
 
     from ..console import console, print_titled
@@ -189,6 +190,8 @@ def print_heads(result: IdentifyResult) -> None:
         + (f": {reasons(task['dropped'])}" if task["dropped"] else ""),
         markup=False,
     )
+    if note := beginnings(task):
+        console.print(note, markup=False)
     # One table for each role: the ranking score, and the effects that confirm it.
     for role, ranked in heads.roles.items():
         rule = heads.method["parameters"]["rules"][role]

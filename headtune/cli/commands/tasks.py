@@ -217,12 +217,15 @@ def _show_task(arguments: argparse.Namespace) -> int:
 
 def _scorable(task: Task, model: str) -> str:
     """What `identify` would leave out with this model's tokenizer."""
-    from headtune.analysis.models.loading import load_tokenizer
+    from headtune.analysis.models.loading import load_tokenizer, sizes_of
+    from headtune.analysis.tasks.answer_starts import beginnings
     from headtune.analysis.tasks.tokenized import encode, reasons
 
-    encoded = encode(task, load_tokenizer(model))
+    encoded = encode(task, load_tokenizer(model), *sizes_of(model))
     left_out = f"; left out: {reasons(encoded.dropped)}" if encoded.dropped else ""
-    return f"{len(encoded.examples)} of {len(task.examples)} prompts can be scored on first tokens{left_out}"
+    note = beginnings(encoded.summary())
+    counts = f"{len(encoded.examples)} of {len(task.examples)} prompts can be scored on first tokens"
+    return f"{counts}{left_out}" + (f"; {note}" if note else "")
 
 
 def _split_sizes(task: Task) -> str:

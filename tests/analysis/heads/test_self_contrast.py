@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from headtune.analysis.heads import self_contrast as contrast_module
 from headtune.analysis.heads.self_contrast import self_contrast
 from headtune.analysis.models.head_model import HeadModel
 from headtune.analysis.tasks.generators.make import write_task
@@ -36,6 +37,14 @@ def test_heads_that_do_nothing_leave_no_pair(model: HeadModel) -> None:
     with pytest.raises(InputError, match=r"no pair is left of 6 prompts: both write the same \(6\)") as error:
         self_contrast(model, needle_task(6), [(0, head) for head in range(1, N_HEADS)])
     assert "\n" not in str(error.value)
+
+
+def test_texts_that_differ_in_case_alone_are_no_pair(model: HeadModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = iter(["Rome", "rome.", "Rome", "Milan"])
+    monkeypatch.setattr(contrast_module, "_write", lambda *_: next(texts))
+    pairs = self_contrast(model, needle_task(2), [(0, 0)])
+    assert [(pair.answers, pair.incorrect) for pair in pairs.examples] == [(("Rome",), ("Milan",))]
+    assert pairs.about["dropped"] == {"both write the same": 1}
 
 
 def test_one_token_and_refusals(model: HeadModel) -> None:

@@ -72,6 +72,21 @@ def test_mean_is_the_mean_over_the_positions_of_a_text(model: HeadModel) -> None
         torch.testing.assert_close(z[layer][0, :, head], neutral[layer, head].expand(LENGTH, -1))
 
 
+def test_the_mean_is_over_windows_that_each_begin_with_bos(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = wrap_model(tiny_model("llama"), tiny_tokenizer(bos=True), "bos")
+    monkeypatch.setattr(silencing, "_WINDOW", 6)
+    text = "Paris is a city in France. " * 2
+    plain = model.tokenizer(text, add_special_tokens=False).input_ids
+    outputs: list[Tensor] = []
+    for start in range(0, len(plain), 5):
+        with hooks.capture(model) as z:
+            logits(model, torch.tensor([1, *plain[start : start + 5]]))
+        outputs.append(torch.stack([z[layer][0, 1:, head] for layer, head in HEADS]))
+    expected = torch.cat(outputs, 1).mean(1)
+    means = mean_outputs(model, HEADS, text)
+    torch.testing.assert_close(torch.stack([means[head] for head in HEADS]), expected)
+
+
 def _weights(model: HeadModel, layer: int, head: int, how: str) -> Tensor:
     """`[seq, seq]` attention weights by the definition, from the model's whole attention matrix."""
     hf = copy.deepcopy(model.hf)

@@ -50,7 +50,8 @@ class Knows:
     tokenizer: PreTrainedTokenizerBase
     subjects: tuple[str, ...]
 
-    def next_tokens(self, prompts: Sequence[str]) -> list[int]:
+    def next_tokens(self, rows: Sequence[Sequence[int]]) -> list[int]:
+        prompts = [self.tokenizer.decode(list(row)) for row in rows]
         answers = [
             next((a[0] for s, a in CAPITALS.items() if s in prompt and s in self.subjects), "York")
             for prompt in prompts

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from headtune.analysis.tasks import tokenized
+from headtune.analysis.tasks import contrast
 from headtune.analysis.tasks.task import Example, Task
 from headtune.analysis.tasks.tokenized import Encoded, encode
 from helpers.tiny import FACTS, tiny_task
@@ -61,7 +61,7 @@ def test_they_sum_to_1_and_hold_no_answer_of_the_subject_given_or_not(tokenizer:
 def test_they_do_not_depend_on_the_order_of_the_prompts(
     tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tokenized, "PERMUTATIONS", 3)  # of seven: which ones must not depend on it either
+    monkeypatch.setattr(contrast, "PERMUTATIONS", 3)  # of seven: which ones must not depend on it either
     task = tiny_task()
     backwards = Task(task.name, task.examples[::-1])
     assert [each.others for each in encode(task, tokenizer).examples] == [
@@ -81,7 +81,7 @@ def test_at_most_so_many_others_and_every_subject_as_often(
     tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch, permutations: int
 ) -> None:
     """Each of the first cities is one subject's alone: the tokens say whose answers were taken."""
-    monkeypatch.setattr(tokenized, "PERMUTATIONS", permutations)
+    monkeypatch.setattr(contrast, "PERMUTATIONS", permutations)
     examples = encode(questions({name: cities[:1] for name, cities in FACTS.items()}), tokenizer).examples
     assert len({token for each in examples for token in each.target_tokens}) == len(FACTS)
     expected = min(permutations, len(FACTS) - 1)

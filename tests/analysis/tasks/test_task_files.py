@@ -67,6 +67,11 @@ def test_optional_keys_and_empty_lines(tmp_path: Path) -> None:
     assert corrupted.corrupt == "x" and corrupted.previous == ()
 
 
+def test_an_answer_that_was_given_may_be_incorrect_now(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "t.jsonl", ROW | {"incorrect": ["Rome", "milan"]}, ROW | {"incorrect": ["!", "?"]})
+    assert [example.incorrect for example in load_task(str(path)).examples] == [("Rome", "milan"), ("!", "?")]
+
+
 def test_lines_without_previous_are_single_facts(tmp_path: Path) -> None:
     single = {"prompt": "The capital of Italy is", "subject": "Italy", "answers": ["Rome"]}
     kinds = {
@@ -145,6 +150,14 @@ BAD_ROWS = {
     "incorrect with a space": (
         ROW | {"incorrect": ["Lyon "]},
         "'incorrect': 'Lyon ' has white space around it; write 'Lyon'",
+    ),
+    "an answer that is incorrect": (
+        ROW | {"incorrect": ["Lyon", "Naples"]},
+        "incorrect answer 'Naples' is the answer 'Naples' as well",
+    ),
+    "an answer that is incorrect, written otherwise": (
+        ROW | {"incorrect": ["naples."]},
+        "incorrect answer 'naples.' is the answer 'Naples' as well (compared without case, accents and outer",
     ),
     "prompt ends in a space": (ROW | {"prompt": ROW["prompt"] + " "}, "the prompt ends in a space; remove it"),
     "nothing remains": (ROW | {"answers": ["rome", "milan"]}, "every accepted answer is already given"),

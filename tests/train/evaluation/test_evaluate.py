@@ -365,6 +365,30 @@ def test_perplexity_is_the_slow_one(window: int) -> None:
     assert perplexity(model, tokenizer, text, window) == pytest.approx(slow_perplexity(model, tokens, window), rel=1e-5)
 
 
+def slow_perplexity_behind(model: Any, prefix: list[int], tokens: list[int], window: int) -> float:
+    """Token by token, each predicted from the prefix and those before it in its window, which starts anew behind it.
+
+    The first window has the prefix among its `window` tokens.
+    """
+    total = 0.0
+    for position in range(len(tokens)):
+        start = max(0, (position + len(prefix) - 1) // window * window - len(prefix))
+        with torch.no_grad():
+            row = model(torch.tensor([prefix + tokens[start:position]]), use_cache=False).logits[0, -1].double()
+        total -= math.log(row.softmax(-1)[tokens[position]].item())
+    return math.exp(total / len(tokens))
+
+
+@pytest.mark.parametrize("window", [3, 5, 8, 100])
+def test_every_window_begins_with_what_the_tokenizer_puts_in_front(window: int) -> None:
+    model, text = tiny_model("gpt2", n_positions=9), "List five cities in Italy.\n1. Rome\n2. Milan"
+    plain = tiny_tokenizer()(text).input_ids
+    expected = slow_perplexity_behind(model, [1], plain, min(window, 8))
+    assert perplexity(model, tiny_tokenizer(bos=True), text, window) == pytest.approx(expected, rel=1e-5)
+    assert perplexity(model, tiny_tokenizer(bos=True, eos=True), text, window) == pytest.approx(expected, rel=1e-5)
+    assert perplexity(model, tiny_tokenizer(), text, window) != pytest.approx(expected, rel=1e-3)
+
+
 def test_the_neutral_text_is_long_enough_to_mean_something() -> None:
     assert len(neutral_text().split()) > 500
 
