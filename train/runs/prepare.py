@@ -23,8 +23,6 @@ from headtune.train.methods.base import method_named
 from headtune.train.trainer import attach_regularisers, training
 from headtune.train.trainer.objectives import no_first_tokens, objective_of
 
-from .load_run import warn_of_code
-
 
 @dataclass(frozen=True)
 class PreparedRun:
@@ -58,7 +56,6 @@ def prepare(recipe: Recipe) -> PreparedRun:
     method = method_named(recipe.recipe)
     steps = sequence.steps_of(recipe.task) if method.learns_sequence else []
     train, held_out = (steps[0].train, steps[0].held_out) if steps else tasks_of(recipe.task)
-    warn_of_code(recipe.model)
     block = recipe.model
     model = load_model(block.name, block.dtype, None, block.revision, block.trust_remote_code)
     if method.learns_sequence:

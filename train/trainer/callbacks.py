@@ -41,9 +41,10 @@ def progress_logger(notify: Notify) -> TrainerCallback:
                 # In fp16 a gradient beyond the numbers is skipped by the scaler, and no sign of anything.
                 for what, key in (("loss", "loss"), *(() if args.fp16 else (("norm of the gradient", "grad_norm"),))):
                     if not math.isfinite(float(logs.get(key, 0.0))):
+                        untrained = "; or use bfloat16 or float32: no weight has changed yet"
                         raise CheckError(
                             f"the {what} is {logs[key]} at step {state.global_step}; lower training.learning_rate "
-                            f"(it was {logs.get('learning_rate')})"
+                            f"(it was {logs.get('learning_rate')}){untrained if state.global_step == 1 else ''}"
                         )
                 parts = [f"{name} {float(value):.4g}" for name, value in logs.items() if name not in _LEFT_OUT]
                 notify(f"step {state.global_step}/{state.max_steps}: " + ", ".join(parts))
