@@ -6,7 +6,9 @@ machine without network for a model that lies whole in the cache.
 
 from __future__ import annotations
 
+import contextlib
 import logging
+from collections.abc import Iterator
 
 from headtune.analysis.utils.errors import InputError
 
@@ -49,3 +51,16 @@ def local_only(name: str, revision: str | None) -> bool:
             f"model {name!r} is neither a folder nor reachable on the hub ({reason}); {expected}"
         ) from None
     return False
+
+
+@contextlib.contextmanager
+def offline(switched: bool) -> Iterator[None]:
+    """Keep the libraries from asking the hub, as HF_HUB_OFFLINE=1 does; `local_files_only` does not reach them all."""
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = before or switched
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before

@@ -25,7 +25,7 @@ from . import builtin
 from .architectures import architecture_of
 from .attention import IMPLEMENTATION
 from .head_model import HeadModel
-from .hub import local_only
+from .hub import local_only, offline
 from .loaded_weights import require_same_weights
 from .model_folder import (
     check_is_decoder,
@@ -144,12 +144,13 @@ def load_plain(
             are no safetensors of its own, or they are not those that its configuration announces.
     """
     source, options = _source(name, revision, trust_remote_code)
-    with _refused_by_name(name):
+    local = bool(options.get("local_files_only"))
+    with offline(local), _refused_by_name(name):
         config = AutoConfig.from_pretrained(source, **options)
         check_is_decoder(config.get_text_config(), name)
         architecture_of(config.get_text_config().model_type)
     tokenizer = _tokenizer(name, source, options)
-    with _refused_by_name(name):
+    with offline(local), _refused_by_name(name):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source,
             dtype=parse_dtype(dtype),
@@ -198,7 +199,7 @@ def _source(name: str, revision: str | None, trust_remote_code: bool, whole: boo
 def _tokenizer(name: str, source: str, options: dict[str, Any]) -> PreTrainedTokenizerBase:
     if Path(source).is_dir():
         check_tokenizer_files(Path(source), name)
-    with _refused_by_name(name, "its tokenizer "):
+    with offline(bool(options.get("local_files_only"))), _refused_by_name(name, "its tokenizer "):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, **options)
     check_tokenizer(tokenizer, name)
     return tokenizer

@@ -98,7 +98,7 @@ def dry_run(recipe: Recipe) -> DryRun:
     ready = prepare(recipe)
     heads = ready.model
     total = sum(p.numel() for p in heads.hf.parameters())
-    notes: list[str] = []
+    notes = [] if ready.not_exported is None else [ready.not_exported]
     pairs: list[tuple[int, int]] = []
     words = None
     if recipe.heads is not None:

@@ -131,6 +131,8 @@ def _run(recipe: Recipe, resume: bool, progress: pipeline.Progress, notify: Noti
     if data and "data" in saved:
         _require_same_data(data["data"], saved["data"], folder)
     notify(f"run {folder} on {recipe.model.name}")
+    if prepared.not_exported is not None:
+        notify(prepared.not_exported)
     notify(f"task {prepared.held_out.name}: {scored(prepared.held_out.kind, recipe.evaluation.n_items)}")
     if main:
         folder.mkdir(parents=True, exist_ok=True)
