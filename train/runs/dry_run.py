@@ -21,7 +21,6 @@ from headtune.analysis.models.head_model import HeadModel
 from headtune.analysis.reports.dissociation import next_step, verdict_of
 from headtune.analysis.tasks.task import scored
 from headtune.analysis.utils.errors import InputError
-from headtune.analysis.utils.files import require_new_folder
 from headtune.analysis.utils.processes import world_size
 from headtune.train.config import resolve_tasks
 from headtune.train.config.methods import HeadsConfig
@@ -34,7 +33,7 @@ from headtune.train.trainer.objectives import objective_of
 from . import batch_preview, memory_of_recipe
 from .memory_of_recipe import Stage
 from .prepare import PreparedRun, prepare
-from .run import FIRST
+from .run import require_free_folder
 
 
 @dataclass(frozen=True)
@@ -93,8 +92,7 @@ def dry_run(recipe: Recipe) -> DryRun:
     """
     if world_size() > 1:
         raise InputError("--dry-run is for one process; headtune plan estimates several")
-    fix = "choose another output_dir or name, or continue it with --resume (resume=True in Python)"
-    require_new_folder(recipe.folder, fix, FIRST)
+    require_free_folder(recipe.folder)
     ready = prepare(recipe)
     heads = ready.model
     total = sum(p.numel() for p in heads.hf.parameters())
