@@ -31,6 +31,7 @@ from headtune.train.trainer import training
 from headtune.train.trainer.objectives import objective_of
 
 from . import batch_preview, memory_of_recipe
+from .deep_heads import slowed_by
 from .memory_of_recipe import Stage
 from .prepare import PreparedRun, prepare
 from .run import require_free_folder
@@ -101,6 +102,8 @@ def dry_run(recipe: Recipe) -> DryRun:
     words = None
     if recipe.heads is not None:
         pairs, words = _heads(recipe.heads, ready, notes)
+        if ready.heads is not None and (slow := slowed_by(recipe, heads, pairs)) is not None:
+            notes.append(slow)
     examples = (len(ready.train.examples), len(ready.held_out.examples))
     tasks = f"{resolve_tasks.in_words(recipe.task, ready.train, ready.held_out)}, "
     tasks += scored(ready.held_out.kind, recipe.evaluation.n_items)

@@ -46,6 +46,7 @@ from headtune.train.trainer import failures, signals, training
 from headtune.train.trainer.run_context import RunContext
 
 from . import first_stage
+from .deep_heads import slowed_by
 from .load_run import read_run_file
 from .prepare import PreparedRun, prepare
 
@@ -217,6 +218,8 @@ def _tune(context: RunContext, prepared: PreparedRun, run_file: RunFile) -> tupl
         _show_heads(context, resolved)
     if method.stops_after_heads(recipe.method):
         return {}, resolved
+    if (slow := slowed_by(recipe, model, resolved.pairs)) is not None:
+        notify(slow)
     model.record_attention(False)  # rows are not needed any more
     # The base model.
     measured = functools.partial(measure, model.tokenizer, prepared.held_out, recipe.evaluation)

@@ -283,3 +283,20 @@ def test_what_cannot_be_exported_is_said_before_it_is_trained(
     if recipe == "lofit":
         assert train(path) == 0
         assert (line in capsys.readouterr().err.replace("\n", " ")) == carries
+
+
+def test_heads_that_slow_a_training_down_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = save_tiny(tmp_path / "model", "llama", num_hidden_layers=10)
+    recipe = write_recipe(tmp_path, model)
+    line = "L0H3 alone reaches below layer 9, and steps go through all layers from 0 up: without it they are about"
+    for heads, method, faster in (
+        ("[[9, 1], [0, 3], [9, 0]]", "prefix_cache: false", "1.8"),
+        ("[[9, 1], [0, 3], [9, 0]]", "prefix_cache: true", "10.0"),
+        ("[[9, 1], [8, 3]]", "prefix_cache: false", None),
+        ("[[0, 0], [0, 1], [9, 0]]", "prefix_cache: false", None),
+    ):
+        words = [f"heads={{list: {heads}}}", f"method={{{method}, answer_set: {{own_lists: 0}}}}"]
+        notes = [note for note in dry(recipe, capsys, *words)["notes"] if "alone reach" in note]
+        assert notes == ([f"{line} {faster} times faster"] if faster else []), (heads, method)
+    assert train(recipe, "heads={list: [[9, 1], [0, 3]]}", "training.max_steps=1") == 0
+    assert f"{line} " in " ".join(capsys.readouterr().err.split())

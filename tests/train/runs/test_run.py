@@ -499,7 +499,7 @@ def test_a_failed_run_without_a_checkpoint_does_not_block_its_folder(
     assert read(run / "run.json")["state"] == "done"
     assert read(tmp_path / "run.failed-1" / "run.json")["state"] == "failed"
     # With something to continue, and after a run that is done, the folder stays what it is.
-    assert train(recipe) == 2
+    assert train(recipe) == 2 and "--resume" in one_line(capsys)
     record = read(run / "run.json") | {"state": "failed"}
     (run / "run.json").write_text(json.dumps(record))
     assert train(recipe) == 2
