@@ -160,6 +160,8 @@ def _trained(
     longest, labels = _sizes(trainer.train_dataset)
     rows = batch_preview.rows_of(batch, heads.tokenizer)
     n_rows = data.n_rows
+    if n_rows != len(ready.train.examples):
+        notes.append(f"{n_rows} rows are made from the {len(ready.train.examples)} prompts of the task")
     at_once = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
     return DryRun(
         words,
