@@ -52,8 +52,8 @@ from headtune.analysis.utils.errors import InputError
 from headtune.analysis.utils.files import write_json
 from headtune.analysis.utils.stats import rate_interval
 from headtune.train.evaluation.evaluate import neutral_text, perplexity
-from headtune.train.export.convert import fold
 from headtune.train.tuners import steering
+from headtune.train.tuners.convert import fold
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "in_context.json"

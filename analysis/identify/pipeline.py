@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from headtune.analysis.heads.head_set import HeadSet, RankedHead, provenance
 from headtune.analysis.heads.ranking import FDR, RANKINGS, elbow, rank, rule_for, stability, with_differences
 from headtune.analysis.heads.roles import DEFAULT_ROLES, Role, roles_of
@@ -16,6 +18,7 @@ from headtune.analysis.methods.parallel_map import ParallelMap
 from headtune.analysis.methods.registry import parse_method_names, score_examples
 from headtune.analysis.methods.scores import Scores
 from headtune.analysis.models.head_model import HeadModel
+from headtune.analysis.models.self_check import probe_logits, require_finite_logits
 from headtune.analysis.reports import head_report
 from headtune.analysis.reports.head_profiles import write_profiles
 from headtune.analysis.reports.profile_heads import profile_heads
@@ -130,7 +133,7 @@ def identify(
 
     Raises:
         InputError: an unknown method or role, a `top` beyond the model's heads, a control of another model, a task that
-            cannot be scored on this model, or one of a single subject.
+            cannot be scored on this model, one of a single subject, or logits that are not finite in float16.
     """
     names = [each.name for each in parse_method_names(method)]
     asked = roles_of(roles)
@@ -170,6 +173,9 @@ def identify(
             ENOUGH_SUBJECTS,
         )
     _require_previous(asked, encoded)
+    if model.dtype == torch.float16:  # 65504 is its largest number, which long prompts of some models exceed
+        longest = max(encoded.examples, key=lambda example: len(example.tokens)).tokens.to(model.device)
+        require_finite_logits(probe_logits(model.hf, longest[None]), model.dtype, model.name)
     silenced = {name: control.roles for name, control in (controls or {}).items()}
     alone = {example.example.subject for example in encoded.examples if not example.others}
     if rank_by == "contrast" and alone:

@@ -28,7 +28,7 @@ class Architecture:
             offset on a head or an MLP is exported as such a bias; a family whose projections all have one needs none.
         bias_caveat: what the model card says of those biases where other programs are known to leave them out.
         twin: a family of the same computation that has flags where this one has none; what keeps a model from being
-            written as its twin is in `headtune.train.export.convert`.
+            written as its twin is in `headtune.train.tuners.convert`.
         fused: projections, by their path within a layer, that the twin has in parts, in the order of the rows.
         mlp: path, within one layer, of the last module of the MLP: its output is what is added to the residual stream.
         post_attention_norm: path, within one layer, of a norm between the attention block and the residual stream: what

@@ -7,6 +7,7 @@ The per-head point is the *input* of the attention output projection, `z[l, h]`,
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,18 +16,28 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import find_adapter_config_file
 
 from headtune.analysis.utils.errors import InputError, nearest
-from headtune.analysis.utils.paths import check_weights_are_safe
 from headtune.analysis.utils.processes import local_rank
 
 from . import builtin
 from .architectures import Architecture
 from .attention import IMPLEMENTATION
 from .head_model import HeadModel
-from .self_check import check, probe, probe_logits
+from .hub import local_only, offline
+from .loaded_weights import require_same_weights
+from .model_folder import (
+    check_is_decoder,
+    check_model_folder,
+    check_tokenizer,
+    check_tokenizer_files,
+    refuse_adapter,
+)
+from .self_check import check, require_causal, require_finite
 from .structure import architecture_for, architecture_of_config, auto_class
 
+log = logging.getLogger(__name__)
 EMBEDDED = "smollm2-135m"  # the built-in model that the demo and the recipes use
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -37,7 +48,8 @@ def wrap_model(
     """Wrap a loaded model and check the wrapping on a tiny batch (see `check`).
 
     Raises:
-        InputError: the family, or the layout of this member of it, is not supported, or weights are offloaded.
+        InputError: the family, or the layout of this member of it, is not supported, weights are offloaded, logits are
+            not finite, or the model reads later tokens.
         CheckError: the view does not describe the model; the message names the module.
     """
     # Refuse what cannot be taken apart into heads.
@@ -65,7 +77,8 @@ def wrap_model(
     in_features, d_model = projection.weight.shape if architecture.in_out_weight else projection.weight.shape[::-1]
     # Another attention implementation is put in; the view is checked against the model before.
     model.eval()
-    reference = probe_logits(model, probe(model))
+    reference = require_finite(model, tokenizer, name or str(model.name_or_path))
+    require_causal(model, reference, name or str(model.name_or_path))
     implementation = model.config._attn_implementation
     model.set_attn_implementation(IMPLEMENTATION)
     heads = HeadModel(
@@ -91,9 +104,7 @@ def load_architecture(name: str, revision: str | None = None, trust_remote_code:
     Raises:
         InputError: there is no such model, or no heads can be told apart in it.
     """
-    with _refused_by_name(name):
-        options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-        return architecture_of_config(AutoConfig.from_pretrained(resolve(name), **options))
+    return architecture_of_config(_config(name, revision, trust_remote_code))
 
 
 def cache_folder() -> Path:
@@ -123,35 +134,6 @@ def parse_dtype(dtype: str) -> torch.dtype:
     return DTYPES[dtype]
 
 
-def _require_on_hub(name: str, revision: str | None) -> None:
-    """Ask the hub once, briefly: loading an unknown name would be retried for half a minute.
-
-    Raises:
-        InputError: there is no such model, or the hub cannot be reached and the model is not in the local cache.
-    """
-    from huggingface_hub import HfApi, constants, try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    expected = f"{builtin.EXPECTED}, a model folder, or a hub id (org/name)"
-    try:
-        if isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str):
-            return
-        if constants.HF_HUB_OFFLINE:
-            raise InputError(
-                f"model {name!r} is neither a folder nor in the local hub cache (offline mode); {expected}"
-            )
-        HfApi().model_info(name, revision=revision, timeout=10)
-    except HFValidationError:
-        raise InputError(f"model {name!r} is not a folder and not a valid hub id; {expected}") from None
-    except InputError:
-        raise
-    except Exception as error:  # network, HTTP and repository errors come from several libraries
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-        raise InputError(
-            f"model {name!r} is neither a folder nor reachable on the hub ({reason}); {expected}"
-        ) from None
-
-
 def load_plain(
     name: str,
     dtype: str = "float32",
@@ -165,32 +147,28 @@ def load_plain(
         device_map: as transformers takes it; None loads on the CPU.
 
     Raises:
-        InputError: there is no such model, its folder cannot be read, its weights are no safetensors of its own, or
-            some are lacking.
+        InputError: there is no such model, its folder cannot be read or is an adapter's, it is an encoder, its weights
+            are no safetensors of its own, or they are not those that its configuration announces.
     """
-    source = resolve(name)
-    options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-    if Path(source).is_dir():
-        check_weights_are_safe(Path(source))
-    else:
-        _require_on_hub(name, revision)
-    with _refused_by_name(name):
+    source, options = _source(name, revision, trust_remote_code)
+    local = bool(options.get("local_files_only"))
+    with offline(local), _refused_by_name(name):
         config = AutoConfig.from_pretrained(source, **options)
+        check_is_decoder(config.get_text_config(), name)
         architecture_of_config(config)
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+    tokenizer = _tokenizer(name, source, options)
+    with offline(local), _refused_by_name(name):
         loaded: Any = auto_class(config).from_pretrained(
             source,
             dtype=parse_dtype(dtype),
             device_map=device_map,
             use_safetensors=True,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, in one line
             **options,
         )
     model, info = loaded
-    if lacking := sorted(info["missing_keys"]):  # transformers draws them at random
-        raise InputError(
-            f"model {name!r} lacks {len(lacking)} of its weights, such as {lacking[0]}; give a whole copy of it"
-        )
+    require_same_weights(name, config, info)
     return model, tokenizer
 
 
@@ -200,11 +178,44 @@ def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bo
     Raises:
         InputError: there is no such model, or its tokenizer cannot be read.
     """
+    source, options = _source(name, revision, trust_remote_code, whole=False)
+    return _tokenizer(name, source, options)
+
+
+def _source(name: str, revision: str | None, trust_remote_code: bool, whole: bool = True) -> tuple[str, dict[str, Any]]:
+    """The checked folder or hub id behind a name, and the options with which everything of it is loaded.
+
+    Args:
+        whole: the folder has to hold a model, not a tokenizer alone.
+    """
     source = resolve(name)
+    options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     if not Path(source).is_dir():
-        _require_on_hub(name, revision)
-    with _refused_by_name(name):
-        return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
+        options["local_files_only"] = local_only(source, revision)
+        with _refused_by_name(name):
+            adapter = find_adapter_config_file(source, revision=revision, local_files_only=options["local_files_only"])
+        if whole and adapter is not None:
+            refuse_adapter(name, Path(adapter))
+    elif whole:
+        check_model_folder(Path(source), name)
+    if trust_remote_code:
+        log.warning("model.trust_remote_code: code that comes with %s runs with your rights", name)
+    return source, options
+
+
+def _tokenizer(name: str, source: str, options: dict[str, Any]) -> PreTrainedTokenizerBase:
+    if Path(source).is_dir():
+        check_tokenizer_files(Path(source), name)
+    with offline(bool(options.get("local_files_only"))), _refused_by_name(name, "its tokenizer "):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, **options)
+    check_tokenizer(tokenizer, name)
+    return tokenizer
+
+
+def _config(name: str, revision: str | None, trust_remote_code: bool) -> Any:
+    source, options = _source(name, revision, trust_remote_code, whole=False)
+    with offline(bool(options.get("local_files_only"))), _refused_by_name(name):
+        return AutoConfig.from_pretrained(source, **options)
 
 
 def sizes_of(name: str, revision: str | None = None, trust_remote_code: bool = False) -> tuple[int | None, int | None]:
@@ -213,23 +224,32 @@ def sizes_of(name: str, revision: str | None = None, trust_remote_code: bool = F
     Raises:
         InputError: there is no such model, or its configuration cannot be read.
     """
-    source = resolve(name)
-    if not Path(source).is_dir():
-        _require_on_hub(name, revision)
-    with _refused_by_name(name):
-        config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
+    config = _config(name, revision, trust_remote_code)
     text = config.get_text_config()
     return getattr(text, "max_position_embeddings", None), getattr(text, "vocab_size", None)
 
 
 @contextlib.contextmanager
-def _refused_by_name(name: str) -> Iterator[None]:
+def _refused_by_name(name: str, part: str = "") -> Iterator[None]:
+    """Errors of the libraries as one line that names the model.
+
+    Args:
+        part: of the model, where that is what cannot be loaded.
+    """
     try:
         yield
     except InputError:
         raise
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
+        if "trust_remote_code" in str(error) or "custom code" in str(error):
+            raise InputError(
+                f"model {name!r} comes with code of its own, which would run with your rights; read it, then allow it: "
+                "model.trust_remote_code=true in a recipe, --trust-remote-code on the command line, "
+                "trust_remote_code=True in Python"
+            ) from error
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if part:
+            raise InputError(f"model {name!r}: {part}cannot be loaded ({reason})") from error
         raise InputError(
             f"model {name!r} cannot be loaded: {builtin.EXPECTED}, a model folder or a hub id you can reach ({reason})"
         ) from error

@@ -7,13 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from headtune.analysis.utils.errors import CheckError
+from headtune.analysis.utils.errors import CheckError, InputError
 
 from . import hooks
 from .attention import look_with, record_rows, softcapped
 from .head_model import HeadModel
+from .model_folder import not_a_decoder
+
+_SENTENCE = "The capital of France is Paris, and the capital of Italy is"
 
 
 def probe(model: PreTrainedModel) -> Tensor:
@@ -28,6 +31,50 @@ def probe(model: PreTrainedModel) -> Tensor:
 def probe_logits(model: PreTrainedModel, tokens: Tensor) -> Tensor:
     """`[batch, seq, vocabulary]` float32."""
     return model(tokens, use_cache=False).logits.float()
+
+
+def require_finite(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> Tensor:
+    """Refuse a model whose logits are not finite, on the tiny batch or on a sentence with the tokenizer's BOS.
+
+    Returns:
+        The tiny batch's logits, `[batch, seq, vocabulary]` float32.
+
+    Raises:
+        InputError: they overflow in the dtype of the weights, or the weights themselves hold NaN.
+    """
+    tokens = probe(model)
+    logits = probe_logits(model, tokens)
+    sentence = torch.tensor([tokenizer(_SENTENCE).input_ids], device=tokens.device)
+    known_tokens = sentence[sentence < int(model.config.get_text_config().vocab_size)][None]
+    require_finite_logits(logits, model.dtype, name)
+    if known_tokens.shape[1]:
+        require_finite_logits(probe_logits(model, known_tokens), model.dtype, name)
+    return logits
+
+
+def require_finite_logits(logits: Tensor, dtype: torch.dtype, name: str) -> None:
+    """Refuse logits with NaN or infinities (InputError); `dtype` is the weights'."""
+    if logits.isfinite().all():
+        return
+    kind = str(dtype).removeprefix("torch.")
+    fix = "use bfloat16 or float32" if kind == "float16" else "its weights are damaged; get a whole copy of it"
+    raise InputError(f"model {name!r}: logits are not finite in {kind}; {fix}")
+
+
+def require_causal(model: PreTrainedModel, logits: Tensor, name: str) -> None:
+    """Refuse a model in which a token's logits depend on a later token: an encoder.
+
+    Args:
+        logits: of the tiny batch.
+
+    Raises:
+        InputError: they do.
+    """
+    changed = probe(model)
+    changed[:, -1] = (changed[:, -1] + 1) % int(model.config.get_text_config().vocab_size)
+    tolerance = (1e-5 if model.dtype == torch.float32 else 2e-2) * logits.abs().max().item()
+    if not (probe_logits(model, changed)[:, :-1] - logits[:, :-1]).abs().max().item() <= tolerance:
+        raise InputError(not_a_decoder(name, "an encoder (its logits depend on later tokens)"))
 
 
 @torch.no_grad()

@@ -44,6 +44,9 @@ def write_report(
         path,
         "head_report.html.j2",
         title=title or path.resolve().parent.name,
+        about_page=", ".join(
+            filter(None, (str(heads.model.get("name")), str(heads.task.get("name")), heads.created[:10]))
+        ),
         lead=_lead(heads),
         evaluation=None if evaluation is None else evaluation_view(evaluation),
         # Heads that a training chose have no role whose loss could be told apart.

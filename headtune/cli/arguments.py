@@ -102,16 +102,27 @@ def model_and_task_arguments(p: argparse.ArgumentParser, out: str, optional: boo
     p.add_argument("--max-examples", type=positive, help="use at most this many prompts, spread over subjects")
     p.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16")
     p.add_argument("--device-map", help="'auto' spreads the model over the devices there are")
+    trust_argument(p)
     p.add_argument("--max-memory", type=memory, help="of batches of hypothetical runs, such as 4GiB (default: 1GiB)")
     p.add_argument("--chat-template", action="store_true", help="wrap prompts with the tokenizer's own chat template")
     p.add_argument("--seed", type=int, default=0)
+
+
+def trust_argument(p: argparse.ArgumentParser) -> None:
+    """`--trust-remote-code`, as a recipe's model.trust_remote_code."""
+    p.add_argument("--trust-remote-code", action="store_true", help="run the code that comes with the model")
 
 
 def load_model_for(arguments: argparse.Namespace) -> HeadModel:
     """The model that `model_and_task_arguments` took."""
     from headtune.analysis.models.loading import load_model
 
-    model = load_model(arguments.model, arguments.dtype, device_map=arguments.device_map)
+    model = load_model(
+        arguments.model,
+        arguments.dtype,
+        trust_remote_code=arguments.trust_remote_code,
+        device_map=arguments.device_map,
+    )
     if arguments.max_memory is not None:
         model.max_memory = arguments.max_memory
     return model

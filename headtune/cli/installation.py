@@ -130,7 +130,8 @@ def _wandb() -> Iterator[Finding]:
         return
     key = "a key is there" if mode_by_key() == "online" else "no key"
     if mode is not None:
-        yield Finding("W&B", f"{mode}, as WANDB_MODE says; {key}")
+        source = "WANDB_MODE" if mode != "disabled" or os.environ.get("WANDB_MODE") == mode else "WANDB_DISABLED"
+        yield Finding("W&B", f"{mode}, as {source} says; {key}")
     elif key != "no key":
         yield Finding("W&B", f"online; {key}")
     else:

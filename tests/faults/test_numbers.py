@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from headtune.analysis.utils.errors import CheckError
-from headtune.train.trainer import answer_set_trainer, failures
+from headtune.train.trainer import answer_set_trainer, callbacks, failures
 from headtune.train.trainer.callbacks import progress_logger
 from helpers import machine as machines
 from helpers.machine import Machine
@@ -85,3 +85,34 @@ def test_gradients_beyond_fp16_are_the_scalers_business() -> None:
     Arguments.fp16 = False
     with pytest.raises(CheckError, match="norm of the gradient is inf at step 1"):
         callback.on_log(Arguments, State, None, logs={"loss": 1.0, "grad_norm": float("inf")})
+
+
+def test_steps_tell_the_time_left_and_which_numbers_are_losses(monkeypatch: pytest.MonkeyPatch) -> None:
+    class State:
+        global_step, max_steps = 10, 110
+
+    class Arguments:
+        fp16 = False
+
+    lines: list[str] = []
+    callback: Any = progress_logger(lines.append)
+    monkeypatch.setattr(callbacks.time, "monotonic", lambda: 100.0)
+    callback.on_train_begin(Arguments, State, None)  # resumed at step 10
+    State.global_step = 20
+    monkeypatch.setattr(callbacks.time, "monotonic", lambda: 160.0)
+    callback.on_log(Arguments, State, None, logs={"loss": 1.5, "recall": 1.0, "suppression": 0.5, "epoch": 1.0})
+    State.global_step = 110
+    callback.on_log(Arguments, State, None, logs={"loss": 1.5})
+    assert lines == [
+        "step 20/110: loss 1.5, recall loss 1, suppression loss 0.5, about 9 min left",
+        "step 110/110: loss 1.5",
+    ]
+    assert [callbacks.in_words(seconds) for seconds in (1.2, 89, 5000, 11100)] == [
+        "1 s",
+        "89 s",
+        "83 min",
+        "3 h 05 min",
+    ]
+    with pytest.raises(CheckError, match=r"nan at step 1; lower .* or use bfloat16 or float32: no weight has changed"):
+        State.global_step = 1
+        callback.on_log(Arguments, State, None, logs={"loss": float("nan")})

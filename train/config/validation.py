@@ -36,6 +36,17 @@ OWN_TRAINING_KEYS = {
 }
 
 
+# Keys of TRL that go with data or models of another kind than a run has, where they are switched on; and why.
+NOT_OF_A_RUN = {
+    "packing": "rows are not joined: each has its own prompt, answers and loss",
+    "eval_packing": "rows are not joined: each has its own prompt, answers and loss",
+    "padding_free": "the head view needs every row of a batch by itself",
+    "assistant_only_loss": "the loss is on the answers already; it is for rows of `messages`, which TRL would mask",
+    "chat_template_path": "a run leaves the tokenizer as it is; give the tokenizer its template and save it with the "
+    "model",
+}
+
+
 class _Range(NamedTuple):
     words: str
     holds: Callable[[float], bool]
@@ -135,6 +146,9 @@ def of_training(values: Mapping[str, Any], config: str) -> Iterator[Problem]:
         if key == "push_to_hub" or key.startswith("hub_"):
             fix = "remove it, write what is to be shared with headtune export and upload that folder"
             yield Problem(path, f"training.{key}: a run sends no checkpoint anywhere; {fix}")
+            continue
+        if key in NOT_OF_A_RUN and (value is True or isinstance(value, str)):
+            yield Problem(path, f"training.{key} does not go with a run: {NOT_OF_A_RUN[key]}; remove it")
             continue
         if key not in fields:
             yield Problem(path, f"unknown key 'training.{key}'; {_nearest_few(key, fields, config)}", True)

@@ -52,7 +52,7 @@ def write(comparison: Comparison, path: Path, title: str = "Runs side by side") 
         identification=identification_pays(runs_of(comparison)),
         changed=_changed(trained),
         curves=_curves(trained),
-        heads=_heads(trained),
+        heads=[drawn for groups in _by_model(trained) if (drawn := _heads(groups)) is not None],
         generations=_generations(trained),
         runs=_runs(trained),
     )
@@ -64,6 +64,15 @@ def _by_prompts(groups: Sequence[Group]) -> list[list[Group]]:
         [group for group in groups if group.measured == measured]
         for measured in dict.fromkeys(group.measured for group in groups)
     ]
+
+
+def _by_model(groups: Sequence[Group]) -> list[list[Group]]:
+    """Groups of one model together: a layer and a head of another model is another head."""
+    return [[group for group in groups if _model_of(group) == model] for model in dict.fromkeys(map(_model_of, groups))]
+
+
+def _model_of(group: Group) -> str:
+    return str(group.runs[0].recipe.get("model.name"))
 
 
 def _title(groups: Sequence[Group]) -> str:
@@ -179,6 +188,7 @@ def _heads(groups: Sequence[Group]) -> dict[str, Any] | None:
     if not chosen:
         return None
     return {
+        "model": _model_of(groups[0]),
         "header": ["Jaccard", *(name for name, _ in chosen)],
         "rows": [[name, *(f"{jaccard(heads, other):.2f}" for _, other in chosen)] for name, heads in chosen],
         "differ_by_seed": any(len({run.heads for run in group.runs}) > 1 for group in groups),

@@ -26,6 +26,7 @@ from headtune.train.config.schema import Recipe
 from headtune.train.methods.base import method_named
 from headtune.train.runs.load_run import load_run
 from headtune.train.tracking.post_run_jobs import tracked_export
+from headtune.train.tuners.convert import require_stock
 from headtune.train.tuners.head_slices import stock_lora
 from headtune.train.tuners.weights_io import ADAPTER, read_adapter
 
@@ -38,7 +39,6 @@ from .checkpoint import (
     reload_in_subprocess,
     require_equal,
 )
-from .convert import require_stock
 from .model_card import Origin, adapter_card, origin_of
 
 log = logging.getLogger(__name__)

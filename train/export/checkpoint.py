@@ -1,6 +1,6 @@
 """A stock checkpoint from a run, proven equal before it appears.
 
-Adapters are folded into the weights (see `headtune.train.export.convert`): a scale into the columns of the output
+Adapters are folded into the weights (see `headtune.train.tuners.convert`): a scale into the columns of the output
 projection, an offset into its bias. The result is reloaded by plain transformers in a process that never imports
 headtune; logits and greedy generations are compared with those of the adapted model. Only then does the folder get its
 name. Where a family has no place for what was trained, the adapter alone can be written (`adapter`).
@@ -12,6 +12,7 @@ import copy
 import dataclasses
 import itertools
 import logging
+import os
 import re
 import subprocess
 import sys
@@ -40,8 +41,8 @@ from headtune.train.config.resolve_tasks import tasks_of
 from headtune.train.continual.sequence import steps_of
 from headtune.train.runs.load_run import load_run
 from headtune.train.tracking.post_run_jobs import tracked_export
+from headtune.train.tuners.convert import conversion, fold
 
-from .convert import conversion, fold
 from .model_card import Origin, checkpoint_card, origin_of
 
 log = logging.getLogger(__name__)
@@ -196,7 +197,9 @@ def reload_in_subprocess(
         request = Path(temporary) / "request.json"
         write_json(request, jobs)
         command = [sys.executable, "-I", "-c", _RELOAD_SCRIPT, str(request)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        # What it loads of the hub is in the cache by now.
+        environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
         if done.returncode != 0:
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]
             what = "adapter does not load in plain PEFT" if base else "checkpoint does not load in plain transformers"

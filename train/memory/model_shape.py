@@ -90,6 +90,7 @@ def shape_of(name: str, revision: str | None = None) -> Shape:
     from transformers import AutoConfig, LlamaConfig
 
     from headtune.analysis.models.builtin import BUILT_IN
+    from headtune.analysis.models.hub import local_only, offline
     from headtune.analysis.models.loading import resolve
 
     if name.lower() in _LLAMA:
@@ -108,8 +109,11 @@ def shape_of(name: str, revision: str | None = None) -> Shape:
         raise InputError(
             f"model {name!r} is no folder, hub id (org/name) or known shape; {nearest(name, [*BUILT_IN, *_LLAMA])}"
         )
+    source = resolve(name)
+    local = not Path(source).is_dir() and local_only(source, revision)
     try:
-        config = AutoConfig.from_pretrained(resolve(name), revision=revision)
+        with offline(local):
+            config = AutoConfig.from_pretrained(source, revision=revision, local_files_only=local)
     except (OSError, ValueError) as error:
         raise InputError(
             f"model {name!r} has no configuration that can be read ({str(error).strip().splitlines()[0]}); give a "

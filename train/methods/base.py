@@ -117,6 +117,10 @@ class TuningMethod(MethodRules):
             return None
         return f"run {str(folder)!r} did not keep its model; run it again with method.keep=true"
 
+    def carries_offsets(self, config: Any) -> frozenset[str]:
+        """Which output projections get a bias when the adapter is merged: of `attention`, of the `mlp`, or none."""
+        return frozenset()
+
     def has_stock_lora(self, config: Any) -> bool:
         """Whether the adapter is head slices of low rank, which `headtune export --adapter` writes as PEFT's LoRA."""
         return False

@@ -28,6 +28,9 @@ class Jola(TuningMethod):
 
         return HeadTuningConfig(heads=as_lists(pairs), gates=True, init_std=config.init_std, task_type="CAUSAL_LM")
 
+    def carries_offsets(self, config: JolaConfig) -> frozenset[str]:
+        return frozenset({"attention"})
+
     def penalty(self, config: JolaConfig) -> Penalty:
         return l0_penalty(config)
 

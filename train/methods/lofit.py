@@ -62,6 +62,9 @@ class Lofit(TuningMethod):
             start.require_offsets(offsets, pairs, model.head_dim, config.init.source)
             start.start_offsets(adapted, offsets)
 
+    def carries_offsets(self, config: LofitConfig) -> frozenset[str]:
+        return frozenset({"attention"} if config.offset else ())
+
     def why_no_model(self, config: LofitConfig, folder: Path) -> str | None:
         if not config.select_only:
             return None

@@ -33,6 +33,11 @@ class Steer(TuningMethod):
     def takes_heads(self, config: Any) -> bool:
         return not isinstance(config, SinkConfig | InterceptConfig)  # which find their own
 
+    def carries_offsets(self, config: Any) -> frozenset[str]:
+        if isinstance(config, ScaleConfig | SinkConfig):
+            return frozenset()
+        return frozenset({"mlp" if isinstance(config, InterceptConfig) else "attention"})
+
     def require_usable(self, recipe: Recipe, model: HeadModel, train: Task, pairs: Pairs | None) -> None:
         config = recipe.method
         if isinstance(config, InContextConfig):

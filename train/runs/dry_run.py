@@ -22,7 +22,6 @@ from headtune.analysis.models.head_model import HeadModel
 from headtune.analysis.reports.dissociation import next_step, verdict_of
 from headtune.analysis.tasks.task import scored
 from headtune.analysis.utils.errors import InputError
-from headtune.analysis.utils.files import require_new_folder
 from headtune.analysis.utils.processes import world_size
 from headtune.train.config import resolve_tasks
 from headtune.train.config.methods import HeadsConfig
@@ -33,9 +32,10 @@ from headtune.train.trainer import training
 from headtune.train.trainer.objectives import objective_of
 
 from . import batch_preview, memory_of_recipe
+from .deep_heads import slowed_by
 from .memory_of_recipe import Stage
 from .prepare import PreparedRun, prepare
-from .run import FIRST
+from .run import require_free_folder
 
 
 @dataclass(frozen=True)
@@ -94,16 +94,17 @@ def dry_run(recipe: Recipe) -> DryRun:
     """
     if world_size() > 1:
         raise InputError("--dry-run is for one process; headtune plan estimates several")
-    fix = "choose another output_dir or name, or continue it with --resume (resume=True in Python)"
-    require_new_folder(recipe.folder, fix, FIRST)
+    require_free_folder(recipe.folder)
     ready = prepare(recipe)
     heads = ready.model
     total = sum(p.numel() for p in heads.hf.parameters())
-    notes: list[str] = []
+    notes = [] if ready.not_exported is None else [ready.not_exported]
     pairs: list[tuple[int, int]] = []
     words = None
     if recipe.heads is not None:
         pairs, words = _heads(recipe.heads, ready, notes)
+        if ready.heads is not None and (slow := slowed_by(recipe, heads, pairs)) is not None:
+            notes.append(slow)
     examples = (len(ready.train.examples), len(ready.held_out.examples))
     tasks = f"{resolve_tasks.in_words(recipe.task, ready.train, ready.held_out)}, "
     tasks += scored(ready.held_out.kind, recipe.evaluation.n_items)
@@ -159,6 +160,8 @@ def _trained(
     longest, labels = _sizes(trainer.train_dataset)
     rows = batch_preview.rows_of(batch, heads.tokenizer)
     n_rows = data.n_rows
+    if n_rows != len(ready.train.examples):
+        notes.append(f"{n_rows} rows are made from the {len(ready.train.examples)} prompts of the task")
     at_once = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
     return DryRun(
         words,

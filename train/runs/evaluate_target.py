@@ -35,12 +35,14 @@ class Target:
         name: a run's folder, a model's folder, a built-in name or a hub id.
         recipe: the run's; None for a model.
         knobs: interventions that are on while it is measured, as the command line gives them.
+        trust_remote_code: of a model: run the code that comes with it. A run has it in its recipe.
     """
 
     name: str
     task: Task
     recipe: Recipe | None = None
     knobs: tuple[str, ...] = ()
+    trust_remote_code: bool = False
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,7 @@ def target_of(
     kind: Kind | None = None,
     max_examples: int | None = None,
     knobs: Sequence[str] = (),
+    trust_remote_code: bool = False,
 ) -> Target:
     """Check what is to be measured; a run's own seed and kind of task hold unless they are given.
 
@@ -87,7 +90,7 @@ def target_of(
         )
     loaded = load_task(task, seed).limited(max_examples)
     at_test_time.parse(knobs)
-    return Target(str(name), replace(loaded, kind=kind) if kind else loaded, recipe, tuple(knobs))
+    return Target(str(name), replace(loaded, kind=kind) if kind else loaded, recipe, tuple(knobs), trust_remote_code)
 
 
 def evaluate_target(
@@ -116,10 +119,12 @@ def evaluate_target(
         require_new_folder(out, "choose another --out")
     # Here, so that what `target_of` refuses is refused before transformers and PEFT are imported.
     from headtune.analysis.models.loading import wrap_model
+    from headtune.analysis.models.self_check import require_finite
     from headtune.train.evaluation.evaluate import evaluate
     from headtune.train.tracking.post_run_jobs import keep_evaluation
 
     model, tokenizer = _load(target)
+    require_finite(model, tokenizer, target.name)
     task, interventions = target.task, at_test_time.parse(target.knobs)
     switched_on: contextlib.AbstractContextManager[list[dict[str, Any]]] = contextlib.nullcontext([])
     if interventions:
@@ -147,7 +152,7 @@ def _load(target: Target) -> tuple[Any, Any]:
             model = model.merge_and_unload()
         return model, tokenizer
     try:
-        return load_plain(target.name)
+        return load_plain(target.name, trust_remote_code=target.trust_remote_code)
     except InputError as error:
         if Path(target.name).exists() or "/" not in target.name:
             raise

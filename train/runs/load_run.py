@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -11,20 +10,11 @@ from headtune.analysis.utils.errors import InputError
 from headtune.analysis.utils.paths import check_links_stay_inside
 from headtune.analysis.utils.state_files import read_state
 from headtune.train.config import recipe as recipes
-from headtune.train.config.methods import ModelConfig
 from headtune.train.config.schema import Recipe
 from headtune.train.methods.base import method_named
 from headtune.train.tuners import weights_io
 
 OWN = ("recipe.yaml", "run.json", "evaluation.json", "adapter", "model")  # what is read of a run that is done
-
-log = logging.getLogger(__name__)
-
-
-def warn_of_code(block: ModelConfig) -> None:
-    """Tell that a model's own code is going to run."""
-    if block.trust_remote_code:
-        log.warning("model.trust_remote_code: code that comes with %s runs with your rights", block.name)
 
 
 def read_run_file(folder: Path) -> dict[str, Any]:
@@ -63,6 +53,5 @@ def load_run(folder: Path | str) -> tuple[Any, Any, Recipe]:
         raise InputError(f"run {str(folder)!r} has no adapter yet; finish it with: headtune train RECIPE --resume")
     if not (folder / "adapter" / "adapter_model.safetensors").is_file():  # else PEFT would take a pickle
         raise InputError(f"run {str(folder)!r} has an adapter without adapter_model.safetensors; train it anew")
-    warn_of_code(block)
     model, tokenizer = load_plain(block.name, "float32", block.revision, block.trust_remote_code)
     return weights_io.with_adapter(model, folder / "adapter").eval(), tokenizer, recipe

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,7 @@ from headtune.train.evaluation.multiple_choice import require_choices
 from headtune.train.methods.base import method_named
 from headtune.train.trainer import attach_regularisers, training
 from headtune.train.trainer.objectives import no_first_tokens, objective_of
-
-from .load_run import warn_of_code
+from headtune.train.tuners.convert import why_not_stock
 
 
 @dataclass(frozen=True)
@@ -36,6 +35,7 @@ class PreparedRun:
         rows: what the objective prepared; None where the method does not train.
         heads: those that are known before the run; None where it has to find them, or names none.
         notes: what was to be told about the heads.
+        not_exported: why no stock checkpoint can be made of the run; None where one can.
         sequence: the tasks, where they are learnt in order.
     """
 
@@ -47,6 +47,7 @@ class PreparedRun:
     heads: ResolvedHeads | None = None
     notes: list[str] = field(default_factory=list)
     sequence: sequence.PreparedSequence | None = None
+    not_exported: str | None = None
 
 
 def prepare(recipe: Recipe) -> PreparedRun:
@@ -58,7 +59,6 @@ def prepare(recipe: Recipe) -> PreparedRun:
     method = method_named(recipe.recipe)
     steps = sequence.steps_of(recipe.task) if method.learns_sequence else []
     train, held_out = (steps[0].train, steps[0].held_out) if steps else tasks_of(recipe.task)
-    warn_of_code(recipe.model)
     block = recipe.model
     model = load_model(block.name, block.dtype, None, block.revision, block.trust_remote_code)
     if method.learns_sequence:
@@ -67,7 +67,15 @@ def prepare(recipe: Recipe) -> PreparedRun:
     else:
         prepared = _prepare_single(recipe, model, train, held_out)
     attach_regularisers.require_usable(recipe, model, train)
-    return prepared
+    return replace(prepared, not_exported=_why_not_exported(recipe, model))
+
+
+def _why_not_exported(recipe: Recipe, model: HeadModel) -> str | None:
+    method = method_named(recipe.recipe)
+    if method.stops_after_heads(recipe.method):
+        return None
+    reason = why_not_stock(model.hf, method.carries_offsets(recipe.method), range(model.n_layers))
+    return None if reason is None else f"headtune export will not write a checkpoint of this run: {reason}"
 
 
 def _prepare_single(recipe: Recipe, model: HeadModel, train: Task, held_out: Task) -> PreparedRun:

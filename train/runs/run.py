@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -45,6 +46,7 @@ from headtune.train.trainer import failures, signals, training
 from headtune.train.trainer.run_context import RunContext
 
 from . import first_stage
+from .deep_heads import slowed_by
 from .load_run import read_run_file
 from .prepare import PreparedRun, prepare
 
@@ -123,14 +125,17 @@ def _run(recipe: Recipe, resume: bool, progress: pipeline.Progress, notify: Noti
             done = folder / "evaluation.json"
             return read_state(done) if done.is_file() else {}
     elif main:
-        fix = "choose another output_dir or name, or continue it with --resume (resume=True in Python)"
-        require_new_folder(folder, fix, FIRST)
+        require_free_folder(folder)
     # Model and data: what does not fit together is refused in one line, before anything is written.
     prepared = prepare(recipe)
     data = {} if in_order else {"data": _data(prepared)}  # a sequence keeps its own account
     if data and "data" in saved:
         _require_same_data(data["data"], saved["data"], folder)
+    if main and not resume and failed_without_checkpoint(folder):
+        notify(f"{folder} held a failed run without a checkpoint; it is now {_set_aside(folder)}")
     notify(f"run {folder} on {recipe.model.name}")
+    if prepared.not_exported is not None:
+        notify(prepared.not_exported)
     notify(f"task {prepared.held_out.name}: {scored(prepared.held_out.kind, recipe.evaluation.n_items)}")
     if main:
         folder.mkdir(parents=True, exist_ok=True)
@@ -173,6 +178,31 @@ def _carry_out(context: RunContext, prepared: PreparedRun, run_file: RunFile) ->
     return evaluation
 
 
+def require_free_folder(folder: Path) -> None:
+    """Refuse a folder that holds a run (InputError), but for one that failed before there was anything to continue."""
+    if not failed_without_checkpoint(folder):
+        fix = "choose another output_dir or name, or continue it with --resume (resume=True in Python)"
+        require_new_folder(folder, fix, FIRST)
+
+
+def failed_without_checkpoint(folder: Path) -> bool:
+    """Whether a run failed here before there was a checkpoint, an adapter or a model to continue from."""
+    try:
+        if read_run_file(folder).get("state") != "failed":
+            return False
+    except InputError:  # a damaged file: nobody knows what the folder holds
+        return False
+    return not any(path for pattern in ("checkpoint-*", "adapter", "model") for path in folder.rglob(pattern))
+
+
+def _set_aside(folder: Path) -> Path:
+    """Give a folder the first free name `NAME.failed-1`, `-2`, ...: nothing of it is lost."""
+    numbers = itertools.count(1)
+    target = next(path for n in numbers if not (path := folder.with_name(f"{folder.name}.failed-{n}")).exists())
+    folder.rename(target)
+    return target
+
+
 def _tune(context: RunContext, prepared: PreparedRun, run_file: RunFile) -> tuple[dict[str, Any], ResolvedHeads]:
     """Tune on one task; the content of evaluation.json (empty but on rank 0) and the heads."""
     recipe, model, folder, notify = context.recipe, context.model, context.folder, context.notify
@@ -188,6 +218,8 @@ def _tune(context: RunContext, prepared: PreparedRun, run_file: RunFile) -> tupl
         _show_heads(context, resolved)
     if method.stops_after_heads(recipe.method):
         return {}, resolved
+    if (slow := slowed_by(recipe, model, resolved.pairs)) is not None:
+        notify(slow)
     model.record_attention(False)  # rows are not needed any more
     # The base model.
     measured = functools.partial(measure, model.tokenizer, prepared.held_out, recipe.evaluation)

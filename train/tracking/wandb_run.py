@@ -34,7 +34,13 @@ AXES = ("train/epoch", "train/num_tokens")  # what a trainer counts besides its 
 
 
 def requested_mode(argument: str | None) -> str | None:
-    for value, source in ((argument, "tracking.wandb"), (os.environ.get("WANDB_MODE"), "WANDB_MODE")):
+    """The mode that was asked for: by `tracking.wandb`, by WANDB_DISABLED as transformers reads it, by WANDB_MODE."""
+    switched_off = os.environ.get("WANDB_DISABLED", "").lower() in ("1", "true", "yes", "on")
+    for value, source in (
+        (argument, "tracking.wandb"),
+        ("disabled" if switched_off else None, "WANDB_DISABLED"),
+        (os.environ.get("WANDB_MODE"), "WANDB_MODE"),
+    ):
         if not value:
             continue
         # W&B's own older names

@@ -242,7 +242,8 @@ def train(context: RunContext, pairs: Pairs, task: Task, rows: Any) -> TrainingR
         with attach_regularisers.with_regularisers(recipe, model, pairs, task, trainer, notify) as gates:
             yield
 
-    notify(f"training on {data.n_rows} {'pairs' if method.objective == 'dpo' else 'prompts'}")
+    of_task = "" if data.n_rows == len(task.examples) else f", from {len(task.examples)} of the task"
+    notify(f"training on {data.n_rows} {'pairs' if method.objective == 'dpo' else 'prompts'}{of_task}")
     trainer = train_adapter(
         context,
         config,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from headtune.analysis.utils.verbosity import silence_model_libraries
 
-from ..arguments import Add, completed, plugin_arguments, positive, print_json, volume_arguments
+from ..arguments import Add, completed, plugin_arguments, positive, print_json, trust_argument, volume_arguments
 
 
 def add_parsers(add: Add) -> None:
@@ -36,6 +36,7 @@ def add_parsers(add: Add) -> None:
     p.add_argument("--items", type=positive, default=3, help="list items scored per prompt (default: 3)")
     p.add_argument("--batch-size", type=positive, default=16)
     p.add_argument("--max-examples", type=positive)
+    trust_argument(p)
     p.add_argument(
         "--intervene",
         "--knob",
@@ -59,7 +60,14 @@ def evaluate_command(arguments: argparse.Namespace) -> int:
     from headtune.analysis.utils.files import require_new_folder
     from headtune.train.runs.evaluate_target import evaluate_target, target_of
 
-    target = target_of(arguments.target, arguments.task, arguments.kind, arguments.max_examples, arguments.knob)
+    target = target_of(
+        arguments.target,
+        arguments.task,
+        arguments.kind,
+        arguments.max_examples,
+        arguments.knob,
+        arguments.trust_remote_code,
+    )
     if arguments.out is not None:
         require_new_folder(arguments.out, "choose another --out")
     silence_model_libraries()

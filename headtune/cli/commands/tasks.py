@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..arguments import Add, adder, completed, positive, print_json
+from ..arguments import Add, adder, completed, positive, print_json, trust_argument
 
 if TYPE_CHECKING:
     from headtune.analysis.tasks.task import Task
@@ -64,6 +64,7 @@ def add_parsers(add: Add) -> None:
     completed(q.add_argument("source", help="built-in name, JSONL file or hub id; NAME:train takes a split"), "task")
     model = q.add_argument("--model", help="say how many prompts identify could score on it, and why not the others")
     completed(model, "model")
+    trust_argument(q)
     q.add_argument("--all", action="store_true", help="print every example, as JSONL (as does --json)")
     q.set_defaults(do=_show_task)
     actions("list", "list the built-in tasks", "list").set_defaults(do=_list_tasks)
@@ -84,6 +85,7 @@ def _add_make(actions: Add) -> None:
     group = q.add_mutually_exclusive_group(required=True)
     completed(group.add_argument("--tokenizer", metavar="MODEL", help="the model whose tokenizer counts"), "model")
     completed(group.add_argument("--model", help="the same, and conflict asks the model which facts it knows"), "model")
+    trust_argument(q)
     q.add_argument("--n", type=positive, default=64, help="prompts (default: 64)")
     q.add_argument("--seed", type=int, default=0)
     q.add_argument("--out", type=Path, required=True, help="a new file, such as needle.jsonl")
@@ -131,11 +133,12 @@ def _make(arguments: argparse.Namespace) -> int:
     elif arguments.model and GENERATORS[arguments.kind].asks:
         from headtune.analysis.models.loading import load_model
 
-        task = make_task(arguments.kind, load_model(arguments.model), arguments.n, arguments.seed, **chosen)
+        model = load_model(arguments.model, trust_remote_code=arguments.trust_remote_code)
+        task = make_task(arguments.kind, model, arguments.n, arguments.seed, **chosen)
     else:
         from headtune.analysis.models.loading import load_tokenizer
 
-        tokenizer = load_tokenizer(arguments.model or arguments.tokenizer)
+        tokenizer = load_tokenizer(arguments.model or arguments.tokenizer, None, arguments.trust_remote_code)
         task = make_task(arguments.kind, tokenizer, arguments.n, arguments.seed, **chosen)
     task = replace(task, about={**task.about, "tokenizer": arguments.model or arguments.tokenizer})
     write_task(task, arguments.out)
@@ -169,7 +172,7 @@ def _pairs(arguments: argparse.Namespace) -> Task:
     heads = HeadSet.load(path)
     chosen = heads.top(role, int(top))
     task = load_task(arguments.task).limited(arguments.n, arguments.seed)
-    model = load_model(arguments.model)
+    model = load_model(arguments.model, trust_remote_code=arguments.trust_remote_code)
     for warning in heads.check_model(model.identity()):
         print(f"headtune: warning: {path}: {warning}", file=sys.stderr)
     return self_contrast(model, task, chosen, arguments.tokens, console.progress)
@@ -204,7 +207,7 @@ def _show_task(arguments: argparse.Namespace) -> int:
     if hint := _too_few(task):
         print(hint)
     if arguments.model:
-        print(f"{arguments.model}: {_scorable(task, arguments.model)}")
+        print(f"{arguments.model}: {_scorable(task, arguments.model, arguments.trust_remote_code)}")
     if task.about:
         print("made by: " + ", ".join(f"{key} {json.dumps(value)}" for key, value in task.about.items()))
     spans = Counter(name for example in task.examples for name in example.spans)
@@ -215,13 +218,14 @@ def _show_task(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _scorable(task: Task, model: str) -> str:
+def _scorable(task: Task, model: str, trust_remote_code: bool) -> str:
     """What `identify` would leave out with this model's tokenizer."""
     from headtune.analysis.models.loading import load_tokenizer, sizes_of
     from headtune.analysis.tasks.answer_starts import beginnings
     from headtune.analysis.tasks.tokenized import encode, reasons
 
-    encoded = encode(task, load_tokenizer(model), *sizes_of(model))
+    tokenizer = load_tokenizer(model, None, trust_remote_code)
+    encoded = encode(task, tokenizer, *sizes_of(model, None, trust_remote_code))
     left_out = f"; left out: {reasons(encoded.dropped)}" if encoded.dropped else ""
     note = beginnings(encoded.summary())
     counts = f"{len(encoded.examples)} of {len(task.examples)} prompts can be scored on first tokens"

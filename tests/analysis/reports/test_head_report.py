@@ -668,7 +668,7 @@ def test_a_run_without_ranked_heads_has_a_page(tmp_path: Path) -> None:
 def test_a_page_is_named_after_its_folder(tmp_path: Path) -> None:
     (tmp_path / "cities-heads").mkdir()
     head_report.write_report(tmp_path / "cities-heads" / "report.html", head_set(), {})
-    assert "<title>cities-heads</title>" in (tmp_path / "cities-heads" / "report.html").read_text(encoding="utf-8")
+    assert "<title>cities-heads: " in (tmp_path / "cities-heads" / "report.html").read_text(encoding="utf-8")
 
 
 def test_a_bare_head_set_makes_a_page(tmp_path: Path) -> None:

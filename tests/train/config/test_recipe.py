@@ -231,6 +231,10 @@ def test_the_name_tells_content_apart() -> None:
         (lofit(training={"max_steps": "x"}), ["training.max_steps", "'x'", "int"]),
         (lofit(training={"max_steps": 3.5}), ["training.max_steps", "3.5"]),
         (lofit(training={"packing": 7}), ["training.packing", "7", "bool"]),
+        (lofit(training={"packing": True}), ["training.packing does not go with a run", "remove it"]),
+        (lofit(training={"padding_free": True}), ["training.padding_free does not go with a run", "remove it"]),
+        (lofit(training={"assistant_only_loss": True}), ["assistant_only_loss does not go with a run", "remove it"]),
+        (lofit(training={"chat_template_path": "x"}), ["training.chat_template_path does not go", "remove it"]),
         # numbers of training out of range
         (
             lofit(training={"per_device_train_batch_size": 0}),

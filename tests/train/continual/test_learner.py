@@ -564,7 +564,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "no rows for EWC": ({"method": {"strategy": "ewc", "ewc_rows": 0}}, "method.ewc_rows: expected a whole number"),
     "latest of der": ({"method": {"strategy": "der", "distil": {"teacher": "latest"}}}, "teacher=latest is for"),
     "half precision": ({"dtype": "bfloat16"}, "round most steps"),
-    "packing": ({"training": {"packing": True}}, "training.packing is not read"),
+    "packing": ({"training": {"packing": True}}, "training.packing does not go with a run"),
     "few logits": ({"method": {"strategy": "der", "distil": {"logits_top": 5}}}, "logits_top keeps too little"),
     "a regulariser without heads": ({"method": {"regularisers": [{"kind": "attention_kl"}]}}, "has no heads"),
 }

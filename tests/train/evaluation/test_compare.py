@@ -299,6 +299,19 @@ def test_a_table_fits_its_terminal(runs: Path) -> None:
         assert f" {cell} " in text
 
 
+def test_heads_of_two_models_are_not_mixed(tmp_path: Path) -> None:
+    """Layer 0, head 1 of one model is nothing to layer 0, head 1 of another: each has a map of its own."""
+    for name, model in (("a", "first"), ("b", "first"), ("c", "second")):
+        write_run(tmp_path, f"{name}-s0", 0, GOOD, method={"top": ord(name)}, model={"name": model})
+    found = compare.compare(read_runs(tmp_path))
+    trained = [group for group in found.groups if group.runs]
+    assert [[len(group.runs) for group in groups] for groups in compare_report._by_model(trained)] == [[1, 1], [1]]
+    compare_report.write(found, tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    assert "Chosen heads of first" in page and "Chosen heads of second" in page
+    assert page.count("how many groups chose each head") == 2
+
+
 def test_hundreds_of_runs_are_read(tmp_path: Path) -> None:
     for index in range(200):
         write_run(tmp_path, f"run{index // 4}-s{index % 4}", index % 4, GOOD, method={"top": index // 4})

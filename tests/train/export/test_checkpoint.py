@@ -32,9 +32,9 @@ from headtune.train.export.checkpoint import (
     export_run,
     model_outputs,
 )
-from headtune.train.export.convert import fold
 from headtune.train.export.model_card import Origin, adapter_card, checkpoint_card, is_hub_id, licence_of, origin_of
 from headtune.train.runs.load_run import load_run
+from headtune.train.tuners.convert import fold
 from headtune.train.tuners.head_tuning import HeadTuningConfig
 from helpers.small_runs import train, write_recipe
 from helpers.tiny import save_tiny, tiny_model, tiny_task, tiny_tokenizer

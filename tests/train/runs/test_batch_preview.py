@@ -18,6 +18,7 @@ from headtune.train.runs import batch_preview
 from headtune.train.runs.run import run_recipe
 from headtune.train.trainer import penalised_trainers
 from helpers.small_runs import head_set, train, write_recipe, write_sequence_recipe, write_task
+from helpers.tiny import save_tiny
 
 
 @pytest.fixture(autouse=True)
@@ -253,3 +254,49 @@ def test_padding_is_left_out(tokenizer: Any) -> None:
         "labels": torch.tensor([[-100, -100, *tokens]]),
     }
     assert batch_preview.rows_of(batch, tokenizer)[0].parts == (("Rome", True),)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "method", "carries"),
+    [
+        ("lofit", {"answer_set": {"own_lists": 0.0}}, True),
+        ("lofit", {"offset": False, "answer_set": {"own_lists": 0.0}}, False),
+        ("jola", {"answer_set": {"own_lists": 0.0}}, True),
+        ("steer", {"kind": "in_context", "shots": 2}, True),
+        ("steer", {"kind": "scale"}, False),
+        ("lora", {"answer_set": {"own_lists": 0.0}}, False),
+    ],
+)
+def test_what_cannot_be_exported_is_said_before_it_is_trained(
+    recipe: str, method: dict[str, Any], carries: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = save_tiny(tmp_path / "model", "mistral", sliding_window=8)
+    blocks: dict[str, Any] = {"recipe": recipe, "method": method}
+    if recipe == "lora":
+        blocks["heads"] = None
+    if recipe == "steer":
+        blocks["training"] = None
+    path = write_recipe(tmp_path, model, **blocks)
+    line = "headtune export will not write a checkpoint of this run: this mistral attends within a sliding window of 8"
+    notes = dry(path, capsys)["notes"]
+    assert any(note.startswith(line) for note in notes) == carries, notes
+    if recipe == "lofit":
+        assert train(path) == 0
+        assert (line in capsys.readouterr().err.replace("\n", " ")) == carries
+
+
+def test_heads_that_slow_a_training_down_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = save_tiny(tmp_path / "model", "llama", num_hidden_layers=10)
+    recipe = write_recipe(tmp_path, model)
+    line = "L0H3 alone reaches below layer 9, and steps go through all layers from 0 up: without it they are about"
+    for heads, method, faster in (
+        ("[[9, 1], [0, 3], [9, 0]]", "prefix_cache: false", "1.8"),
+        ("[[9, 1], [0, 3], [9, 0]]", "prefix_cache: true", "10.0"),
+        ("[[9, 1], [8, 3]]", "prefix_cache: false", None),
+        ("[[0, 0], [0, 1], [9, 0]]", "prefix_cache: false", None),
+    ):
+        words = [f"heads={{list: {heads}}}", f"method={{{method}, answer_set: {{own_lists: 0}}}}"]
+        notes = [note for note in dry(recipe, capsys, *words)["notes"] if "alone reach" in note]
+        assert notes == ([f"{line} {faster} times faster"] if faster else []), (heads, method)
+    assert train(recipe, "heads={list: [[9, 1], [0, 3]]}", "training.max_steps=1") == 0
+    assert f"{line} " in " ".join(capsys.readouterr().err.split())

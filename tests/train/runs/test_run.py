@@ -19,6 +19,7 @@ from torch import Tensor
 
 from headtune.analysis.models import loading
 from headtune.analysis.tasks.tokenized import encode
+from headtune.analysis.utils.errors import CheckError
 from headtune.cli.main import main
 from headtune.train.config import recipe as recipes
 from headtune.train.config.resolve_tasks import tasks_of
@@ -470,9 +471,39 @@ def test_what_only_transformers_can_judge_is_refused_before_anything_is_written(
 def test_settings_that_contradict_each_other_end_in_one_line(
     tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    recipe = write_recipe(tmp_path, tiny_llama, training={"max_steps": 1, "packing": True, "use_cpu": True})
+    changes = {"save_strategy": "steps", "load_best_model_at_end": True, "use_cpu": True}
+    recipe = write_recipe(tmp_path, tiny_llama, training={"max_steps": 1, **changes})
     assert train(recipe) == 2
     assert one_line(capsys).startswith("headtune: training: ")
+
+
+def test_a_failed_run_without_a_checkpoint_does_not_block_its_folder(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise CheckError("the loss is nan")
+
+    recipe, run = write_recipe(tmp_path, tiny_llama), tmp_path / "run"
+    for n in (1, 2):
+        with monkeypatch.context() as patch:
+            patch.setattr(training, "train_adapter", fail)
+            assert train(recipe) == 1
+        assert read(run / "run.json")["state"] == "failed"
+        assert train(recipe, "--dry-run") == 0
+        assert not (tmp_path / f"run.failed-{n}").exists()
+    capsys.readouterr()
+    assert train(recipe) == 0
+    assert f"{run} held a failed run without a checkpoint; it is now {run}.failed-2" in " ".join(
+        capsys.readouterr().err.split()
+    )
+    assert read(run / "run.json")["state"] == "done"
+    assert read(tmp_path / "run.failed-1" / "run.json")["state"] == "failed"
+    # With something to continue, and after a run that is done, the folder stays what it is.
+    assert train(recipe) == 2 and "--resume" in one_line(capsys)
+    record = read(run / "run.json") | {"state": "failed"}
+    (run / "run.json").write_text(json.dumps(record))
+    assert train(recipe) == 2
+    assert "--resume" in one_line(capsys)
 
 
 def test_evaluate_and_compare_read_a_run(first: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -27,6 +27,7 @@ def no_outside(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None
     """No key, no server and no setting of the user who runs the tests."""
     for name in (
         "RANK",
+        "WANDB_DISABLED",
         "WANDB_MODE",
         "WANDB_API_KEY",
         "WANDB_BASE_URL",
@@ -184,6 +185,22 @@ def test_the_argument_wins_over_the_environment(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setenv("WANDB_MODE", "disabled")
     with Tracker(tmp_path, "x", {}) as tracker:
         assert tracker.wandb_id is None
+
+
+@pytest.mark.parametrize("value", ["true", "1", "YES", "on"])
+def test_wandb_disabled_is_heard(value: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As transformers' own trainer hears it; a key, and WANDB_MODE, do not undo it. The recipe does."""
+    monkeypatch.setenv("WANDB_DISABLED", value)
+    monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    with Tracker(tmp_path, "x", {}) as tracker:
+        assert tracker.wandb_id is None
+    assert not (tmp_path / "wandb").exists()
+    monkeypatch.setenv("WANDB_MODE", "online")
+    assert wandb_run.requested_mode(None) == "disabled"
+    assert wandb_run.requested_mode("offline") == "offline"
+    monkeypatch.setenv("WANDB_DISABLED", "false")
+    assert wandb_run.requested_mode(None) == "online"
 
 
 def test_importing_needs_neither_wandb_nor_transformers() -> None:

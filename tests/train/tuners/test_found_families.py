@@ -13,7 +13,7 @@ from headtune import HeadSlicesConfig, HeadTuningConfig
 from headtune.analysis.models.loading import wrap_model
 from headtune.analysis.models.structure import architecture_of_config
 from headtune.analysis.utils.errors import InputError
-from headtune.train.export.convert import fold
+from headtune.train.tuners.convert import fold
 from helpers.close import close
 from helpers.tiny import FOUND_KINDS, tiny_model, tiny_tokenizer
 

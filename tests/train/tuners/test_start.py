@@ -17,8 +17,8 @@ from headtune.analysis.models import hooks
 from headtune.analysis.models.head_model import HeadModel
 from headtune.analysis.utils.errors import InputError
 from headtune.train.config.methods import InContextConfig, ScaleConfig
-from headtune.train.export.convert import fold
 from headtune.train.tuners import weights_io
+from headtune.train.tuners.convert import fold
 from headtune.train.tuners.head_tuning import HeadTuningConfig, HeadTuningLayer
 from headtune.train.tuners.head_tuning.start import read_offsets, require_offsets, start_offsets
 from headtune.train.tuners.steering import Steered, apply, steer

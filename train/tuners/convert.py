@@ -14,7 +14,7 @@ Biases that a flag announces and the model does not have are zero.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from itertools import combinations
 from typing import Any
 
@@ -24,7 +24,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from headtune.analysis.models.structure import architecture_of_config, auto_class
+from headtune.analysis.models.structure import architecture_for, architecture_of_config, auto_class
 from headtune.analysis.utils.errors import CheckError, InputError
 
 ALTERNATIVE = (
@@ -59,6 +59,31 @@ def fold(model: Any) -> PreTrainedModel:
         except ValueError as error:
             raise CheckError(f"the adapter cannot be merged: {str(error).splitlines()[0]}") from error
     return as_stock(base).eval()
+
+
+def why_not_stock(model: PreTrainedModel, biased: Collection[str], layers: Collection[int]) -> str | None:
+    """Why `fold` would refuse this model once it is tuned, from its configuration alone; None where it would not.
+
+    Args:
+        biased: what will carry an offset, `attention` or `mlp`: the output projections that get a bias.
+        layers: in which layers; which ones decides nothing, but whether there are any.
+    """
+    try:
+        require_stock(model)
+        row = architecture_for(model)
+        paths = {"attention": f"{row.attention}.{row.output_projection}", "mlp": row.mlp_projection}
+        places = [path for name in sorted(biased) if (path := paths[name]) is not None]
+        if places and layers:
+            like: Any = _on_meta(copy.deepcopy(model.config))
+            for path in places:
+                projection = like.get_submodule(row.layers)[min(layers)].get_submodule(path)
+                if projection.bias is None:
+                    d_out = projection.weight.shape[1 if row.in_out_weight else 0]
+                    projection.bias = torch.nn.Parameter(torch.zeros(d_out, device="meta"))
+            as_stock(like)
+    except InputError as error:
+        return str(error)
+    return None
 
 
 def conversion(source: PreTrainedConfig, written: PreTrainedConfig) -> dict[str, Any]:

@@ -19,9 +19,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from headtune.analysis.models.architectures import ARCHITECTURES
 from headtune.analysis.utils.errors import CheckError, InputError
-from headtune.train.export import convert
 from headtune.train.export.checkpoint import Prompts, compare, model_outputs, reload_in_subprocess, write_stock
-from headtune.train.export.convert import conversion, fold
+from headtune.train.tuners import convert
+from headtune.train.tuners.convert import conversion, fold
 from headtune.train.tuners.head_slices import HeadSlicesConfig
 from headtune.train.tuners.head_tuning import HeadTuningConfig
 from helpers.tiny import HARD_KINDS, KINDS, tiny_model, tiny_tokenizer
@@ -174,6 +174,27 @@ def test_every_method_of_a_family_is_folded_or_refused(family: str) -> None:
             assert (logits(found[1])[0] - expected).abs().max() < 1e-5 * max(1, scale), method
 
 
+BIASED = {"offset": ["attention"], "jola": ["attention"], "mlp": ["mlp"], "heads-mlp": ["attention", "mlp"]}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_refusal_is_foretold_from_the_configuration(family: str) -> None:
+    for kind in (name for name in KINDS if name.partition("-")[0] == family):
+        model = tiny_model(KINDS[kind].family, **KINDS[kind].config)
+        places = set(model.state_dict())
+        for method in METHODS:
+            reason = convert.why_not_stock(model, BIASED.get(method, []), range(3))
+            gone = method in ("mlp", "heads-mlp") and kind[:6] in (
+                "gemma2",
+                "gemma3",
+            )  # has no projection to carry one, and is refused
+            assert (reason is not None) == (place(kind, method) is None and not gone), (kind, method, reason)
+            assert reason is None or "headtune export RUN OUT --adapter" in reason
+        assert set(model.state_dict()) == places
+        model.config.quantization_config = {"quant_method": "gptq"}
+        assert "is quantised" in str(convert.why_not_stock(model, [], range(3)))
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("new_interpreters")
 def test_every_kind_reloads_elsewhere(tmp_path: Path) -> None:
@@ -274,6 +295,7 @@ def test_what_the_other_family_does_not_compute_is_refused_with_the_reason(name:
     message = str(caught.value)
     assert "\n" not in message and reason in message and repr(family).strip("'") in message
     assert "method.offset=false" in message and "headtune export RUN OUT --adapter" in message
+    assert convert.why_not_stock(tiny_model(family, **settings), ["attention"], range(3)) == message
     model: Any = METHODS["scale"](tiny_model(family, **settings))  # needs no bias, so stays what it is
     expected = logits(model)
     torch.testing.assert_close(logits(fold(model)), expected, atol=1e-5, rtol=1e-5)
