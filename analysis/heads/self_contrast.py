@@ -19,8 +19,9 @@ from torch import Tensor
 
 from headtune.analysis.models import hooks
 from headtune.analysis.models.head_model import HeadModel
+from headtune.analysis.tasks.chat import as_chat
 from headtune.analysis.tasks.task import Example, Task
-from headtune.analysis.tasks.tokenized import as_chat, check_prompt_length, continuation
+from headtune.analysis.tasks.tokenized import check_prompt_length, continuation
 from headtune.analysis.utils.errors import InputError
 from headtune.analysis.utils.progress import Progress, silent
 
@@ -67,7 +68,8 @@ def self_contrast(
             dropped["both write the same"] += 1
         else:
             example = task.examples[index]
-            examples.append(Example(example.prompt, example.subject, (chosen,), (), None, (rejected,), example.spans))
+            pair = Example(example.prompt, example.subject, (chosen,), (), None, (rejected,), example.spans)
+            examples.append(replace(pair, messages=example.messages))
     if not examples:
         why = ", ".join(f"{reason} ({count})" for reason, count in dropped.most_common())
         raise InputError(

@@ -23,9 +23,10 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
 from headtune.analysis.models.head_model import positions_of
+from headtune.analysis.tasks.chat import as_chat
 from headtune.analysis.tasks.neutral import neutral_text
 from headtune.analysis.tasks.task import Example, Task, canonical, normalise
-from headtune.analysis.tasks.tokenized import EncodedTask, as_chat, check_prompt_length, encode
+from headtune.analysis.tasks.tokenized import EncodedTask, check_prompt_length, encode
 from headtune.analysis.utils.errors import InputError
 from headtune.analysis.utils.stats import mean_interval
 

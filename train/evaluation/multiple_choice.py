@@ -34,8 +34,9 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from headtune.analysis.models.head_model import positions_of
+from headtune.analysis.tasks.chat import as_chat
 from headtune.analysis.tasks.task import Example, Task
-from headtune.analysis.tasks.tokenized import as_chat, continuation
+from headtune.analysis.tasks.tokenized import continuation
 from headtune.analysis.utils.errors import InputError
 
 Scoring = Literal["harness", "iti"]

@@ -28,6 +28,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from headtune.analysis.models.architectures import architecture_of
 from headtune.analysis.models.loading import parse_dtype
+from headtune.analysis.tasks.chat import as_chat
 from headtune.analysis.tasks.task import Task
 from headtune.analysis.utils.errors import CheckError, InputError
 from headtune.analysis.utils.files import atomic_folder, require_new_folder, sha256_of, write_json, write_text
@@ -76,7 +77,8 @@ for job in json.load(open(sys.argv[1])):
     result = {}
     with torch.no_grad():
         for index, row in enumerate(job["prompts"]):
-            assert job["texts"] is None or tokenizer(job["texts"][index]).input_ids == row, "the tokenizer has changed"
+            assert job["texts"] is None or tokenizer(
+                job["texts"][index], add_special_tokens=job["special"]).input_ids == row, "the tokenizer has changed"
             result[f"logits.{index}"] = model(torch.tensor([row])).logits[0].float().contiguous()
         for first, rows, mask in job["batches"]:
             generated = model.generate(
@@ -96,12 +98,14 @@ class Prompts:
         texts: the prompts, where the reloaded tokenizer has to give the same ids; None to leave it out.
         new_tokens: generated greedily after each.
         pad: the padding token's id.
+        special: the tokenizer adds its special tokens to the texts; a chat template has written them.
     """
 
     rows: Sequence[list[int]]
     texts: Sequence[str] | None
     new_tokens: int
     pad: int | None
+    special: bool = True
 
     def batches(self) -> list[tuple[int, list[list[int]], list[list[int]]]]:
         """Rows that are continued together: the first one's number, the rows padded on the left, and their mask."""
@@ -129,10 +133,12 @@ class ModelOutputs:
 
 
 def export_prompts(tokenizer: PreTrainedTokenizerBase, task: Task, n: int = 20, new_tokens: int = 24) -> Prompts:
-    """The first prompts of a task's seeded order."""
-    texts = [example.prompt for example in task.limited(n).examples]
+    """The first prompts of a task's seeded order, as the model was given them: chats in the chat template."""
+    special = not task.chat_template
+    texts = [example.prompt for example in as_chat(task.limited(n), tokenizer).examples]
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    return Prompts([tokenizer(text).input_ids for text in texts], texts, new_tokens, pad)
+    rows = [tokenizer(text, add_special_tokens=special).input_ids for text in texts]
+    return Prompts(rows, texts, new_tokens, pad, special)
 
 
 @torch.no_grad()
@@ -174,6 +180,7 @@ def reload_in_subprocess(
                 "prompts": prompts.rows,
                 "batches": prompts.batches(),
                 "texts": prompts.texts,
+                "special": prompts.special,
                 "new_tokens": prompts.new_tokens,
                 "pad": prompts.pad,
             }

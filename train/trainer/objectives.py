@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from headtune.analysis.models.head_model import HeadModel
+from headtune.analysis.tasks.messages import chat_entry
 from headtune.analysis.tasks.task import Task
 from headtune.analysis.tasks.tokenized import encode
 from headtune.analysis.utils.errors import InputError
@@ -39,11 +40,13 @@ class TrainingObjective(ObjectiveRules):
     trainer: Any = penalised_trainers.SFT
 
     def rows(self, recipe: Recipe, task: Task, tokenizer: Any) -> Any:
-        """The training rows, a Dataset: text, which TRL tokenises and ends, or, of lists, tokens without an end."""
+        """The training rows, a Dataset: text, which TRL tokenises and ends; of lists, tokens without an end; of chats,
+        tokens with the end of the assistant's turn."""
+        whole = recipe.training.get("completion_only_loss") is False
+        if task.chat_template:
+            return training_rows.chat_rows(task, tokenizer, recipe.seed, whole)
         rows = training_rows.sft_rows(task, recipe.seed)
-        if task.kind != "lists":
-            return rows
-        return training_rows.open_rows(rows, tokenizer, whole=recipe.training.get("completion_only_loss") is False)
+        return training_rows.open_rows(rows, tokenizer, whole) if task.kind == "lists" else rows
 
     def prepare(self, recipe: Recipe, model: HeadModel, train: Task) -> Any:
         """The rows, checked before the run begins and taken up by `data` when it trains.
@@ -60,6 +63,7 @@ class TrainingObjective(ObjectiveRules):
         """What is trained on."""
         part = train.limited(recipe.task.max_train_examples, recipe.seed)
         summary = {"name": part.name, "sha256": part.sha256, "n_examples": len(part.examples)}
+        summary |= chat_entry(part.chat_template)
         return TrainingData(self.trainer, {"train_dataset": rows}, len(rows), summary)
 
 
@@ -78,6 +82,8 @@ class Dpo(TrainingObjective):
 
     def rows(self, recipe: Recipe, task: Task, tokenizer: Any) -> Any:
         method: Any = recipe.method
+        if task.chat_template:
+            return training_rows.dpo_chat_rows(task, method.dpo.pairs, tokenizer)
         return training_rows.dpo_rows(task, method.dpo.pairs)
 
 

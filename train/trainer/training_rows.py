@@ -10,6 +10,7 @@ from typing import Literal
 import datasets
 from transformers import PreTrainedTokenizerBase
 
+from headtune.analysis.tasks.chat import as_chat, turn_end
 from headtune.analysis.tasks.task import Task
 from headtune.analysis.tasks.tokenized import EncodedTask, continuation
 from headtune.analysis.utils.errors import InputError
@@ -33,14 +34,31 @@ def answer_set_rows(encoded: EncodedTask) -> datasets.Dataset:
     )
 
 
-def sft_rows(task: Task, seed: int) -> datasets.Dataset:
-    """Columns `prompt`, `completion`: the best answer; of a list, one drawn, seeded, from those not given yet."""
+def sft_rows(task: Task, seed: int, end: str = "\n") -> datasets.Dataset:
+    """Columns `prompt`, `completion`: the best answer; of a list, one drawn, seeded, from those not given yet.
+
+    Args:
+        task: with its prompts as the model gets them (see `as_chat`).
+        end: behind each answer.
+    """
     generator = random.Random(seed)
     rows = []
     for example in task.examples:
         answer = generator.choice(example.remaining) if task.kind == "lists" else example.remaining[0]
-        rows.append({"prompt": example.prompt, "completion": continuation(example.prompt, answer) + "\n"})
+        rows.append({"prompt": example.prompt, "completion": continuation(example.prompt, answer) + end})
     return datasets.Dataset.from_list(rows)
+
+
+def chat_rows(task: Task, tokenizer: PreTrainedTokenizerBase, seed: int, whole: bool = False) -> datasets.Dataset:
+    """Rows of chats as tokens, columns `input_ids` and `labels`: the loss is on what the assistant writes next.
+
+    That is the answer and the end of its turn, as the template writes it; of a list, one item and the line's end.
+
+    Args:
+        whole: the loss is on the prompt, too.
+    """
+    end = "\n" if task.kind == "lists" else turn_end(task, tokenizer)
+    return open_rows(sft_rows(as_chat(task, tokenizer), seed, end), tokenizer, whole, special=False)
 
 
 def dpo_rows(task: Task, pairs: Literal["one", "all"]) -> datasets.Dataset:
@@ -66,20 +84,40 @@ def dpo_rows(task: Task, pairs: Literal["one", "all"]) -> datasets.Dataset:
     return datasets.Dataset.from_list(rows)
 
 
-def open_rows(rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, whole: bool = False) -> datasets.Dataset:
+def dpo_chat_rows(task: Task, pairs: Literal["one", "all"], tokenizer: PreTrainedTokenizerBase) -> datasets.Dataset:
+    """Rows of `dpo_rows` of chats as tokens, columns `prompt_ids`, `chosen_ids`, `rejected_ids`; each answer with the
+    end of its turn. As in TRL, the prompt ends where the two sides or its own tokens part."""
+    end = turn_end(task, tokenizer)
+    result = []
+    for row in dpo_rows(as_chat(task, tokenizer), pairs):
+        texts = [row["prompt"], *(row["prompt"] + row[side] + end for side in ("chosen", "rejected"))]
+        before, chosen, rejected = tokenizer(texts, add_special_tokens=False).input_ids
+        n = min(_shared(before, chosen), _shared(before, rejected))
+        result.append({"prompt_ids": before[:n], "chosen_ids": chosen[n:], "rejected_ids": rejected[n:]})
+    return datasets.Dataset.from_list(result)
+
+
+def _shared(before: Sequence[int], ids: Sequence[int]) -> int:
+    """How many tokens two rows begin with alike."""
+    return next((n for n, (a, b) in enumerate(zip(before, ids, strict=False)) if a != b), min(len(before), len(ids)))
+
+
+def open_rows(
+    rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, whole: bool = False, special: bool = True
+) -> datasets.Dataset:
     """Rows of `sft_rows` as tokens, columns `input_ids` and `labels`, which TRL takes as they are.
 
     To a text it adds the end-of-text token; trained on that, a model ends its list after one item.
 
     Args:
         whole: the loss is on the prompt, too.
+        special: add the tokenizer's special tokens.
     """
     result = []
     for row in rows:
-        before = tokenizer(row["prompt"]).input_ids
-        ids = tokenizer(row["prompt"] + row["completion"]).input_ids
-        same = next((n for n, (a, b) in enumerate(zip(before, ids, strict=False)) if a != b), len(before))
-        n_ignored = 0 if whole else same
+        before = tokenizer(row["prompt"], add_special_tokens=special).input_ids
+        ids = tokenizer(row["prompt"] + row["completion"], add_special_tokens=special).input_ids
+        n_ignored = 0 if whole else _shared(before, ids)
         result.append({"input_ids": ids, "labels": [-100] * n_ignored + ids[n_ignored:]})
     return datasets.Dataset.from_list(result)
 
@@ -87,9 +125,14 @@ def open_rows(rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, whole:
 def check_row_length(
     name: str, rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, positions: int | None
 ) -> None:
-    """Refuse rows of `sft_rows`, `open_rows` or `dpo_rows` that are too long for the model (InputError)."""
+    """Refuse rows of `sft_rows`, `open_rows`, `dpo_rows` or chats that are too long for the model (InputError)."""
     if "input_ids" in rows.column_names:
         check_lengths(name, [len(ids) for ids in rows["input_ids"]], positions)
+        return
+    if "prompt_ids" in rows.column_names:
+        for side in ("chosen_ids", "rejected_ids"):
+            lengths = [len(ids) + len(more) for ids, more in zip(rows["prompt_ids"], rows[side], strict=True)]
+            check_lengths(name, lengths, positions)
         return
     answers = [column for column in ("completion", "chosen", "rejected") if column in rows.column_names]
     for column in answers if positions is not None else ():
