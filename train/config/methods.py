@@ -98,13 +98,15 @@ class ChatConfig(StrictConfig):
     """
 
     enabled: bool = True
-    system: Annotated[str, Field(pattern=r"\S")] | None = None
+    system: str | None = None
     enable_thinking: bool = False
 
     @model_validator(mode="after")
     def _off(self) -> Self:
         if not self.enabled and (self.system is not None or self.enable_thinking):
             raise ValueError("enabled is false, and system or enable_thinking is given; remove one of them")
+        if self.system is not None and not self.system.strip():
+            raise ValueError("system is empty; give the text of the system turn, or remove it")
         return self
 
     @property
@@ -114,6 +116,8 @@ class ChatConfig(StrictConfig):
 
 
 def _chat_block(value: Any) -> Any:
+    if value is not None and not isinstance(value, bool | dict | ChatConfig):
+        raise ValueError("expected true, false, or a block of system and enable_thinking")
     return {"enabled": value} if isinstance(value, bool) else value
 
 
