@@ -97,7 +97,7 @@ def test_a_users_own_words_on_thoughts_open_none() -> None:
     assert written(speaker(), row) == "<bos><|user|>\nIn Italy say <think> or<eos>\n<|assistant|>\n"
     # Nor where the template always begins a reply, whatever it is asked for.
     always = CHATML.replace("{% if add_generation_prompt %}", "").removesuffix("{% endif %}")
-    assert written(speaker(always), row).endswith("<|assistant|>\n")
+    assert written(speaker(always), row).endswith("<eos>\n<|assistant|>")
     assert written(speaker(always + "<think>"), row).endswith("<|assistant|>\n<think>\n\n</think>\n\n")
 
 
@@ -187,7 +187,7 @@ def test_a_system_text_that_cannot_be_written() -> None:
     with pytest.raises(InputError, match=r"refuses turns of system, user \(no system role\); leave chat_template.sys"):
         written(speaker(refusing), ROW, how)
     dropping = CHATML.replace("for m in messages %}", "for m in messages if m.role != 'system' %}")
-    with pytest.raises(InputError, match="does not keep the system's text 'Be short.' as it is"):
+    with pytest.raises(InputError, match=r"does not keep the system's text 'Be short.' as it is"):
         written(speaker(dropping), ROW, how)
     row = ROW | {"prompt": None, "messages": [{"role": "system", "content": "Be long."}, *asked("Where is Italy?")]}
     with pytest.raises(InputError, match=r"system turn of its own \('Be long.'\), and chat_template.system is another"):
@@ -252,7 +252,7 @@ def test_thoughts_of_earlier_turns_may_be_left_out() -> None:
     row = TALK | {"messages": asked("What is in Italy?", "<think>hm</think>\nMany cities.", "Which is largest?")}
     assert "<|assistant|>\nMany cities.<eos>" in written(speaker(strips), row)
     cut = CHATML.replace("{{ m.content }}", "{{ m.content if m.role == 'user' else 'x' }}")
-    with pytest.raises(InputError, match="does not keep the assistant's text 'Many cities.' as it is"):
+    with pytest.raises(InputError, match=r"does not keep the assistant's text 'Many cities.' as it is"):
         written(speaker(cut), TALK)
 
 
@@ -273,11 +273,10 @@ def test_spans_of_a_conversation() -> None:
 def test_a_subject_that_the_template_changes() -> None:
     """White space around it is trimmed away."""
     row = {"messages": asked("Italy \nis where?"), "subject": "Italy \nis", "answers": ["Rome"]}
-    joins = CHATML.replace("{{ m.content }}", "{{ m.content }}")
-    assert encode(chat(row), speaker(joins)).examples
+    assert encode(chat(row), speaker()).examples
     row = {"prompt": "Italy is\n", "subject": "Italy is\n", "answers": ["Rome"]}
     assert encode(chat(row), speaker()).examples
-    with pytest.raises(InputError, match="about 'Italy is.n': the chat template does not keep its subject as it is"):
+    with pytest.raises(InputError, match=r"about 'Italy is.n': the chat template does not keep its subject as it is"):
         encode(chat(row), speaker(CHATML.replace("m.content", "m.content | trim")))
 
 
@@ -295,12 +294,12 @@ def test_conversations_in_a_file(tmp_path: Path) -> None:
     # Written and read again it is the same, whoever writes it.
     again = load(*map(json.loads, task_lines(task)))
     assert again.examples == task.examples and again.sha256 == task.sha256
-    assert [json.loads(line) for line in to_jsonl(task.examples).splitlines()][0]["messages"] == TALK["messages"]
-    assert "prompt" not in json.loads(to_jsonl(task.examples))
+    stored = json.loads(to_jsonl(task.examples))
+    assert stored["messages"] == TALK["messages"] and "prompt" not in stored
     # A table of the hub has both columns, one of them empty.
     assert parse_example(TALK | {"prompt": None, "corrupt": None}, "here") == task.examples[0]
     assert parse_example(ROW | {"messages": None}, "here").messages == ()
-    with pytest.raises(InputError, match=r"line 2: lines with 'messages' and with 'prompt' in one task"):
+    with pytest.raises(InputError, match=r"jsonl:2: lines with 'messages' and with 'prompt' in one task"):
         load(TALK, ROW)
     with pytest.raises(InputError, match="only a chat template writes; leave chat_template on"):
         with_chat(task, False)
