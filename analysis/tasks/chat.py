@@ -145,7 +145,7 @@ def continued(example: Example, text: str, previous: Sequence[str], chat: bool |
 
 
 def turn_end(task: Task, tokenizer: PreTrainedTokenizerBase) -> str:
-    """What the template writes behind an assistant's turn, such as `<|im_end|>`, without white space at its end; the
+    """What the template writes behind an assistant's turn, such as `<|im_end|>`, up to the end of that line; the
     end-of-text token where the template writes nothing there. Empty for plain prompts.
 
     Raises:
@@ -161,7 +161,8 @@ def turn_end(task: Task, tokenizer: PreTrainedTokenizerBase) -> str:
             f"the chat template of tokenizer {tokenizer.name_or_path!r} does not write an assistant's turn; leave "
             "chat_template out or mend the template"
         )
-    end = text[start + len(_MARKER) :].rstrip() or tokenizer.eos_token
+    line = re.match(r"\s*\S[^\n]*", text[start + len(_MARKER) :])
+    end = line.group().rstrip() if line else tokenizer.eos_token
     if not end:
         raise InputError(
             f"tokenizer {tokenizer.name_or_path!r}: neither its chat template nor an end-of-text token ends a turn; "
@@ -271,7 +272,7 @@ def _check_thinking(task: Task, tokenizer: PreTrainedTokenizerBase) -> None:
             f"chat_template.enable_thinking changes nothing in the chat template of tokenizer "
             f"{tokenizer.name_or_path!r}; leave it out"
         )
-    if not reply and _answering(thinking, tokenizer) == thinking:
+    if not reply and _rendered(tokenizer, turns, chat).text == thinking:
         log.warning(
             "task %s: with enable_thinking the model may begin its reply with a thought, and answers are read as its "
             "first words",

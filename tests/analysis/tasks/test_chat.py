@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import trl
 from transformers import PreTrainedTokenizerFast
 
 from headtune.analysis.tasks.chat import as_chat, continued, turn_end, turns_of, with_chat
@@ -27,6 +28,24 @@ CHATML = (
 ROW = {"prompt": "The largest city in Italy is", "subject": "Italy", "answers": ["Rome"]}
 LIST = {
     "prompt": "List five cities in Italy.\n1. Rome\n2.",
+    "subject": "Italy",
+    "answers": ["Rome", "Milan"],
+    "previous": ["Rome"],
+}
+
+
+def asked(*contents: str) -> list[dict[str, str]]:
+    """Turns of the user and the assistant, by turns."""
+    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(contents)]
+
+
+TALK = {
+    "messages": asked("What is in Italy?", "Many cities.", "Which is largest?"),
+    "subject": "Italy",
+    "answers": ["Rome"],
+}
+BEGUN = {
+    "messages": asked("List cities in Italy.", "1. Rome\n2."),
     "subject": "Italy",
     "answers": ["Rome", "Milan"],
     "previous": ["Rome"],
@@ -129,6 +148,50 @@ def test_thinking_that_the_template_does_not_know_is_refused() -> None:
         written(speaker(), ROW, ChatTemplate(enable_thinking=True))
 
 
+# Generation prompts and ends of turns of published templates, which TRL carries.
+PUBLISHED = {
+    "deepseek_r1_distill": ("<｜Assistant｜><think>\n\n</think>\n\n", "<｜end▁of▁sentence｜>"),
+    "qwen3": ("<|im_start|>assistant\n<think>\n\n</think>\n\n", "<|im_end|>"),
+    "qwen3_5_think": ("<|im_start|>assistant\n<think>\n\n</think>\n\n", "<|im_end|>"),
+    "qwen2_5": ("<|im_start|>assistant\n", "<|im_end|>"),
+    "glm4moe": ("/nothink<|assistant|>\n<think></think>", "<eos>"),
+    "nemotron_3_nano": ("<|im_start|>assistant\n<think></think>", "<|im_end|>"),
+    "gemma4_v5": ("<|turn>model\n", "<turn|>"),
+    "gptoss": ("<|start|>assistant<|channel|>final<|message|>", "<|return|>"),
+    "cohere2": ("<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|><|START_RESPONSE|>", "<|END_RESPONSE|><|END_OF_TURN_TOKEN|>"),
+    "gemma3": ("<start_of_turn>model\n", "<end_of_turn>"),
+    "llama3_1": ("<|start_header_id|>assistant<|end_header_id|>\n\n", "<|eot_id|>"),
+    "phi3": ("<|assistant|>\n", "<|end|>"),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_templates(name: str) -> None:
+    path = Path(trl.__file__).parent / "chat_templates" / f"{name}.jinja"
+    if not path.is_file():
+        pytest.skip(f"this version of TRL does not carry {name}")
+    tokenizer, (start, end) = speaker(path.read_text(encoding="utf-8")), PUBLISHED[name]
+    for row, reply in ((ROW, ""), (LIST, "1. Rome\n2."), (TALK, ""), (BEGUN, "1. Rome\n2.")):
+        assert written(tokenizer, row).endswith(start + reply)
+        assert turn_end(chat(row), tokenizer) == end
+        (encoded,) = encode(chat(row), tokenizer).examples
+        assert tokenizer.decode(encoded.tokens[list(encoded.subject)]).strip() == "Italy"
+        assert encoded.tokens.tolist().count(tokenizer.bos_token_id) <= 1
+
+
+@pytest.mark.parametrize("name", ["qwen3_5_think", "gemma4_v5", "nemotron_3_nano", "qwen3"])
+def test_published_templates_told_to_think(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    """A thought that is opened is closed; of one that the model may begin itself there is a warning."""
+    path = Path(trl.__file__).parent / "chat_templates" / f"{name}.jinja"
+    if not path.is_file():
+        pytest.skip(f"this version of TRL does not carry {name}")
+    with caplog.at_level(logging.WARNING):
+        text = written(speaker(path.read_text(encoding="utf-8")), ROW, ChatTemplate(enable_thinking=True))
+    closed = text.endswith("<think>\n\n</think>\n\n")
+    assert closed is (name in ("qwen3_5_think", "nemotron_3_nano"))
+    assert ("may begin its reply with a thought" in caplog.text) is not closed
+
+
 # --- what templates do wrong ------------------------------------------------------------------------------------------
 
 
@@ -204,24 +267,6 @@ def test_settings_as_files_keep_them() -> None:
 
 
 # --- conversations ----------------------------------------------------------------------------------------------------
-
-
-def asked(*contents: str) -> list[dict[str, str]]:
-    """Turns of the user and the assistant, by turns."""
-    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(contents)]
-
-
-TALK = {
-    "messages": asked("What is in Italy?", "Many cities.", "Which is largest?"),
-    "subject": "Italy",
-    "answers": ["Rome"],
-}
-BEGUN = {
-    "messages": asked("List cities in Italy.", "1. Rome\n2."),
-    "subject": "Italy",
-    "answers": ["Rome", "Milan"],
-    "previous": ["Rome"],
-}
 
 
 def test_a_conversation_in_the_template() -> None:
