@@ -95,11 +95,15 @@ def as_chat(task: Task, tokenizer: PreTrainedTokenizerBase) -> Task:
 
 
 def chat_examples(task: Task, tokenizer: PreTrainedTokenizerBase) -> list[tuple[Example, int]]:
-    """The examples of `as_chat`, each with where its subject begins: the template may name it before the user does.
-    -1: the template has changed it (white space around it, say)."""
+    """The examples of `as_chat`, each with the character from where its subject is: the template may name it before the
+    user does. -1: the template has changed it (white space around it, say)."""
     if not task.chat_template:
-        return [(example, example.prompt.find(example.subject)) for example in task.examples]
-    require_template(tokenizer)
+        return [(example, 0) for example in task.examples]
+    if not tokenizer.chat_template:
+        fix = "leave chat_template out"
+        if any(example.messages for example in task.examples):
+            fix = f"task {task.name!r} is of messages: use a chat model, or give the tokenizer a template"
+        raise InputError(f"tokenizer {tokenizer.name_or_path!r} has no chat template; {fix}")
     chat = settings_of(task)
     if chat.enable_thinking:
         _check_thinking(task, tokenizer)
@@ -117,12 +121,6 @@ def chat_examples(task: Task, tokenizer: PreTrainedTokenizerBase) -> list[tuple[
         begin = _subject_start(example, pieces, written)
         result.append((replace(example, prompt=written, corrupt=corrupt, spans=spans, messages=()), begin))
     return result
-
-
-def require_template(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse a tokenizer without a chat template (InputError)."""
-    if not tokenizer.chat_template:
-        raise InputError(f"tokenizer {tokenizer.name_or_path!r} has no chat template; leave chat_template out")
 
 
 def turns_of(example: Example) -> tuple[Turns, str]:

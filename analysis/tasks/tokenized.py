@@ -227,7 +227,7 @@ def _encode_one(
         return between(start, start + len(text))
 
     # Which tokens the subject and the previous answers are.
-    subject = span(begin, example.subject)
+    subject = span(example.prompt.index(example.subject, begin), example.subject)
     spans: list[tuple[int, ...]] = []
     cursor = len(example.prompt)
     for answer in reversed(example.previous):

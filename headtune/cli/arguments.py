@@ -108,7 +108,7 @@ def model_and_task_arguments(p: argparse.ArgumentParser, out: str, optional: boo
     p.add_argument("--seed", type=int, default=0)
 
 
-def chat_arguments(p: argparse.ArgumentParser, default: str) -> None:
+def chat_arguments(p: argparse._ActionsContainer, default: str) -> None:
     """`--chat-template`, `--no-chat-template`, `--system` and `--enable-thinking`; `chat_of` reads them."""
     p.add_argument(
         "--chat-template",

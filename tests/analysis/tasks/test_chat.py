@@ -286,6 +286,11 @@ def test_a_conversation_in_the_template() -> None:
     assert encoded.target_tokens == (tokenizer("Rome", add_special_tokens=False).input_ids[0],)
 
 
+def test_conversations_need_a_template() -> None:
+    with pytest.raises(InputError, match="has no chat template; task 'chat' is of messages: use a chat model, or give"):
+        encode(chat(TALK), tiny_tokenizer())
+
+
 def test_a_list_and_the_same_as_a_conversation() -> None:
     row = BEGUN | {"messages": asked("List five cities in Italy.", "1. Rome\n2.")}
     assert written(speaker(), row) == written(speaker(), LIST)
