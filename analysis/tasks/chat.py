@@ -39,6 +39,10 @@ _TAG = re.compile(
 _IS_END = re.compile(r"^[<\[◁]\|?(/|end)", re.IGNORECASE)
 # A generation prompt after which the model first chooses a channel, and what chooses that of answers.
 _CHANNELS = {"<|start|>assistant": "<|channel|>final<|message|>"}
+_BULLET = r"(?:\d+[.)]|[-*•])"
+# Of a whole reply: an introduction, a line that ends in a colon, and the first item's number or bullet.
+_BEFORE_ITEMS = re.compile(rf"\s*(?:[^\n]*:[*_ \t]*\n\s*)?(?:{_BULLET}(?=\s))?")
+LINES_BEFORE_ITEMS = 2  # an introduction and an empty line
 _MARKER = "0answer0"  # stands for an answer where the end of a turn is read
 
 
@@ -130,6 +134,18 @@ def turns_of(example: Example) -> tuple[Turns, str]:
         return (("user", user),), reply
     *before, (role, content) = example.messages
     return (tuple(before), content) if role == "assistant" else (example.messages, "")
+
+
+def begins_reply(task: Task, example: Example) -> bool:
+    """Whether the answer is the first that the assistant says: a chat in which no reply has begun."""
+    return bool(task.chat_template) and not turns_of(example)[1]
+
+
+def items_start(text: str) -> int:
+    """Where a whole reply's first list item begins: behind an introduction that ends in a colon, and behind its number
+    or bullet, which a prompt with a begun list has said."""
+    match = _BEFORE_ITEMS.match(text)
+    return match.end() if match else 0
 
 
 def continued(example: Example, text: str, previous: Sequence[str], chat: bool | ChatTemplate) -> Example:
@@ -334,7 +350,10 @@ def place_of(example: Example) -> str:
 
 
 def _turns(example: Example) -> tuple[str, str]:
-    """The user's turn of a plain prompt, and the reply so far."""
+    """The user's turn of a plain prompt, and the reply so far: from the line of the first answer given, or from a last
+    line that is the first item's number or bullet alone."""
+    if not example.previous and (begun := re.fullmatch(rf"(.*\S.*?)\n+([ \t]*{_BULLET})", example.prompt, re.DOTALL)):
+        return begun[1].rstrip("\n"), begun[2]
     cursor = len(example.prompt)
     for answer in reversed(example.previous):
         start = example.prompt.rfind(answer, 0, cursor)

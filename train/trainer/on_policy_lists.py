@@ -15,7 +15,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from headtune.analysis.models.loading import cache_folder
-from headtune.analysis.tasks.chat import continued
+from headtune.analysis.tasks.chat import begins_reply, continued, items_start
 from headtune.analysis.tasks.messages import joined
 from headtune.analysis.tasks.task import Example, Task, to_jsonl
 from headtune.analysis.utils.errors import InputError
@@ -37,12 +37,13 @@ def on_policy_examples(
     """
     examples = []
     for scored in generate_lists(model, tokenizer, task, n_items, batch_size):
-        lines = scored.text.split("\n")
+        start = items_start(scored.text) if begins_reply(task, scored.example) else 0
+        lines = scored.text[start:].split("\n")
         for index in range(1, min(len(lines), len(scored.items) + 1)):
             marker = re.match(r"\s*(\d+[.)]|[-*•])", lines[index])
             if marker is None:
                 break  # no longer a list
-            text = "\n".join(lines[:index]) + "\n" + marker.group(0)
+            text = scored.text[:start] + "\n".join(lines[:index]) + "\n" + marker.group(0)
             previous = (*scored.example.previous, *scored.items[:index])
             example = continued(scored.example, text, previous, task.chat_template)
             if example.remaining:

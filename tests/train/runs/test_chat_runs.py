@@ -12,10 +12,12 @@ from transformers import AutoTokenizer
 from headtune.analysis.heads.head_set import HeadSet
 from headtune.analysis.models import loading
 from headtune.analysis.tasks.messages import ChatTemplate
+from headtune.analysis.tasks.task import Task, parse_example
 from headtune.analysis.utils.errors import InputError
 from headtune.cli.main import main
 from headtune.train.config.recipe import load_recipe
 from headtune.train.config.resolve_tasks import tasks_of
+from headtune.train.evaluation import evaluate
 from headtune.train.evaluation.compare import compare_runs
 from headtune.train.export.checkpoint import export_prompts, held_out_task
 from headtune.train.export.model_card import origin_of
@@ -178,6 +180,36 @@ def test_heads_of_plain_prompts_on_chats_are_said(chatty: Path, tmp_path: Path) 
     for chat, said in ((HOW, False), (True, True), (None, True)):
         notes = prepare(load_recipe(str(write(tmp_path, chatty, chat, heads=block)))).notes
         assert any("were chosen on" in note for note in notes) is said
+
+
+@pytest.mark.parametrize(
+    ("text", "items"),
+    [
+        ("1. Rome\n2. Milan\n3. Turin", ("Rome", "Milan", "Turin")),
+        ("Here are three cities in Italy:\n\n1. Rome\n2. Milan\n3. Turin", ("Rome", "Milan", "Turin")),
+        ("**Cities:**\n- Rome\n- Milan\n", ("Rome", "Milan")),
+        ("Rome\nMilan\nTurin", ("Rome", "Milan", "Turin")),
+        ("Rome: the capital\n2. Milan", ("Rome", "Milan")),
+    ],
+)
+def test_a_list_that_the_reply_begins(text: str, items: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """An introduction is no item, nor is the first item's number a part of it; there is room for both."""
+    asked: list[int] = []
+
+    def written(_model: Any, _tokenizer: Any, task: Task, lines: int, _size: int, tokens: int, _seed: Any) -> list[str]:
+        asked[:] = [lines, tokens]
+        return [text] * len(task.examples)
+
+    monkeypatch.setattr(evaluate, "_generate", written)
+    row = {"subject": "Italy", "answers": ["Rome", "Milan", "Turin"], "previous": []}
+    talk = parse_example(row | {"messages": [{"role": "user", "content": "Cities in Italy?"}]}, "here")
+    (scored,) = evaluate.generate_lists(None, None, Task("talk", (talk,), True))  # type: ignore[arg-type]
+    assert scored.items == items and scored.kinds.count("correct_new") == len(items) and asked == [5, 60]
+    # Where the list has begun, the reply goes on with the item: an item that looks like more is what it was.
+    begun = parse_example(row | {"prompt": "Cities in Italy?\n1."}, "here")
+    for chat in (True, False):
+        evaluate.generate_lists(None, None, Task("begun", (begun,), chat))  # type: ignore[arg-type]
+        assert asked == [3, 36]
 
 
 def test_conversations_need_no_key(chatty: Path, tmp_path: Path) -> None:

@@ -129,30 +129,42 @@ def test_rows_of_a_sequence() -> None:
             assert learnt.endswith(end) and learnt.removesuffix(end).strip() in shown.remaining
 
 
-@pytest.mark.parametrize("previous", [0, 1])
-def test_a_models_own_lists_stay_in_its_turn(previous: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+BEGUN = " Bonn\n2. Derby\n3. Vigo"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "text"),
+    [
+        ("List cities in Italy.\n1.", BEGUN),
+        ("Which cities are in Italy?", "1." + BEGUN),
+        ("Which cities are in Italy?", "Here are **cities in Italy**:\n\n1." + BEGUN),
+        ("Which cities are in Italy?", "- Bonn\n- Derby\n- Vigo"),
+    ],
+)
+def test_a_models_own_lists_stay_in_its_turn(
+    prompt: str, text: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """On-policy prompts: the user's turn is what it was, and what the model wrote is the assistant's."""
-    task, tokenizer = replace(tiny_task(previous=(previous,), subjects=2), chat_template=True), speaker()
+    tokenizer = speaker()
+    row = {"prompt": prompt, "subject": "Italy", "answers": FACTS["Italy"], "previous": []}
+    task = Task("asked", (parse_example(row, "here"),), True)
 
     def wrote(_model: Any, _tokenizer: Any, asked: Task, *_: Any) -> list[Scored]:
-        text = "1. Bonn\n2. Derby\n3. Vigo" if previous == 0 else " Bonn\n3. Derby\n4. Vigo"
-        items = ("Bonn", "Derby", "Vigo")
-        return [Scored(example, text, items, ("wrong",) * 3, {}) for example in asked.examples]
+        return [Scored(example, text, ("Bonn", "Derby", "Vigo"), ("wrong",) * 3, {}) for example in asked.examples]
 
     monkeypatch.setattr(on_policy_lists, "generate_lists", wrote)
-    block = AnswerSetConfig(own_lists=1.0, own_items=2)
     monkeypatch.setenv("HEADTUNE_CACHE", str(tmp_path))
+    block = AnswerSetConfig(own_lists=1.0, own_items=2)
     written, cached = (
         on_policy_lists.answer_set_task(_Model(), tokenizer, task, block, 8, 0, weights_sha256="0")  # type: ignore[arg-type]
         for _ in range(2)
     )
     assert written.examples == cached.examples and written.chat_template is True
-    starts = [shown.prompt for shown in as_chat(task, tokenizer).examples]
-    for example in as_chat(written, tokenizer).examples:
-        (start,) = (start for start in starts if example.prompt.startswith(start))
-        assert example.prompt[len(start) :].split("\n")[0].strip(" 1.") == "Bonn"
-    encoded = encode(written, tokenizer).examples
-    assert encoded and all(tokenizer.decode(each.tokens[-1:]) == "." for each in encoded)
+    start = as_chat(task, tokenizer).examples[0].prompt
+    ends = [text.index(item) - 1 for item in ("Derby", "Vigo")]
+    shown = {example.prompt: example.previous for example in as_chat(written, tokenizer).examples}
+    assert shown == {start + text[: ends[0]]: ("Bonn",), start + text[: ends[1]]: ("Bonn", "Derby")}
+    assert all(tokenizer.decode(each.tokens[-1:]) in ".-" for each in encode(written, tokenizer).examples)
 
 
 class _Model:
