@@ -224,24 +224,36 @@ def _rendered(tokenizer: PreTrainedTokenizerBase, turns: Turns, chat: ChatTempla
             "another; leave one of them out"
         )
     text = _render(tokenizer, turns, chat)
-    # Where each turn is, in order; what was added comes first.
+    # Where each turn is, in order; what was added comes first. Some templates put the system's text elsewhere.
     shown: Turns = turns if chat.system is None else (("system", chat.system), *turns)
-    places, cursor = [], 0
-    for role, content in shown:
-        core = _core(role, content)
-        start = text.find(core, cursor)
-        if start < 0:
-            raise InputError(
-                f"the chat template of tokenizer {tokenizer.name_or_path!r} does not keep the {role}'s text "
-                f"{core[:60]!r} as it is; leave chat_template out or mend the template"
-            )
-        cursor = start + len(core)
-        places.append((start, cursor))
-    before = len(text)
+    places, missing = _places(text, shown)
+    if missing is not None and shown[0][0] == "system":
+        others, missing = _places(text, shown[1:])
+        system, lost = _places(text, shown[:1])
+        places, missing = [*system, *others], missing if lost is None else lost
+    if missing is not None:
+        raise InputError(
+            f"the chat template of tokenizer {tokenizer.name_or_path!r} does not keep the {missing[0]}'s text "
+            f"{missing[1][:60]!r} as it is; leave chat_template out or mend the template"
+        )
+    before, cursor = len(text), max(end for _, end in places)
     if _TAG.search(text[cursor:]) or any(text.rstrip().endswith(start) for start in _CHANNELS):
         plain = _render(tokenizer, turns, chat, generation=False)
         before = max(cursor, len(plain)) if plain != text and text.startswith(plain) else cursor
     return _Rendered(text[:before] + _answering(text[before:], tokenizer), places[len(shown) - len(turns) :])
+
+
+def _places(text: str, turns: Turns) -> tuple[list[tuple[int, int]], tuple[str, str] | None]:
+    """(start, end) of each turn's text, one after the other, and the first turn that is not there."""
+    places, cursor = [], 0
+    for role, content in turns:
+        core = _core(role, content)
+        start = text.find(core, cursor)
+        if start < 0:
+            return places, (role, core)
+        cursor = start + len(core)
+        places.append((start, cursor))
+    return places, None
 
 
 def _core(role: str, content: str) -> str:

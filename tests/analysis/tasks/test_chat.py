@@ -244,6 +244,23 @@ def test_a_system_text() -> None:
     assert chat(ROW, how=ChatTemplate()).sha256 == chat(ROW).sha256
 
 
+def test_a_system_text_before_the_last_question() -> None:
+    """Where Mistral's templates put it."""
+    late = (
+        "{% set s = messages[0].content if messages[0].role == 'system' else '' %}{{ bos_token }}"
+        "{% for m in messages if m.role != 'system' %}{% if m.role == 'user' %}[INST] "
+        "{% if loop.last %}{{ s }}\n\n{% endif %}{{ m.content }}[/INST]"
+        "{% else %} {{ m.content }}<eos>{% endif %}{% endfor %}"
+    )
+    text = written(speaker(late), TALK, ChatTemplate("Be short."))
+    assert text == (
+        "<bos>[INST] What is in Italy?[/INST] Many cities.<eos>[INST] Be short.\n\nWhich is largest?[/INST]"
+    )
+    (encoded,) = encode(chat(TALK, how=ChatTemplate("Be short.")), speaker(late)).examples
+    assert speaker().decode(encoded.tokens[list(encoded.subject)]) == " Italy"
+    assert encoded.target_tokens == (speaker()(" Rome", add_special_tokens=False).input_ids[0],)
+
+
 def test_a_system_text_that_cannot_be_written() -> None:
     how = ChatTemplate(system="Be short.")
     refusing = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + CHATML
