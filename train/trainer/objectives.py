@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from headtune.analysis.models.head_model import HeadModel
+from headtune.analysis.tasks.chat import as_chat, turn_end
 from headtune.analysis.tasks.messages import chat_entry
 from headtune.analysis.tasks.task import Task
 from headtune.analysis.tasks.tokenized import encode
@@ -83,7 +84,8 @@ class Dpo(TrainingObjective):
     def rows(self, recipe: Recipe, task: Task, tokenizer: Any) -> Any:
         method: Any = recipe.method
         if task.chat_template:
-            return training_rows.dpo_chat_rows(task, method.dpo.pairs, tokenizer)
+            rows = training_rows.dpo_rows(as_chat(task, tokenizer), method.dpo.pairs)
+            return training_rows.dpo_tokens(rows, tokenizer, special=False, end=turn_end(task, tokenizer))
         return training_rows.dpo_rows(task, method.dpo.pairs)
 
 

@@ -84,7 +84,7 @@ class SFT(Penalised, SFTTrainer):
 class DPO(Penalised, DPOTrainer):
     """Direct preference optimisation (Rafailov et al. 2023); the reference is the model with its adapter off.
 
-    Rows that are tokens already (chats) are taken as they are: TRL would look for their text.
+    Rows that are tokens already are taken as they are: TRL would look for their text.
     """
 
     def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:

@@ -84,26 +84,12 @@ def dpo_rows(task: Task, pairs: Literal["one", "all"]) -> datasets.Dataset:
     return datasets.Dataset.from_list(rows)
 
 
-def dpo_chat_rows(task: Task, pairs: Literal["one", "all"], tokenizer: PreTrainedTokenizerBase) -> datasets.Dataset:
-    """Rows of `dpo_rows` of chats as tokens, columns `prompt_ids`, `chosen_ids`, `rejected_ids`; each answer with the
-    end of its turn. As in TRL, the prompt ends where the two sides or its own tokens part."""
-    end = turn_end(task, tokenizer)
-    result = []
-    for row in dpo_rows(as_chat(task, tokenizer), pairs):
-        texts = [row["prompt"], *(row["prompt"] + row[side] + end for side in ("chosen", "rejected"))]
-        before, chosen, rejected = tokenizer(texts, add_special_tokens=False).input_ids
-        n = min(_shared(before, chosen), _shared(before, rejected))
-        result.append({"prompt_ids": before[:n], "chosen_ids": chosen[n:], "rejected_ids": rejected[n:]})
-    return datasets.Dataset.from_list(result)
-
-
-def _shared(before: Sequence[int], ids: Sequence[int]) -> int:
-    """How many tokens two rows begin with alike."""
-    return next((n for n, (a, b) in enumerate(zip(before, ids, strict=False)) if a != b), min(len(before), len(ids)))
-
-
 def open_rows(
-    rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, whole: bool = False, special: bool = True
+    rows: datasets.Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    whole: bool = False,
+    special: bool = True,
+    end: str = "",
 ) -> datasets.Dataset:
     """Rows of `sft_rows` as tokens, columns `input_ids` and `labels`, which TRL takes as they are.
 
@@ -112,14 +98,36 @@ def open_rows(
     Args:
         whole: the loss is on the prompt, too.
         special: add the tokenizer's special tokens.
+        end: behind each completion.
     """
     result = []
     for row in rows:
-        before = tokenizer(row["prompt"], add_special_tokens=special).input_ids
-        ids = tokenizer(row["prompt"] + row["completion"], add_special_tokens=special).input_ids
+        texts = [row["prompt"], row["prompt"] + row["completion"] + end]
+        before, ids = tokenizer(texts, add_special_tokens=special).input_ids
         n_ignored = 0 if whole else _shared(before, ids)
         result.append({"input_ids": ids, "labels": [-100] * n_ignored + ids[n_ignored:]})
     return datasets.Dataset.from_list(result)
+
+
+def dpo_tokens(
+    rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, special: bool = True, end: str = ""
+) -> datasets.Dataset:
+    """Rows of `dpo_rows` as tokens, columns `prompt_ids`, `chosen_ids`, `rejected_ids`: see `open_rows`.
+
+    As in TRL, the prompt ends where it and the two sides part, if tokens merge across its end.
+    """
+    result = []
+    for row in rows:
+        texts = [row["prompt"], *(row["prompt"] + row[side] + end for side in ("chosen", "rejected"))]
+        before, chosen, rejected = tokenizer(texts, add_special_tokens=special).input_ids
+        n = min(_shared(before, chosen), _shared(before, rejected))
+        result.append({"prompt_ids": before[:n], "chosen_ids": chosen[n:], "rejected_ids": rejected[n:]})
+    return datasets.Dataset.from_list(result)
+
+
+def _shared(before: Sequence[int], ids: Sequence[int]) -> int:
+    """How many tokens two rows begin with alike."""
+    return next((n for n, (a, b) in enumerate(zip(before, ids, strict=False)) if a != b), min(len(before), len(ids)))
 
 
 def check_row_length(
