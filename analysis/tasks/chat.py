@@ -245,7 +245,8 @@ def _rendered(tokenizer: PreTrainedTokenizerBase, turns: Turns, chat: ChatTempla
 
 def _places(text: str, turns: Turns) -> tuple[list[tuple[int, int]], tuple[str, str] | None]:
     """(start, end) of each turn's text, one after the other, and the first turn that is not there."""
-    places, cursor = [], 0
+    places: list[tuple[int, int]] = []
+    cursor = 0
     for role, content in turns:
         core = _core(role, content)
         start = text.find(core, cursor)
