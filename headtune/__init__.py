@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from headtune.analysis.models.loading import load_model as load_model
     from headtune.analysis.tasks.generators.make import make_task as make_task
     from headtune.analysis.tasks.loading import load_task as load_task
+    from headtune.analysis.tasks.messages import ChatTemplate as ChatTemplate
     from headtune.analysis.utils.errors import CheckError as CheckError
     from headtune.analysis.utils.errors import InputError as InputError
     from headtune.train.config.method_registry import register_tuning_method as register_tuning_method
@@ -49,6 +50,7 @@ _ROOMS = {
     "load_model": "analysis.models.loading",
     "load_task": "analysis.tasks.loading",
     "make_task": "analysis.tasks.generators.make",
+    "ChatTemplate": "analysis.tasks.messages",
     "score": "analysis.methods.registry",
     "identify": "analysis.identify.pipeline",
     "HeadModel": "analysis.models.head_model",

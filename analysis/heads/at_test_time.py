@@ -22,6 +22,8 @@ from headtune.analysis.interventions.last_layer import Intercept, Sink, scale_si
 from headtune.analysis.interventions.mlp_regression import decompose
 from headtune.analysis.interventions.silencing import HOWS, silence
 from headtune.analysis.models.head_model import HeadModel
+from headtune.analysis.tasks.chat import with_chat
+from headtune.analysis.tasks.messages import ChatTemplate
 from headtune.analysis.tasks.tokenized import encode
 from headtune.analysis.utils.errors import InputError, nearest
 from headtune.analysis.utils.progress import Progress, silent
@@ -130,8 +132,12 @@ def applied(
     model: HeadModel,
     knobs: Sequence[TestTimeIntervention],
     progress: Progress = silent,
+    chat: bool | ChatTemplate = False,
 ) -> Iterator[list[dict[str, Any]]]:
     """Turn knobs on, all together; what they need of the model is computed first, with every knob off.
+
+    Args:
+        chat: give the prompts that an intercept is fitted on as chats.
 
     Yields:
         What was set, JSON-able, one dictionary a knob; an intercept's says what it was fitted on and how well, that of
@@ -157,9 +163,10 @@ def applied(
                 note |= {} if knob.random is None else {"random": knob.random}
                 note |= {"heads": [list(head) for head in heads]}
             else:
+                fit = with_chat(knob.task(), chat or None)
                 decomposition, r2 = decompose(
                     model,
-                    encode(knob.task(), model.tokenizer, model.positions, model.vocabulary).examples,
+                    encode(fit, model.tokenizer, model.positions, model.vocabulary).examples,
                     progress=progress,
                 )
                 blocks.append(subtract_mlp_intercept(model, decomposition.intercept[-1], knob.beta))

@@ -20,9 +20,10 @@ from torch import Tensor
 from headtune.analysis.models import hooks
 from headtune.analysis.models.generation import generate, padding_id
 from headtune.analysis.models.head_model import HeadModel
+from headtune.analysis.tasks.chat import as_chat
 from headtune.analysis.tasks.prompt_tokens import token_ids
 from headtune.analysis.tasks.task import Example, Task, normalise
-from headtune.analysis.tasks.tokenized import as_chat, check_prompt_length, continuation
+from headtune.analysis.tasks.tokenized import check_prompt_length, continuation
 from headtune.analysis.utils.errors import InputError
 from headtune.analysis.utils.progress import Progress, silent
 
@@ -70,7 +71,8 @@ def self_contrast(
             dropped["both write the same"] += 1
         else:
             example = task.examples[index]
-            examples.append(Example(example.prompt, example.subject, (chosen,), (), None, (rejected,), example.spans))
+            pair = Example(example.prompt, example.subject, (chosen,), (), None, (rejected,), example.spans)
+            examples.append(replace(pair, messages=example.messages))
     if not examples:
         why = ", ".join(f"{reason} ({count})" for reason, count in dropped.most_common())
         raise InputError(

@@ -2,6 +2,7 @@
 
 A task is a JSONL file, a `datasets` hub id or a built-in name, with an optional split: `one_to_many:test`. One example
 a line: `{"prompt", "subject", "answers", "previous", "corrupt", "incorrect", "spans"}`; see the README for the format.
+`messages` may stand in place of `prompt` (see `messages`).
 The first line may say where they come from instead: `{"about": {"kind", ...}}`. Data of other layouts is named with its
 format: `truthfulqa:fold_0_test.csv` (see `formats`).
 """
@@ -100,10 +101,16 @@ def _of_rows(name: str, rows: Iterable[tuple[str, Any]]) -> Task:
             about = dict(first)
             continue
         examples.append(parse_example(row, place))
+        if bool(examples[-1].messages) != bool(examples[0].messages):
+            raise InputError(
+                f"{place}: lines with 'messages' and with 'prompt' in one task; write all of them one way (a prompt is "
+                'the turn {"role": "user", "content": PROMPT})'
+            )
         if row.get("previous") is not None:
             kind = "lists"
     kind = about.pop("kind", kind)
-    return Task(name, tuple(examples), kind=kind, about=about)
+    chat = bool(examples and examples[0].messages)  # conversations are chats, whether asked for or not
+    return Task(name, tuple(examples), chat, kind=kind, about=about)
 
 
 def _require_lines(path: Path) -> None:
@@ -118,7 +125,7 @@ def _require_lines(path: Path) -> None:
         return  # as it should be, if there is more than one line; what else is wrong has its line named later
     if isinstance(whole, list):
         raise InputError(f"task file {str(path)!r} is one JSON list; write one JSON object a line")
-    if not isinstance(whole, dict) or "prompt" in whole:
+    if not isinstance(whole, dict) or "prompt" in whole or "messages" in whole:
         return
     if isinstance(whole.get("samples"), list):
         raise InputError(f"task file {str(path)!r} looks like a relation; name its format: relation:{path}")

@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 
 from headtune.analysis.utils.errors import InputError, nearest
 
+from .messages import ChatTemplate, Turns, as_rows, joined, parse_messages
 from .spans import Spans, parse_spans
 
 SPLITS = {"train": 0.6, "validation": 0.15, "test": 0.25}
@@ -29,6 +30,8 @@ class Example:
         corrupt: counterpart prompt for patching, if there is one.
         incorrect: wrong answers, for preference pairs and multiple choice; `answers[0]` is then the best right one.
         spans: named parts of the prompt, as pieces: a text that occurs once, or (start, end) characters (see `spans`).
+        messages: the turns of a conversation, (role, content); `prompt` is then their text, with an empty line between
+            turns, and only a chat template writes what a model gets (see `messages`).
     """
 
     prompt: str
@@ -38,6 +41,7 @@ class Example:
     corrupt: str | None = None
     incorrect: tuple[str, ...] = ()
     spans: Spans = field(default_factory=dict, hash=False)
+    messages: Turns = ()
 
     @property
     def remaining(self) -> tuple[str, ...]:
@@ -63,7 +67,8 @@ class Task:
     Attributes:
         name: of the task.
         examples: the prompts.
-        chat_template: give the prompts to the model as a chat, in its tokenizer's own template (see `as_chat`).
+        chat_template: give the prompts to the model as a chat, in its tokenizer's own template: True, or how it is
+            written (see `as_chat`).
         kind: how it is evaluated: the next items of a list, one answer, or a choice among `answers` and `incorrect`.
         split: which part of a larger task this is, if `take_split` made it.
         about: where its examples come from: the first line of a generated task file (see `header`).
@@ -71,7 +76,7 @@ class Task:
 
     name: str
     examples: tuple[Example, ...]
-    chat_template: bool = False
+    chat_template: bool | ChatTemplate = False
     kind: Kind = "lists"
     split: str | None = None
     about: Mapping[str, Any] = field(default_factory=dict, hash=False)
@@ -82,7 +87,10 @@ class Task:
 
     @property
     def sha256(self) -> str:
-        how = "chat" * self.chat_template + ("" if self.kind == "lists" else self.kind)
+        how = "chat" if self.chat_template else ""
+        if isinstance(self.chat_template, ChatTemplate) and (settings := self.chat_template.as_json()) is not True:
+            how += json.dumps(settings, sort_keys=True)
+        how += "" if self.kind == "lists" else self.kind
         return hashlib.sha256((to_jsonl(self.examples) + how).encode()).hexdigest()
 
     def limited(self, max_examples: int | None, seed: int = 0) -> Task:
@@ -120,10 +128,17 @@ def canonical(answer: str, subject: str) -> str:
 
 
 def to_jsonl(examples: Iterable[Example]) -> str:
+    return "".join(json.dumps(_row(example), ensure_ascii=False) + "\n" for example in examples)
+
+
+def _row(example: Example) -> dict[str, Any]:
     # Without the empty ones of what came to the format later: files and digests from before stay what they were.
-    late = ("incorrect", "spans")
-    rows = ({k: v for k, v in asdict(example).items() if k not in late or v} for example in examples)
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    late = ("incorrect", "spans", "messages")
+    row = {k: v for k, v in asdict(example).items() if k not in late or v}
+    if not example.messages:
+        return row
+    # A conversation says what its prompt is.
+    return {"messages": as_rows(example.messages)} | {k: v for k, v in row.items() if k not in ("prompt", "messages")}
 
 
 def task_lines(task: Task) -> list[str]:
@@ -186,6 +201,17 @@ def _require_bare(answer: str, what: str) -> None:
         )
 
 
+def _conversation(row: dict[str, Any], place: str) -> tuple[dict[str, Any], Turns]:
+    """A row of `messages` with the prompt that they are, and its turns; any other row as it is."""
+    if row.get("messages") is None:
+        return {key: value for key, value in row.items() if key != "messages"}, ()
+    for key in ("prompt", "corrupt"):
+        if row.get(key) is not None:
+            raise InputError(f"{place}: a line with 'messages' takes no {key!r}; leave one of them out")
+    turns = parse_messages(row["messages"], place)
+    return {key: value for key, value in row.items() if key != "messages"} | {"prompt": joined(turns)}, turns
+
+
 def parse_example(row: Any, place: str) -> Example:
     """Check one example strictly.
 
@@ -197,17 +223,19 @@ def parse_example(row: Any, place: str) -> Example:
     # The keys and the types of their values.
     if not isinstance(row, dict):
         raise InputError(f"{place}: expected a JSON object, found {type(row).__name__}")
+    row, messages = _conversation(row, place)
     allowed = {"prompt": str, "subject": str, "answers": list, "previous": list, "corrupt": str, "incorrect": list}
     for key in row:
         if key not in (*allowed, "spans"):
             if key == "about":
                 raise InputError(f"{place}: 'about' stands in the first line of a task file, alone; remove it here")
-            raise InputError(f"{place}: unknown key {key!r}; {nearest(key, [*allowed, 'spans'])}")
+            raise InputError(f"{place}: unknown key {key!r}; {nearest(key, [*allowed, 'spans', 'messages'])}")
     for key, kind in allowed.items():
         if row.get(key) is None:
             if key in ("previous", "corrupt", "incorrect"):
                 continue
-            raise InputError(f"{place}: key {key!r} is missing; an example needs prompt, subject and answers")
+            needed = "an example needs prompt (or messages), subject and answers"
+            raise InputError(f"{place}: key {key!r} is missing; {needed}")
         if not isinstance(row[key], kind):
             raise InputError(f"{place}: {key!r} must be a {kind.__name__}, found {row[key]!r}"[:300])
         if kind is list and not all(isinstance(item, str) and item.strip() for item in row[key]):
@@ -226,6 +254,7 @@ def parse_example(row: Any, place: str) -> Example:
         row.get("corrupt"),
         tuple(row.get("incorrect") or ()),
         parse_spans(row.get("spans"), row["prompt"], place),
+        messages,
     )
     # The prompt holds what the example names, and leaves something to answer.
     if not example.subject or example.subject not in example.prompt:

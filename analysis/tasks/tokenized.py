@@ -14,9 +14,11 @@ from transformers import PreTrainedTokenizerBase
 from headtune.analysis.utils.errors import InputError
 
 from .answer_starts import Rows, answer_rows, blank_start, starts
+from .chat import as_chat, chat_examples, place_of
 from .contrast import other_answers
+from .messages import chat_entry
 from .prompt_tokens import BlankTokens, prefix_ids, require_embeddings, token_ids, with_prefix
-from .spans import Ranges, ranges
+from .spans import ranges
 from .task import Example, Task
 
 
@@ -104,7 +106,7 @@ class EncodedTask:
             "n_ambiguous_first_tokens": self.ambiguous_tokens,
             **({"n_blank_first_tokens": self.blank_answers} if self.blank_answers else {}),
             **({"n_started": self.n_started} if self.n_started else {}),
-            **({"chat_template": True} if self.task.chat_template else {}),
+            **chat_entry(self.task.chat_template),
             **({"about": dict(self.task.about)} if self.task.about else {}),
         }
 
@@ -117,86 +119,6 @@ def reasons(dropped: Mapping[str, int]) -> str:
 def continuation(prompt: str, answer: str) -> str:
     """The answer as it would follow the prompt: with a space unless the prompt already ends in white space."""
     return answer if prompt[-1:].isspace() or not prompt else " " + answer
-
-
-def as_chat(task: Task, tokenizer: PreTrainedTokenizerBase) -> Task:
-    """The task with its prompts written out in the tokenizer's chat template, if it asks for that; else as it is.
-
-    The user's turn is the text before the line of the first answer given, the assistant's turn has begun with the list:
-    so the last token is still where the next answer comes. Where there is no such text, or no answer is given, the
-    whole prompt is the user's turn, and the answer is the start of the reply. A `corrupt` prompt is written likewise:
-    its reply has as many lines. Tokenise the result without special tokens: the template writes its own.
-
-    Raises:
-        InputError: the tokenizer has no chat template, or a `corrupt` prompt has fewer lines than its prompt's list.
-    """
-    if not task.chat_template:
-        return task
-    if not tokenizer.chat_template:
-        raise InputError(f"tokenizer {tokenizer.name_or_path!r} has no chat template; leave chat_template out")
-
-    def written(user: str, reply: str) -> str:
-        turns = [{"role": "user", "content": user}]
-        return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)) + reply
-
-    examples = []
-    for example in task.examples:
-        user, reply = _turns(example)
-        corrupt = None if example.corrupt is None else written(*_last_lines(example.corrupt, reply))
-        prompt = written(user, reply)
-        spans = _ranges_in_chat(example, user, reply, prompt)
-        examples.append(replace(example, prompt=prompt, corrupt=corrupt, spans=spans))
-    return replace(task, examples=tuple(examples))
-
-
-def _ranges_in_chat(example: Example, user: str, reply: str, written: str) -> Ranges:
-    """An example's spans as characters of its prompt written as a chat.
-
-    Raises:
-        InputError: a piece that the template changes, or that lies in both turns.
-    """
-    place = _place(example)
-    begin, blank = written.find(user.strip()), len(user) - len(user.lstrip())
-    reply_begin = len(example.prompt) - len(reply)
-
-    def moved(start: int, end: int, span: str) -> tuple[int, int]:
-        shift = len(written) - len(example.prompt) if reply and start >= reply_begin else begin - blank
-        if start + shift < 0 or written[start + shift : end + shift] != example.prompt[start:end]:
-            text = example.prompt[start:end]
-            raise InputError(f"{place}: span {span!r}: the chat template does not keep {text!r} as it is"[:300])
-        return start + shift, end + shift
-
-    plain = ranges(example.spans, example.prompt, place)
-    return {name: tuple(moved(*piece, name) for piece in pieces) for name, pieces in plain.items()}
-
-
-def _place(example: Example) -> str:
-    """Which example a message is about."""
-    return f"prompt {example.prompt[:40]!r}... about {example.subject!r}"
-
-
-def _turns(example: Example) -> tuple[str, str]:
-    """The user's turn, and the reply so far: see `as_chat`."""
-    cursor = len(example.prompt)
-    for answer in reversed(example.previous):
-        start = example.prompt.rfind(answer, 0, cursor)
-        cursor = start if start >= 0 else cursor
-    cut = example.prompt.rfind("\n", 0, cursor) + 1
-    if not example.previous or not example.prompt[:cut].strip():
-        return example.prompt, ""
-    return example.prompt[:cut].rstrip("\n"), example.prompt[cut:]
-
-
-def _last_lines(prompt: str, reply: str) -> tuple[str, str]:
-    """A counterpart's turns: its reply is its last lines, as many as `reply` has."""
-    if not reply:
-        return prompt, ""
-    user, *lines = prompt.rsplit("\n", reply.count("\n") + 1)
-    if len(lines) <= reply.count("\n") or not user.strip():
-        raise InputError(
-            f"the corrupt prompt {prompt!r} must hold a line before its list, which is as long as {reply!r}"
-        )
-    return user.rstrip("\n"), "\n".join(lines)
 
 
 def first_tokens(
@@ -277,9 +199,9 @@ def encode(
     check_prompt_length(task, tokenizer, positions, corrupt=True, vocabulary=vocabulary)
     result, blank = EncodedTask(task), BlankTokens(tokenizer)
     located: list[tuple[Encoded, Rows]] = []
-    for example, written in zip(task.examples, as_chat(task, tokenizer).examples, strict=True):
-        # A chat template may say a subject's name before the user does.
-        begin = max(0, written.prompt.find(_turns(example)[0].strip())) if task.chat_template else 0
+    for example, (written, begin) in zip(task.examples, chat_examples(task, tokenizer), strict=True):
+        if begin < 0:
+            raise InputError(f"{place_of(example)}: the chat template does not keep its subject as it is")
         encoded, reason = _locate(written, tokenizer, special=not task.chat_template, begin=begin)
         if encoded is None:
             result.dropped[reason] += 1
@@ -351,10 +273,10 @@ def _locate(
     if not subject or not all(spans):
         return None, "span without tokens"
     named: dict[str, tuple[int, ...]] = {}
-    for name, pieces in ranges(example.spans, example.prompt, _place(example)).items():
+    for name, pieces in ranges(example.spans, example.prompt, place_of(example)).items():
         parts = [between(*piece) for piece in pieces]
         if not all(parts):
-            raise InputError(f"{_place(example)}: span {name!r} has a piece without tokens; name a longer text")
+            raise InputError(f"{place_of(example)}: span {name!r} has a piece without tokens; name a longer text")
         named[name] = tuple(sorted({position for part in parts for position in part}))
     corrupt = None
     if example.corrupt is not None:

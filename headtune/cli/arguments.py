@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
     from headtune.analysis.models.head_model import HeadModel
+    from headtune.analysis.tasks.messages import ChatTemplate
     from headtune.analysis.tasks.task import Task
 
 # `add(name, summary, example, ...)` makes a command's parser, with its examples and --json.
@@ -104,13 +105,45 @@ def model_and_task_arguments(p: argparse.ArgumentParser, out: str, optional: boo
     p.add_argument("--device-map", help="'auto' spreads the model over the devices there are")
     trust_argument(p)
     p.add_argument("--max-memory", type=memory, help="of batches of hypothetical runs, such as 4GiB (default: 1GiB)")
-    p.add_argument("--chat-template", action="store_true", help="wrap prompts with the tokenizer's own chat template")
+    chat_arguments(p, "a task of messages is a chat in any case")
     p.add_argument("--seed", type=int, default=0)
 
 
 def trust_argument(p: argparse.ArgumentParser) -> None:
     """`--trust-remote-code`, as a recipe's model.trust_remote_code."""
     p.add_argument("--trust-remote-code", action="store_true", help="run the code that comes with the model")
+
+
+def chat_arguments(p: argparse._ActionsContainer, default: str) -> None:
+    """`--chat-template`, `--no-chat-template`, `--system` and `--enable-thinking`; `chat_of` reads them."""
+    p.add_argument(
+        "--chat-template",
+        action=argparse.BooleanOptionalAction,
+        help=f"wrap prompts with the tokenizer's own chat template ({default})",
+    )
+    p.add_argument("--system", metavar="TEXT", help="of a chat: a system turn before each conversation")
+    p.add_argument(
+        "--enable-thinking",
+        action="store_true",
+        help="of a chat: what the template is told by this name; a thought that it opens is closed, since answers come "
+        "next",
+    )
+
+
+def chat_of(arguments: argparse.Namespace) -> bool | ChatTemplate | None:
+    """What `chat_arguments` took; None where nothing was said."""
+    from headtune.analysis.tasks.messages import ChatTemplate
+    from headtune.analysis.utils.errors import InputError
+
+    settings = ChatTemplate(arguments.system, arguments.enable_thinking)
+    if settings == ChatTemplate():
+        return arguments.chat_template
+    option = "--system" if arguments.system is not None else "--enable-thinking"
+    if not arguments.chat_template:
+        raise InputError(f"{option} is of a chat; give --chat-template as well, or leave it out")
+    if arguments.system is not None and not arguments.system.strip():
+        raise InputError(f"--system {arguments.system!r} is empty; give the text of the system turn, or leave it out")
+    return settings
 
 
 def load_model_for(arguments: argparse.Namespace) -> HeadModel:
@@ -130,12 +163,11 @@ def load_model_for(arguments: argparse.Namespace) -> HeadModel:
 
 def load_task_for(arguments: argparse.Namespace) -> Task:
     """The task that `model_and_task_arguments` took, limited as they say."""
-    from dataclasses import replace
-
+    from headtune.analysis.tasks.chat import with_chat
     from headtune.analysis.tasks.loading import load_task
 
     task = load_task(arguments.task).limited(arguments.max_examples, arguments.seed)
-    return replace(task, chat_template=True) if arguments.chat_template else task
+    return with_chat(task, chat_of(arguments))
 
 
 def plugin_arguments(p: argparse.ArgumentParser) -> None:

@@ -168,6 +168,7 @@ def test_task_make_refused(refused: Refusals, tiny_llama: Path, tmp_path: Path) 
     make = ["task", "make", "needle", "--tokenizer", tiny_llama, "--n", "2", "--out", "made.jsonl"]
     assert "cannot hold needle and question" in refused(*make, "--lengths", "20")
     assert "takes no 'shots'; it takes lengths, depths, words, filler" in refused(*make, "--shots", "3")
+    assert "--chat-template is for task kind 'pairs', found 'needle'" in refused(*make, "--chat-template")
     conflict = [*make[:2], "conflict", *make[3:]]
     assert "task kind 'conflict' needs 'facts'" in refused(*conflict)
     pairs = [*make[:2], "pairs", *make[3:]]

@@ -20,6 +20,7 @@ from headtune.analysis.identify.verification import output_norms
 from headtune.analysis.methods.scores import Scores, load_means
 from headtune.analysis.models.head_model import HeadModel
 from headtune.analysis.reports.head_profiles import read_profiles, write_profiles
+from headtune.analysis.tasks.messages import chat_as_json, chat_from_json, chat_in_words
 from headtune.analysis.tasks.task import Task
 from headtune.analysis.tasks.tokenized import encode
 from headtune.analysis.utils.errors import CheckError, InputError
@@ -87,6 +88,10 @@ def resolve_heads(
     heads = HeadSet.load(path)
     for warning in heads.check_model(model.identity()):
         log.warning(warning)
+    before = chat_from_json(heads.task.get("chat_template"))
+    if chat_as_json(before) != chat_as_json(task.chat_template):
+        here = chat_in_words(task.chat_template)
+        notify(f"heads of {path} were chosen on {chat_in_words(before)}, and task {task.name} gives {here}")
     pairs = heads.top_heads(block.role, block.top, str(path), notify)
     if block.random is not None:
         like = set(pairs)

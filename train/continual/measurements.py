@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from headtune.analysis.models.head_model import HeadModel
+from headtune.analysis.tasks.messages import chat_as_json
 from headtune.analysis.tasks.task import Task
 from headtune.analysis.utils.errors import InputError
 from headtune.analysis.utils.stats import mean_interval
@@ -50,6 +51,7 @@ def identity_of(settings: EvaluationConfig, model: HeadModel, tasks: Sequence[Ta
     digest = hashlib.sha256(" ".join(f"{task.name} {task.sha256}" for task in tasks).encode()).hexdigest()
     return {
         "task": "sequence",
+        "chat_template": chat_as_json(tasks[0].chat_template),
         "task_sha256": digest,
         "weights_sha256": model.weights_sha256,
         "n_items": settings.n_items,

@@ -23,7 +23,9 @@ from transformers.trainer_utils import align_special_tokens
 from headtune.analysis.heads.head_set import HeadSet, RankedHead
 from headtune.analysis.methods.scores import load_means
 from headtune.analysis.models.head_model import HeadModel
+from headtune.analysis.tasks.chat import with_chat
 from headtune.analysis.tasks.loading import load_task
+from headtune.analysis.tasks.messages import chat_entry
 from headtune.analysis.tasks.prompt_tokens import require_embeddings
 from headtune.analysis.tasks.task import Task
 from headtune.analysis.tasks.tokenized import encode
@@ -32,7 +34,7 @@ from headtune.analysis.utils.files import write_json
 from headtune.analysis.utils.state_files import read_state
 from headtune.train.config.methods import EvaluationConfig, SeekrConfig, TaskConfig
 from headtune.train.config.resolve_heads import ResolvedHeads, keep_heads, resolve_heads, selected
-from headtune.train.config.resolve_tasks import tasks_of
+from headtune.train.config.resolve_tasks import chat_setting, tasks_of
 from headtune.train.config.schema import Recipe
 from headtune.train.evaluation.evaluate import check_generation_length, perplexity
 from headtune.train.evaluation.evaluation_file import peak_memory
@@ -75,8 +77,12 @@ def steps_of(block: TaskConfig) -> list[Step]:
 
 
 def general_tasks(settings: EvaluationConfig, task: TaskConfig) -> list[Task]:
-    """The tasks that are measured before and after, with the sequence's limit on examples."""
-    return [load_task(name, task.split.seed).limited(task.max_eval_examples, seed=0) for name in settings.general]
+    """The tasks that are measured before and after, with the sequence's limit on examples and its chat template."""
+    chat = chat_setting(task)
+    return [
+        with_chat(load_task(name, task.split.seed), chat).limited(task.max_eval_examples, seed=0)
+        for name in settings.general
+    ]
 
 
 def rows_of(recipe: Recipe, model: HeadModel, steps: Sequence[Step]) -> list[list[rows_module.TrainingRow]]:
@@ -348,6 +354,7 @@ def _keep_heads(recipe: Recipe, model: HeadModel, learner: Learner) -> None:
         "n_examples": sum(len(stage.rows) for stage in learner.stages),
         "n_dropped": 0,
         "dropped": {},
+        **chat_entry(learner.stages[0].task.chat_template),
     }
     method = {"parameters": recipe.method.distil.model_dump()}
     keep_heads(

@@ -24,10 +24,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCrite
 
 from headtune.analysis.models.generation import generate, padding_id
 from headtune.analysis.models.head_model import positions_of, vocabulary_of
+from headtune.analysis.tasks.chat import LINES_BEFORE_ITEMS, as_chat, begins_reply, items_start
 from headtune.analysis.tasks.neutral import neutral_text
 from headtune.analysis.tasks.prompt_tokens import prefix_ids, token_ids
 from headtune.analysis.tasks.task import Example, Task, canonical, normalise
-from headtune.analysis.tasks.tokenized import EncodedTask, as_chat, check_prompt_length, encode
+from headtune.analysis.tasks.tokenized import EncodedTask, check_prompt_length, encode
 from headtune.analysis.utils.errors import InputError
 from headtune.analysis.utils.stats import mean_interval
 
@@ -146,16 +147,20 @@ def generate_lists(
 
     An example's `values` are its shares of the items asked for: `repeat_rate`, `correct_new_rate` and so on.
     """
-    texts = _generate(
-        model, tokenizer, task, n_items, batch_size, max_new_tokens or TOKENS_OF_ITEM * n_items, sample_seed
-    )
+    lines = n_items + _lines_before(task)
+    texts = _generate(model, tokenizer, task, lines, batch_size, max_new_tokens or TOKENS_OF_ITEM * lines, sample_seed)
     results = []
     for example, text in zip(task.examples, texts, strict=True):
-        items = parse_items(text, n_items, example)
+        items = parse_items(text[items_start(text) if begins_reply(task, example) else 0 :], n_items, example)
         kinds = score_items(example, items, n_items)
         shares = {f"{kind}_rate": kinds.count(kind) / n_items for kind in KINDS}
         results.append(Scored(example, text, tuple(items), tuple(kinds), shares))
     return results
+
+
+def _lines_before(task: Task) -> int:
+    """Lines that a reply may have before its list, where none has begun."""
+    return LINES_BEFORE_ITEMS if any(begins_reply(task, example) for example in task.examples) else 0
 
 
 def read_answer(text: str, example: Example) -> tuple[str, float, float]:
@@ -208,7 +213,8 @@ def check_generation_length(
     Choices are looked at where they are scored: their length depends on the preamble.
     """
     if task.kind != "multiple_choice":
-        more = TOKENS_OF_ITEM * n_items if task.kind == "lists" else _tokens_of_answer(tokenizer, task)
+        lists = task.kind == "lists"
+        more = TOKENS_OF_ITEM * (n_items + _lines_before(task)) if lists else _tokens_of_answer(tokenizer, task)
         check_prompt_length(task, tokenizer, positions_of(model), more, vocabulary=vocabulary_of(model))
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from headtune.analysis.models.head_model import HeadModel
+from headtune.analysis.tasks.messages import chat_as_json
 from headtune.analysis.tasks.task import Task
 from headtune.analysis.utils.errors import InputError
 from headtune.analysis.utils.files import atomic_folder, write_json
@@ -28,6 +29,7 @@ def evaluation_identity(settings: EvaluationConfig, model: HeadModel, task: Task
     """What two measurements of the base model must share to be the same measurement."""
     return {
         "task": task.name,
+        "chat_template": chat_as_json(task.chat_template),
         "task_sha256": task.sha256,
         "weights_sha256": model.weights_sha256,
         "n_items": settings.n_items,

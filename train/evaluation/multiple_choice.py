@@ -34,9 +34,10 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from headtune.analysis.models.head_model import positions_of, vocabulary_of
+from headtune.analysis.tasks.chat import as_chat
 from headtune.analysis.tasks.prompt_tokens import require_embeddings, token_ids
 from headtune.analysis.tasks.task import Example, Task
-from headtune.analysis.tasks.tokenized import as_chat, continuation
+from headtune.analysis.tasks.tokenized import continuation
 from headtune.analysis.utils.errors import InputError
 
 Scoring = Literal["harness", "iti"]

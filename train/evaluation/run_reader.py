@@ -13,11 +13,12 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
+from headtune.analysis.tasks.messages import chat_from_json, chat_in_words
 from headtune.analysis.utils.errors import InputError
 
 log = logging.getLogger(__name__)
-IDENTITY = ("task", "task_sha256", "weights_sha256", "n_items", "preamble", "scoring")
-IMPLIED = {"scoring": "harness"}  # by files that were written before there was a choice
+IDENTITY = ("task", "chat_template", "task_sha256", "weights_sha256", "n_items", "preamble", "scoring")
+IMPLIED = {"scoring": "harness", "chat_template": False}  # by files that were written before there was a choice
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,7 +140,7 @@ def _read(folder: Path, state: Mapping[str, Any], evaluation: Mapping[str, Any])
         state["name"],
         {"recipe": state.get("recipe")} | recipe,
         state,
-        evaluation["task"],
+        evaluation["task"] + _as_chats(evaluation),
         evaluation["task_sha256"],
         evaluation["before"],
         evaluation["after"],
@@ -149,6 +150,12 @@ def _read(folder: Path, state: Mapping[str, Any], evaluation: Mapping[str, Any])
         frozenset((layer, head) for layer, head in state.get("heads") or []),
         json.dumps([evaluation.get(key, IMPLIED.get(key)) for key in IDENTITY]),
     )
+
+
+def _as_chats(evaluation: Mapping[str, Any]) -> str:
+    """What a task's name is followed by where its prompts were chats: the same prompts as they are are another task."""
+    chat = chat_from_json(evaluation.get("chat_template"))
+    return f", as {chat_in_words(chat)}" if chat else ""
 
 
 def _passes(run: RunRecord, group: str | None, tags: Sequence[str], recipe: str | None) -> bool:

@@ -30,6 +30,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from headtune.analysis.models.architectures import architecture_of
 from headtune.analysis.models.generation import generate, padding_id
 from headtune.analysis.models.loading import parse_dtype
+from headtune.analysis.tasks.chat import as_chat
 from headtune.analysis.tasks.prompt_tokens import token_ids
 from headtune.analysis.tasks.task import Task
 from headtune.analysis.utils.errors import CheckError, InputError
@@ -89,8 +90,8 @@ for job in json.load(open(sys.argv[1])):
     result = {}
     with torch.no_grad():
         for index, row in enumerate(job["prompts"]):
-            if job["texts"] is not None:
-                ids = tokenizer(job["texts"][index]).input_ids  # without what it appends, or a second BOS
+            if job["texts"] is not None:  # without what the tokenizer appends, or a second BOS
+                ids = tokenizer(job["texts"][index], add_special_tokens=job["special"]).input_ids
                 skipped = int(ids[:1] == row[:1] != row[1:2] and ids[1:2] == row[:1])
                 assert row == ids[skipped:len(row) + skipped], "the tokenizer has changed"
             result[f"logits.{index}"] = model(torch.tensor([row])).logits[0].float().contiguous()
@@ -111,12 +112,14 @@ class Prompts:
         texts: the prompts, where the reloaded tokenizer has to give the same ids; None to leave it out.
         new_tokens: generated greedily after each.
         pad: the padding token's id.
+        special: the tokenizer adds its special tokens to the texts; a chat template has written them.
     """
 
     rows: Sequence[list[int]]
     texts: Sequence[str] | None
     new_tokens: int
     pad: int | None
+    special: bool = True
 
     def batches(self) -> list[tuple[int, list[list[int]], list[list[int]]]]:
         """Rows that are continued together: the first one's number, the rows padded on the left, and their mask."""
@@ -146,9 +149,10 @@ class ModelOutputs:
 def export_prompts(
     model: Any, tokenizer: PreTrainedTokenizerBase, task: Task, n: int = 20, new_tokens: int = 24
 ) -> Prompts:
-    """The first prompts of a task's seeded order."""
-    texts = [example.prompt for example in task.limited(n).examples]
-    return Prompts(token_ids(tokenizer, texts), texts, new_tokens, padding_id(model, tokenizer))
+    """The first prompts of a task's seeded order, as the model was given them: chats in the chat template."""
+    special = not task.chat_template
+    texts = [example.prompt for example in as_chat(task.limited(n), tokenizer).examples]
+    return Prompts(token_ids(tokenizer, texts, special), texts, new_tokens, padding_id(model, tokenizer), special)
 
 
 @torch.no_grad()
@@ -189,6 +193,7 @@ def reload_in_subprocess(
                 "prompts": prompts.rows,
                 "batches": prompts.batches(),
                 "texts": prompts.texts,
+                "special": prompts.special,
                 "new_tokens": prompts.new_tokens,
                 "pad": prompts.pad,
             }

@@ -17,6 +17,7 @@ import yaml
 from huggingface_hub import try_to_load_from_cache
 
 from headtune.analysis.models import builtin
+from headtune.analysis.tasks.messages import chat_entry, chat_from_json, chat_in_words
 from headtune.analysis.utils.paths import check_links_stay_inside
 from headtune.analysis.utils.secrets import redact
 from headtune.analysis.utils.state_files import read_state
@@ -72,6 +73,7 @@ class Origin:
             },
             "training_data": dict(self.training_data),
             "evaluation_task_sha256": self.evaluation.get("task_sha256"),
+            **chat_entry(chat_from_json(self.evaluation.get("chat_template"))),
             "inputs": {kind: dict(entry) for kind, entry in self.inputs.items()},
         }
 
@@ -268,7 +270,9 @@ def _measured(origin: Origin) -> list[str]:
         named = f"Task: `{evaluation['task']}`"
         if origin.tasks:
             named = f"Tasks, in the order they were learnt: {', '.join(f'`{name}`' for name in origin.tasks)}"
-        lines += ["## Measured", "", f"{named}{sha}.", ""]
+        chat = chat_from_json(evaluation.get("chat_template"))
+        chats = f", given as {chat_in_words(chat)}: ask it in its chat template" if chat else ""
+        lines += ["## Measured", "", f"{named}{sha}{chats}.", ""]
         lines += ["| | before | after |", "|---|---|---|"]
         before, after = evaluation["before"], evaluation.get("after") or {}
         for name, value in after.items():  # what came after alone: backward transfer, forgetting

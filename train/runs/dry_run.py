@@ -8,7 +8,7 @@ import re
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import psutil  # type: ignore[import-untyped]
@@ -20,6 +20,7 @@ from headtune.analysis.heads.head_set import ROLES, HeadSet
 from headtune.analysis.models.generation import with_padding_token
 from headtune.analysis.models.head_model import HeadModel
 from headtune.analysis.reports.dissociation import next_step, verdict_of
+from headtune.analysis.tasks.chat import as_chat
 from headtune.analysis.tasks.task import scored
 from headtune.analysis.utils.errors import InputError
 from headtune.analysis.utils.processes import world_size
@@ -52,6 +53,7 @@ class DryRun:
         longest: tokens of the longest row.
         stages: with their memory on this machine, in one process.
         rows: the first batch.
+        prompt: the first training prompt as the model gets it, of chats; None for plain prompts.
         notes: what the run will find out, and what was taken in its place.
     """
 
@@ -67,6 +69,7 @@ class DryRun:
     rows: Sequence[batch_preview.PreviewRow] = ()
     notes: list[str] = field(default_factory=list)
     device: str = "cpu"
+    prompt: str | None = None
 
     @property
     def free(self) -> int:
@@ -96,6 +99,15 @@ def dry_run(recipe: Recipe) -> DryRun:
         raise InputError("--dry-run is for one process; headtune plan estimates several")
     require_free_folder(recipe.folder)
     ready = prepare(recipe)
+    result = _look(recipe, ready)
+    if ready.train.chat_template:
+        first = replace(ready.train, examples=ready.train.examples[:1])
+        result = replace(result, prompt=as_chat(first, ready.model.tokenizer).examples[0].prompt)
+    return result
+
+
+def _look(recipe: Recipe, ready: PreparedRun) -> DryRun:
+    """All but the prompt."""
     heads = ready.model
     total = sum(p.numel() for p in heads.hf.parameters())
     notes = [] if ready.not_exported is None else [ready.not_exported]

@@ -15,14 +15,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from headtune.analysis.heads import at_test_time
+from headtune.analysis.tasks.chat import with_chat
 from headtune.analysis.tasks.loading import load_task
+from headtune.analysis.tasks.messages import ChatTemplate, chat_entry, chat_from_json, chat_in_words
 from headtune.analysis.tasks.task import Kind, Task, scored
 from headtune.analysis.utils.errors import InputError
 from headtune.analysis.utils.files import require_new_folder
 from headtune.analysis.utils.progress import Notify, Progress, silent
+from headtune.analysis.utils.state_files import read_state
 from headtune.train.config.recipe import load_recipe
+from headtune.train.config.resolve_tasks import chat_setting
 
 if TYPE_CHECKING:
+    from headtune.train.config.methods import TaskConfig
     from headtune.train.config.schema import Recipe
     from headtune.train.evaluation.multiple_choice import Scoring
 
@@ -68,29 +73,42 @@ def target_of(
     max_examples: int | None = None,
     knobs: Sequence[str] = (),
     trust_remote_code: bool = False,
+    chat_template: bool | ChatTemplate | None = None,
 ) -> Target:
-    """Check what is to be measured; a run's own seed and kind of task hold unless they are given.
+    """Check what is to be measured; a run's own seed, kind of task and chat template hold unless they are given.
 
     Args:
         task: built-in name, JSONL file, hub id, or FORMAT:PATH; NAME:test takes a split.
         kind: how answers are scored.
+        chat_template: give the prompts as chats, or not; None: as the run's, or the export's, were given.
         knobs: such as `silence:from=runs/heads,role=recall,top=4`, see `headtune.analysis.heads.at_test_time`.
 
     Raises:
         InputError: a head set in place of a run, no such task, a damaged recipe, an unknown knob.
     """
-    folder, seed, recipe = Path(name), 0, None
+    folder, seed, recipe, chat = Path(name), 0, None, chat_template
     if (folder / "recipe.yaml").is_file():
         recipe = load_recipe(str(folder / "recipe.yaml"))
         seed, kind = recipe.task.split.seed, kind or recipe.task.kind  # the split that the run was trained on
+        chat = chat_of_run(folder, recipe.task) if chat is None else chat
     elif (folder / "heads.json").is_file() and not (folder / "config.json").is_file():
         raise InputError(
             f"{str(folder)!r} is a head set, neither a run nor a model; give the folder of a run trained on it "
             f"(heads.from={folder}), or a model"
         )
-    loaded = load_task(task, seed).limited(max_examples)
+    elif (folder / "export.json").is_file() and chat is None:
+        chat = chat_from_json(read_state(folder / "export.json").get("chat_template")) or None
+    loaded = with_chat(load_task(task, seed), chat).limited(max_examples)
     at_test_time.parse(knobs)
     return Target(str(name), replace(loaded, kind=kind) if kind else loaded, recipe, tuple(knobs), trust_remote_code)
+
+
+def chat_of_run(folder: Path, block: TaskConfig) -> bool | ChatTemplate | None:
+    """How a run's prompts were given: as its recipe says, or else as its evaluation.json does; None for plain ones."""
+    if block.chat_template is not None:
+        return chat_setting(block)
+    path = folder / "evaluation.json"
+    return chat_from_json(read_state(path).get("chat_template")) or None if path.is_file() else None
 
 
 def evaluate_target(
@@ -128,14 +146,17 @@ def evaluate_target(
     task, interventions = target.task, at_test_time.parse(target.knobs)
     switched_on: contextlib.AbstractContextManager[list[dict[str, Any]]] = contextlib.nullcontext([])
     if interventions:
-        switched_on = at_test_time.applied(wrap_model(model, tokenizer, target.name), interventions, progress)
+        view = wrap_model(model, tokenizer, target.name)
+        switched_on = at_test_time.applied(view, interventions, progress, task.chat_template)
     with switched_on as notes:
-        notify(f"evaluating on {len(task.examples)} prompts, {scored(task.kind, n_items)}")
+        chats = f", as {chat_in_words(task.chat_template)}" if task.chat_template else ""
+        notify(f"evaluating on {len(task.examples)} prompts{chats}, {scored(task.kind, n_items)}")
         metrics, answers = evaluate(model, tokenizer, task, n_items, batch_size, preamble, scoring)
     generations = [{"prompt": a.example.prompt, "text": a.text, "kinds": a.kinds, "values": a.values} for a in answers]
     if out is not None:
         measured = {"name": task.name, "sha256": task.sha256, "n_examples": len(task.examples)}
         measured |= {"scoring": scoring} if scoring != "harness" else {}
+        measured |= chat_entry(task.chat_template)
         keep_evaluation(out, target.name, target.recipe, measured, metrics, generations, target.knobs, notes)
     return TargetEvaluation(task, metrics, generations, notes)
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from headtune.analysis.heads.head_set import RankedHead
 from headtune.analysis.methods import in_context
 from headtune.analysis.methods.scores import Scores
+from headtune.analysis.tasks.messages import chat_entry
 from headtune.analysis.tasks.task import Task
 from headtune.train import distributed
 from headtune.train.config.resolve_heads import ResolvedHeads, ranked_heads, selected
@@ -138,4 +139,5 @@ def ranked_by_effect(scores: Scores, top: int) -> tuple[RankedHead, ...]:
 def _summary(task: Task) -> dict[str, Any]:
     """A head set's block `task`."""
     examples = len(task.examples)
-    return {"name": task.name, "sha256": task.sha256, "n_examples": examples, "n_dropped": 0, "dropped": {}}
+    summary = {"name": task.name, "sha256": task.sha256, "n_examples": examples, "n_dropped": 0, "dropped": {}}
+    return summary | chat_entry(task.chat_template)

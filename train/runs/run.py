@@ -21,6 +21,7 @@ from headtune.analysis.heads import head_set
 from headtune.analysis.identify import pipeline
 from headtune.analysis.methods.scores import load_means
 from headtune.analysis.reports.dissociation import next_step, verdict
+from headtune.analysis.tasks.messages import chat_in_words
 from headtune.analysis.tasks.task import scored
 from headtune.analysis.utils.errors import InputError
 from headtune.analysis.utils.files import leftovers, require_new_folder, write_json, write_text
@@ -136,7 +137,8 @@ def _run(recipe: Recipe, resume: bool, progress: pipeline.Progress, notify: Noti
     notify(f"run {folder} on {recipe.model.name}")
     if prepared.not_exported is not None:
         notify(prepared.not_exported)
-    notify(f"task {prepared.held_out.name}: {scored(prepared.held_out.kind, recipe.evaluation.n_items)}")
+    chats = f"given as {chat_in_words(chat)}, " if (chat := prepared.train.chat_template) else ""
+    notify(f"task {prepared.held_out.name}: {chats}{scored(prepared.held_out.kind, recipe.evaluation.n_items)}")
     if main:
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / FIRST, recipe.to_yaml())

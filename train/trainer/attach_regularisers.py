@@ -10,12 +10,14 @@ from peft import PeftModel
 from torch import Tensor
 
 from headtune.analysis.models.head_model import HeadModel
+from headtune.analysis.tasks.chat import with_chat
 from headtune.analysis.tasks.loading import load_task
 from headtune.analysis.tasks.task import Task, take_split
 from headtune.analysis.utils.errors import InputError
 from headtune.analysis.utils.progress import Notify
 from headtune.train.config import methods
 from headtune.train.config.resolve_heads import resolve_heads
+from headtune.train.config.resolve_tasks import chat_setting
 from headtune.train.config.schema import Recipe
 from headtune.train.losses import regularisers
 from headtune.train.losses.activation_capture import warn_of_dropout
@@ -153,7 +155,7 @@ def _fisher_task(recipe: Recipe, train: Task, term: methods.WeightDrift) -> Task
     """The prompts that Fisher information is taken from."""
     if term.task is None:
         return train.limited(term.max_examples, recipe.seed)
-    task = load_task(term.task, recipe.task.split.seed)
+    task = with_chat(load_task(term.task, recipe.task.split.seed), chat_setting(recipe.task))
     if task.split is None:
         task = take_split(task, "train", recipe.task.split.seed)
     return task.limited(term.max_examples, recipe.seed)

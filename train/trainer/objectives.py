@@ -7,6 +7,8 @@ from typing import Any
 
 from headtune.analysis.models.head_model import HeadModel
 from headtune.analysis.tasks.answer_starts import beginnings
+from headtune.analysis.tasks.chat import as_chat, turn_end
+from headtune.analysis.tasks.messages import chat_entry
 from headtune.analysis.tasks.task import Task
 from headtune.analysis.tasks.tokenized import encode
 from headtune.analysis.utils.errors import InputError
@@ -40,9 +42,12 @@ class TrainingObjective(ObjectiveRules):
     trainer: Any = penalised_trainers.SFT
 
     def rows(self, recipe: Recipe, task: Task, tokenizer: Any) -> Any:
-        """The training rows, a Dataset of tokens; answers end with the end of the text, but not the items of lists."""
-        rows = training_rows.sft_rows(task, recipe.seed)
+        """The training rows, a Dataset of tokens: answers end with the end of the text (of chats: of the assistant's
+        turn), the items of lists do not."""
         whole = recipe.training.get("completion_only_loss") is False
+        if task.chat_template:
+            return training_rows.chat_rows(task, tokenizer, recipe.seed, whole)
+        rows = training_rows.sft_rows(task, recipe.seed)
         end = "" if task.kind == "lists" else _end_of_text(recipe, tokenizer)
         return training_rows.open_rows(rows, tokenizer, whole, end=end)
 
@@ -61,6 +66,7 @@ class TrainingObjective(ObjectiveRules):
         """What is trained on."""
         part = train.limited(recipe.task.max_train_examples, recipe.seed)
         summary = {"name": part.name, "sha256": part.sha256, "n_examples": len(part.examples)}
+        summary |= chat_entry(part.chat_template)
         return TrainingData(self.trainer, {"train_dataset": rows}, len(rows), summary)
 
 
@@ -79,6 +85,9 @@ class Dpo(TrainingObjective):
 
     def rows(self, recipe: Recipe, task: Task, tokenizer: Any) -> Any:
         method: Any = recipe.method
+        if task.chat_template:
+            rows = training_rows.dpo_rows(as_chat(task, tokenizer), method.dpo.pairs)
+            return training_rows.dpo_tokens(rows, tokenizer, special=False, end=turn_end(task, tokenizer))
         rows = training_rows.dpo_rows(task, method.dpo.pairs)
         return training_rows.dpo_tokens(rows, tokenizer, end=_end_of_text(recipe, tokenizer))
 

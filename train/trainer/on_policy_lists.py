@@ -8,12 +8,15 @@ import json
 import logging
 import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from headtune.analysis.models.loading import cache_folder
+from headtune.analysis.tasks.chat import begins_reply, continued, items_start
+from headtune.analysis.tasks.messages import joined
 from headtune.analysis.tasks.task import Example, Task, to_jsonl
 from headtune.analysis.utils.errors import InputError
 from headtune.analysis.utils.files import write_text
@@ -34,14 +37,15 @@ def on_policy_examples(
     """
     examples = []
     for scored in generate_lists(model, tokenizer, task, n_items, batch_size):
-        lines = scored.text.split("\n")
+        start = items_start(scored.text) if begins_reply(task, scored.example) else 0
+        lines = scored.text[start:].split("\n")
         for index in range(1, min(len(lines), len(scored.items) + 1)):
             marker = re.match(r"\s*(\d+[.)]|[-*•])", lines[index])
             if marker is None:
                 break  # no longer a list
-            prompt = scored.example.prompt + "\n".join(lines[:index]) + "\n" + marker.group(0)
+            text = scored.text[:start] + "\n".join(lines[:index]) + "\n" + marker.group(0)
             previous = (*scored.example.previous, *scored.items[:index])
-            example = Example(prompt, scored.example.subject, scored.example.answers, previous)
+            example = continued(scored.example, text, previous, task.chat_template)
             if example.remaining:
                 examples.append(example)
     return examples
@@ -51,13 +55,19 @@ def _cached(path: Path, compute: Callable[[], list[Example]]) -> list[Example]:
     """`compute()`, kept in a file: greedy lists of the same model on the same prompts are always the same."""
     if path.is_file():
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
-        return [Example(row["prompt"], row["subject"], tuple(row["answers"]), tuple(row["previous"])) for row in rows]
+        return [_example(row) for row in rows]
     examples = compute()
     try:
         write_text(path, to_jsonl(examples))
     except OSError as error:
         log.warning("the model's own lists are not kept for other runs: cannot write %s (%s)", path, error.strerror)
     return examples
+
+
+def _example(row: Mapping[str, Any]) -> Example:
+    turns = tuple((turn["role"], turn["content"]) for turn in row.get("messages", ()))
+    prompt = joined(turns) if turns else row["prompt"]
+    return Example(prompt, row["subject"], tuple(row["answers"]), tuple(row["previous"]), messages=turns)
 
 
 def answer_set_task(
@@ -108,4 +118,4 @@ def answer_set_task(
             )
         random.Random(seed).shuffle(rows)
         rows = rows[:n_own]
-    return Task(f"{task.name}+own", tuple(parts + rows))
+    return Task(f"{task.name}+own", tuple(parts + rows), task.chat_template)

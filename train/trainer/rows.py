@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from headtune.analysis.tasks.chat import as_chat, turn_end
 from headtune.analysis.tasks.prompt_tokens import token_ids
 from headtune.analysis.tasks.task import Task
 from headtune.analysis.tasks.tokenized import continuation
@@ -42,17 +43,20 @@ class TrainingRow:
 def rows_of(task: Task, tokenizer: PreTrainedTokenizerBase, index: int, seed: int) -> list[TrainingRow]:
     """The training rows of the `index`-th task: `prompt + answer + newline`, the loss on the answer and the newline.
 
-    The answer is the best one; of a list, one drawn, seeded, from those not given yet.
+    The answer is the best one; of a list, one drawn, seeded, from those not given yet. In a chat an answer that is no
+    list's ends as the template ends the assistant's turn.
 
     Raises:
-        InputError: a prompt whose tokens are not a beginning of those of prompt and answer.
+        InputError: a prompt whose tokens are not a beginning of those of prompt and answer; a chat template that fails.
     """
     generator = random.Random(f"{seed}/{index}")
+    special = not task.chat_template
+    end = turn_end(task, tokenizer) if task.chat_template and task.kind != "lists" else "\n"
     rows = []
-    for place, example in enumerate(task.examples):
+    for place, example in enumerate(as_chat(task, tokenizer).examples):
         answer = generator.choice(example.remaining) if task.kind == "lists" else example.remaining[0]
-        text = example.prompt + continuation(example.prompt, answer) + "\n"
-        prompt, whole = token_ids(tokenizer, [example.prompt, text])
+        text = example.prompt + continuation(example.prompt, answer) + end
+        prompt, whole = token_ids(tokenizer, [example.prompt, text], special)
         if whole[: len(prompt)] != prompt:
             raise InputError(
                 f"task {task.name!r}: the tokens of {example.prompt[-40:]!r} change when {answer!r} follows; end "

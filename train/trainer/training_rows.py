@@ -10,6 +10,7 @@ from typing import Literal
 import datasets
 from transformers import PreTrainedTokenizerBase
 
+from headtune.analysis.tasks.chat import as_chat, turn_end
 from headtune.analysis.tasks.prompt_tokens import require_embeddings, token_ids
 from headtune.analysis.tasks.task import Task
 from headtune.analysis.tasks.tokenized import EncodedTask, continuation
@@ -34,14 +35,31 @@ def answer_set_rows(encoded: EncodedTask) -> datasets.Dataset:
     )
 
 
-def sft_rows(task: Task, seed: int) -> datasets.Dataset:
-    """Columns `prompt`, `completion`: the best answer; of a list, one drawn, seeded, from those not given yet."""
+def sft_rows(task: Task, seed: int, end: str = "\n") -> datasets.Dataset:
+    """Columns `prompt`, `completion`: the best answer; of a list, one drawn, seeded, from those not given yet.
+
+    Args:
+        task: with its prompts as the model gets them (see `as_chat`).
+        end: behind each answer.
+    """
     generator = random.Random(seed)
     rows = []
     for example in task.examples:
         answer = generator.choice(example.remaining) if task.kind == "lists" else example.remaining[0]
-        rows.append({"prompt": example.prompt, "completion": continuation(example.prompt, answer) + "\n"})
+        rows.append({"prompt": example.prompt, "completion": continuation(example.prompt, answer) + end})
     return datasets.Dataset.from_list(rows)
+
+
+def chat_rows(task: Task, tokenizer: PreTrainedTokenizerBase, seed: int, whole: bool = False) -> datasets.Dataset:
+    """Rows of chats as tokens, columns `input_ids` and `labels`: the loss is on what the assistant writes next.
+
+    That is the answer and the end of its turn, as the template writes it; of a list, one item and the line's end.
+
+    Args:
+        whole: the loss is on the prompt, too.
+    """
+    end = "\n" if task.kind == "lists" else turn_end(task, tokenizer)
+    return open_rows(sft_rows(as_chat(task, tokenizer), seed, end), tokenizer, whole, special=False)
 
 
 def dpo_rows(task: Task, pairs: Literal["one", "all"]) -> datasets.Dataset:

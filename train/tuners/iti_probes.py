@@ -30,9 +30,10 @@ from torch.nn import functional
 from headtune.analysis.methods.scores import Scores
 from headtune.analysis.models import hooks
 from headtune.analysis.models.head_model import HeadModel
+from headtune.analysis.tasks.chat import as_chat
 from headtune.analysis.tasks.prompt_tokens import require_embeddings, token_ids
 from headtune.analysis.tasks.task import Example, Task, canonical
-from headtune.analysis.tasks.tokenized import as_chat, continuation
+from headtune.analysis.tasks.tokenized import continuation
 from headtune.analysis.utils.errors import CheckError, InputError
 from headtune.analysis.utils.progress import Progress, silent
 from headtune.train.types import ACCURACY, ProbeResult

@@ -35,8 +35,10 @@ from headtune.analysis.methods import in_context
 from headtune.analysis.models import hooks
 from headtune.analysis.models.attention import record_rows
 from headtune.analysis.models.head_model import HeadModel
+from headtune.analysis.tasks.chat import as_chat, with_chat
+from headtune.analysis.tasks.messages import ChatTemplate
 from headtune.analysis.tasks.task import Task
-from headtune.analysis.tasks.tokenized import as_chat, encode
+from headtune.analysis.tasks.tokenized import encode
 from headtune.analysis.utils.errors import CheckError, InputError
 from headtune.analysis.utils.progress import Progress, silent
 from headtune.train.config.methods import InContextConfig, InterceptConfig, ItiConfig, ScaleConfig, SinkConfig
@@ -106,7 +108,8 @@ def steer(
     Args:
         model: the plain model, before any adapter and with the attention that `view` gave it.
         pairs: the heads to scale or to move; the last two kinds find theirs themselves: None.
-        task: whose answers, or prompts, are looked at; an intercept is fitted on its own `fit` instead.
+        task: whose answers, or prompts, are looked at; an intercept is fitted on its own `fit` instead, given as chats
+            where the task is.
         seed: of what is drawn (see `probe_heads` and `few_shot_prompts`).
         probed: what probes have read already: ITI takes its directions over where they are of the same statements.
 
@@ -129,7 +132,7 @@ def steer(
         )
     if isinstance(settings, SinkConfig):
         return _sink(model, settings, task, progress)
-    return _intercept(model, settings, progress)
+    return _intercept(model, settings, task.chat_template, progress)
 
 
 def apply(model: Any, steered: Steered) -> PeftModel:
@@ -256,7 +259,7 @@ def _sink(model: HeadModel, settings: SinkConfig, task: Task, progress: Progress
     return _scaled(model, pairs, settings.gamma, note)
 
 
-def _intercept(model: HeadModel, settings: InterceptConfig, progress: Progress) -> Steered:
+def _intercept(model: HeadModel, settings: InterceptConfig, chat: bool | ChatTemplate, progress: Progress) -> Steered:
     """`knobs.subtract_mlp_intercept` as an offset on the last layer's MLP output: the same at every position."""
     last, path = model.n_layers - 1, model.architecture.mlp_projection
     if path is None:
@@ -265,7 +268,8 @@ def _intercept(model: HeadModel, settings: InterceptConfig, progress: Progress) 
             "carries an offset on its output; use the intercept knob of headtune.analysis.interventions.last_layer"
         )
     fit = settings.fit or FIT
-    encoded = encode(Intercept(settings.beta, fit).task(), model.tokenizer, model.positions, model.vocabulary)
+    task = with_chat(Intercept(settings.beta, fit).task(), chat or None)
+    encoded = encode(task, model.tokenizer, model.positions, model.vocabulary)
     regression, r2 = decompose(model, encoded.examples, progress=progress)
     config = HeadTuningConfig(heads=[], mlp_layers=[last], scale="none", offset=True, task_type="CAUSAL_LM")
     offset = -settings.beta * regression.intercept[-1]

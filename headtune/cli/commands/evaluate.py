@@ -7,7 +7,17 @@ from pathlib import Path
 
 from headtune.analysis.utils.verbosity import silence_model_libraries
 
-from ..arguments import Add, completed, plugin_arguments, positive, print_json, trust_argument, volume_arguments
+from ..arguments import (
+    Add,
+    chat_arguments,
+    chat_of,
+    completed,
+    plugin_arguments,
+    positive,
+    print_json,
+    trust_argument,
+    volume_arguments,
+)
 
 
 def add_parsers(add: Add) -> None:
@@ -37,6 +47,7 @@ def add_parsers(add: Add) -> None:
     p.add_argument("--batch-size", type=positive, default=16)
     p.add_argument("--max-examples", type=positive)
     trust_argument(p)
+    chat_arguments(p, "default: as the run's or the export's prompts were given, and as they are for a model")
     p.add_argument(
         "--intervene",
         "--knob",
@@ -67,10 +78,12 @@ def evaluate_command(arguments: argparse.Namespace) -> int:
         arguments.max_examples,
         arguments.knob,
         arguments.trust_remote_code,
+        chat_of(arguments),
     )
     if arguments.out is not None:
         require_new_folder(arguments.out, "choose another --out")
     silence_model_libraries()
+    from headtune.analysis.tasks.messages import chat_entry
     from headtune.train.evaluation.multiple_choice import truthfulqa_preamble
 
     from ..console import console, notify, progress
@@ -82,7 +95,7 @@ def evaluate_command(arguments: argparse.Namespace) -> int:
     )
     if arguments.json:
         data = {"knobs": result.knobs, "metrics": result.metrics, "generations": result.generations}
-        print_json({"task": result.task.name, **data})
+        print_json({"task": result.task.name, **chat_entry(result.task.chat_template), **data})
         return 0
     column = " ".join([arguments.target, *arguments.knob])
     console.print(metrics_table({column: result.metrics}, result.task.name))

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..arguments import Add, adder, completed, positive, print_json, trust_argument
+from ..arguments import Add, adder, chat_arguments, chat_of, completed, positive, print_json, trust_argument
 
 if TYPE_CHECKING:
     from headtune.analysis.tasks.task import Task
@@ -108,6 +108,7 @@ def _add_make(actions: Add) -> None:
         "--silence", metavar="HEADS:ROLE:TOP", help="pairs: heads without which the wrong answers are written"
     )
     options.add_argument("--tokens", type=positive, help="pairs: written at most (default: as many as the answer has)")
+    chat_arguments(options, "pairs: of --task; in messages in any case")
     q.set_defaults(do=_make)
 
 
@@ -123,6 +124,8 @@ def _make(arguments: argparse.Namespace) -> int:
     if arguments.out.exists():
         raise InputError(f"task file {str(arguments.out)!r} exists; choose another --out")
     chosen = {name: value for name in _MAKE_OPTIONS if (value := getattr(arguments, name)) is not None}
+    if chat_of(arguments) is not None and arguments.kind != _PAIRS:
+        raise InputError(f"--chat-template is for task kind 'pairs', found {arguments.kind!r}; leave it out")
     if arguments.kind != _PAIRS:
         check_options(arguments.kind, chosen)
     elif unread := [name for name in chosen if name not in ("task", "silence", "tokens")]:
@@ -156,6 +159,7 @@ def _pairs(arguments: argparse.Namespace) -> Task:
     from headtune.analysis.heads.head_set import HeadSet
     from headtune.analysis.heads.self_contrast import self_contrast
     from headtune.analysis.models.loading import load_model
+    from headtune.analysis.tasks.chat import with_chat
     from headtune.analysis.tasks.loading import load_task
     from headtune.analysis.utils.errors import InputError
 
@@ -171,7 +175,7 @@ def _pairs(arguments: argparse.Namespace) -> Task:
         )
     heads = HeadSet.load(path)
     chosen = heads.top(role, int(top))
-    task = load_task(arguments.task).limited(arguments.n, arguments.seed)
+    task = with_chat(load_task(arguments.task), chat_of(arguments)).limited(arguments.n, arguments.seed)
     model = load_model(arguments.model, trust_remote_code=arguments.trust_remote_code)
     for warning in heads.check_model(model.identity()):
         print(f"headtune: warning: {path}: {warning}", file=sys.stderr)

@@ -143,6 +143,9 @@ def _print_dry_run(result: DryRun, recipe: Recipe) -> None:
     for index, note in enumerate(result.notes):
         line("" if index else "note", note)
     console.print(table)
+    if result.prompt is not None:
+        console.print("\nfirst prompt, in the chat template", markup=False)
+        console.print(result.prompt, markup=False, highlight=False, soft_wrap=True)
     if result.rows:
         _print_batch(result.rows)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,24 @@ def test_every_needle_makes_a_pair(model: HeadModel, tmp_path: Path) -> None:
     write_task(pairs, tmp_path / "pairs.jsonl")
     assert load_task(str(tmp_path / "pairs.jsonl")).examples == pairs.examples
     assert json.loads((tmp_path / "pairs.jsonl").read_text().split("\n")[0])["about"]["kind"] == "exact_match"
+
+
+def test_pairs_of_chats(model: HeadModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is written follows the template; a conversation is one again in the file of pairs."""
+    monkeypatch.setattr(model.tokenizer, "chat_template", "{% for m in messages %}{{ m.content }}{% endfor %}")
+    task = needle_task(3)
+    talks = replace(
+        task,
+        examples=tuple(replace(e, messages=(("user", e.prompt),)) for e in task.examples),
+        chat_template=True,
+    )
+    plain = self_contrast(model, task, [(0, 0)])
+    pairs = self_contrast(model, talks, [(0, 0)])
+    assert [e.messages for e in pairs.examples] == [e.messages for e in talks.examples]
+    assert [(e.answers, e.incorrect) for e in pairs.examples] == [(e.answers, e.incorrect) for e in plain.examples]
+    write_task(pairs, tmp_path / "pairs.jsonl")
+    read = load_task(str(tmp_path / "pairs.jsonl"))
+    assert read.examples == pairs.examples and read.chat_template is True
 
 
 def test_heads_that_do_nothing_leave_no_pair(model: HeadModel) -> None:

@@ -665,6 +665,11 @@ def test_a_task_without_a_chat_is_left_as_it_is(cities: Task) -> None:
         ("List cities in Italy.\n\n- Rome\n-", ["Rome"], "List cities in Italy.", "- Rome\n-"),
         ("In Italy.\nWell:\n* Rome, Milan,", ["Rome", "Milan"], "In Italy.\nWell:", "* Rome, Milan,"),
         ("The capital of Italy is", [], "The capital of Italy is", ""),
+        # A number or bullet alone begins the list; a line of more is the user's.
+        ("List cities in Italy.\n1.", [], "List cities in Italy.", "1."),
+        ("Cities in Italy:\n\n -", [], "Cities in Italy:", " -"),
+        ("In Italy?\nA:", [], "In Italy?\nA:", ""),
+        ("Italy 1.", [], "Italy 1.", ""),
         (
             "Cities in Italy: Rome, Milan,",
             ["Rome", "Milan"],
@@ -703,11 +708,9 @@ def test_a_chat_in_tokens() -> None:
         assert [text_at(encoded, tokenizer, span) for span in encoded.previous] == list(plain.previous)
         reply = max(index for index, token in enumerate(ids) if token == tokenizer.eos_token_id)
         assert all(min(span) > reply for span in encoded.previous)
-        last = tokenizer.decode(ids[-1])
-        assert last in (".", "-") if plain.previous else last == "\n"
-        # The answer continues the reply: with a space after "3.", without one at the start of the line.
-        space = " " if plain.previous else ""
-        firsts = {tokenizer(space + answer, add_special_tokens=False).input_ids[0] for answer in plain.remaining}
+        assert tokenizer.decode(ids[-1]) in (".", "-")
+        # The answer continues the reply: with a space after "1." as after "3.".
+        firsts = {tokenizer(" " + answer, add_special_tokens=False).input_ids[0] for answer in plain.remaining}
         assert encoded.target_tokens == tuple(sorted(firsts))
 
 

@@ -14,6 +14,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
+from headtune.analysis.heads import at_test_time
 from headtune.analysis.interventions import last_layer, mlp_regression
 from headtune.analysis.models import hooks
 from headtune.analysis.models.head_model import HeadModel
@@ -167,6 +168,30 @@ def test_an_intercept_is_the_knob(family: str, tmp_path: Path) -> None:
     )
     assert found.pairs == [] and found.note["fit_examples"] > 10
     torch.testing.assert_close(_logits(apply(model.hf, found), model), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_an_intercept_is_fitted_on_chats_where_the_task_is_of_chats(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a recipe and at test time; on plain prompts it is another one."""
+    model = family_model()
+    monkeypatch.setattr(
+        model.tokenizer, "chat_template", "{% for m in messages %}<eos>{{ m.content }}<eos>{% endfor %}"
+    )
+    write_text(tmp_path / "fit.jsonl", to_jsonl(tiny_task((1, 2)).examples))
+    settings = InterceptConfig(kind="intercept", beta=1.0, fit=str(tmp_path / "fit.jsonl"))
+    chats = replace(tiny_task(), chat_template=True)
+    found, plain = (steer(model, settings, None, task) for task in (chats, tiny_task()))
+    assert found.note["fit_data"]["chat_template"] is True and "chat_template" not in plain.note["fit_data"]
+    (name,) = found.values
+    assert not torch.equal(found.values[name], plain.values[name])
+    knob = at_test_time.parse([f"intercept:beta=1.0,fit={tmp_path / 'fit.jsonl'}"])
+    for chat, same in ((True, True), (False, False)):
+        with at_test_time.applied(model, knob, chat=chat) as notes:
+            logits = _logits(model.hf, model)
+        assert notes[0]["fit_examples"] > 10
+        adapted = _logits(apply(copy.deepcopy(model.hf), found), model)
+        assert torch.allclose(logits, adapted, atol=1e-5) is same
 
 
 # --- errors -----------------------------------------------------------------------------------------------------------
