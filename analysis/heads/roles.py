@@ -23,7 +23,7 @@ from headtune.analysis.utils.errors import InputError, nearest
 
 _NAME = re.compile(r"[A-Za-z_]\w*")
 _QUANTITY = re.compile(r"(?:[A-Za-z_]\w*\.)?[A-Za-z_]\w*")
-RESERVED = ("both", "selected", "bootstrap")  # words that `heads.role` of a recipe, or heads.json, has for itself
+RESERVED = ("both", "selected")  # words that `heads.role` of a recipe has for itself
 GRAMMAR = "NAME=QUANTITY:+ or NAME=QUANTITY:-, such as memory=target-previous:+"
 
 
@@ -101,7 +101,7 @@ def role_of(role: Role | str) -> Role:
         raise InputError(f"role {role!r} is not of the form {GRAMMAR}")
     if wrong := [term for term in terms if not _QUANTITY.fullmatch(term)]:
         raise InputError(f"role {role!r}: {wrong[0]!r} is no quantity; write {GRAMMAR}, or METHOD.QUANTITY")
-    if name in RESERVED:
+    if name in (*RESERVED, "bootstrap"):  # a key beside the roles in heads.json
         raise InputError(f"role {role!r}: the name {name!r} is taken by recipes or heads.json; choose another")
     if len({"." in term for term in terms}) > 1 or len(set(terms)) < len(terms):
         raise InputError(f"role {role!r}: write a difference of two quantities, both with their method or both without")
