@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from headtune.train.config.regularisers import Regulariser as Regulariser
     from headtune.train.evaluation.compare import compare_runs as compare_runs
     from headtune.train.evaluation.evaluate import evaluate as evaluate
+    from headtune.train.export.adapter_folder import export_adapter_folder as export_adapter_folder
     from headtune.train.export.checkpoint import export_run as export_run
     from headtune.train.losses.registry import HeadPenalty as HeadPenalty
     from headtune.train.losses.registry import register_regulariser as register_regulariser
@@ -60,6 +61,7 @@ _ROOMS = {
     "evaluate": "train.evaluation.evaluate",
     "load_run": "train.runs.load_run",
     "export_run": "train.export.checkpoint",
+    "export_adapter_folder": "train.export.adapter_folder",
     "compare_runs": "train.evaluation.compare",
     "register_scoring_method": "analysis.methods.registry",
     "register_tuning_method": "train.config.method_registry",

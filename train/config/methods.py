@@ -90,10 +90,12 @@ class TaskConfig(StrictConfig):
 
     `kind` says how answers are scored, where the task's own format does not. `sequence` lists the tasks of recipe seekr
     in the order they are learnt, and stands in place of `train` and `eval`; the limits then hold for each.
+    `validation` names what evaluation during training measures, where it is not the validation part of `train`.
     """
 
     train: str = "one_to_many"
     eval: str | None = None
+    validation: str | None = None
     sequence: Annotated[list[StepConfig], Field(min_length=2)] | None = None
     kind: Literal["lists", "exact_match", "multiple_choice"] | None = None
     split: SplitConfig = SplitConfig()

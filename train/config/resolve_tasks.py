@@ -48,12 +48,53 @@ def _not_held_out(block: TaskConfig, train: Task) -> str:
     return f"{why}: nothing is held out; {fix}"
 
 
-def in_words(block: TaskConfig, train: Task, evaluation: Task) -> str:
-    """Where the two tasks of `tasks_of` are from: one task's parts, with the part that is in neither, or two tasks."""
+def validation_of(block: TaskConfig, train: Task, evaluation: Task) -> Task:
+    """What evaluation during training measures: a task of its own, or the part that is set aside; never what is held out.
+
+    Of one task that is split by subject, and of `NAME:train`, it is the validation part.
+
+    Args:
+        train, evaluation: those of `tasks_of`.
+
+    Raises:
+        InputError: there is no such part, or it shares subjects or prompts with the others.
+    """
+    whole, _, part = block.train.rpartition(":")
+    if block.validation is not None:
+        task = load_task(block.validation, block.split.seed)
+    elif (block.eval or block.train) == block.train:
+        task = take_split(load_task(block.train, block.split.seed), "validation", block.split.seed)
+    elif whole and part == train.split == "train":
+        task = load_task(f"{whole}:validation", block.split.seed)
+    else:
+        raise InputError(
+            f"training.eval_strategy needs rows to evaluate on, and task.train {block.train!r} has no validation part "
+            "beside task.eval; name them: task.validation=..., or set eval_strategy=no"
+        )
+    task = dataclasses.replace(task, kind=train.kind, chat_template=train.chat_template)
+    prompts = {example.prompt for example in task.examples}
+    for name, other in (("task.train", train), ("task.eval", evaluation)):
+        shared = sorted(set(task.subjects) & set(other.subjects)) if block.split.by == "subject" else []
+        shared = shared or ([] if name == "task.train" else [e.prompt for e in other.examples if e.prompt in prompts])
+        if shared:
+            raise InputError(
+                f"validation rows of {task.name!r} share {len(shared)} subjects or prompts with {name} {other.name!r} "
+                f"(such as {shared[0]!r}); name others: task.validation=..."
+            )
+    return task.limited(block.max_eval_examples, seed=0)
+
+
+def in_words(block: TaskConfig, train: Task, evaluation: Task, validated: bool = False) -> str:
+    """Where the two tasks of `tasks_of` are from: one task's parts, with the part that is in neither, or two tasks.
+
+    Args:
+        validated: that part is evaluated during training.
+    """
     if (block.eval or block.train) != block.train or load_task(block.train, block.split.seed).split is not None:
         return f"{train.name} and {evaluation.name} as they are"
     aside = split_subjects(load_task(block.train).subjects, block.split.seed)["validation"]
+    use = "evaluated during training" if validated and block.validation is None else "in neither"
     return (
         f"{block.train} split by subject (seed {block.split.seed}): {train.name} is learnt, "
-        f"{evaluation.name} held out, validation ({len(aside)} subject{'s' * (len(aside) != 1)}) in neither"
+        f"{evaluation.name} held out, validation ({len(aside)} subject{'s' * (len(aside) != 1)}) {use}"
     )

@@ -275,7 +275,7 @@ def _tuned(context: RunContext, prepared: PreparedRun, resolved: ResolvedHeads) 
     """The model with its trained or computed adapter, in eval mode; and what run.json says of it."""
     recipe, method = context.recipe, method_named(context.recipe.recipe)
     if method.trains:
-        result = training.train(context, resolved.pairs, prepared.train, prepared.rows)
+        result = training.train(context, resolved.pairs, prepared.train, prepared.rows, prepared.validation)
         return result.model, result.record
     context.notify(f"steering: {getattr(recipe.method, 'kind', recipe.recipe)}")
     part = prepared.train.limited(recipe.task.max_train_examples, recipe.seed)
@@ -299,17 +299,20 @@ def _require_same(recipe: Recipe, folder: Path) -> None:
 
 def _data(prepared: PreparedRun) -> dict[str, Any]:
     """What a run that is taken up again must find as it was: the task's examples, the model's weights."""
+    aside = {} if prepared.validation is None else {"validation_sha256": prepared.validation.sha256}
     return {
         "train_sha256": prepared.train.sha256,
         "eval_sha256": prepared.held_out.sha256,
         "weights_sha256": prepared.model.weights_sha256,
+        **aside,
     }
 
 
 def _require_same_data(now: Mapping[str, Any], then: Mapping[str, Any], folder: Path) -> None:
     """Refuse to go on with other data than a run began with."""
     names = {"train_sha256": "examples to train on", "eval_sha256": "held-out examples", "weights_sha256": "weights"}
-    changed = [name for key, name in names.items() if then.get(key) != now[key]]
+    names |= {"validation_sha256": "validation examples"}
+    changed = [name for key, name in names.items() if then.get(key) != now.get(key)]
     if changed:
         raise InputError(
             f"the run in {str(folder)!r} was started with other {' and '.join(changed)}; put the files back as they "

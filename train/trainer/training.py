@@ -18,6 +18,7 @@ from headtune.analysis.models.head_model import HeadModel
 from headtune.analysis.tasks.task import Task
 from headtune.analysis.utils.errors import InputError
 from headtune.train import distributed
+from headtune.train.config import during_training
 from headtune.train.config.methods import PruneGates
 from headtune.train.config.objective_registry import trl_config_of
 from headtune.train.config.schema import Recipe
@@ -27,9 +28,9 @@ from headtune.train.tracking.tracker import Logs, trainer_callback
 from headtune.train.tuners import head_pruning, weights_io
 from headtune.train.types import Penalty
 
-from . import attach_regularisers, checkpoints, penalised_trainers, signals
+from . import attach_regularisers, best_checkpoint, checkpoints, penalised_trainers, signals
 from .callbacks import Timer, progress_logger
-from .objectives import TrainingData, objective_of
+from .objectives import EvaluationRows, TrainingData, objective_of
 from .prefix_cache import PrefixCache, lowest_trained, refusal
 from .run_context import RunContext
 
@@ -63,7 +64,9 @@ def training_arguments(recipe: Recipe, **changes: Any) -> Any:
         "ddp_timeout": 24 * 3600,  # the others wait while rank 0 measures, or chooses heads
         "disable_tqdm": True,  # told through `notify`
         **({"beta": 0.5} if kind is trl.DPOConfig else {}),
+        **during_training.defaults(recipe.training, getattr(method, "objective", "sft")),
     }
+    keys, _ = during_training.split_keys(recipe.training)
     fixed: dict[str, Any] = {
         "output_dir": recipe.output_dir,
         "seed": recipe.seed,
@@ -73,7 +76,7 @@ def training_arguments(recipe: Recipe, **changes: Any) -> Any:
         "max_length": None,  # never a silent truncation
     }
     try:
-        return kind(**(defaults | recipe.training | fixed | changes))
+        return kind(**(defaults | keys | fixed | changes))
     except ValueError as error:
         raise InputError(f"training: {str(error).splitlines()[0]}") from error
 
@@ -119,6 +122,8 @@ def train_adapter(
     recipe, model, notify = context.recipe, context.model, context.notify
     method: Any = recipe.method
     timer, marking = Timer(), checkpoints.Mark(arguments)
+    best = best_checkpoint.BestCheckpoint(arguments) if data.evaluated else None
+    evaluations = best_checkpoint.callbacks(recipe, notify) if data.evaluated else []
     extra: dict[str, Any] = {}
     if config is None:
         model.hf.requires_grad_(True)
@@ -131,7 +136,11 @@ def train_adapter(
             model.hf,
             args=arguments,
             processing_class=model.tokenizer,
-            callbacks=[*([trainer_callback(logs)] if logs else []), progress_logger(notify), timer, marking],
+            callbacks=[
+                *([trainer_callback(logs)] if logs else []),
+                *(progress_logger(notify), timer, marking),
+                *evaluations,
+            ],
             peft_config=config,
             **data.arguments,
             **extra,
@@ -171,6 +180,8 @@ def train_adapter(
         if gated is not None:
             head_pruning.attach_state(trainer.model, gated)
         model.__dict__.pop("layers", None)  # of the model that was split
+    if best is not None:
+        trainer.best = best.put_back(trainer, notify)
     trainer.timing = timer.summary() | ({} if cache is None else {"prefix_cache": cache.stats.summary()})
     return trainer
 
@@ -180,7 +191,7 @@ def run_trainer(trainer: Any, checkpoint: Path | None) -> None:
 
     Under every engine the weights are whole both in a checkpoint and in a model that has not been trained yet.
     """
-    if checkpoint is None or not checkpoints.finished(checkpoint):
+    if checkpoint is None or not (checkpoints.finished(checkpoint) or best_checkpoint.stopped_early(checkpoint)):
         with signals.between_steps(trainer):
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         return
@@ -221,11 +232,14 @@ def _cache_folder(context: RunContext) -> Path:
     return context.folder / "prefix-cache"
 
 
-def train(context: RunContext, pairs: Pairs, task: Task, rows: Any) -> TrainingResult:
+def train(
+    context: RunContext, pairs: Pairs, task: Task, rows: Any, validation: EvaluationRows | None = None
+) -> TrainingResult:
     """Train a recipe's method on these heads.
 
     Args:
         rows: what the objective prepared (`TrainingObjective.prepare`).
+        validation: what is evaluated during training; None where nothing is.
     """
     recipe, model, notify = context.recipe, context.model, context.notify
     method: Any = recipe.method
@@ -241,6 +255,9 @@ def train(context: RunContext, pairs: Pairs, task: Task, rows: Any) -> TrainingR
         with attach_regularisers.with_regularisers(recipe, model, pairs, task, trainer, notify) as gates:
             yield
 
+    if validation is not None:
+        data = data.evaluated_on(validation)
+        notify(f"evaluating during training on {len(validation.rows)} rows of {validation.name}, which are not held out")
     notify(f"training on {data.n_rows} {'pairs' if method.objective == 'dpo' else 'prompts'}")
     trainer = train_adapter(
         context,
@@ -258,7 +275,7 @@ def train(context: RunContext, pairs: Pairs, task: Task, rows: Any) -> TrainingR
     trained = unwrapped(trainer).eval()
     record: dict[str, Any] = {
         "training_data": data.summary,
-        "training": {"steps": trainer.state.global_step, **trainer.timing},
+        "training": {"steps": trainer.state.global_step, **trainer.timing, **getattr(trainer, "best", {})},
         "parameters": sum(p.numel() for p in trained.parameters() if p.requires_grad),
     }
     if gates is not None:
