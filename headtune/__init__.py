@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from headtune.train.methods.base import TuningMethod as TuningMethod
     from headtune.train.runs.load_run import load_run as load_run
     from headtune.train.runs.run import run_recipe as run_recipe
+    from headtune.train.trainer.head_regulariser import HeadRegulariserMixin as HeadRegulariserMixin
     from headtune.train.trainer.objectives import TrainingObjective as TrainingObjective
     from headtune.train.tuners.head_slices import HeadSlicesConfig as HeadSlicesConfig
     from headtune.train.tuners.head_tuning import HeadTuningConfig as HeadTuningConfig
@@ -71,6 +72,7 @@ _ROOMS = {
     "register_regulariser": "train.losses.registry",
     "Regulariser": "train.config.regularisers",
     "HeadPenalty": "train.losses.registry",
+    "HeadRegulariserMixin": "train.trainer.head_regulariser",
     "InputError": "analysis.utils.errors",
     "CheckError": "analysis.utils.errors",
 }

@@ -157,7 +157,7 @@ def train_adapter(
     distributed.require_launch(trainer.accelerator)
     distributed.require_full_state(trainer.accelerator)
     if any(not isinstance(term, PruneGates) for term in method.regularisers):
-        _require_visible_pass(trainer.args)
+        attach_regularisers.require_visible_pass(trainer.args)
     trainer.remove_callback(PrinterCallback)
     # Train, with what the loss reads of the model while it runs.
     checkpoint = checkpoints.newest(Path(arguments.output_dir), notify) if resume else None
@@ -199,19 +199,6 @@ def run_trainer(trainer: Any, checkpoint: Path | None) -> None:
     trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
     if any(isinstance(callback, head_pruning.GatesInCheckpoints) for callback in trainer.callback_handler.callbacks):
         head_pruning.restore_checkpoint(head_pruning.gates_of(trainer.model), checkpoint)
-
-
-def _require_visible_pass(args: Any) -> None:
-    """Refuse checkpointing that hides from penalties what a training pass computed.
-
-    Raises:
-        InputError: re-entrant checkpointing, which adapters under ZeRO-3 are given by TRL.
-    """
-    if args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
-        raise InputError(
-            "method.regularisers read the training pass, which re-entrant checkpointing hides (adapters under ZeRO-3 "
-            "have no other); set training.gradient_checkpointing to false, or launch with ZeRO-2 or FSDP2"
-        )
 
 
 def _prefix_cache(context: RunContext, trainer: Any) -> PrefixCache | None:
