@@ -29,6 +29,10 @@ METRICS: dict[str, dict[str, bool]] = {
     "answer_set": {"loss": False, "recall": False, "suppression": False},
 }
 _READERS = ("load_best_model_at_end", "save_strategy: best", "a scheduler that reads it")
+_NEEDING = (
+    *("eval_steps", "eval_delay", "load_best_model_at_end", "metric_for_best_model", "greater_is_better"),
+    *(PATIENCE, THRESHOLD),
+)
 _SCHEDULERS = ("reduce_lr_on_plateau", "greedy")  # of transformers, that read the metric
 
 
@@ -94,11 +98,10 @@ def contradictions(recipe: Recipe) -> Iterator[Problem]:
             message = f"is not for recipe {recipe.recipe}, which measures its tasks between them; remove it"
             yield problem("eval_strategy", message)
         elif rules.stops_after_heads(method):
-            yield problem("eval_strategy", "is read in no training of this run: it ends when heads are chosen; remove it")
+            message = "is read in no training of this run: it ends when heads are chosen; remove it"
+            yield problem("eval_strategy", message)
     else:
-        needing = ("eval_steps", "eval_delay", "load_best_model_at_end", PATIENCE, THRESHOLD, "metric_for_best_model")
-        needing = (*needing, "greater_is_better")
-        for key in needing:
+        for key in _NEEDING:
             if training.get(key) not in (None, False):
                 yield problem(key, "needs evaluation during training; set training.eval_strategy to steps or epoch")
         if training.get("save_strategy") == "best":
@@ -143,12 +146,12 @@ def _of_metric(training: Mapping[str, Any], objective: str) -> Iterator[Problem]
     path = ("training", "metric_for_best_model")
     name = str(metric or "loss").removeprefix("eval_")
     if name not in metrics:
-        known = nearest(name, metrics)
-        yield Problem(path, f"training.metric_for_best_model {metric!r} is not measured by {objective}; {known}")
+        close = nearest(name, metrics)
+        yield Problem(path, f"training.metric_for_best_model {metric!r} is not measured by {objective}; {close}")
         return
     for key in ("metric_for_best_model", "greater_is_better"):
         if training.get(key) is not None and not _chooses(training):
-            yield Problem(path[:1] + (key,), f"training.{key} is read by {' or '.join(_READERS)} alone; remove it")
+            yield Problem(("training", key), f"training.{key} is read by {' or '.join(_READERS)} alone; remove it")
     better = training.get("greater_is_better")
     if better is not None and better != metrics[name]:
         message = f"training.greater_is_better must be {str(metrics[name]).lower()} for {name}; leave it out"

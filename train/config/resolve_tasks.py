@@ -49,7 +49,7 @@ def _not_held_out(block: TaskConfig, train: Task) -> str:
 
 
 def validation_of(block: TaskConfig, train: Task, evaluation: Task) -> Task:
-    """What evaluation during training measures: a task of its own, or the part that is set aside; never what is held out.
+    """What evaluation during training measures: a task of its own, or the part set aside; never what is held out.
 
     Of one task that is split by subject, and of `NAME:train`, it is the validation part.
 

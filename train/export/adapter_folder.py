@@ -1,8 +1,8 @@
 """An adapter of ours that no recipe trained: from its folder to a stock checkpoint, or to a LoRA of PEFT's own type.
 
 The folder is what `save_pretrained` or a trainer writes, `adapter_config.json` beside `adapter_model.safetensors`: a
-trainer's `output_dir`, or one of its checkpoints. The base is the one that the configuration names, or one that is given.
-The proof is that of a run's export (see `checkpoint`); its prompts are those of a task, `TASK` where none is named.
+trainer's `output_dir`, or one of its checkpoints. The base is the one that the configuration names, or another. What is
+proven is what is proven of a run (see `checkpoint`), on the prompts of a task, `TASK` where none is named.
 """
 
 from __future__ import annotations
@@ -132,8 +132,9 @@ def _config(folder: Path) -> dict[str, Any]:
             f"AutoPeftModelForCausalLM.from_pretrained({str(folder)!r}).merge_and_unload().save_pretrained(OUT)"
         )
     if not (folder / ADAPTER).is_file():
-        pickle = "; adapter_model.bin is a pickle, which is not read" if (folder / "adapter_model.bin").is_file() else ""
-        raise InputError(f"{str(folder)!r} holds {CONFIG} and no {ADAPTER}{pickle}: save the adapter anew")
+        has_pickle = (folder / "adapter_model.bin").is_file()
+        reason = " (adapter_model.bin is a pickle, which is not read)" if has_pickle else ""
+        raise InputError(f"{str(folder)!r} holds {CONFIG} and no {ADAPTER}{reason}; save the adapter anew")
     return config
 
 
@@ -177,8 +178,8 @@ def export_adapter_folder(
     config = _config(folder)
     if adapter_alone and not config.get("rank"):
         raise InputError(
-            f"{str(folder)!r} is the {config['peft_type']} adapter alone already, and no LoRA; leave --adapter out for a "
-            "stock checkpoint"
+            f"{str(folder)!r} is the {config['peft_type']} adapter alone already, and no LoRA; leave --adapter out for "
+            "a stock checkpoint"
         )
     prompts = load_task(task) if isinstance(task, str) else task
     loaded = load_adapter(folder, base, notify)

@@ -12,8 +12,8 @@ from headtune.analysis.models.loading import load_model
 from headtune.analysis.tasks.task import Task
 from headtune.analysis.tasks.tokenized import encode
 from headtune.analysis.utils.errors import InputError
-from headtune.train.config.resolve_heads import ResolvedHeads, resolve_heads
 from headtune.train.config.during_training import evaluates
+from headtune.train.config.resolve_heads import ResolvedHeads, resolve_heads
 from headtune.train.config.resolve_tasks import tasks_of, validation_of
 from headtune.train.config.schema import Recipe
 from headtune.train.continual import sequence

@@ -1,8 +1,8 @@
 """The best checkpoint of a training that is evaluated as it goes, put back when it ends; and early stopping.
 
 transformers would look for the checkpoint where the folder was when the run began, load into some engines' parts of a
-model, and only warn where it is not there. So its `load_best_model_at_end` is taken over: the trainer notes which step is
-best, as ever, and what is put back afterwards is the whole checkpoint, checked against its sums.
+model, and only warn where it is not there. So its `load_best_model_at_end` is taken over: the trainer notes which step
+is best, as ever, and what is put back afterwards is the whole checkpoint, checked against its sums.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ class _Evaluations(TrainerCallback):
                 "nothing would be evaluated; lower it"
             )
 
-    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **_: Any) -> None:
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        metrics: dict[str, float] = kwargs["metrics"]
         values = {name.removeprefix("eval_"): value for name, value in metrics.items() if name not in _TIMES}
         for name, value in values.items():
             if name == "loss" and not math.isfinite(value):
@@ -103,8 +104,9 @@ class BestCheckpoint:
         """
         state, arguments = trainer.state, trainer.args
         stopping = [each for each in trainer.callback_handler.callbacks if isinstance(each, _Stopping)]
-        early = any(_out_of_patience(each.state()) for each in stopping)
-        early = early or _out_of_patience(state.stateful_callbacks.get(_Stopping.__name__))  # where nothing was left to do
+        # The second is all there is where a training that had stopped is taken up.
+        waited = [*(each.state() for each in stopping), state.stateful_callbacks.get(_Stopping.__name__)]
+        early = any(map(_out_of_patience, waited))
         metric = arguments.metric_for_best_model
         record: dict[str, Any] = {"stopped_early": early} if stopping else {}
         if early:

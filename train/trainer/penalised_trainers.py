@@ -62,6 +62,11 @@ class Penalised(PenalisedLoss):
     def create_model_card(self, *_: Any, **__: Any) -> None:
         """No card of TRL's, which knows neither recipe nor data: see `export.model_card` for ours."""
 
+    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        """As ever, and what the next steps draw is what they would draw without it."""
+        with torch.random.fork_rng(range(torch.cuda.device_count())):
+            return super().evaluate(*args, **kwargs)  # type: ignore[misc]
+
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         """Rows in the trainer's own order, and as many of the next as fill the last step of an epoch.
 

@@ -244,7 +244,8 @@ def train(
 
     if validation is not None:
         data = data.evaluated_on(validation)
-        notify(f"evaluating during training on {len(validation.rows)} rows of {validation.name}, which are not held out")
+        n_rows = len(validation.rows)
+        notify(f"evaluating during training on {n_rows} rows of {validation.name}, which are not held out")
     notify(f"training on {data.n_rows} {'pairs' if method.objective == 'dpo' else 'prompts'}")
     trainer = train_adapter(
         context,

@@ -133,7 +133,8 @@ def _weights(folder: Path, change: Callable[[Tensor], Tensor]) -> None:
 
 def _in_a_checkpoint(folder: Path) -> None:
     for step in (50, 100):
-        shutil.copytree(folder, folder / f"checkpoint-{step}", ignore=lambda _path, names: [n for n in names if "-" in n])
+        ignore = shutil.ignore_patterns("checkpoint-*")
+        shutil.copytree(folder, folder / f"checkpoint-{step}", ignore=ignore)
     (folder / "adapter_config.json").unlink()
 
 
@@ -146,7 +147,7 @@ REFUSALS: dict[str, tuple[Callable[[Path, Path], Any], str]] = {
     "nothing": (lambda folder, _: (folder / "adapter_config.json").unlink(), "not an adapter (no adapter_config.json)"),
     "output_dir": (lambda folder, _: _in_a_checkpoint(folder), "its folder 'checkpoint-100' does: give "),
     "lora": (_lora, "is a LORA, not one of headtune's; fold it with PEFT: AutoPeftModel"),
-    "no base": (lambda folder, _: _config(folder, base_model_name_or_path=None), "names no base model; give it: --base"),
+    "no base": (lambda folder, _: _config(folder, base_model_name_or_path=None), "names no base model; give it: --"),
     "weights": (lambda folder, _: (folder / "adapter_model.safetensors").unlink(), "and no adapter_model.safetensors"),
     "link": (lambda folder, _: _link(folder), "is a link that leads out of"),
     "shapes": (lambda folder, _: _weights(folder, lambda t: t[..., :-1].contiguous()), "does not fit the base"),

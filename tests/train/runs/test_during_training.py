@@ -154,9 +154,9 @@ def test_the_rows_of_named_parts_and_of_a_task_of_its_own(tmp_path: Path) -> Non
         rows = [Example(f"Where is {name}{n}?", f"{name}{n}", (city,)) for n in range(4)]
         write_text(tmp_path / f"{name}.jsonl", to_jsonl(rows))
     both = {"train": str(tmp_path / "a.jsonl"), "eval": str(tmp_path / "b.jsonl")}
-    with pytest.raises(InputError, match="has no validation part beside task.eval; name them: task.validation="):
+    with pytest.raises(InputError, match=r"has no validation part beside task\.eval; name them: task\.validation="):
         validation(**both)
-    with pytest.raises(InputError, match="subjects or prompts with task.eval"):  # also where subjects may recur
+    with pytest.raises(InputError, match=r"subjects or prompts with task\.eval"):  # also where subjects may recur
         validation(**both, split={"by": "file"}, validation=both["eval"])
 
 
@@ -211,7 +211,7 @@ def test_methods_that_cannot_be_evaluated_during_training() -> None:
 
 
 def test_metrics_are_read_the_right_way_round() -> None:
-    """transformers takes all that does not end in "loss" for something to be raised; an answer set's terms are losses."""
+    """transformers takes all that does not end in "loss" for something to raise; an answer set's terms are losses."""
 
     def arguments(objective: str, metric: str) -> Any:
         method = {"objective": objective}

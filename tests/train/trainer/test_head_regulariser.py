@@ -1,4 +1,4 @@
-"""Penalties on heads in a trainer of one's own: the loss is that of a recipe's trainer, and the model is left as it was."""
+"""Penalties on heads in a trainer of one's own: the loss is that of a recipe, and the model is left as it was."""
 
 from __future__ import annotations
 
@@ -45,7 +45,8 @@ class OwnDpo(HeadRegulariserMixin, DPOTrainer):
 
 
 def lora() -> LoraConfig:
-    return LoraConfig(r=2, target_modules=["q_proj", "v_proj", "o_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    targets = ["q_proj", "v_proj", "o_proj"]
+    return LoraConfig(r=2, target_modules=targets, init_lora_weights=False, task_type="CAUSAL_LM")
 
 
 def settings(folder: Path, kind: str = "SFTConfig", **changes: Any) -> Any:
@@ -192,4 +193,5 @@ def test_checkpointing_that_hides_the_pass(tmp_path: Path) -> None:
 def test_the_digest_of_the_base_under_an_adapter() -> None:
     plain = wrap_model(tiny_model("llama"), tiny_tokenizer()).weights_sha256
     for config in (lora(), HeadTuningConfig(heads=HEADS)):
-        assert head_regulariser._heads_of(get_peft_model(tiny_model("llama"), config), tiny_tokenizer()).weights_sha256 == plain
+        adapted = get_peft_model(tiny_model("llama"), config)
+        assert head_regulariser._heads_of(adapted, tiny_tokenizer()).weights_sha256 == plain
