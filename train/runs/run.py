@@ -28,6 +28,7 @@ from headtune.analysis.utils.progress import Notify
 from headtune.analysis.utils.state_files import mend_lines, read_state
 from headtune.analysis.utils.verbosity import silence_libraries
 from headtune.train.config import recipe as recipes
+from headtune.train.config import resolve_tasks
 from headtune.train.config.resolve_heads import ResolvedHeads, keep_heads, resolve_heads, write_head_set
 from headtune.train.config.schema import Recipe
 from headtune.train.continual import sequence
@@ -131,6 +132,8 @@ def _run(recipe: Recipe, resume: bool, progress: pipeline.Progress, notify: Noti
     if data and "data" in saved:
         _require_same_data(data["data"], saved["data"], folder)
     notify(f"run {folder} on {recipe.model.name}")
+    if recipe.task.mix is not None:
+        notify(resolve_tasks.in_words(recipe.task, prepared.train, prepared.held_out, prepared.validation is not None))
     notify(f"task {prepared.held_out.name}: {scored(prepared.held_out.kind, recipe.evaluation.n_items)}")
     if main:
         folder.mkdir(parents=True, exist_ok=True)
