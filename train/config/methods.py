@@ -119,7 +119,8 @@ class TaskConfig(StrictConfig):
     def _names(cls, data: Any) -> Any:
         if isinstance(data, dict) and isinstance(data.get("mix"), list):
             if data.get("sequence") is not None or data.get("train") is not None:
-                raise ValueError("give one of train, mix and sequence (an override task='{mix: [...]}' replaces the whole block)")
+                fix = "on the command line task='{mix: [...]}' replaces the whole block"
+                raise ValueError(f"give one of train, mix and sequence; {fix}")
             parts = [{"name": part} if isinstance(part, str) else part for part in data["mix"]]
             names = [str(part.get("name")) for part in parts if isinstance(part, dict)]
             return data | {"mix": parts, "train": "+".join(names)}
