@@ -35,12 +35,14 @@ if TYPE_CHECKING:
     from headtune.train.config.regularisers import Regulariser as Regulariser
     from headtune.train.evaluation.compare import compare_runs as compare_runs
     from headtune.train.evaluation.evaluate import evaluate as evaluate
+    from headtune.train.export.adapter_folder import export_adapter_folder as export_adapter_folder
     from headtune.train.export.checkpoint import export_run as export_run
     from headtune.train.losses.registry import HeadPenalty as HeadPenalty
     from headtune.train.losses.registry import register_regulariser as register_regulariser
     from headtune.train.methods.base import TuningMethod as TuningMethod
     from headtune.train.runs.load_run import load_run as load_run
     from headtune.train.runs.run import run_recipe as run_recipe
+    from headtune.train.trainer.head_regulariser import HeadRegulariserMixin as HeadRegulariserMixin
     from headtune.train.trainer.objectives import TrainingObjective as TrainingObjective
     from headtune.train.tuners.head_slices import HeadSlicesConfig as HeadSlicesConfig
     from headtune.train.tuners.head_tuning import HeadTuningConfig as HeadTuningConfig
@@ -62,6 +64,7 @@ _ROOMS = {
     "evaluate": "train.evaluation.evaluate",
     "load_run": "train.runs.load_run",
     "export_run": "train.export.checkpoint",
+    "export_adapter_folder": "train.export.adapter_folder",
     "compare_runs": "train.evaluation.compare",
     "register_scoring_method": "analysis.methods.registry",
     "register_tuning_method": "train.config.method_registry",
@@ -71,6 +74,7 @@ _ROOMS = {
     "register_regulariser": "train.losses.registry",
     "Regulariser": "train.config.regularisers",
     "HeadPenalty": "train.losses.registry",
+    "HeadRegulariserMixin": "train.trainer.head_regulariser",
     "InputError": "analysis.utils.errors",
     "CheckError": "analysis.utils.errors",
 }

@@ -12,7 +12,8 @@ from __future__ import annotations
 import importlib.resources
 import json
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from headtune.analysis.utils.errors import InputError, nearest
 
 from . import formats
 from .build import Template, build
+from .columns import check_columns, in_our_keys
 from .readers import _utf8, hub_rows, json_lines
 from .task import Example, Kind, Task, header, parse_example, take_split
 
@@ -51,16 +53,21 @@ def _builtin(name: str) -> list[Example]:
     return examples
 
 
-def load_task(name: str, split_seed: int = 0) -> Task:
+def load_task(name: str, split_seed: int = 0, columns: Mapping[str, str] | None = None) -> Task:
     """Load a task by built-in name, JSONL path, `datasets` hub id or `FORMAT:PATH`, each with an optional `:split`.
 
     The formats, and what `PATH` may be in each, are those of `formats`; a built-in task is one of lists. So are JSONL
     and hub data where any row has `previous`, be it empty; else each row is a single fact, and `kind` is `exact_match`;
     the `about` line of a generated file says its kind itself.
 
+    Args:
+        columns: for files (JSONL, JSON, CSV) and hub data whose columns have other names (see `columns`).
+
     Raises:
         InputError: no such task or format, or a malformed line (named by its number).
     """
+    if columns is not None:
+        return _with_columns(name, split_seed, columns)
     shape, colon, source = name.partition(":")
     if colon and shape in formats.FORMATS:
         base, colon, split = _parts(source)
@@ -83,6 +90,24 @@ def load_task(name: str, split_seed: int = 0) -> Task:
     else:
         sources = [*builtin_names(), *formats.FORMATS]
         raise InputError(f"task {base!r} is neither a file, a hub id nor built in; {nearest(base, sources)}")
+    return take_split(task, split, split_seed) if colon else task
+
+
+def _with_columns(name: str, split_seed: int, columns: Mapping[str, str]) -> Task:
+    check_columns(columns)
+    base, colon, split = _parts(name)
+    path = Path(base)
+    if base in builtin_names() or name.partition(":")[0] in formats.FORMATS:
+        raise InputError(f"columns are for files and hub data, and task {name!r} has its own; leave columns out")
+    if path.suffix in (".jsonl", ".json", ".csv") or path.exists():
+        rows, title = formats._rows(path, "task"), path.stem
+    elif base.count("/") == 1:
+        rows, title = hub_rows(base, "train"), base
+    else:
+        raise InputError(f"task {base!r} is neither a file nor a hub id, which columns are for; check the name")
+    task = replace(_of_rows(title, in_our_keys(rows, columns)), about={"columns": dict(columns)})
+    if not task.examples:
+        raise InputError(f"task {base!r} holds no rows; check the file")
     return take_split(task, split, split_seed) if colon else task
 
 

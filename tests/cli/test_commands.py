@@ -95,7 +95,9 @@ def test_a_folder_that_is_no_model(refused: Refusals, recipe: Path, tmp_path: Pa
 def test_a_model_of_an_unknown_family(refused: Refusals, recipe: Path, tmp_path: Path) -> None:
     (tmp_path / "bert").mkdir()
     (tmp_path / "bert" / "config.json").write_text(json.dumps({"model_type": "bert"}))
-    assert "is an encoder (a bert whose is_decoder is false)" in refused("train", recipe, f"model.name={tmp_path / 'bert'}")
+    assert "is an encoder (a bert whose is_decoder is false)" in refused(
+        "train", recipe, f"model.name={tmp_path / 'bert'}"
+    )
 
 
 def test_a_missing_task_file(refused: Refusals, recipe: Path, tiny_llama: Path) -> None:

@@ -239,6 +239,7 @@ TINY = [*SMALL, "training.use_cpu=true", "heads={list: [[0, 1], [2, 3]]}", "meth
 SHOWN = {
     "docs/howto/serving.md": "loads what the commands above it wrote",
     "recipes/steer/README.md": "needs a model that learns from examples, which a tiny one does not",
+    "docs/howto/your-trainer.md": "test_trl_page.py runs it, with its data and its commands",
     "docs/howto/plugins.md": "modules of their own, which test_plugins.py runs",
 }
 

@@ -121,16 +121,30 @@ def _chat_block(value: Any) -> Any:
     return {"enabled": value} if isinstance(value, bool) else value
 
 
+class MixConfig(StrictConfig):
+    """One task of a mixture, whole: the mixture is split by subject. `weight` is its share of the training rows."""
+
+    name: str
+    weight: Annotated[float, Field(gt=0)] | None = None
+
+
 class TaskConfig(StrictConfig):
     """What is learnt and what is measured. The same name twice is split by subject: train / test.
 
     `kind` says how answers are scored, where the task's own format does not. `sequence` lists the tasks of recipe seekr
     in the order they are learnt, and stands in place of `train` and `eval`; the limits then hold for each.
     `chat_template` gives the prompts as chats; where it is left out, tasks of `messages` are chats and others are not.
+    `mix` lists tasks that are learnt together and stands in place of `train`: all rows of each, or, with weights, as
+    many as can be had in these shares without taking one twice. `columns` says which columns of a file or of hub data
+    hold prompt, subject and answers, where they have other names (see `headtune.analysis.tasks.columns`).
+    `validation` names what evaluation during training measures, where it is not the validation part of `train`.
     """
 
     train: str = "one_to_many"
     eval: str | None = None
+    validation: str | None = None
+    mix: Annotated[list[MixConfig], Field(min_length=2)] | None = None
+    columns: dict[str, str] | None = None
     sequence: Annotated[list[StepConfig], Field(min_length=2)] | None = None
     kind: Literal["lists", "exact_match", "multiple_choice"] | None = None
     chat_template: Annotated[
@@ -143,6 +157,13 @@ class TaskConfig(StrictConfig):
     @model_validator(mode="before")
     @classmethod
     def _names(cls, data: Any) -> Any:
+        if isinstance(data, dict) and isinstance(data.get("mix"), list):
+            if data.get("sequence") is not None or data.get("train") is not None:
+                fix = "on the command line task='{mix: [...]}' replaces the whole block"
+                raise ValueError(f"give one of train, mix and sequence; {fix}")
+            parts = [{"name": part} if isinstance(part, str) else part for part in data["mix"]]
+            names = [str(part.get("name")) for part in parts if isinstance(part, dict)]
+            return data | {"mix": parts, "train": "+".join(names)}
         if isinstance(data, dict) and isinstance(data.get("sequence"), list):
             if data.get("train") is not None or data.get("eval") is not None:
                 raise ValueError("give train (and eval), or a sequence of tasks, not both")

@@ -54,8 +54,8 @@ class Recipe(StrictConfig):
         data = self.model_dump(mode="json", by_alias=True, exclude_none=True)
         if not self.plugins:
             del data["plugins"]
-        if self.task.sequence is not None:
-            del data["task"]["train"]  # the sequence stands in its place
+        if self.task.sequence is not None or self.task.mix is not None:
+            del data["task"]["train"]  # the sequence or mixture stands in its place
         method_rules(self.recipe).drop_unread(self.method, self.heads is not None, data["method"])
         return data
 

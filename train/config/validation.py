@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from headtune.analysis.utils.errors import nearest
 
-from . import methods
+from . import during_training, methods
 from .errors import Keys, Problem
 from .method_registry import MethodRules, method_rules
 from .regularisers import REGULARISERS, Regulariser
@@ -30,7 +30,6 @@ OWN_TRAINING_KEYS = {
     "report_to": "tracking",
     "remove_unused_columns": None,
     "max_length": None,
-    "eval_strategy": "evaluation",
     "eval_on_start": "evaluation",
     "resume_from_checkpoint": "--resume",
 }
@@ -45,6 +44,7 @@ NOT_OF_A_RUN = {
     "chat_template_path": "a run leaves the tokenizer as it is; give the tokenizer its template and save it with the "
     "model",
 }
+EARLY = (during_training.PATIENCE, during_training.THRESHOLD)  # keys of `training` that TRL does not have
 
 
 class _Range(NamedTuple):
@@ -135,7 +135,9 @@ def of_training(values: Mapping[str, Any], config: str) -> Iterator[Problem]:
     kind = getattr(trl, config)
     fields = {field.name for field in dataclasses.fields(kind) if field.init}
     hints = typing.get_type_hints(kind)
-    for key, value in values.items():
+    yield from during_training.of_early_stopping(values)
+    fields_of_trl, _ = during_training.split_keys(values)
+    for key, value in fields_of_trl.items():
         if not isinstance(key, str):
             continue  # pydantic says so
         path = ("training", key)
@@ -151,7 +153,7 @@ def of_training(values: Mapping[str, Any], config: str) -> Iterator[Problem]:
             yield Problem(path, f"training.{key} does not go with a run: {NOT_OF_A_RUN[key]}; remove it")
             continue
         if key not in fields:
-            yield Problem(path, f"unknown key 'training.{key}'; {_nearest_few(key, fields, config)}", True)
+            yield Problem(path, f"unknown key 'training.{key}'; {_nearest_few(key, {*fields, *EARLY}, config)}", True)
             continue
         choices = _enum_values(hints[key])
         if isinstance(value, str) and choices:  # transformers takes its enums (schedulers, strategies) by value
@@ -209,6 +211,7 @@ def contradictions(recipe: Recipe) -> Iterator[Problem]:
             yield Problem((*path, "heads"), message)
         if isinstance(term, methods.PruneGates) and not rules.prunes:
             yield Problem((*path, "kind"), f"{name}: kind prune is for recipe regularise")
+    yield from during_training.contradictions(recipe)
     yield from _of_heads(recipe, rules)
     if rules.tunes_everything(method):
         yield from _of_full_tuning(recipe)

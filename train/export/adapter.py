@@ -16,13 +16,13 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors.torch import save_file
 
 from headtune.analysis.models.loading import resolve
+from headtune.analysis.tasks.task import Task
 from headtune.analysis.utils.errors import CheckError, InputError
 from headtune.analysis.utils.files import atomic_folder, require_new_folder, write_json, write_text
 from headtune.analysis.utils.progress import Notify, Progress, silent
 from headtune.analysis.utils.state_files import read_state
 from headtune.analysis.utils.verbosity import silence_libraries
 from headtune.train.config.recipe import load_recipe
-from headtune.train.config.schema import Recipe
 from headtune.train.methods.base import method_named
 from headtune.train.runs.load_run import load_run
 from headtune.train.tracking.post_run_jobs import tracked_export
@@ -86,7 +86,9 @@ def export_adapter(
     def make() -> dict[str, Any]:
         _require_finite(run / "adapter")
         if method_named(recipe.recipe).has_stock_lora(recipe.method):
-            return _write_lora(run, target, recipe, origin, n_prompts, progress, notify)
+            model, tokenizer, _ = load_run(run)
+            task = held_out_task(recipe.task, n_prompts)
+            return write_lora(model, tokenizer, task, target, origin, n_prompts, progress, notify)
         return _write_adapter(run, target, origin)
 
     return tracked_export(run, recipe, target, make)
@@ -115,13 +117,29 @@ def _write_adapter(run: Path, target: Path, origin: Origin) -> dict[str, Any]:
     return result
 
 
-def _write_lora(
-    run: Path, target: Path, recipe: Recipe, origin: Origin, n_prompts: int, progress: Progress, notify: Notify
+def write_lora(
+    model: Any,
+    tokenizer: Any,
+    task: Task,
+    target: Path,
+    origin: Origin,
+    n_prompts: int,
+    progress: Progress = silent,
+    notify: Notify = log.info,
 ) -> dict[str, Any]:
+    """Head slices of low rank as a stock LoRA; see the head of this module.
+
+    Args:
+        model: a PeftModel with that adapter.
+        task: its prompts are those compared.
+        origin: names the base, which another process loads.
+
+    Raises:
+        CheckError: the LoRA computes something else; nothing is left at `target`.
+    """
     # What the adapted model computes, and its adapter arranged anew.
-    model, tokenizer, _ = load_run(run)
     require_stock(model.get_base_model())
-    prompts = export_prompts(model, tokenizer, held_out_task(recipe.task, n_prompts), n_prompts)
+    prompts = export_prompts(model, tokenizer, task, n_prompts)
     notify(f"logits and generations of the adapted model on {len(prompts.rows)} prompts")
     expected = model_outputs(model, prompts, progress)
     lora, weights = stock_lora(model)
@@ -135,7 +153,7 @@ def _write_lora(
         save_file(weights, temporary / ADAPTER, metadata={"format": "pt"})
         write_json(temporary / "adapter_config.json", config)
         notify(f"reloading it with plain PEFT in a process of its own, and comparing {len(prompts.rows)} prompts")
-        base = (_base(recipe), recipe.model.revision)
+        base = (_base(origin.base), origin.revision)
         reloaded = reload_in_subprocess([temporary], dataclasses.replace(prompts, texts=None), base)
         result = compare(expected, reloaded[0], "float32")
         require_equal(result, "adapter")
@@ -145,7 +163,7 @@ def _write_lora(
     return result
 
 
-def _base(recipe: Recipe) -> str:
-    """The run's base model as another process finds it: a whole path, or a hub id."""
-    source = resolve(recipe.model.name)
+def _base(name: str) -> str:
+    """A base model as another process finds it: a whole path, or a hub id."""
+    source = resolve(name)
     return str(Path(source).resolve()) if Path(source).is_dir() else source

@@ -304,7 +304,7 @@ def export(
     """
     # Refuse before anything is computed.
     stored = parse_dtype(dtype)
-    _require_size(max_shard_size)
+    require_size(max_shard_size)
     require_new_folder(target, "choose another folder")
     origin = origin or Origin()
     # What the adapted model computes, before it is used up.
@@ -348,7 +348,7 @@ def export_run(
     """
     run, target = Path(run), Path(target)
     parse_dtype(dtype)  # what is refused is refused before a model is loaded
-    _require_size(max_shard_size)
+    require_size(max_shard_size)
     require_new_folder(target, "choose another folder")
     model, tokenizer, recipe = load_run(run)
     origin = origin_of(run, recipe.dump())
@@ -382,7 +382,8 @@ def held_out_task(block: TaskConfig, n: int) -> Task:
     return dataclasses.replace(steps[0].held_out, name="sequence", examples=tuple(examples[:n]))
 
 
-def _require_size(size: str) -> None:
+def require_size(size: str) -> None:
+    """Refuse what is no size of a file (InputError)."""
     if not re.fullmatch(r"[1-9]\d*[KMGT]B", size):
         raise InputError(f"max shard size {size!r} is not a size; give a whole number of MB or GB, such as 5GB")
 

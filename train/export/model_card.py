@@ -251,11 +251,13 @@ def _about(origin: Origin) -> list[str]:
     licence = licence_of(origin.base, origin.revision)
     licence_name = f"{licence.get('license_name', licence.get('license'))}, that of the base model"
     lines += [f"Licence: {licence_name if licence else 'not known here; that of the base model applies'}.", ""]
+    heads = ", ".join(f"L{layer}H{head}" for layer, head in origin.heads)
     if origin.method:
-        heads = ", ".join(f"L{layer}H{head}" for layer, head in origin.heads)
         done = "held" if origin.tasks else "changed"
         changed = f"Heads {done} ({len(origin.heads)}): {heads}." if heads else "Not limited to chosen heads."
         lines += [f"Made by headtune, recipe `{origin.method}`. {changed}", ""]
+    elif origin.inputs:
+        lines += [f"An adapter of headtune's on heads ({len(origin.heads)}): {heads or 'none'}; no recipe made it.", ""]
     return lines
 
 

@@ -118,7 +118,7 @@ def _look(recipe: Recipe, ready: PreparedRun) -> DryRun:
         if ready.heads is not None and (slow := slowed_by(recipe, heads, pairs)) is not None:
             notes.append(slow)
     examples = (len(ready.train.examples), len(ready.held_out.examples))
-    tasks = f"{resolve_tasks.in_words(recipe.task, ready.train, ready.held_out)}, "
+    tasks = f"{resolve_tasks.in_words(recipe.task, ready.train, ready.held_out, ready.validation is not None)}, "
     tasks += scored(ready.held_out.kind, recipe.evaluation.n_items)
     family = method_named(recipe.recipe)
     if family.stops_after_heads(recipe.method):
@@ -150,6 +150,9 @@ def _trained(
         block = method.answer_set.model_copy(update={"own_lists": 0.0})
         shown_recipe = recipe.model_copy(update={"method": method.model_copy(update={"answer_set": block})})
     data = objective_of(method).data(shown_recipe, heads, ready.train, ready.rows, lambda _line: None)
+    if ready.validation is not None:
+        data = data.evaluated_on(ready.validation)
+        notes.append(f"{len(ready.validation.rows)} rows of {ready.validation.name} are evaluated during training")
     with tempfile.TemporaryDirectory() as folder:  # a trainer makes its output folder
         arguments = training.training_arguments(recipe, output_dir=folder)
         config: Any = method_named(recipe.recipe).peft_config(method, pairs, heads.hf)

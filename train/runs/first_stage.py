@@ -53,6 +53,8 @@ def lofit_heads(context: RunContext, train: Task, rows: Any) -> ResolvedHeads:
         "learning_rate": block.learning_rate,
         "output_dir": str(context.folder / "select"),
         "save_strategy": "no",
+        "eval_strategy": "no",
+        "load_best_model_at_end": False,
     }
     if block.max_steps is not None:
         changes["max_steps"] = block.max_steps

@@ -12,8 +12,9 @@ from headtune.analysis.models.loading import load_model
 from headtune.analysis.tasks.task import Task
 from headtune.analysis.tasks.tokenized import encode
 from headtune.analysis.utils.errors import InputError
+from headtune.train.config.during_training import evaluates
 from headtune.train.config.resolve_heads import ResolvedHeads, resolve_heads
-from headtune.train.config.resolve_tasks import tasks_of
+from headtune.train.config.resolve_tasks import tasks_of, validation_of
 from headtune.train.config.schema import Recipe
 from headtune.train.continual import sequence
 from headtune.train.evaluation.evaluate import check_generation_length
@@ -21,7 +22,7 @@ from headtune.train.evaluation.evaluation_file import evaluation_identity, read_
 from headtune.train.evaluation.multiple_choice import require_choices
 from headtune.train.methods.base import method_named
 from headtune.train.trainer import attach_regularisers, training
-from headtune.train.trainer.objectives import no_first_tokens, objective_of
+from headtune.train.trainer.objectives import EvaluationRows, no_first_tokens, objective_of
 from headtune.train.tuners.convert import why_not_stock
 
 
@@ -33,6 +34,7 @@ class PreparedRun:
         train, held_out: the tasks; of a sequence, the first one's.
         identity: what the measurement before training is of.
         rows: what the objective prepared; None where the method does not train.
+        validation: what is evaluated during training; None where nothing is.
         heads: those that are known before the run; None where it has to find them, or names none.
         notes: what was to be told about the heads.
         not_exported: why no stock checkpoint can be made of the run; None where one can.
@@ -48,6 +50,7 @@ class PreparedRun:
     notes: list[str] = field(default_factory=list)
     sequence: sequence.PreparedSequence | None = None
     not_exported: str | None = None
+    validation: EvaluationRows | None = None
 
 
 def prepare(recipe: Recipe) -> PreparedRun:
@@ -80,10 +83,14 @@ def _why_not_exported(recipe: Recipe, model: HeadModel) -> str | None:
 
 def _prepare_single(recipe: Recipe, model: HeadModel, train: Task, held_out: Task) -> PreparedRun:
     block, method = recipe.heads, method_named(recipe.recipe)
-    rows = heads = None
+    rows = heads = validation = None
     notes: list[str] = []
     if method.trains:
         rows = objective_of(recipe.method).prepare(recipe, model, train)
+        if evaluates(recipe.training):
+            aside = validation_of(recipe.task, train, held_out)
+            evaluated = objective_of(recipe.method).evaluation_rows(recipe, model, aside)
+            validation = EvaluationRows(aside.name, aside.sha256, evaluated)
     if block is not None and block.identify is not None:
         if train.kind == "multiple_choice":
             raise InputError(no_first_tokens(train))
@@ -101,4 +108,4 @@ def _prepare_single(recipe: Recipe, model: HeadModel, train: Task, held_out: Tas
     identity = evaluation_identity(recipe.evaluation, model, held_out)
     if recipe.evaluation.before is not None:
         read_before(Path(recipe.evaluation.before), identity)
-    return PreparedRun(model, train, held_out, identity, rows, heads, notes)
+    return PreparedRun(model, train, held_out, identity, rows, heads, notes, validation=validation)

@@ -30,6 +30,7 @@ from headtune.analysis.utils.progress import Notify
 from headtune.analysis.utils.state_files import mend_lines, read_state
 from headtune.analysis.utils.verbosity import silence_libraries
 from headtune.train.config import recipe as recipes
+from headtune.train.config import resolve_tasks
 from headtune.train.config.resolve_heads import ResolvedHeads, keep_heads, resolve_heads, write_head_set
 from headtune.train.config.schema import Recipe
 from headtune.train.continual import sequence
@@ -137,6 +138,8 @@ def _run(recipe: Recipe, resume: bool, progress: pipeline.Progress, notify: Noti
     notify(f"run {folder} on {recipe.model.name}")
     if prepared.not_exported is not None:
         notify(prepared.not_exported)
+    if recipe.task.mix is not None:
+        notify(resolve_tasks.in_words(recipe.task, prepared.train, prepared.held_out, prepared.validation is not None))
     chats = f"given as {chat_in_words(chat)}, " if (chat := prepared.train.chat_template) else ""
     notify(f"task {prepared.held_out.name}: {chats}{scored(prepared.held_out.kind, recipe.evaluation.n_items)}")
     if main:
@@ -309,7 +312,7 @@ def _tuned(context: RunContext, prepared: PreparedRun, resolved: ResolvedHeads) 
     """The model with its trained or computed adapter, in eval mode; and what run.json says of it."""
     recipe, method = context.recipe, method_named(context.recipe.recipe)
     if method.trains:
-        result = training.train(context, resolved.pairs, prepared.train, prepared.rows)
+        result = training.train(context, resolved.pairs, prepared.train, prepared.rows, prepared.validation)
         return result.model, result.record
     context.notify(f"steering: {getattr(recipe.method, 'kind', recipe.recipe)}")
     part = prepared.train.limited(recipe.task.max_train_examples, recipe.seed)
@@ -333,17 +336,20 @@ def _require_same(recipe: Recipe, folder: Path) -> None:
 
 def _data(prepared: PreparedRun) -> dict[str, Any]:
     """What a run that is taken up again must find as it was: the task's examples, the model's weights."""
+    aside = {} if prepared.validation is None else {"validation_sha256": prepared.validation.sha256}
     return {
         "train_sha256": prepared.train.sha256,
         "eval_sha256": prepared.held_out.sha256,
         "weights_sha256": prepared.model.weights_sha256,
+        **aside,
     }
 
 
 def _require_same_data(now: Mapping[str, Any], then: Mapping[str, Any], folder: Path) -> None:
     """Refuse to go on with other data than a run began with."""
     names = {"train_sha256": "examples to train on", "eval_sha256": "held-out examples", "weights_sha256": "weights"}
-    changed = [name for key, name in names.items() if then.get(key) != now[key]]
+    names |= {"validation_sha256": "validation examples"}
+    changed = [name for key, name in names.items() if then.get(key) != now.get(key)]
     if changed:
         raise InputError(
             f"the run in {str(folder)!r} was started with other {' and '.join(changed)}; put the files back as they "

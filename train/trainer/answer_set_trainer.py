@@ -52,7 +52,8 @@ class _AnswerSet(SFTTrainer):
     ) -> Any:
         remaining, previous = inputs.pop("remaining"), inputs.pop("previous")
         width = inputs["input_ids"].shape[1]
-        positions = self._columns_for_kl(width)
+        # None in an evaluation, whose loss is to be the same each time for the same weights.
+        positions = self._columns_for_kl(width) if torch.is_grad_enabled() else []
         columns = torch.tensor([*positions, width - 1], device=inputs["input_ids"].device)
         outputs = model(**inputs, use_cache=False, logits_to_keep=columns)
         terms = answer_set(outputs.logits[:, -1], remaining, previous, self.block.unlikelihood)

@@ -128,6 +128,19 @@ def with_regularisers(
         yield gates
 
 
+def require_visible_pass(args: Any) -> None:
+    """Refuse checkpointing that hides from penalties what a training pass computed.
+
+    Raises:
+        InputError: re-entrant checkpointing, which adapters under ZeRO-3 are given by TRL.
+    """
+    if args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+        raise InputError(
+            "method.regularisers read the training pass, which re-entrant checkpointing hides (adapters under ZeRO-3 "
+            "have no other); set training.gradient_checkpointing to false, or launch with ZeRO-2 or FSDP2"
+        )
+
+
 def _report_skipped(watching: regularisers.Regularisers, notify: Notify) -> None:
     for name in watching.penalties:
         if skipped := watching.counts[f"{name}.skipped"]:

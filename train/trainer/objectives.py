@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from headtune.analysis.models.head_model import HeadModel
@@ -20,6 +20,15 @@ from . import answer_set_trainer, on_policy_lists, penalised_trainers, training_
 
 
 @dataclass(frozen=True)
+class EvaluationRows:
+    """What is evaluated during training: the rows of a task, as the trainer takes them, and what they are."""
+
+    name: str
+    sha256: str
+    rows: Any
+
+
+@dataclass(frozen=True)
 class TrainingData:
     """What a trainer trains on.
 
@@ -34,6 +43,20 @@ class TrainingData:
     arguments: dict[str, Any]
     n_rows: int
     summary: dict[str, Any]
+
+    @property
+    def evaluated(self) -> bool:
+        """Whether something is evaluated during training."""
+        return "eval_dataset" in self.arguments
+
+    def evaluated_on(self, validation: EvaluationRows) -> TrainingData:
+        """The same, with rows to evaluate during training."""
+        entry = {"name": validation.name, "sha256": validation.sha256, "n_rows": len(validation.rows)}
+        return replace(
+            self,
+            arguments=self.arguments | {"eval_dataset": validation.rows},
+            summary=self.summary | {"validation": entry},
+        )
 
 
 class TrainingObjective(ObjectiveRules):
@@ -60,6 +83,21 @@ class TrainingObjective(ObjectiveRules):
         part = train.limited(recipe.task.max_train_examples, recipe.seed)
         rows = self.rows(recipe, part, model.tokenizer)
         training_rows.check_row_length(train.name, rows, model.tokenizer, model.positions, model.vocabulary)
+        return rows
+
+    def evaluation_rows(self, recipe: Recipe, model: HeadModel, task: Task) -> Any:
+        """The rows, a Dataset, that the trainer evaluates during training.
+
+        Raises:
+            InputError: as `prepare`, or an objective with data of its own and no rows of its own here.
+        """
+        if type(self).data is not TrainingObjective.data:
+            raise InputError(
+                f"objective {self.name!r} has no evaluation_rows, so nothing can be evaluated during training; "
+                "set training.eval_strategy=no"
+            )
+        rows = self.rows(recipe, task, model.tokenizer)
+        training_rows.check_row_length(task.name, rows, model.tokenizer, model.positions)
         return rows
 
     def data(self, recipe: Recipe, model: HeadModel, train: Task, rows: Any, notify: Notify) -> TrainingData:
@@ -102,6 +140,10 @@ class AnswerSet(TrainingObjective):
         if train.kind == "multiple_choice":
             raise InputError(no_first_tokens(train))
         encode(train, model.tokenizer, model.positions, model.vocabulary)
+
+    def evaluation_rows(self, recipe: Recipe, model: HeadModel, task: Task) -> Any:
+        """The task's prompts as they are: none of the model's own lists."""
+        return training_rows.answer_set_rows(encode(task, model.tokenizer, model.positions))
 
     def data(self, recipe: Recipe, model: HeadModel, train: Task, rows: Any, notify: Notify) -> TrainingData:
         method: Any = recipe.method

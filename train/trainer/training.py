@@ -19,6 +19,7 @@ from headtune.analysis.models.head_model import HeadModel
 from headtune.analysis.tasks.task import Task
 from headtune.analysis.utils.errors import InputError
 from headtune.train import distributed
+from headtune.train.config import during_training
 from headtune.train.config.methods import PruneGates
 from headtune.train.config.objective_registry import trl_config_of
 from headtune.train.config.schema import Recipe
@@ -28,9 +29,9 @@ from headtune.train.tracking.tracker import Logs, trainer_callback
 from headtune.train.tuners import head_pruning, weights_io
 from headtune.train.types import Penalty
 
-from . import attach_regularisers, checkpoints, penalised_trainers, signals
+from . import attach_regularisers, best_checkpoint, checkpoints, penalised_trainers, signals
 from .callbacks import Timer, progress_logger
-from .objectives import TrainingData, objective_of
+from .objectives import EvaluationRows, TrainingData, objective_of
 from .prefix_cache import PrefixCache, lowest_trained, refusal
 from .run_context import RunContext
 
@@ -64,7 +65,9 @@ def training_arguments(recipe: Recipe, **changes: Any) -> Any:
         "ddp_timeout": 24 * 3600,  # the others wait while rank 0 measures, or chooses heads
         "disable_tqdm": True,  # told through `notify`
         **({"beta": 0.5} if kind is trl.DPOConfig else {}),
+        **during_training.defaults(recipe.training, getattr(method, "objective", "sft")),
     }
+    keys, _ = during_training.split_keys(recipe.training)
     fixed: dict[str, Any] = {
         "output_dir": recipe.output_dir,
         "seed": recipe.seed,
@@ -74,7 +77,7 @@ def training_arguments(recipe: Recipe, **changes: Any) -> Any:
         "max_length": None,  # never a silent truncation
     }
     try:
-        return kind(**(defaults | recipe.training | fixed | changes))
+        return kind(**(defaults | keys | fixed | changes))
     except ValueError as error:
         raise InputError(f"training: {str(error).splitlines()[0]}") from error
 
@@ -120,6 +123,8 @@ def train_adapter(
     recipe, model, notify = context.recipe, context.model, context.notify
     method: Any = recipe.method
     timer, marking = Timer(), checkpoints.Mark(arguments)
+    best = best_checkpoint.BestCheckpoint(arguments) if data.evaluated else None
+    evaluations = best_checkpoint.callbacks(recipe, notify) if data.evaluated else []
     extra: dict[str, Any] = {}
     if config is None:
         model.hf.requires_grad_(True)
@@ -132,7 +137,11 @@ def train_adapter(
             model.hf,
             args=arguments,
             processing_class=model.tokenizer,
-            callbacks=[*([trainer_callback(logs)] if logs else []), progress_logger(notify), timer, marking],
+            callbacks=[
+                *([trainer_callback(logs)] if logs else []),
+                *(progress_logger(notify), timer, marking),
+                *evaluations,
+            ],
             peft_config=config,
             **data.arguments,
             **extra,
@@ -149,7 +158,7 @@ def train_adapter(
     distributed.require_launch(trainer.accelerator)
     distributed.require_full_state(trainer.accelerator)
     if any(not isinstance(term, PruneGates) for term in method.regularisers):
-        _require_visible_pass(trainer.args)
+        attach_regularisers.require_visible_pass(trainer.args)
     trainer.remove_callback(PrinterCallback)
     # Train, with what the loss reads of the model while it runs.
     checkpoint = checkpoints.newest(Path(arguments.output_dir), notify) if resume else None
@@ -172,6 +181,8 @@ def train_adapter(
         if gated is not None:
             head_pruning.attach_state(trainer.model, gated)
         model.__dict__.pop("layers", None)  # of the model that was split
+    if best is not None:
+        trainer.best = best.put_back(trainer, notify)
     trainer.timing = timer.summary() | ({} if cache is None else {"prefix_cache": cache.stats.summary()})
     return trainer
 
@@ -181,7 +192,7 @@ def run_trainer(trainer: Any, checkpoint: Path | None) -> None:
 
     Under every engine the weights are whole both in a checkpoint and in a model that has not been trained yet.
     """
-    if checkpoint is None or not checkpoints.finished(checkpoint):
+    if checkpoint is None or not (checkpoints.finished(checkpoint) or best_checkpoint.stopped_early(checkpoint)):
         with signals.between_steps(trainer):
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         return
@@ -189,19 +200,6 @@ def run_trainer(trainer: Any, checkpoint: Path | None) -> None:
     trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
     if any(isinstance(callback, head_pruning.GatesInCheckpoints) for callback in trainer.callback_handler.callbacks):
         head_pruning.restore_checkpoint(head_pruning.gates_of(trainer.model), checkpoint)
-
-
-def _require_visible_pass(args: Any) -> None:
-    """Refuse checkpointing that hides from penalties what a training pass computed.
-
-    Raises:
-        InputError: re-entrant checkpointing, which adapters under ZeRO-3 are given by TRL.
-    """
-    if args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
-        raise InputError(
-            "method.regularisers read the training pass, which re-entrant checkpointing hides (adapters under ZeRO-3 "
-            "have no other); set training.gradient_checkpointing to false, or launch with ZeRO-2 or FSDP2"
-        )
 
 
 def _prefix_cache(context: RunContext, trainer: Any) -> PrefixCache | None:
@@ -222,11 +220,14 @@ def _cache_folder(context: RunContext) -> Path:
     return context.folder / "prefix-cache"
 
 
-def train(context: RunContext, pairs: Pairs, task: Task, rows: Any) -> TrainingResult:
+def train(
+    context: RunContext, pairs: Pairs, task: Task, rows: Any, validation: EvaluationRows | None = None
+) -> TrainingResult:
     """Train a recipe's method on these heads.
 
     Args:
         rows: what the objective prepared (`TrainingObjective.prepare`).
+        validation: what is evaluated during training; None where nothing is.
     """
     recipe, model, notify = context.recipe, context.model, context.notify
     method: Any = recipe.method
@@ -242,6 +243,10 @@ def train(context: RunContext, pairs: Pairs, task: Task, rows: Any) -> TrainingR
         with attach_regularisers.with_regularisers(recipe, model, pairs, task, trainer, notify) as gates:
             yield
 
+    if validation is not None:
+        data = data.evaluated_on(validation)
+        n_rows = len(validation.rows)
+        notify(f"evaluating during training on {n_rows} rows of {validation.name}, which are not held out")
     of_task = "" if data.n_rows == len(task.examples) else f", from {len(task.examples)} of the task"
     notify(f"training on {data.n_rows} {'pairs' if method.objective == 'dpo' else 'prompts'}{of_task}")
     trainer = train_adapter(
@@ -260,7 +265,7 @@ def train(context: RunContext, pairs: Pairs, task: Task, rows: Any) -> TrainingR
     trained = unwrapped(trainer).eval()
     record: dict[str, Any] = {
         "training_data": data.summary,
-        "training": {"steps": trainer.state.global_step, **trainer.timing},
+        "training": {"steps": trainer.state.global_step, **trainer.timing, **getattr(trainer, "best", {})},
         "parameters": sum(p.numel() for p in trained.parameters() if p.requires_grad),
     }
     if gates is not None:

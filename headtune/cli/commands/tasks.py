@@ -39,7 +39,7 @@ _N_ITEMS = 3  # of a list that are scored, unless evaluation.n_items or --items 
 def add_parsers(add: Add) -> None:
     p = add("task", "build and inspect task files", "task list", "task build facts.json --out my_task.jsonl")
     actions = adder(
-        p.add_subparsers(dest="action", metavar="ACTION", required=True, help="build, make, show or list"),
+        p.add_subparsers(dest="action", metavar="ACTION", required=True, help="build, make, convert, show or list"),
         "headtune task",
     )
     q = actions(
@@ -58,6 +58,22 @@ def add_parsers(add: Add) -> None:
     q.add_argument("--out", type=Path, required=True, help="a new file, such as my_task.jsonl")
     q.set_defaults(do=_build)
     _add_make(actions)
+    q = actions(
+        "convert",
+        "make a task of data whose columns have other names",
+        "convert qa.csv --column prompt=question --column answers=answer --out qa.jsonl",
+    )
+    completed(q.add_argument("source", help="JSONL, JSON or CSV file, or hub id; NAME:train takes a split"), "file")
+    q.add_argument(
+        "--column",
+        dest="columns",
+        action="append",
+        required=True,
+        metavar="KEY=COLUMN",
+        help="prompt, subject, answers, previous or incorrect, and the column that holds it; may be given again",
+    )
+    q.add_argument("--out", type=Path, required=True, help="a new file, such as my_task.jsonl")
+    q.set_defaults(do=_convert)
     q = actions(
         "show", "say what is in a task", "show my.jsonl --model smollm2-135m", "show relation:FOLDER --all > my.jsonl"
     )
@@ -180,6 +196,29 @@ def _pairs(arguments: argparse.Namespace) -> Task:
     for warning in heads.check_model(model.identity()):
         print(f"headtune: warning: {path}: {warning}", file=sys.stderr)
     return self_contrast(model, task, chosen, arguments.tokens, console.progress)
+
+
+def _convert(arguments: argparse.Namespace) -> int:
+    from headtune.analysis.tasks.generators.make import write_task
+    from headtune.analysis.tasks.loading import load_task
+    from headtune.analysis.utils.errors import InputError
+
+    if arguments.out.exists():
+        raise InputError(f"task file {str(arguments.out)!r} exists; choose another --out")
+    columns: dict[str, str] = {}
+    for text in arguments.columns:
+        key, equals, column = text.partition("=")
+        if not equals or key in columns:
+            reason = "is given twice" if equals else "must read KEY=COLUMN, such as answers=answer"
+            raise InputError(f"--column {text!r} {reason}")
+        columns[key] = column.replace("\\n", "\n")  # as it is written on a command line
+    task = load_task(arguments.source, columns=columns)
+    write_task(task, arguments.out)
+    if arguments.json:
+        print_json({"out": str(arguments.out), "n": len(task.examples), **task.about})
+        return 0
+    print(f"{arguments.out}: {len(task.examples)} examples, {len(task.subjects)} subjects")
+    return 0
 
 
 def _list_tasks(arguments: argparse.Namespace) -> int:

@@ -200,7 +200,7 @@ def test_the_name_tells_content_apart() -> None:
         (lofit(training={"push_to_hub": True}), ["training.push_to_hub", "headtune export"]),
         (lofit(training={"hub_model_id": "me/mine"}), ["training.hub_model_id", "headtune export"]),
         (lofit(training={"report_to": "wandb"}), ["training.report_to", "use tracking"]),
-        (lofit(training={"eval_strategy": "steps"}), ["training.eval_strategy", "use evaluation"]),
+        (lofit(training={"eval_on_start": True}), ["training.eval_on_start", "use evaluation"]),
         (lofit(training={"resume_from_checkpoint": "x"}), ["training.resume_from_checkpoint", "use --resume"]),
         (lofit(training={"max_length": 5}), ["training.max_length", "remove it"]),
         # wrong types, at every level
