@@ -1,7 +1,7 @@
 """Every method's export, served by vLLM and by transformers: the same tokens?
 
     python benchmarks/serving.py --vllm-python /path/to/vllm-env/bin/python
-    python benchmarks/serving.py --vllm-python PYTHON --only "gain,low-rank slices"    a look at some; writes no result
+    python benchmarks/serving.py --vllm-python PYTHON --only "gain,low-rank slices"    their rows of the result anew
     python benchmarks/serving.py --table                                               the tables from the result file
 
 vLLM has an environment of its own, since it pins its own PyTorch and transformers:
@@ -13,9 +13,9 @@ vLLM has an environment of its own, since it pins its own PyTorch and transforme
 Each method is trained for a few steps on the built-in model, with rates that are high enough to change what it writes,
 and exported: folded into a stock checkpoint, and where the adapter is a LoRA also as that. transformers (of this
 environment; PEFT for a LoRA) continues ten prompts greedily, one by one; vLLM's engine gets the same token ids, and a
-LoRA by `enable_lora` and a LoRARequest beside the base model. Compared token by token, in float32 and in bfloat16, where
-rounding may tip a near-tie: at the first token that differs, the gap between the two best logits of transformers is
-written down. vLLM runs with `enforce_eager`, which leaves out compilation.
+LoRA by `enable_lora` and a LoRARequest beside the base model. Compared token by token, in float32, and for some in
+bfloat16, where rounding tips near-ties: at the first token that differs, the gap between the two best logits of
+transformers is written down. vLLM runs with `enforce_eager`, which leaves out compilation.
 
 In float32 any token that differs ends the benchmark with exit code 1, after the result was written.
 """
@@ -44,6 +44,7 @@ PAGE = "docs/howto/serving.md"
 MODEL = "smollm2-135m"
 NEW_TOKENS = 24
 DTYPES = ("float32", "bfloat16")
+IN_BFLOAT16 = ("gain", "scale vectors", "low-rank slices")
 PROMPTS = (
     "List five cities in Italy.\n1. Rome\n2. Milan\n3.",
     "List of cities in Japan:\n1.",
@@ -82,10 +83,10 @@ VARIANTS = {
     "LoRA": Variant("lora/one_to_many", ("training.learning_rate=0.002",), heads=False, lora=True),
     "norms (ln)": Variant("ln/relations", (*FACTS, "training.learning_rate=0.01"), heads=False),
     "full": Variant("full/relations", (*FACTS, "training.learning_rate=1e-4"), heads=False),
-    "regularise, LoRA": Variant(
+    "regularise; LoRA": Variant(
         "regularise/protect_recall", ("method.tune=lora", "training.learning_rate=0.002"), lora=True
     ),
-    "regularise, pruned": Variant("regularise/prune", ("training.max_steps=40",), heads=False),
+    "regularise; pruned": Variant("regularise/prune", ("training.max_steps=40",), heads=False),
     "steer: scale": Variant("steer/one_to_many", ("method.factor=2.0",), trains=False),
     "steer: sink": Variant("steer/sink", heads=False, trains=False),
     "steer: intercept": Variant("steer/intercept", heads=False, trains=False),
@@ -201,14 +202,14 @@ def compared(tokens: list[list[int]], gaps: list[list[float]], others: list[list
 def serve(
     python: str, folder: Path, adapter: Path | None, rank: int | None, rows: list[list[int]], base: dict[str, Any]
 ) -> dict[str, Any]:
-    """An export in both engines and both dtypes.
+    """An export in both engines, in each dtype of `base`.
 
     Args:
         base: dtype -> what transformers writes with the base model: how many prompts the tuning changed, and what an
             engine with a LoRA has to write without it.
     """
     result: dict[str, Any] = {}
-    for dtype in DTYPES:
+    for dtype in base:
         tokens, gaps = by_transformers(folder, adapter, rows, dtype)
         began = time.perf_counter()
         answer = by_vllm(python, folder, adapter, rank, rows, dtype)
@@ -217,11 +218,29 @@ def serve(
         result[dtype]["changed_by_tuning"] = sum(a != b for a, b in zip(tokens, base[dtype][0], strict=True))
         if adapter is not None:
             result[dtype]["without_adapter"] = compared(*base[dtype], answer["base_tokens"])
-        result["versions"] = answer["versions"]
+        result["vllm_versions"] = answer["versions"]
     return result
 
 
 # --- the result -------------------------------------------------------------------------------------------------------
+
+
+def write_result(rows: list[dict[str, Any]]) -> None:
+    """Put a method's rows into the result file, in the order of `VARIANTS`; the others stay as they are."""
+    earlier = json.loads(RESULT.read_text(encoding="utf-8"))["rows"] if RESULT.is_file() else []
+    names = list(VARIANTS)
+    rows = [row for row in earlier if row["method"] != rows[0]["method"]] + rows
+    rows.sort(key=lambda row: names.index(row["method"]))
+    result = {
+        "command": "python benchmarks/serving.py --vllm-python VLLM_PYTHON",
+        "date": datetime.now(UTC).date().isoformat(),
+        "versions": {name: importlib.metadata.version(name) for name in ("headtune", "torch", "transformers", "peft")},
+        "model": MODEL,
+        "prompts": list(PROMPTS),
+        "new_tokens": NEW_TOKENS,
+        "rows": rows,
+    }
+    RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 def table(result: dict[str, Any]) -> str:
@@ -229,6 +248,9 @@ def table(result: dict[str, Any]) -> str:
     for row in result["rows"]:
         cells = [row["method"], row["form"]]
         for dtype in DTYPES:
+            if dtype not in row:
+                cells.append("")
+                continue
             part, n = row[dtype], len(result["prompts"])
             gaps = [place["logit_gap"] for place in part["differ"] if place["logit_gap"] is not None]
             cells.append(f"{part['identical']} of {n}" + (f" (gap {max(gaps):.2g})" if gaps else ""))
@@ -261,50 +283,37 @@ def main() -> None:
 
     import torch
 
-    torch.set_num_threads(2)
-    rows_of_table, versions = [], {}
+    torch.set_num_threads(1)
+    rows_of_table: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as temporary:
         base = Path(temporary) / "base"
         rows = save_base(base)
         before: Path | None = None
-        base_tokens = {dtype: by_transformers(base, None, rows, dtype) for dtype in DTYPES}
+        dtypes = DTYPES if set(names) & set(IN_BFLOAT16) else DTYPES[:1]
+        base_tokens = {dtype: by_transformers(base, None, rows, dtype) for dtype in dtypes}
         for number, name in enumerate(names):
             folder = Path(temporary) / str(number)
             folder.mkdir()
             exports = make_exports(name, VARIANTS[name], folder, before)
             before = before or Path(shutil.copy(folder / "run" / "evaluation.json", Path(temporary) / "before.json"))
+            compare_in = {dtype: base_tokens[dtype] for dtype in dtypes if dtype == "float32" or name in IN_BFLOAT16}
             for form, export in exports.items():
-                place = (folder / form, None, None)
+                place, label = (folder / form, None, None), "checkpoint"
                 if form == "adapter":
                     rank = json.loads((folder / form / "adapter_config.json").read_text(encoding="utf-8"))["r"]
-                    place = (base, folder / form, rank)
-                served = serve(options.vllm_python, *place, rows, base_tokens)
-                versions = served.pop("versions")
-                family = export.get("conversion", {})
-                label = f"LoRA of rank {rank}" if form == "adapter" else "checkpoint"
-                flags = f" ({' and '.join(family['flags'])})" if family.get("flags") else ""
-                row = {"method": name, "recipe": VARIANTS[name].recipe, "form": label + flags, **served}
-                rows_of_table.append(row)
-                print(json.dumps(row), flush=True)
+                    place, label = (base, folder / form, rank), f"LoRA of rank {rank}"
+                elif flags := export["conversion"]["flags"]:
+                    label = f"checkpoint ({' and '.join(flags)})"
+                served = serve(options.vllm_python, *place, rows, compare_in)
+                rows_of_table.append({"method": name, "recipe": VARIANTS[name].recipe, "form": label, **served})
+                print(json.dumps(rows_of_table[-1]), flush=True)
             shutil.rmtree(folder)
-    result = {
-        "command": " ".join(["python benchmarks/serving.py", "--vllm-python VLLM_PYTHON"]),
-        "date": datetime.now(UTC).date().isoformat(),
-        "versions": {
-            "here": {name: importlib.metadata.version(name) for name in ("headtune", "torch", "transformers", "peft")},
-            "vllm": versions,
-        },
-        "model": MODEL,
-        "prompts": list(PROMPTS),
-        "new_tokens": NEW_TOKENS,
-        "rows": rows_of_table,
-    }
-    if options.only is None:
-        RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        fill()
-    broken = [row["method"] for row in rows_of_table if row["float32"]["differ"]]
-    broken += [row["method"] for row in rows_of_table if row["float32"].get("without_adapter", {}).get("differ")]
-    if broken:
+            write_result([row for row in rows_of_table if row["method"] == name])
+    fill()
+    parted = [
+        row["float32"]["differ"] + row["float32"].get("without_adapter", {}).get("differ", []) for row in rows_of_table
+    ]
+    if broken := [row["method"] for row, differ in zip(rows_of_table, parted, strict=True) if differ]:
         sys.exit(f"vLLM and transformers write different tokens in float32: {', '.join(broken)}")
 
 
