@@ -24,6 +24,7 @@ from headtune.train.config.recipe import load_recipe
 
 if TYPE_CHECKING:
     from headtune.train.config.schema import Recipe
+    from headtune.train.evaluation.lm_harness import HarnessTasks
     from headtune.train.evaluation.multiple_choice import Scoring
 
 
@@ -33,14 +34,19 @@ class Target:
 
     Attributes:
         name: a run's folder, a model's folder, a built-in name or a hub id.
+        task: None where the harness measures.
         recipe: the run's; None for a model.
         knobs: interventions that are on while it is measured, as the command line gives them.
+        harness: tasks of lm-evaluation-harness in place of `task`.
+        limit: examples of each task of the harness at most.
     """
 
     name: str
-    task: Task
+    task: Task | None
     recipe: Recipe | None = None
     knobs: tuple[str, ...] = ()
+    harness: HarnessTasks | None = None
+    limit: int | None = None
 
 
 @dataclass(frozen=True)
@@ -51,9 +57,12 @@ class TargetEvaluation:
         metrics: as in evaluation.json.
         generations: `{"prompt", "text", "kinds", "values"}` of every prompt.
         knobs: what was on, with what was fitted for it.
+        task: None where the harness measured.
+        name: of what it was measured on.
     """
 
-    task: Task
+    name: str
+    task: Task | None
     metrics: Mapping[str, Any]
     generations: Sequence[Mapping[str, Any]]
     knobs: Sequence[Mapping[str, Any]]
@@ -61,21 +70,26 @@ class TargetEvaluation:
 
 def target_of(
     name: Path | str,
-    task: str,
+    task: str | None,
     kind: Kind | None = None,
     max_examples: int | None = None,
     knobs: Sequence[str] = (),
+    lm_eval: str | None = None,
 ) -> Target:
     """Check what is to be measured; a run's own seed and kind of task hold unless they are given.
 
     Args:
         task: built-in name, JSONL file, hub id, or FORMAT:PATH; NAME:test takes a split.
         kind: how answers are scored.
+        lm_eval: tasks of lm-evaluation-harness in place of `task`: names, YAML files or folders, with commas between.
         knobs: such as `silence:from=runs/heads,role=recall,top=4`, see `headtune.analysis.heads.at_test_time`.
 
     Raises:
-        InputError: a head set in place of a run, no such task, a damaged recipe, an unknown knob.
+        InputError: a head set in place of a run, no such task, a damaged recipe, an unknown knob, both or neither of
+            `task` and `lm_eval`, the harness is not installed.
     """
+    if (task is None) == (lm_eval is None):
+        raise InputError("give what to measure on: --task NAME or --lm-eval TASKS, one of them at a time")
     folder, seed, recipe = Path(name), 0, None
     if (folder / "recipe.yaml").is_file():
         recipe = load_recipe(str(folder / "recipe.yaml"))
@@ -85,8 +99,12 @@ def target_of(
             f"{str(folder)!r} is a head set, neither a run nor a model; give the folder of a run trained on it "
             f"(heads.from={folder}), or a model"
         )
-    loaded = load_task(task, seed).limited(max_examples)
     at_test_time.parse(knobs)
+    if task is None:
+        from headtune.train.evaluation.lm_harness import parse_tasks
+
+        return Target(str(name), None, recipe, tuple(knobs), parse_tasks(str(lm_eval)), max_examples)
+    loaded = load_task(task, seed).limited(max_examples)
     return Target(str(name), replace(loaded, kind=kind) if kind else loaded, recipe, tuple(knobs))
 
 
@@ -125,14 +143,31 @@ def evaluate_target(
     if interventions:
         switched_on = at_test_time.applied(wrap_model(model, tokenizer, target.name), interventions, progress)
     with switched_on as notes:
-        notify(f"evaluating on {len(task.examples)} prompts, {scored(task.kind, n_items)}")
-        metrics, answers = evaluate(model, tokenizer, task, n_items, batch_size, preamble, scoring)
+        if task is None:
+            measured, metrics = _by_harness(target, model, tokenizer, batch_size, notify)
+            answers = []
+        else:
+            notify(f"evaluating on {len(task.examples)} prompts, {scored(task.kind, n_items)}")
+            metrics, answers = evaluate(model, tokenizer, task, n_items, batch_size, preamble, scoring)
+            measured = {"name": task.name, "sha256": task.sha256, "n_examples": len(task.examples)}
+            measured |= {"scoring": scoring} if scoring != "harness" else {}
     generations = [{"prompt": a.example.prompt, "text": a.text, "kinds": a.kinds, "values": a.values} for a in answers]
     if out is not None:
-        measured = {"name": task.name, "sha256": task.sha256, "n_examples": len(task.examples)}
-        measured |= {"scoring": scoring} if scoring != "harness" else {}
         keep_evaluation(out, target.name, target.recipe, measured, metrics, generations, target.knobs, notes)
-    return TargetEvaluation(task, metrics, generations, notes)
+    return TargetEvaluation(measured["name"], task, metrics, generations, notes)
+
+
+def _by_harness(
+    target: Target, model: Any, tokenizer: Any, batch_size: int, notify: Notify
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What was measured, and the metrics."""
+    from headtune.train.evaluation.lm_harness import evaluate_harness
+
+    assert target.harness is not None
+    label = target.harness.label
+    notify(f"lm-evaluation-harness measures {label}")
+    metrics, facts = evaluate_harness(model, tokenizer, target.harness, batch_size, target.limit)
+    return {"name": f"lm_eval {label}", "n_examples": metrics["n"]["examples"], "lm_eval": facts}, metrics
 
 
 def _load(target: Target) -> tuple[Any, Any]:
