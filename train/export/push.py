@@ -103,7 +103,6 @@ def push(plan: PushPlan) -> dict[str, Any]:
         InputError: offline mode, no token, a public repository where a private one was meant, or the hub refuses.
         CheckError: the hub does not answer, or fails; the message says what is there by then.
     """
-    import httpx
     from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token
     from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 
@@ -133,7 +132,7 @@ def push(plan: PushPlan) -> dict[str, Any]:
         if status in (401, 403):
             raise InputError(f"{line}; the token needs the right to write to {plan.repo}") from None
         raise CheckError(line) from None
-    except (httpx.HTTPError, OSError) as error:
+    except HfHubHTTPError.__bases__ as error:  # of the HTTP library that this huggingface_hub uses
         reason = redact(str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__)[:200]
         raise CheckError(f"{plan.endpoint} does not answer ({reason}); {done}, give the command again") from None
     return {

@@ -76,7 +76,11 @@ class Handler(BaseHTTPRequestHandler):
                 for line in map(json.loads, body.decode().splitlines()):
                     if line["key"] == "file":
                         self.server.sent[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
-                commit = {"commitUrl": f"{self.server.url}/x", "commitOid": "c0ffee", "hookOutput": ""}
+                commit = {
+                    "commitUrl": f"{self.server.url}/me/cities/commit/c0ffee",
+                    "commitOid": "c0ffee",
+                    "hookOutput": "",
+                }
                 return self.answer(200, commit)
         return self.answer(404, {"error": self.path})
 
@@ -123,7 +127,7 @@ def test_without_yes_it_says_what_would_be_sent_and_asks_nothing(
     assert main(["push", str(export), "me/cities"]) == 0
     text = output(capsys)
     assert f"to {hub.url}/me/cities, private" in text and "nothing was sent" in text
-    for name in ("README.md", "config.json", "export.json", "model.safetensors 256"):
+    for name in ("README.md", "config.json", "export.json", "model.safetensors │ 256"):
         assert name in text
     assert "not sent, no part of the export: notes.txt" in text
     assert hub.requests == []
