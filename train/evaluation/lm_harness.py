@@ -54,7 +54,7 @@ def parse_tasks(text: str) -> HarnessTasks:
         InputError: the harness is not installed, a name is empty or given twice, a file is missing or a folder holds no
             YAML file.
     """
-    if importlib.util.find_spec("lm_eval") is None:
+    if not _installed():
         raise InputError(MISSING)
     words = [word.strip() for word in text.split(",")]
     names: list[str] = []
@@ -79,6 +79,10 @@ def parse_tasks(text: str) -> HarnessTasks:
         else:
             names.append(word)
     return HarnessTasks(tuple(names), tuple(files))
+
+
+def _installed() -> bool:
+    return importlib.util.find_spec("lm_eval") is not None
 
 
 def evaluate_harness(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -24,7 +23,7 @@ needs_harness = pytest.mark.skipif(
 @pytest.fixture
 def installed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Names are checked without the package."""
-    monkeypatch.setattr(lm_harness.importlib.util, "find_spec", lambda _name: object())
+    monkeypatch.setattr(lm_harness, "_installed", lambda: True)
 
 
 @pytest.fixture
@@ -91,12 +90,12 @@ def test_tasks_that_the_harness_cannot_measure_are_refused(
 def test_without_the_package_it_says_how_to_install_it(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(sys.modules, "lm_eval", None)
-    monkeypatch.setattr(lm_harness.importlib.util, "find_spec", lambda _name: None)
+    monkeypatch.setattr(lm_harness, "_installed", lambda: False)
     assert main(["evaluate", "smollm2-135m", "--lm-eval", "arc_easy"]) == 2
     assert "which is not installed; pip install 'lm_eval>=0.4.13'" in " ".join(capsys.readouterr().err.split())
 
 
+@pytest.mark.usefixtures("installed")
 def test_one_of_task_and_harness(capsys: pytest.CaptureFixture[str]) -> None:
     for words in ([], ["--task", "country_cities", "--lm-eval", "arc_easy"]):
         assert main(["evaluate", "smollm2-135m", *words]) == 2

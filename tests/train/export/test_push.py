@@ -197,7 +197,7 @@ def test_what_is_no_proven_export_is_refused(export: Path, tmp_path: Path, monke
     run = tmp_path / "run"
     run.mkdir()
     (run / "recipe.yaml").write_text("")
-    with pytest.raises(InputError, match="no export: it holds no export.json.*headtune export"):
+    with pytest.raises(InputError, match=r"no export: it holds no export\.json.*headtune export"):
         push_plan(run, "me/cities")
     weights = export / "model.safetensors"
     content = weights.read_bytes()
@@ -205,7 +205,7 @@ def test_what_is_no_proven_export_is_refused(export: Path, tmp_path: Path, monke
     with pytest.raises(CheckError, match="is not the file that was exported"):
         push_plan(export, "me/cities")
     weights.unlink()
-    with pytest.raises(InputError, match="lacks model.safetensors"):
+    with pytest.raises(InputError, match=r"lacks model\.safetensors"):
         push_plan(export, "me/cities")
     (tmp_path / "elsewhere").write_bytes(content)
     weights.symlink_to(tmp_path / "elsewhere")
