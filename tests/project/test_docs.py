@@ -240,6 +240,7 @@ SHOWN = {
     "docs/howto/serving.md": "loads what the commands above it wrote",
     "recipes/steer/README.md": "needs a model that learns from examples, which a tiny one does not",
     "docs/howto/plugins.md": "modules of their own, which test_plugins.py runs",
+    "docs/howto/other-libraries.md": "other libraries, which test_other_libraries.py runs",
 }
 
 
