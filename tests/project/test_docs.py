@@ -241,6 +241,7 @@ SHOWN = {
     "recipes/steer/README.md": "needs a model that learns from examples, which a tiny one does not",
     "docs/howto/your-trainer.md": "test_trl_page.py runs it, with its data and its commands",
     "docs/howto/plugins.md": "modules of their own, which test_plugins.py runs",
+    "docs/howto/other-libraries.md": "other libraries, which test_other_libraries.py runs",
 }
 
 

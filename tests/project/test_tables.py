@@ -13,7 +13,7 @@ from helpers.paths import ROOT
     "name",
     [
         *("tuning", "continual", "protecting", "identification_noise", "plan_trackers", "in_context"),
-        *("real_heads", "identification_pays", "silencing_roles"),
+        *("real_heads", "identification_pays", "silencing_roles", "serving"),
     ],
 )
 def test_the_readme_shows_the_result_file(name: str, monkeypatch: pytest.MonkeyPatch) -> None:

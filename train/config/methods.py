@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from headtune.analysis.tasks.messages import ChatTemplate
 
@@ -385,9 +385,20 @@ class EvaluationConfig(StrictConfig):
 
 
 class TrackingConfig(StrictConfig):
-    """Where the run is filed. `wandb`: online, offline, disabled, or null to use W&B where a key is present."""
+    """Where the run is filed. `wandb`: online, offline, disabled, or null to use W&B where a key is present.
+
+    `report_to`: trackers that get the numbers as well, whose packages have to be installed.
+    """
 
     project: str = "headtune"
     group: str | None = None
     tags: list[str] = Field(default_factory=list)
     wandb: Literal["online", "offline", "disabled"] | None = None
+    report_to: list[Literal["tensorboard", "trackio", "mlflow"]] = Field(default_factory=list)
+
+    @field_validator("report_to")
+    @classmethod
+    def _each_once(cls, value: list[str]) -> list[str]:
+        if twice := [name for name in value if value.count(name) > 1]:
+            raise ValueError(f"{twice[0]} is named twice; name each tracker once")
+        return value

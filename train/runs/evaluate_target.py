@@ -29,6 +29,8 @@ from headtune.train.config.resolve_tasks import chat_setting
 if TYPE_CHECKING:
     from headtune.train.config.methods import TaskConfig
     from headtune.train.config.schema import Recipe
+    from headtune.train.evaluation.evaluate import Scored
+    from headtune.train.evaluation.lm_harness import HarnessTasks
     from headtune.train.evaluation.multiple_choice import Scoring
 
 
@@ -38,16 +40,21 @@ class Target:
 
     Attributes:
         name: a run's folder, a model's folder, a built-in name or a hub id.
+        task: None where the harness measures.
         recipe: the run's; None for a model.
         knobs: interventions that are on while it is measured, as the command line gives them.
         trust_remote_code: of a model: run the code that comes with it. A run has it in its recipe.
+        harness: tasks of lm-evaluation-harness in place of `task`.
+        limit: examples of each task of the harness at most.
     """
 
     name: str
-    task: Task
+    task: Task | None
     recipe: Recipe | None = None
     knobs: tuple[str, ...] = ()
     trust_remote_code: bool = False
+    harness: HarnessTasks | None = None
+    limit: int | None = None
 
 
 @dataclass(frozen=True)
@@ -58,9 +65,12 @@ class TargetEvaluation:
         metrics: as in evaluation.json.
         generations: `{"prompt", "text", "kinds", "values"}` of every prompt.
         knobs: what was on, with what was fitted for it.
+        task: None where the harness measured.
+        name: of what it was measured on.
     """
 
-    task: Task
+    name: str
+    task: Task | None
     metrics: Mapping[str, Any]
     generations: Sequence[Mapping[str, Any]]
     knobs: Sequence[Mapping[str, Any]]
@@ -68,12 +78,13 @@ class TargetEvaluation:
 
 def target_of(
     name: Path | str,
-    task: str,
+    task: str | None,
     kind: Kind | None = None,
     max_examples: int | None = None,
     knobs: Sequence[str] = (),
     trust_remote_code: bool = False,
     chat_template: bool | ChatTemplate | None = None,
+    lm_eval: str | None = None,
 ) -> Target:
     """Check what is to be measured; a run's own seed, kind of task and chat template hold unless they are given.
 
@@ -81,11 +92,17 @@ def target_of(
         task: built-in name, JSONL file, hub id, or FORMAT:PATH; NAME:test takes a split.
         kind: how answers are scored.
         chat_template: give the prompts as chats, or not; None: as the run's, or the export's, were given.
+        lm_eval: tasks of lm-evaluation-harness in place of `task`: names, YAML files or folders, with commas between.
         knobs: such as `silence:from=runs/heads,role=recall,top=4`, see `headtune.analysis.heads.at_test_time`.
 
     Raises:
-        InputError: a head set in place of a run, no such task, a damaged recipe, an unknown knob.
+        InputError: a head set in place of a run, no such task, a damaged recipe, an unknown knob, both or neither of
+            `task` and `lm_eval`, the harness is not installed.
     """
+    if (task is None) == (lm_eval is None):
+        raise InputError("give what to measure on: --task NAME or --lm-eval TASKS, one of them at a time")
+    if lm_eval is not None and chat_template is not None:
+        raise InputError("--chat-template is for --task; a task of --lm-eval says itself how it is asked")
     folder, seed, recipe, chat = Path(name), 0, None, chat_template
     if (folder / "recipe.yaml").is_file():
         recipe = load_recipe(str(folder / "recipe.yaml"))
@@ -98,8 +115,13 @@ def target_of(
         )
     elif (folder / "export.json").is_file() and chat is None:
         chat = chat_from_json(read_state(folder / "export.json").get("chat_template")) or None
-    loaded = with_chat(load_task(task, seed), chat).limited(max_examples)
     at_test_time.parse(knobs)
+    if task is None:
+        from headtune.train.evaluation.lm_harness import parse_tasks
+
+        harness = parse_tasks(str(lm_eval))
+        return Target(str(name), None, recipe, tuple(knobs), trust_remote_code, harness, max_examples)
+    loaded = with_chat(load_task(task, seed), chat).limited(max_examples)
     return Target(str(name), replace(loaded, kind=kind) if kind else loaded, recipe, tuple(knobs), trust_remote_code)
 
 
@@ -147,18 +169,36 @@ def evaluate_target(
     switched_on: contextlib.AbstractContextManager[list[dict[str, Any]]] = contextlib.nullcontext([])
     if interventions:
         view = wrap_model(model, tokenizer, target.name)
-        switched_on = at_test_time.applied(view, interventions, progress, task.chat_template)
+        chat = False if task is None else task.chat_template
+        switched_on = at_test_time.applied(view, interventions, progress, chat)
     with switched_on as notes:
-        chats = f", as {chat_in_words(task.chat_template)}" if task.chat_template else ""
-        notify(f"evaluating on {len(task.examples)} prompts{chats}, {scored(task.kind, n_items)}")
-        metrics, answers = evaluate(model, tokenizer, task, n_items, batch_size, preamble, scoring)
+        if task is None:
+            measured, metrics = _by_harness(target, model, tokenizer, batch_size, notify)
+            answers: list[Scored] = []
+        else:
+            chats = f", as {chat_in_words(task.chat_template)}" if task.chat_template else ""
+            notify(f"evaluating on {len(task.examples)} prompts{chats}, {scored(task.kind, n_items)}")
+            metrics, answers = evaluate(model, tokenizer, task, n_items, batch_size, preamble, scoring)
+            measured = {"name": task.name, "sha256": task.sha256, "n_examples": len(task.examples)}
+            measured |= {"scoring": scoring} if scoring != "harness" else {}
+            measured |= chat_entry(task.chat_template)
     generations = [{"prompt": a.example.prompt, "text": a.text, "kinds": a.kinds, "values": a.values} for a in answers]
     if out is not None:
-        measured = {"name": task.name, "sha256": task.sha256, "n_examples": len(task.examples)}
-        measured |= {"scoring": scoring} if scoring != "harness" else {}
-        measured |= chat_entry(task.chat_template)
         keep_evaluation(out, target.name, target.recipe, measured, metrics, generations, target.knobs, notes)
-    return TargetEvaluation(task, metrics, generations, notes)
+    return TargetEvaluation(measured["name"], task, metrics, generations, notes)
+
+
+def _by_harness(
+    target: Target, model: Any, tokenizer: Any, batch_size: int, notify: Notify
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What was measured, and the metrics."""
+    from headtune.train.evaluation.lm_harness import evaluate_harness
+
+    assert target.harness is not None
+    label = target.harness.label
+    notify(f"lm-evaluation-harness measures {label}")
+    metrics, facts = evaluate_harness(model, tokenizer, target.harness, batch_size, target.limit)
+    return {"name": f"lm_eval {label}", "n_examples": metrics["n"]["examples"], "lm_eval": facts}, metrics
 
 
 def _load(target: Target) -> tuple[Any, Any]:

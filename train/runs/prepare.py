@@ -21,6 +21,7 @@ from headtune.train.evaluation.evaluate import check_generation_length
 from headtune.train.evaluation.evaluation_file import evaluation_identity, read_before
 from headtune.train.evaluation.multiple_choice import require_choices
 from headtune.train.methods.base import method_named
+from headtune.train.tracking.other_trackers import require_installed
 from headtune.train.trainer import attach_regularisers, training
 from headtune.train.trainer.objectives import EvaluationRows, no_first_tokens, objective_of
 from headtune.train.tuners.convert import why_not_stock
@@ -59,6 +60,7 @@ def prepare(recipe: Recipe) -> PreparedRun:
     Raises:
         InputError: the task, the model, the tokenizer, the heads or the training arguments do not go together.
     """
+    require_installed(recipe.tracking.report_to)
     method = method_named(recipe.recipe)
     steps = sequence.steps_of(recipe.task) if method.learns_sequence else []
     train, held_out = (steps[0].train, steps[0].held_out) if steps else tasks_of(recipe.task)

@@ -104,6 +104,7 @@ def wandb_run_args(recipe: Recipe, job_type: str) -> dict[str, Any]:
         "job_type": job_type,
         "tags": [recipe.recipe, *recipe.tracking.tags],
         "wandb_mode": recipe.tracking.wandb,
+        "report_to": () if job_type == "export" else tuple(recipe.tracking.report_to),  # an export has no numbers
     }
 
 

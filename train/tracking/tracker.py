@@ -23,6 +23,7 @@ from headtune.analysis.utils.processes import is_main
 from headtune.analysis.utils.secrets import is_secret_name, redact
 
 from .lineage import artifact_name, digests, tree_sha256
+from .other_trackers import OtherTrackers
 from .wandb_run import METRICS as METRICS
 from .wandb_run import MODES as MODES
 from .wandb_run import SECONDS, finish, first_line, requested_mode, staging, start
@@ -60,6 +61,7 @@ class Tracker:
         tags: Sequence[str] = (),
         wandb_mode: str | None = None,
         resume_id: str | None = None,
+        report_to: Sequence[str] = (),
     ) -> None:
         """Start a W&B run in `run_dir/wandb`; `run_dir/metrics.jsonl` is opened for appending by the first line.
 
@@ -69,6 +71,7 @@ class Tracker:
             wandb_mode: `online`, `offline` or `disabled`; `None` follows WANDB_MODE, else is `online` where W&B finds
                 a key and `offline` where it does not.
             resume_id: `wandb_id` of the run that this one continues.
+            report_to: trackers that get the numbers as well, see `other_trackers`.
 
         Raises:
             InputError: an unknown mode, or an id that is none.
@@ -85,6 +88,7 @@ class Tracker:
         self._step: int | None = None
         self._axes: set[str] = set()
         self._not_finite: set[str] = set()
+        self._others: OtherTrackers | None = None
         mode = requested_mode(wandb_mode)
         if not self.is_main:
             return
@@ -94,6 +98,10 @@ class Tracker:
             options = {key: _redacted(value) for key, value in options.items()}
             self._run = start(mode, run_dir, options | {"config": without_secrets(config)}, resume_id)
             self._id = self._run.id if self._run else None
+        if report_to:
+            filed = {"project": project, "name": name, "group": group, "job_type": job_type}
+            filed = {key: _redacted(value) for key, value in filed.items()}
+            self._others = OtherTrackers(report_to, run_dir, without_secrets(config), **filed)
 
     @property
     def wandb_id(self) -> str | None:
@@ -133,6 +141,8 @@ class Tracker:
         if step is not None:
             self._step = step
         self._send(lambda run: run.log(self._stepped(numbers)))
+        if self._others is not None:
+            self._others.log(numbers, step)
 
     def image(self, key: str, path: Path) -> None:
         """Show an image file in W&B, at the last step logged."""
@@ -228,6 +238,8 @@ class Tracker:
         if not self.is_main or self._ended:
             return
         self._ended = True
+        if self._others is not None:
+            self._others.finish()
         if self._file is not None:
             self._file.close()
         if self._run is None:

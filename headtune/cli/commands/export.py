@@ -1,4 +1,4 @@
-"""`headtune export`: a finished run, or an adapter of another trainer, as a stock checkpoint or an adapter alone."""
+"""`headtune export`: a run, or another trainer's adapter, as a stock checkpoint or an adapter; `push`: to the hub."""
 
 from __future__ import annotations
 
@@ -34,6 +34,18 @@ def add_parsers(add: Add) -> None:
     volume_arguments(p)
     plugin_arguments(p)
     p.set_defaults(do=export_command)
+    p = add(
+        "push",
+        "send an export or an adapter to the Hugging Face hub",
+        "push exported OWNER/NAME",
+        "push exported OWNER/NAME --yes",
+        "push adapter OWNER/NAME --public --yes",
+    )
+    completed(p.add_argument("folder", type=Path, help="what headtune export wrote"), "folder")
+    p.add_argument("repo", help="OWNER/NAME on the hub; made if it is not there, private")
+    p.add_argument("--public", action="store_true", help="make it public (default: private)")
+    p.add_argument("--yes", action="store_true", help="send; without it nothing leaves this machine")
+    p.set_defaults(do=push_command)
 
 
 def export_command(arguments: argparse.Namespace) -> int:
@@ -86,4 +98,31 @@ def export_command(arguments: argparse.Namespace) -> int:
         print_json(result)
     else:
         console.print(line, markup=False)
+    return 0
+
+
+def push_command(arguments: argparse.Namespace) -> int:
+    from headtune.train.export.push import push, push_plan
+
+    from ..console import console, plain_table
+
+    plan = push_plan(arguments.folder, arguments.repo, arguments.public)
+    if not arguments.json:
+        kind = "public" if plan.public else "private"
+        console.print(f"{plan.what} {plan.folder} to {plan.endpoint}/{plan.repo}, {kind}:", markup=False)
+        console.print(plain_table("", ["file", "bytes"], [[name, f"{size:,}"] for name, size in plan.files]))
+        console.print(
+            f"{len(plan.files)} files, {plan.size / 1e6:,.1f} MB; README.md and export.json hold paths of the recipe",
+            markup=False,
+        )
+        if plan.left_out:
+            console.print(f"not sent, no part of the export: {', '.join(plan.left_out)}", markup=False)
+    result = push(plan) if arguments.yes else None
+    if arguments.json:
+        data = {"repo": plan.repo, "endpoint": plan.endpoint, "public": plan.public, "files": dict(plan.files)}
+        print_json(data | {"left_out": list(plan.left_out), "sent": result})
+    elif result is None:
+        console.print("nothing was sent; the same command with --yes sends it", markup=False)
+    else:
+        console.print(f"sent: {result['url']}, commit {result['commit']}", markup=False)
     return 0
