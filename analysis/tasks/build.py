@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -34,11 +35,16 @@ class Template:
     def prompt(self, subject: str, previous: Sequence[str]) -> str:
         """The list with `previous` answers, ending right before the next answer."""
         header = self.header.replace("{subject}", subject)
-        items = "".join(self._item(i, answer) for i, answer in enumerate(previous, start=1))
-        return (header + items + self._item(len(previous) + 1, "")).rstrip(" ")
+        items = "".join(
+            self.item.replace("{i}", str(i)).replace("{answer}", answer) for i, answer in enumerate(previous, start=1)
+        )
+        begun = self.item.split("{answer}")[0].replace("{i}", str(len(previous) + 1))
+        return (header + items + begun).rstrip(" ")
 
-    def _item(self, i: int, answer: str) -> str:
-        return self.item.replace("{i}", str(i)).replace("{answer}", answer)
+    @property
+    def readable(self) -> bool:
+        """Whether continuations are read as they are written: a line an item, with a number, a bullet or nothing."""
+        return re.fullmatch(r"\n[ \t]*((\{i\}[.)]|[-*•])[ \t]*)?\{answer\}", self.item) is not None
 
 
 def build(
@@ -57,7 +63,13 @@ def build(
         InputError: a subject with too few answers, an empty or repeated answer, or one with white space around it.
     """
     examples = []
+    spellings: dict[str, str] = {}
     for subject, answers in facts.items():
+        if (other := spellings.setdefault(" ".join(subject.casefold().split()), subject)) != subject:
+            raise InputError(
+                f"facts: subjects {other!r} and {subject!r} differ by case or white space alone, and would lie in "
+                "train and test; join them"
+            )
         seen = Counter(canonical(answer, subject) for answer in answers)
         repeated = [a for a in answers if seen[canonical(a, subject)] > 1 or not normalise(a)]
         if repeated:
@@ -114,6 +126,13 @@ def build_files(facts: Path, templates: Path | None, out: Path, inverted: bool =
     for content, path, what in ((table, facts, "subjects"), (chosen, templates, "templates")):
         if not content:
             raise InputError(f"{path} holds no {what}; add at least one")
+    for template in chosen:
+        if not template.readable:
+            raise InputError(
+                f"{templates}: item {template.item!r} would not be read back as written: lists are read line by line, "
+                "each with a number, a bullet or nothing and no text behind {answer}; write it as '\\n{i}. {answer}', "
+                "'\\n{i}) {answer}', '\\n- {answer}' or '\\n{answer}'"
+            )
     task = Task(out.stem, tuple(build(table, chosen, **options)))
     write_text(out, to_jsonl(task.examples))
     return task

@@ -87,7 +87,7 @@ def read(name: str, path: str, split: str | None = None) -> Task:
         # The files of one folder are named alike in all folders.
         in_folder = name in FOLDERS and any(file.name in names for names in _FILES.values())
         rows, title = shape.rows(file, name), f"{file.resolve().parent.name}/{file.stem}" if in_folder else file.stem
-    examples = [parse_example(shape.example(_row(row, name, place), place), place) for place, row in rows]
+    examples = [parse_example(shape.example(_row(row, name, place), place), place, True) for place, row in rows]
     if not examples:
         raise InputError(f"{name} data {path!r} holds no rows; check the file")
     title = title if split is None else f"{title}:{split}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,7 @@ def read_json(path: Path, what: str, kind: type) -> Any:
             f"{file} looks like a task (JSONL), which needs no building; look at it with: headtune task show {path}"
         )
     try:
-        data = json.loads(text)
+        data = _strict(text, file)
     except json.JSONDecodeError as error:
         raise InputError(f"{file} is not JSON: {error.msg} at line {error.lineno}, column {error.colno}") from None
     if not isinstance(data, kind):
@@ -56,6 +57,38 @@ def read_json(path: Path, what: str, kind: type) -> Any:
         shape = f", {_SHAPES[what]}" if what in _SHAPES else ""
         fix = "; put it in [ ]" if kind is list and isinstance(data, dict) and what in _SHAPES else ""
         raise InputError(f"{file} holds {actual}; expected {expected}{shape}{fix}")
+    return data
+
+
+def _strict(text: str, place: str) -> Any:
+    """`json.loads` without what it lets pass.
+
+    Raises:
+        InputError: a key that stands twice in an object, half a surrogate pair, or nesting or numbers beyond measure.
+        JSONDecodeError: no JSON.
+    """
+
+    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        result: dict[str, Any] = {}
+        for key, value in items:
+            if key in result:
+                raise InputError(f"{place}: key {key!r} stands twice; only the last would count: join or rename them")
+            result[key] = value
+        return result
+
+    try:
+        data = json.loads(text, object_pairs_hook=pairs)
+    except RecursionError:
+        raise InputError(f"{place}: nested too deeply; write one object with texts and lists of texts") from None
+    except ValueError as error:
+        if isinstance(error, (json.JSONDecodeError, InputError)):
+            raise
+        raise InputError(f"{place}: {error}") from None  # a whole number with thousands of digits
+    if "\\ud" in text.lower() and (half := re.search("[\ud800-\udfff]", json.dumps(data, ensure_ascii=False))):
+        raise InputError(
+            f"{place}: holds \\u{ord(half.group(0)):x}, half of a character that is written as two such codes; write "
+            "both, or the character itself"
+        )
     return data
 
 
@@ -85,9 +118,10 @@ def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
         if line.strip():
             place = f"{path}:{number}"
             try:
-                yield place, json.loads(line)
+                row = _strict(line, place)
             except json.JSONDecodeError as error:
                 raise InputError(f"{place}: not a JSON object ({error.msg} at column {error.colno})") from None
+            yield place, row
 
 
 def hub_rows(name: str, split: str, config: str | None = None) -> Iterator[tuple[str, dict[str, Any]]]:

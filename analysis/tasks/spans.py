@@ -83,3 +83,14 @@ def ranges(spans: Spans, prompt: str, what: str) -> Ranges:
         return start, start + len(piece)
 
     return {name: tuple(characters(piece, name) for piece in pieces) for name, pieces in spans.items()}
+
+
+def subject_start(prompt: str, subject: str, begin: int = 0) -> int:
+    """Where the subject first stands as a word of its own, from `begin` on; else where its letters first stand.
+
+    The latter is for scripts without spaces between words.
+    """
+    before = r"(?<!\w)" if re.match(r"\w", subject) else ""
+    after = r"(?!\w)" if re.search(r"\w$", subject) else ""
+    match = re.compile(before + re.escape(subject) + after).search(prompt, begin)
+    return match.start() if match else prompt.index(subject, begin)

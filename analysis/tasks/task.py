@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-import unicodedata
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, get_args
 
 from headtune.analysis.utils.errors import InputError, nearest
 
+from .answers import canonical as canonical
+from .answers import normalise as normalise
 from .messages import ChatTemplate, Turns, as_rows, joined, parse_messages
 from .spans import Spans, parse_spans
 
@@ -109,24 +110,6 @@ class Task:
         return replace(self, examples=tuple(example for example, _ in zip(rounds, range(max_examples), strict=False)))
 
 
-_LETTERS = str.maketrans({"ł": "l", "ø": "o", "đ": "d", "ð": "d", "ı": "i", "ß": "ss", "æ": "ae", "œ": "oe", "’": "'"})
-
-
-def normalise(answer: str) -> str:
-    """Answers are compared without case, accents, outer punctuation, a leading "the", and with "Saint" as "St"."""
-    plain = unicodedata.normalize("NFKD", answer.casefold().translate(_LETTERS))
-    plain = "".join(c for c in plain if not unicodedata.combining(c))
-    words = plain.strip(" \t\n.,;:!?\"'`*_()[]").removeprefix("the ").replace("saint ", "st ").replace("st. ", "st ")
-    return " ".join(words.split())
-
-
-def canonical(answer: str, subject: str) -> str:
-    """`normalise`, and "Quebec City" is "Quebec", unless what is left is the subject itself ("Mexico City")."""
-    name = normalise(answer)
-    short = name.removesuffix(" city")
-    return name if short == normalise(subject) else short
-
-
 def to_jsonl(examples: Iterable[Example]) -> str:
     return "".join(json.dumps(_row(example), ensure_ascii=False) + "\n" for example in examples)
 
@@ -212,8 +195,11 @@ def _conversation(row: dict[str, Any], place: str) -> tuple[dict[str, Any], Turn
     return {key: value for key, value in row.items() if key != "messages"} | {"prompt": joined(turns)}, turns
 
 
-def parse_example(row: Any, place: str) -> Example:
+def parse_example(row: Any, place: str, published: bool = False) -> Example:
     """Check one example strictly.
+
+    Args:
+        published: of a published data set, some of whose rows name an answer as right and as wrong: taken as they are.
 
     Raises:
         InputError: a missing, unknown or ill-typed key, a subject or previous answer that the prompt does not hold, a
@@ -267,7 +253,7 @@ def parse_example(row: Any, place: str) -> Example:
     if not example.remaining:
         raise InputError(f"{place}: every accepted answer is already given; add the remaining ones to 'answers'")
     right = {normalise(answer) or answer: answer for answer in example.remaining}
-    for answer in example.incorrect:
+    for answer in () if published else example.incorrect:
         if (same := right.get(normalise(answer) or answer)) is not None:
             raise InputError(
                 f"{place}: incorrect answer {answer!r} is the answer {same!r} as well (compared without case, accents "

@@ -18,7 +18,7 @@ from .chat import as_chat, chat_examples, place_of
 from .contrast import other_answers
 from .messages import chat_entry
 from .prompt_tokens import BlankTokens, prefix_ids, require_embeddings, token_ids, with_prefix
-from .spans import ranges
+from .spans import ranges, subject_start
 from .task import Example, Task
 
 
@@ -260,7 +260,7 @@ def _locate(
         return between(start, start + len(text))
 
     # Which tokens the subject and the previous answers are.
-    subject = span(example.prompt.index(example.subject, begin), example.subject)
+    subject = span(subject_start(example.prompt, example.subject, begin), example.subject)
     spans: list[tuple[int, ...]] = []
     cursor = len(example.prompt)
     for answer in reversed(example.previous):

@@ -67,7 +67,7 @@ def parse_items(text: str, n_items: int, example: Example | None = None) -> list
     answers = set() if example is None else {canonical(answer, example.subject) for answer in example.answers}
     items = []
     for index, line in enumerate(text.split("\n")):
-        bare = re.sub(r"^\s*(\d+[.)]|[-*•])\s*", "", line) if index else line
+        bare = re.sub(r"^\s*(\d+[.)](?!\d)|[-*•](?!\.?\d))\s*", "", line) if index else line
         parts = [bare[: match.start()] for match in re.finditer(r"\s[-–—]\s|[,:;(]", bare)]
         longest = (part for part in (bare, *reversed(parts)) if example and canonical(part, example.subject) in answers)
         bare = next(longest, parts[0] if parts else bare).strip()

@@ -16,6 +16,7 @@ from headtune.analysis.tasks import task as task_module
 from headtune.analysis.tasks.build import Template, build, build_files, invert
 from headtune.analysis.tasks.loading import builtin_names, load_task
 from headtune.analysis.tasks.readers import read_relation
+from headtune.analysis.tasks.spans import subject_start
 from headtune.analysis.tasks.task import (
     Example,
     Kind,
@@ -277,7 +278,7 @@ def test_templates() -> None:
     numbered = Template("List cities in {subject}.")
     assert numbered.prompt("Italy", ["Rome", "Milan"]) == "List cities in Italy.\n1. Rome\n2. Milan\n3."
     assert numbered.prompt("Italy", []) == "List cities in Italy.\n1."
-    assert Template("In {subject}:", " {answer},").prompt("Italy", ["Rome"]) == "In Italy: Rome, ,"
+    assert Template("In {subject}:", " {answer},").prompt("Italy", ["Rome"]) == "In Italy: Rome,"
     assert Template("In {subject}:", "\n- {answer}").prompt("{answer}", ["{i}"]) == "In {answer}:\n- {i}\n-"
     with pytest.raises(InputError, match=r"template 'List cities' does not hold {subject}"):
         Template("List cities")
@@ -825,3 +826,67 @@ def test_building_from_a_relation(tmp_path: Path, caplog: pytest.LogCaptureFixtu
     with pytest.raises(InputError, match=r"facts file .* holds a list; expected an object|must map to a list"):
         build_files(source, None, tmp_path / "none.jsonl", previous=(1,))
     assert not (tmp_path / "none.jsonl").exists()
+
+
+def test_what_stands_twice_is_refused(tmp_path: Path) -> None:
+    """A key of an object, and a subject by another spelling: the same facts would lie in train and test."""
+    facts = tmp_path / "facts.json"
+    for content, line in (
+        ('{"Georgia": ["Tbilisi", "Batumi"], "Georgia": ["Atlanta", "Macon"]}', "key 'Georgia' stands twice"),
+        ('{"Italy": ["Rome", "Milan"], "italy ": ["Rome", "Turin"]}', "differ by case or white space alone"),
+    ):
+        facts.write_text(content)
+        with pytest.raises(InputError, match=line):
+            build_files(facts, None, tmp_path / "out.jsonl", previous=(1,))
+    lines = tmp_path / "lines.jsonl"
+    lines.write_text('{"prompt": "In Italy", "subject": "Italy", "answers": ["Rome"], "answers": ["Milan"]}\n')
+    with pytest.raises(InputError, match=r"lines\.jsonl:1: key 'answers' stands twice"):
+        load_task(str(lines))
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_half_a_character_is_refused_with_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "half.jsonl"
+    path.write_text('{"prompt": "The emoji \\ud83d is called", "subject": "emoji", "answers": ["grin"]}\n')
+    with pytest.raises(InputError, match=r"half\.jsonl:1: holds \\ud83d, half of a character"):
+        load_task(str(path))
+    path.write_text('{"prompt": "The emoji \\ud83d\\ude00 is called", "subject": "emoji", "answers": ["grin"]}\n')
+    assert "\U0001f600" in load_task(str(path)).examples[0].prompt
+
+
+@pytest.mark.parametrize(
+    "item", ["{answer}, ", ", {answer}", "\n{i}. {answer};", '\n- "{answer}"', "\n({i}) {answer}", "\n#{i} {answer}"]
+)
+def test_items_that_would_not_be_read_back_are_refused(item: str, tmp_path: Path) -> None:
+    (tmp_path / "facts.json").write_text(json.dumps({"Italy": ["Rome", "Milan", "Turin"]}))
+    (tmp_path / "t.json").write_text(json.dumps([{"header": "Cities in {subject}:", "item": item}]))
+    with pytest.raises(InputError, match="would not be read back as written"):
+        build_files(tmp_path / "facts.json", tmp_path / "t.json", tmp_path / "out.jsonl", previous=(2,))
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "answer", "same"),
+    [
+        (" 东京。", "东京", True),
+        (" “Rome”", "Rome", True),
+        (" 「東京」", "東京", True),
+        (" パリ", "バリ", False),
+        (" мой", "мои", False),
+        (" é", "e", True),
+    ],
+)
+def test_answers_beyond_english(text: str, answer: str, same: bool) -> None:
+    assert (normalise(text) == normalise(answer)) is same
+
+
+@pytest.mark.parametrize(
+    ("prompt", "subject", "begins"),
+    [
+        ("Common libraries written in the language C include", "C", 41),
+        ("Anna met Ann. The town of Ann is", "Ann", 9),
+        ("东京大学在", "京", 1),
+    ],
+)
+def test_a_subject_is_a_word_where_it_can_be(prompt: str, subject: str, begins: int) -> None:
+    assert subject_start(prompt, subject) == begins

@@ -451,3 +451,9 @@ def test_evaluate_adds_up(monkeypatch: pytest.MonkeyPatch) -> None:
         "dropped": {},
     }
     assert metrics["neutral_perplexity"] > 1
+
+
+def test_numbers_are_items_and_no_markers() -> None:
+    assert parse_items(" 3.14\n2.72", 3) == ["3.14", "2.72"]
+    assert parse_items(" -5\n-6", 3) == ["-5", "-6"]
+    assert parse_items(" Rome\n2. Milan\n- Turin", 3) == ["Rome", "Milan", "Turin"]
