@@ -6,13 +6,11 @@ penalties on heads and sequences of tasks have files of their own, and are found
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from headtune.analysis.tasks.messages import ChatTemplate
-
-from .base import LoraSizes, StrictConfig
+from .base import ChatConfig, LoraSizes, StrictConfig, chat_block
 from .continual import DistilConfig, ReplayConfig, SeekrConfig
 from .heads import (
     ControlConfig,
@@ -87,40 +85,6 @@ class StepConfig(StrictConfig):
     name: str | None = None
 
 
-class ChatConfig(StrictConfig):
-    """How prompts are given as chats, in the tokenizer's own template: `true`, `false`, or a block.
-
-    Attributes:
-        enabled: false gives them as they are.
-        system: text of a system turn before each conversation; null: what the template does without one.
-        enable_thinking: what the template is told by this name. Answers are read right after the prompt, so a thought
-            that the template opens is closed in either case.
-    """
-
-    enabled: bool = True
-    system: str | None = None
-    enable_thinking: bool = False
-
-    @model_validator(mode="after")
-    def _off(self) -> Self:
-        if not self.enabled and (self.system is not None or self.enable_thinking):
-            raise ValueError("enabled is false, and system or enable_thinking is given; remove one of them")
-        if self.system is not None and not self.system.strip():
-            raise ValueError("system is empty; give the text of the system turn, or remove it")
-        return self
-
-    @property
-    def setting(self) -> bool | ChatTemplate:
-        """As `Task.chat_template` has it."""
-        return ChatTemplate(self.system, self.enable_thinking) if self.enabled else False
-
-
-def _chat_block(value: Any) -> Any:
-    if value is not None and not isinstance(value, bool | dict | ChatConfig):
-        raise ValueError("expected true, false, or a block of system and enable_thinking")
-    return {"enabled": value} if isinstance(value, bool) else value
-
-
 class MixConfig(StrictConfig):
     """One task of a mixture, whole: the mixture is split by subject. `weight` is its share of the training rows."""
 
@@ -148,7 +112,7 @@ class TaskConfig(StrictConfig):
     sequence: Annotated[list[StepConfig], Field(min_length=2)] | None = None
     kind: Literal["lists", "exact_match", "multiple_choice"] | None = None
     chat_template: Annotated[
-        ChatConfig | None, BeforeValidator(_chat_block, json_schema_input_type=bool | ChatConfig | None)
+        ChatConfig | None, BeforeValidator(chat_block, json_schema_input_type=bool | ChatConfig | None)
     ] = None
     split: SplitConfig = SplitConfig()
     max_train_examples: Annotated[int, Field(ge=1)] | None = None

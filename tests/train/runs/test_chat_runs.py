@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoTokenizer
 
 from headtune.analysis.heads.head_set import HeadSet
 from headtune.analysis.models import loading
@@ -141,10 +140,10 @@ def test_evaluate_asks_an_export_as_its_run_did(runs: Path, chatty: Path, tmp_pa
 
 
 def test_the_proof_is_on_the_prompts_of_the_run(runs: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(load_recipe(str(runs / "chat" / "recipe.yaml")).model.name)
+    model, tokenizer = loading.load_plain(load_recipe(str(runs / "chat" / "recipe.yaml")).model.name)
     for name, begins in (("chat", START + "List five"), ("plain", "List five")):
         recipe = load_recipe(str(runs / name / "recipe.yaml"))
-        prompts = export_prompts(tokenizer, held_out_task(recipe.task, 3), 3)
+        prompts = export_prompts(model, tokenizer, held_out_task(recipe.task, 3), 3)
         assert prompts.texts is not None and prompts.special is (name == "plain")
         assert any(text.startswith(begins) for text in prompts.texts)
         assert all(row.count(tokenizer.bos_token_id) == 1 for row in prompts.rows)
