@@ -232,9 +232,10 @@ def put_back(arm: Arm, result: dict[str, Any], folder: Path, work: Path, model: 
         raise SystemExit(f"{len(places)} factors on {len(result['heads'])} heads; expected one a head")
     for number, ((parameter, index), head) in enumerate(zip(places, result["heads"], strict=True)):
         flat = parameter.data.view(-1)
-        learnt, flat[index] = float(flat[index]), 1.0
+        learnt, flat[index] = float(flat[index]), 0.0  # the parameter is `a` of the factor `1 + a`
         metrics, scored = evaluate(adapted, tokenizer, task, n_items=3, batch_size=32)
         flat[index] = learnt
+        learnt += 1.0
         values = {name: [round(float(each.values[name]), 5) for each in scored] for name in METRICS}
         path = RESULTS / model / arm.file.replace("-trained", f"-without{number}")
         perplexity = [result["perplexity"][0], metrics["neutral_perplexity"]]
