@@ -24,6 +24,7 @@ from headtune.train.config.recipe import load_recipe
 
 if TYPE_CHECKING:
     from headtune.train.config.schema import Recipe
+    from headtune.train.evaluation.evaluate import Scored
     from headtune.train.evaluation.lm_harness import HarnessTasks
     from headtune.train.evaluation.multiple_choice import Scoring
 
@@ -145,7 +146,7 @@ def evaluate_target(
     with switched_on as notes:
         if task is None:
             measured, metrics = _by_harness(target, model, tokenizer, batch_size, notify)
-            answers = []
+            answers: Sequence[Scored] = []
         else:
             notify(f"evaluating on {len(task.examples)} prompts, {scored(task.kind, n_items)}")
             metrics, answers = evaluate(model, tokenizer, task, n_items, batch_size, preamble, scoring)
