@@ -56,7 +56,7 @@ def expected_logits(folder: Path, heads: list[tuple[int, int]]) -> torch.Tensor:
     return without
 
 
-@pytest.mark.parametrize(("number", "library"), enumerate(["nnsight", "nnterp", "transformer_lens"]))
+@pytest.mark.parametrize(("number", "library"), list(enumerate(["nnsight", "nnterp", "transformer_lens"])))
 def test_the_heads_are_silenced_in_another_library(
     number: int, library: str, heads: list[tuple[int, int]], tiny_llama: Path, tmp_path: Path
 ) -> None:

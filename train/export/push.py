@@ -111,6 +111,7 @@ def push(plan: PushPlan) -> dict[str, Any]:
     if get_token() is None:
         raise InputError(f"there is no token for {plan.endpoint}; set HF_TOKEN, or run: hf auth login")
     api = HfApi(endpoint=plan.endpoint)
+    http_errors: Any = HfHubHTTPError.__bases__  # of the HTTP library that this version of huggingface_hub uses
     done = "nothing was sent"
     try:
         # A repository that is there stays as private or public as it is.
@@ -132,7 +133,7 @@ def push(plan: PushPlan) -> dict[str, Any]:
         if status in (401, 403):
             raise InputError(f"{line}; the token needs the right to write to {plan.repo}") from None
         raise CheckError(line) from None
-    except HfHubHTTPError.__bases__ as error:  # type: ignore[misc]  # of the HTTP library that is used
+    except http_errors as error:
         reason = redact(str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__)[:200]
         raise CheckError(f"{plan.endpoint} does not answer ({reason}); {done}, give the command again") from None
     return {

@@ -10,11 +10,11 @@ Like W&B they may fail at any point: that costs one warning, never a number.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,13 +50,13 @@ class OtherTrackers:
         """
         self._running: dict[str, Any] = {}
         for name in names:
-            self._attempt(name, partial(self._start, name, run_dir, config, filed))
+            self._attempt(name, functools.partial(self._start, name, run_dir, config, filed))
 
     def log(self, values: Mapping[str, float], step: int | None) -> None:
         """Hand on the finite numbers."""
         finite = {key: value for key, value in values.items() if math.isfinite(value)}
         for name in list(self._running):
-            self._attempt(name, partial(self._running[name].log, finite, step=step))
+            self._attempt(name, functools.partial(self._running[name].log, finite, step=step))
 
     def finish(self) -> None:
         for name in list(self._running):
@@ -79,7 +79,7 @@ class OtherTrackers:
         self._running[name] = tracker
         tracker.store_init_configuration(flat(config))
 
-    def _attempt(self, name: str, action: Callable[[], None]) -> None:
+    def _attempt(self, name: str, action: Callable[[], Any]) -> None:
         try:
             action()
         except Exception as error:
